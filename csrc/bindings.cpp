@@ -1,0 +1,284 @@
+// The one list of native entry points. Each validates what would otherwise crash, picks the device
+// and calls the kernel; the maths is below. A `false` means "not handled here" (device, dtype,
+// layout): Python then takes the slow road, which names the argument that is wrong.
+#include <pybind11/pybind11.h>
+
+#include <initializer_list>
+#include <string>
+
+#include "api/rng.h"
+#include "api/sampling.h"
+#include "caster.h"
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "gate.h"
+
+namespace py = pybind11;
+
+namespace genfast {
+namespace {
+
+Gate g_gate;
+
+PyObject* gate(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return PyLong_FromLong(g_gate(args, count));
+}
+PyMethodDef g_gate_method = {"gate", reinterpret_cast<PyCFunction>(gate), METH_FASTCALL,
+                             "gate(*tensors) -> int: 1 direct, 2 gradient wanted, 0 slow road"};
+
+using Views = std::initializer_list<const TensorView*>;
+
+// Defined views are real memory on one device that this binary has kernels for.
+bool same_device(Views views) {
+  const TensorView* first = nullptr;
+  for (const TensorView* v : views) {
+    if (v->device_type == -1) return false;
+    if (!v->defined()) continue;
+    if (first == nullptr) first = v;
+    if (v->device_type != first->device_type || v->device != first->device) return false;
+  }
+  if (first == nullptr) return false;
+#if GENFAST_HAVE_CUDA
+  return first->is_cpu() || first->is_cuda();
+#else
+  return first->is_cpu();
+#endif
+}
+
+bool floats(Views views) {
+  for (const TensorView* v : views)
+    if (v->defined() && !is_float(v->dtype)) return false;
+  return true;
+}
+
+bool same_shapes(Views views) {
+  const TensorView* first = nullptr;
+  for (const TensorView* v : views) {
+    if (!v->defined()) continue;
+    if (first == nullptr) first = v;
+    if (!same_shape(*first, *v)) return false;
+  }
+  return true;
+}
+
+// `t` holds n numbers of this dtype side by side.
+bool vector_of(const TensorView& t, Dtype dtype, int64_t n) {
+  return !t.defined() || (t.dtype == dtype && t.numel == n && is_contiguous(t));
+}
+
+// Python's noise arguments, in this order everywhere: seed, seeds, stream, offset.
+struct NoiseArgument {
+  uint64_t seed, stream;
+  int64_t offset;
+  NoiseArgument(py::handle s, py::handle st, int64_t o)
+      : seed(PyLong_AsUnsignedLongLongMask(s.ptr())),
+        stream(PyLong_AsUnsignedLongLongMask(st.ptr())),
+        offset(o) {
+    if (PyErr_Occurred()) throw py::error_already_set();
+    if (offset < 0) throw py::value_error("offset: expected >= 0, got " + std::to_string(offset));
+  }
+  // Fills `noise` for a tensor of this shape; false when the seeds do not fit it.
+  bool fill(Noise& noise, const TensorView& seeds, const TensorView& like) const {
+    noise.seed = seed;
+    noise.stream = stream;
+    noise.offset = offset;
+    if (!seeds.defined()) return true;
+    if (seeds.dtype != Dtype::i64 || seeds.ndim > 1 || !is_contiguous(seeds)) return false;
+    if (seeds.numel != 1 && (like.ndim == 0 || seeds.numel != like.shape[0])) return false;
+    noise.seeds = static_cast<const int64_t*>(seeds.data);
+    noise.n_seeds = seeds.numel;
+    return true;
+  }
+};
+
+// Runs a kernel without the GIL; a text returned by a CUDA launch becomes an exception.
+template <class Params>
+bool run(const Params& p, const TensorView& like, void (*cpu::Kernels::* kernel)(const Params&)) {
+  if (!like.is_cpu()) return false;
+  if (like.numel < 4096) {  // releasing and taking the GIL again costs more than it frees
+    (cpu::kernels().*kernel)(p);
+  } else {
+    py::gil_scoped_release release;
+    (cpu::kernels().*kernel)(p);
+  }
+  return true;
+}
+
+bool random(TensorArgument& out, int distribution, py::handle seed, TensorArgument& seeds,
+            py::handle stream, int64_t offset, int64_t low, uint64_t range) {
+  if (!same_device({&out, &seeds})) return false;
+  RandomParams p;
+  p.out = out;
+  p.distribution = static_cast<Distribution>(distribution);
+  const bool integers = p.distribution >= Distribution::integer;
+  if (integers ? !(is_contiguous(out) && (out.dtype == Dtype::i64 || out.dtype == Dtype::i32))
+               : !(is_float(out.dtype) || out.dtype == Dtype::f64))
+    return false;
+  if (integers && (range < 1 || range > uint64_t{1} << 32)) return false;
+  if (!NoiseArgument(seed, stream, offset).fill(p.noise, seeds, out)) return false;
+  p.low = low;
+  p.range = range;
+  p.threads = g_gate.threads();
+#if GENFAST_HAVE_CUDA
+  if (out.is_cuda()) {
+    if (const char* error = cuda::random(p)) throw std::runtime_error(error);
+    return true;
+  }
+#endif
+  return run(p, out, &cpu::Kernels::random);
+}
+
+bool reparameterize(TensorArgument& mu, TensorArgument& logvar, TensorArgument& y,
+                    TensorArgument& side, py::handle seed, TensorArgument& seeds,
+                    py::handle stream, int64_t offset, int transform, int side_kind,
+                    float side_scale) {
+  if (!same_device({&mu, &logvar, &y, &side, &seeds}) || !floats({&mu, &logvar, &y}) ||
+      !same_shapes({&mu, &logvar, &y}))
+    return false;
+  ReparameterizeParams p;
+  if (!NoiseArgument(seed, stream, offset).fill(p.noise, seeds, mu)) return false;
+  p.mu = mu, p.logvar = logvar, p.y = y, p.side = side;
+  p.transform = static_cast<Transform>(transform);
+  p.side_kind = static_cast<Side>(side_kind);
+  p.side_scale = side_scale;
+  if (side.defined()) {
+    p.rows = side.numel;
+    if (side.dtype != Dtype::f32 || !is_contiguous(side)) return false;
+    if (side.ndim != 0 && (mu.ndim == 0 || side.numel != mu.shape[0])) return false;
+  } else if (p.side_kind != Side::none) {
+    return false;
+  }
+  p.threads = g_gate.threads();
+  return run(p, mu, &cpu::Kernels::reparameterize);
+}
+
+bool reparameterize_backward(TensorArgument& grad_y, TensorArgument& grad_side, TensorArgument& mu,
+                             TensorArgument& logvar, TensorArgument& d_mu,
+                             TensorArgument& d_logvar, py::handle seed, TensorArgument& seeds,
+                             py::handle stream, int64_t offset, int transform, int side_kind,
+                             float side_scale) {
+  if (!same_device({&grad_y, &grad_side, &mu, &logvar, &d_mu, &d_logvar, &seeds}) ||
+      !floats({&grad_y, &mu, &logvar, &d_mu, &d_logvar}) ||
+      !same_shapes({&grad_y, &mu, &logvar, &d_mu, &d_logvar}))
+    return false;
+  ReparameterizeBackwardParams p;
+  if (!NoiseArgument(seed, stream, offset).fill(p.noise, seeds, mu)) return false;
+  p.grad_y = grad_y, p.grad_side = grad_side, p.mu = mu, p.logvar = logvar;
+  p.d_mu = d_mu, p.d_logvar = d_logvar;
+  p.transform = static_cast<Transform>(transform);
+  p.side_kind = static_cast<Side>(side_kind);
+  p.side_scale = side_scale;
+  if (grad_side.defined()) {
+    p.rows = grad_side.numel;
+    if (grad_side.dtype != Dtype::f32 || !is_contiguous(grad_side)) return false;
+    if (grad_side.ndim != 0 && (mu.ndim == 0 || grad_side.numel != mu.shape[0])) return false;
+  }
+  p.threads = g_gate.threads();
+  return run(p, mu, &cpu::Kernels::reparameterize_backward);
+}
+
+bool gumbel_softmax(TensorArgument& logits, TensorArgument& y, TensorArgument& tau,
+                    py::handle seed, TensorArgument& seeds, py::handle stream, int64_t offset,
+                    bool hard) {
+  if (!same_device({&logits, &y, &tau, &seeds}) || !floats({&logits, &y}) ||
+      !same_shapes({&logits, &y}) || logits.ndim == 0 || !vector_of(tau, Dtype::f32, 1))
+    return false;
+  GumbelSoftmaxParams p;
+  if (!NoiseArgument(seed, stream, offset).fill(p.noise, seeds, logits)) return false;
+  p.logits = logits, p.y = y, p.tau = tau, p.hard = hard, p.threads = g_gate.threads();
+  return run(p, logits, &cpu::Kernels::gumbel_softmax);
+}
+
+bool gumbel_softmax_backward(TensorArgument& grad, TensorArgument& y, TensorArgument& logits,
+                             TensorArgument& tau, TensorArgument& d_logits, py::handle seed,
+                             TensorArgument& seeds, py::handle stream, int64_t offset) {
+  if (!same_device({&grad, &y, &logits, &tau, &d_logits, &seeds}) ||
+      !floats({&grad, &y, &logits, &d_logits}) ||
+      !same_shapes({&grad, &y, &logits, &d_logits}) || grad.ndim == 0 ||
+      !vector_of(tau, Dtype::f32, 1) || (!y.defined() && !logits.defined()))
+    return false;
+  GumbelSoftmaxBackwardParams p;
+  if (!NoiseArgument(seed, stream, offset).fill(p.noise, seeds, grad)) return false;
+  p.grad = grad, p.y = y, p.logits = logits, p.tau = tau, p.d_logits = d_logits;
+  p.threads = g_gate.threads();
+  return run(p, grad, &cpu::Kernels::gumbel_softmax_backward);
+}
+
+bool relaxed_bernoulli(TensorArgument& logits, TensorArgument& y, TensorArgument& tau,
+                       TensorArgument& grad, py::handle seed, TensorArgument& seeds,
+                       py::handle stream, int64_t offset, bool hard) {
+  if (!same_device({&logits, &y, &tau, &grad, &seeds}) || !floats({&logits, &y, &grad}) ||
+      !same_shapes({&logits, &y, &grad}) || !vector_of(tau, Dtype::f32, 1))
+    return false;
+  RelaxedBernoulliParams p;
+  if (!NoiseArgument(seed, stream, offset).fill(p.noise, seeds, logits)) return false;
+  p.logits = logits, p.y = y, p.tau = tau, p.grad = grad, p.hard = hard;
+  p.backward = grad.defined();
+  p.threads = g_gate.threads();
+  return run(p, logits, &cpu::Kernels::relaxed_bernoulli);
+}
+
+// Number of rows without a finite maximum, or -1 when not handled.
+int64_t categorical(TensorArgument& logits, TensorArgument& index, TensorArgument& temperature,
+                    TensorArgument& top_k, TensorArgument& top_p, TensorArgument& min_p,
+                    py::handle seed, TensorArgument& seeds, py::handle stream, int64_t offset) {
+  if (!same_device({&logits, &index, &temperature, &top_k, &top_p, &min_p, &seeds}) ||
+      !floats({&logits}) || logits.ndim == 0 || index.dtype != Dtype::i64 ||
+      !is_contiguous(index) || !logits.is_cpu())
+    return -1;
+  const int64_t cols = logits.shape[logits.ndim - 1], rows = cols ? logits.numel / cols : 0;
+  if (index.numel != rows) return -1;
+  const auto fits = [&](const TensorView& t, Dtype dtype) {
+    return vector_of(t, dtype, 1) || vector_of(t, dtype, rows);
+  };
+  if (!fits(temperature, Dtype::f32) || !fits(top_k, Dtype::i64) || !fits(top_p, Dtype::f32) ||
+      !fits(min_p, Dtype::f32))
+    return -1;
+  CategoricalParams p;
+  if (!NoiseArgument(seed, stream, offset).fill(p.noise, seeds, logits)) return -1;
+  p.logits = logits, p.index = index, p.temperature = temperature, p.top_k = top_k;
+  p.top_p = top_p, p.min_p = min_p, p.threads = g_gate.threads();
+  py::gil_scoped_release release;
+  return cpu::kernels().categorical(p);
+}
+
+py::dict build_info() {
+  py::dict info;
+  py::list isa;
+  for (const char* const* name = cpu::isa_usable(); *name != nullptr; ++name) isa.append(*name);
+  info["isa"] = cpu::isa_name();
+  info["isa_usable"] = isa;
+  info["threads"] = cpu::thread_runtime();
+  info["compiler"] = GENFAST_COMPILER;
+  info["cuda"] = bool(GENFAST_HAVE_CUDA);
+  info["cuda_archs"] = GENFAST_CUDA_ARCHS;
+  info["exchange_api"] = detail::type_cache().count > 0;
+  return info;
+}
+
+}  // namespace
+}  // namespace genfast
+
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+  using namespace genfast;
+  m.doc() = "Native kernels of genfast. Arguments are positional; use the Python functions.";
+  m.def(
+      "init",
+      [](py::handle torch) {
+        g_gate.init(torch);
+        register_tensor_type(torch.attr("Tensor").ptr());
+        register_tensor_type(torch.attr("nn").attr("Parameter").ptr());
+      },
+      "Takes the handles of torch that the gate and the caster need.");
+  PyObject* function = PyCFunction_New(&g_gate_method, nullptr);
+  if (function == nullptr) throw py::error_already_set();
+  m.add_object("gate", py::reinterpret_steal<py::object>(function));
+  m.def("build_info", &build_info);
+  m.def("random", &genfast::random);
+  m.def("reparameterize", &reparameterize);
+  m.def("reparameterize_backward", &reparameterize_backward);
+  m.def("gumbel_softmax", &gumbel_softmax);
+  m.def("gumbel_softmax_backward", &gumbel_softmax_backward);
+  m.def("relaxed_bernoulli", &relaxed_bernoulli);
+  m.def("categorical", &categorical);
+}

@@ -1,0 +1,38 @@
+// The CPU kernels of one ISA level, and the choice of the level.
+#pragma once
+#include "api/rng.h"
+#include "api/sampling.h"
+
+namespace genfast::cpu {
+
+struct Kernels {
+  void (*random)(const RandomParams&);
+  void (*reparameterize)(const ReparameterizeParams&);
+  void (*reparameterize_backward)(const ReparameterizeBackwardParams&);
+  void (*gumbel_softmax)(const GumbelSoftmaxParams&);
+  void (*gumbel_softmax_backward)(const GumbelSoftmaxBackwardParams&);
+  void (*relaxed_bernoulli)(const RelaxedBernoulliParams&);
+  int64_t (*categorical)(const CategoricalParams&);
+};
+
+// The best level this processor runs, or the one that GENFAST_ISA names; fixed at the first call.
+const Kernels& kernels();
+const char* isa_name();
+// Levels built into the binary that this processor runs, best first; null-terminated.
+const char* const* isa_usable();
+
+}  // namespace genfast::cpu
+
+// Every kernel file is compiled once per level with GENFAST_ISA = base, v2, v3, v4 or neon.
+#if defined(GENFAST_ISA)
+namespace genfast::cpu::GENFAST_ISA {
+void random(const RandomParams&);
+void reparameterize(const ReparameterizeParams&);
+void reparameterize_backward(const ReparameterizeBackwardParams&);
+void gumbel_softmax(const GumbelSoftmaxParams&);
+void gumbel_softmax_backward(const GumbelSoftmaxBackwardParams&);
+void relaxed_bernoulli(const RelaxedBernoulliParams&);
+int64_t categorical(const CategoricalParams&);
+extern const Kernels table;
+}  // namespace genfast::cpu::GENFAST_ISA
+#endif

@@ -1,0 +1,102 @@
+// Noise for the CPU kernels of every family: a chunk of contract values in L1, and the walk over
+// rows and chunks that all elementwise kernels share.
+#pragma once
+#include "api/rng.h"
+#include "cpu/parallel.h"
+#include "cpu/stage.h"
+#include "math/rng.h"
+
+namespace genfast::cpu {
+namespace {
+
+struct alignas(64) NoiseChunk {
+  float data[kChunk + 128];
+};
+
+inline uint64_t seed_of_row(const Noise& noise, int64_t row) {
+  if (noise.seeds == nullptr) return noise.seed;
+  return static_cast<uint64_t>(noise.seeds[noise.n_seeds > 1 ? row : 0]);
+}
+
+// One Philox block per lane, starting at block `first`.
+inline Words<u32v> philox_blocks(uint64_t seed, uint64_t stream, uint64_t first) {
+  u32v iota;
+  for (int i = 0; i < W; ++i) iota[i] = i;
+  const u32v low = static_cast<uint32_t>(first) + iota;
+  const u32v carry = as_unsigned(low < iota) & 1u;
+  return philox4x32_10<u32v>(low, static_cast<uint32_t>(first >> 32) + carry,
+                             splat(static_cast<uint32_t>(stream)),
+                             splat(static_cast<uint32_t>(stream >> 32)),
+                             static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+}
+
+// How the four words of a block become four values.
+struct UniformMap {
+  static void map(const Words<u32v>& w, f32v* v) {
+    v[0] = uniform<f32v>(w.w0), v[1] = uniform<f32v>(w.w1);
+    v[2] = uniform<f32v>(w.w2), v[3] = uniform<f32v>(w.w3);
+  }
+};
+struct NormalMap {
+  static void map(const Words<u32v>& w, f32v* v) {
+    box_muller<f32v>(w.w0, w.w1, v[0], v[1]);
+    box_muller<f32v>(w.w2, w.w3, v[2], v[3]);
+  }
+};
+template <f32v (*value)(u32v)>
+struct EachMap {
+  static void map(const Words<u32v>& w, f32v* v) {
+    v[0] = value(w.w0), v[1] = value(w.w1), v[2] = value(w.w2), v[3] = value(w.w3);
+  }
+};
+inline f32v exponential_lane(u32v w) { return exponential_noise<f32v>(w); }
+inline f32v gumbel_lane(u32v w) { return gumbel_noise<f32v>(w); }
+inline f32v logistic_lane(u32v w) { return logistic_noise<f32v>(w); }
+inline f32v bits_lane(u32v w) { return from_bits(w); }
+using ExponentialMap = EachMap<exponential_lane>;
+using GumbelMap = EachMap<gumbel_lane>;
+using LogisticMap = EachMap<logistic_lane>;
+using BitsMap = EachMap<bits_lane>;
+
+// Values of elements [first, first + n), n <= kChunk, written to `to` when the range starts at a
+// block boundary and fills it, else to `buffer`; returns where they are. 4 W values a turn.
+template <class Map>
+const float* noise_values(uint64_t seed, uint64_t stream, uint64_t first, int n, NoiseChunk& buffer,
+                          float* to = nullptr) {
+  const int skip = static_cast<int>(first & 3);
+  float* out = to != nullptr && skip == 0 && n % (4 * W) == 0 ? to : buffer.data;
+  uint64_t block = first >> 2;
+  for (int i = 0; i < skip + n; i += 4 * W, block += W) {
+    f32v v[4];
+    Map::map(philox_blocks(seed, stream, block), v);
+    store_interleaved(out + i, v[0], v[1], v[2], v[3]);
+  }
+  return out + skip;
+}
+
+// Calls fn(chunk number, row, first element of the chunk within the row, count) over rows x cols in
+// chunks of at most kChunk. Chunk borders depend on the shape alone, never on the threads.
+template <class Fn>
+void for_chunks(int64_t rows, int64_t cols, int threads, Fn&& fn) {
+  const int64_t per_row = (cols + kChunk - 1) / kChunk, total = rows * per_row;
+  if (total == 0) return;
+  if (rows * cols < 8 * kChunk) threads = 1;  // under ~20 us of work a second thread costs more
+  int64_t grain = total / (int64_t{8} * (threads > 0 ? threads : 8));
+  grain = grain < 1 ? 1 : grain > 256 ? 256 : grain;
+  parallel_for((total + grain - 1) / grain, threads, [&](int64_t task) {
+    const int64_t end = (task + 1) * grain < total ? (task + 1) * grain : total;
+    for (int64_t c = task * grain; c < end; ++c) {
+      const int64_t row = c / per_row, first = (c - row * per_row) * kChunk;
+      const int64_t left = cols - first;
+      fn(c, row, first, static_cast<int>(left < kChunk ? left : kChunk));
+    }
+  });
+}
+
+// Rows of dim 0 when there is one seed per row, else one row.
+inline int64_t noise_rows(const Noise& noise, const TensorView& t) {
+  return noise.seeds != nullptr && noise.n_seeds > 1 && t.ndim > 0 ? t.shape[0] : 1;
+}
+
+}  // namespace
+}  // namespace genfast::cpu

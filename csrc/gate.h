@@ -1,0 +1,94 @@
+// The choice between the direct road and the others, in one call (~0.4 us for two tensors).
+#pragma once
+#include <pybind11/pybind11.h>
+
+namespace genfast {
+
+enum Road : int {
+  kSlow = 0,    // anything unusual: modes, functorch, forward AD, subclasses, negative views
+  kDirect = 1,  // plain tensors, no gradient wanted: allocate and call the kernel
+  kGrad = 2,    // plain tensors, a gradient is wanted: autograd.Function
+};
+
+class Gate {
+ public:
+  // Handles of torch's own queries, taken once at import.
+  void init(pybind11::handle torch) {
+    auto grab = [](pybind11::handle o, const char* name) {
+      return PyObject_GetAttrString(o.ptr(), name);
+    };
+    pybind11::object c = torch.attr("_C"), functorch = c.attr("_functorch");
+    tensor_ = grab(torch, "Tensor");
+    parameter_ = grab(torch.attr("nn"), "Parameter");
+    is_grad_enabled_ = grab(c, "is_grad_enabled");
+    dispatch_modes_ = grab(c, "_len_torch_dispatch_stack");
+    functorch_level_ = grab(functorch, "maybe_current_level");
+    threads_ = grab(torch, "get_num_threads");
+    forward_ad_ = pybind11::module_::import("torch.autograd.forward_ad").attr("__dict__").ptr();
+    current_level_ = PyUnicode_InternFromString("_current_level");
+    requires_grad_ = PyUnicode_InternFromString("requires_grad");
+    is_neg_ = PyUnicode_InternFromString("is_neg");
+    if (PyErr_Occurred()) throw pybind11::error_already_set();
+    ready_ = true;
+  }
+
+  int operator()(PyObject* const* args, Py_ssize_t count) const {
+    if (!ready_) return kSlow;
+    if (call_int(dispatch_modes_) != 0) return kSlow;
+    PyObject* level = PyObject_CallNoArgs(functorch_level_);
+    if (level == nullptr) return fail();
+    Py_DECREF(level);
+    if (level != Py_None) return kSlow;
+    PyObject* forward = PyDict_GetItem(forward_ad_, current_level_);  // borrowed
+    if (forward != nullptr && PyLong_AsLong(forward) >= 0) return kSlow;
+    bool wanted = false;
+    for (Py_ssize_t i = 0; i < count; ++i) {
+      PyObject* x = args[i];
+      if (x == Py_None) continue;
+      PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(x));
+      if (type != tensor_ && type != parameter_) return kSlow;
+      PyObject* negative = PyObject_CallMethodNoArgs(x, is_neg_);
+      if (negative == nullptr) return fail();
+      Py_DECREF(negative);
+      if (negative == Py_True) return kSlow;
+      PyObject* grad = PyObject_GetAttr(x, requires_grad_);
+      if (grad == nullptr) return fail();
+      Py_DECREF(grad);
+      wanted |= grad == Py_True;
+    }
+    if (!wanted) return kDirect;
+    PyObject* enabled = PyObject_CallNoArgs(is_grad_enabled_);
+    if (enabled == nullptr) return fail();
+    Py_DECREF(enabled);
+    return enabled == Py_True ? kGrad : kDirect;
+  }
+
+  int threads() const {
+    const long n = ready_ ? call_int(threads_) : 0;
+    return n > 0 ? static_cast<int>(n) : 0;
+  }
+
+ private:
+  static int fail() {
+    PyErr_Clear();
+    return kSlow;
+  }
+  static long call_int(PyObject* f) {
+    PyObject* r = PyObject_CallNoArgs(f);
+    if (r == nullptr) {
+      PyErr_Clear();
+      return -1;
+    }
+    const long v = PyLong_AsLong(r);
+    Py_DECREF(r);
+    return v;
+  }
+
+  bool ready_ = false;
+  PyObject *tensor_ = nullptr, *parameter_ = nullptr, *is_grad_enabled_ = nullptr,
+           *dispatch_modes_ = nullptr, *functorch_level_ = nullptr, *threads_ = nullptr,
+           *forward_ad_ = nullptr, *current_level_ = nullptr, *requires_grad_ = nullptr,
+           *is_neg_ = nullptr;
+};
+
+}  // namespace genfast

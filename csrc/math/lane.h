@@ -1,0 +1,202 @@
+// Lane types: the per-element maths of every family is a template over them, written once.
+//   CPU: a vector of W lanes (GCC/Clang vector extensions, W from the ISA level of the file).
+//   GPU thread, or GENFAST_SCALAR_LANES: plain float / uint32_t / int32_t.
+// All functions are static and always inlined: the same header is compiled at several ISA levels
+// and the linker must never choose one level's copy for another.
+#pragma once
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define GENFAST_FN static __host__ __device__ __forceinline__
+#else
+#define GENFAST_FN [[maybe_unused]] static inline __attribute__((always_inline))
+#endif
+
+#if !defined(__CUDACC__) && !defined(GENFAST_SCALAR_LANES)
+#define GENFAST_VECTOR_LANES 1
+#if defined(__SSE2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+#else
+#include <math.h>
+#include <string.h>
+#endif
+
+namespace genfast {
+
+// ---- scalar lanes -----------------------------------------------------------------------------
+
+GENFAST_FN uint32_t bits(float x) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_uint(x);
+#else
+  uint32_t u;
+  __builtin_memcpy(&u, &x, 4);
+  return u;
+#endif
+}
+GENFAST_FN float from_bits(uint32_t u) {
+#if defined(__CUDA_ARCH__)
+  return __uint_as_float(u);
+#else
+  float x;
+  __builtin_memcpy(&x, &u, 4);
+  return x;
+#endif
+}
+GENFAST_FN float to_float(int32_t i) { return static_cast<float>(i); }
+GENFAST_FN int32_t to_int(float x) { return static_cast<int32_t>(x); }  // toward zero
+GENFAST_FN int32_t as_signed(uint32_t u) { return static_cast<int32_t>(u); }
+GENFAST_FN uint32_t as_unsigned(int32_t i) { return static_cast<uint32_t>(i); }
+GENFAST_FN float select(bool m, float a, float b) { return m ? a : b; }
+GENFAST_FN float square_root(float x) {
+#if defined(__CUDA_ARCH__)
+  return __fsqrt_rn(x);
+#else
+  return __builtin_sqrtf(x);
+#endif
+}
+GENFAST_FN float fused_multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+GENFAST_FN uint32_t multiply_high(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  return __umulhi(a, b);
+#else
+  return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32);
+#endif
+}
+
+template <class F>
+struct lane {  // the integer partners of a float lane
+  using U = uint32_t;
+  using I = int32_t;
+  static constexpr int width = 1;
+};
+
+#if GENFAST_VECTOR_LANES
+// ---- vector lanes -----------------------------------------------------------------------------
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+typedef float f32v __attribute__((vector_size(4 * W)));
+typedef uint32_t u32v __attribute__((vector_size(4 * W)));
+typedef int32_t i32v __attribute__((vector_size(4 * W)));
+
+template <>
+struct lane<f32v> {
+  using U = u32v;
+  using I = i32v;
+  static constexpr int width = W;
+};
+
+GENFAST_FN u32v bits(f32v x) { return (u32v)x; }
+GENFAST_FN f32v from_bits(u32v u) { return (f32v)u; }
+GENFAST_FN f32v to_float(i32v i) { return __builtin_convertvector(i, f32v); }
+GENFAST_FN i32v to_int(f32v x) { return __builtin_convertvector(x, i32v); }
+GENFAST_FN i32v as_signed(u32v u) { return (i32v)u; }
+GENFAST_FN u32v as_unsigned(i32v i) { return (u32v)i; }
+GENFAST_FN f32v select(i32v m, f32v a, f32v b) { return m ? a : b; }
+GENFAST_FN f32v splat(float x) { return f32v{} + x; }
+GENFAST_FN u32v splat(uint32_t x) { return u32v{} + x; }
+
+GENFAST_FN f32v load(const float* p) {
+  f32v v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+GENFAST_FN void store(float* p, f32v v) { __builtin_memcpy(p, &v, sizeof v); }
+
+GENFAST_FN f32v square_root(f32v x) {
+#if defined(__AVX512F__)
+  return (f32v)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__)
+  return (f32v)_mm256_sqrt_ps((__m256)x);
+#elif defined(__SSE2__)
+  return (f32v)_mm_sqrt_ps((__m128)x);
+#else
+  for (int i = 0; i < W; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+
+GENFAST_FN f32v fused_multiply_add(f32v a, f32v b, f32v c) {
+#if defined(__AVX512F__)
+  return (f32v)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (f32v)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_NEON)
+  return (f32v)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;  // no fused unit below v3: callers that need one rounding do not run here
+#endif
+}
+
+// High 32 bits of the 64-bit products (the low ones are plain a * b).
+GENFAST_FN u32v multiply_high(u32v a, uint32_t b) {
+#if defined(__AVX512F__)
+  const __m512i m = _mm512_set1_epi32(static_cast<int>(b)), x = (__m512i)a;
+  const __m512i even = _mm512_mul_epu32(x, m), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), m);
+  return (u32v)_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
+#elif defined(__AVX2__)
+  const __m256i m = _mm256_set1_epi32(static_cast<int>(b)), x = (__m256i)a;
+  const __m256i even = _mm256_mul_epu32(x, m), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), m);
+  return (u32v)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+#elif defined(__SSE2__)
+  const __m128i m = _mm_set1_epi32(static_cast<int>(b)), x = (__m128i)a;
+  const __m128i even = _mm_mul_epu32(x, m), odd = _mm_mul_epu32(_mm_srli_epi64(x, 32), m);
+  const __m128i high = _mm_set_epi32(-1, 0, -1, 0);
+  return (u32v)_mm_or_si128(_mm_srli_epi64(even, 32), _mm_and_si128(odd, high));
+#else
+  u32v r;
+  for (int i = 0; i < W; ++i) r[i] = multiply_high(a[i], b);
+  return r;
+#endif
+}
+
+// Low and high half of x0 y0 x1 y1 … over the whole vector.
+GENFAST_FN void interleave(f32v x, f32v y, f32v& low, f32v& high) {
+#if defined(__AVX512F__)
+  low = __builtin_shufflevector(x, y, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  high = __builtin_shufflevector(x, y, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15,
+                                 31);
+#elif defined(__AVX2__)
+  low = __builtin_shufflevector(x, y, 0, 8, 1, 9, 2, 10, 3, 11);
+  high = __builtin_shufflevector(x, y, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+  low = __builtin_shufflevector(x, y, 0, 4, 1, 5);
+  high = __builtin_shufflevector(x, y, 2, 6, 3, 7);
+#endif
+}
+
+// p[4 j + i] = v_i[j]: four words per counter, counters in lanes.
+GENFAST_FN void store_interleaved(float* p, f32v v0, f32v v1, f32v v2, f32v v3) {
+  f32v a, b, c, d, o0, o1, o2, o3;
+  interleave(v0, v2, a, b);
+  interleave(v1, v3, c, d);
+  interleave(a, c, o0, o1);
+  interleave(b, d, o2, o3);
+  store(p, o0);
+  store(p + W, o1);
+  store(p + 2 * W, o2);
+  store(p + 3 * W, o3);
+}
+#endif  // GENFAST_VECTOR_LANES
+
+// ---- either kind ------------------------------------------------------------------------------
+
+template <class F>
+GENFAST_FN F minimum(F a, F b) {  // b when either is NaN
+  return select(a < b, a, b);
+}
+template <class F>
+GENFAST_FN F maximum(F a, F b) {
+  return select(a > b, a, b);
+}
+
+}  // namespace genfast
