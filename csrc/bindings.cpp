@@ -273,6 +273,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   PyObject* function = PyCFunction_New(&g_gate_method, nullptr);
   if (function == nullptr) throw py::error_already_set();
   m.add_object("gate", py::reinterpret_steal<py::object>(function));
+  m.def("force_slow_road", [](bool on) { g_gate.force_slow_road(on); });
   m.def("build_info", &build_info);
   m.def("random", &genfast::random);
   m.def("reparameterize", &reparameterize);

@@ -33,7 +33,7 @@ class Gate {
   }
 
   int operator()(PyObject* const* args, Py_ssize_t count) const {
-    if (!ready_) return kSlow;
+    if (!ready_ || forced_) return kSlow;
     if (call_int(dispatch_modes_) != 0) return kSlow;
     PyObject* level = PyObject_CallNoArgs(functorch_level_);
     if (level == nullptr) return fail();
@@ -63,6 +63,9 @@ class Gate {
     return enabled == Py_True ? kGrad : kDirect;
   }
 
+  // A backend was forced: every call takes the slow road, which looks.
+  void force_slow_road(bool on) { forced_ = on; }
+
   int threads() const {
     const long n = ready_ ? call_int(threads_) : 0;
     return n > 0 ? static_cast<int>(n) : 0;
@@ -84,7 +87,7 @@ class Gate {
     return v;
   }
 
-  bool ready_ = false;
+  bool ready_ = false, forced_ = false;
   PyObject *tensor_ = nullptr, *parameter_ = nullptr, *is_grad_enabled_ = nullptr,
            *dispatch_modes_ = nullptr, *functorch_level_ = nullptr, *threads_ = nullptr,
            *forward_ad_ = nullptr, *current_level_ = nullptr, *requires_grad_ = nullptr,

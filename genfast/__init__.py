@@ -1,0 +1,38 @@
+"""genfast: fused attention, diffusion noise scheduling and reparameterized sampling for PyTorch."""
+
+from importlib.metadata import version as _version
+
+from genfast.ops._backend import backend, get_backend, set_backend
+from genfast.ops.rng import NOISE_VERSION, rand, rand_like, randint, randn, randn_like
+from genfast.ops.sampling import (
+    gaussian_kl,
+    gumbel_softmax,
+    log_normal,
+    relaxed_bernoulli,
+    reparameterize,
+    sample_categorical,
+    sample_tokens,
+    tanh_normal,
+)
+
+__version__ = _version("genfast")
+
+__all__ = [
+    "NOISE_VERSION",
+    "backend",
+    "gaussian_kl",
+    "get_backend",
+    "gumbel_softmax",
+    "log_normal",
+    "rand",
+    "rand_like",
+    "randint",
+    "randn",
+    "randn_like",
+    "relaxed_bernoulli",
+    "reparameterize",
+    "sample_categorical",
+    "sample_tokens",
+    "set_backend",
+    "tanh_normal",
+]

@@ -1,0 +1,1 @@
+"""Public functions: one file per family, each with its road, op registration and backward."""

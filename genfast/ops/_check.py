@@ -1,0 +1,116 @@
+"""Checks of the slow road. Each message names the argument, what was expected, what came and what
+to do. The fast roads never run them: the native side answers "not handled" and the call lands here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+MAX_DIMS = 12  # of the native tensor view
+
+
+def describe(x: Any) -> str:
+    if isinstance(x, torch.Tensor):
+        return f"a {str(x.dtype).removeprefix('torch.')} tensor of shape {tuple(x.shape)} on {x.device}"
+    return f"{type(x).__name__} {x!r}"
+
+
+def tensor(name: str, x: Any, dtypes: Sequence[torch.dtype] = FLOATS) -> None:
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(
+            f"{name}: expected a torch.Tensor, got {describe(x)}; wrap it with torch.as_tensor"
+        )
+    if x.dtype not in dtypes:
+        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(
+            f"{name}: expected dtype {names}, got {describe(x)}; "
+            f"convert it with .to({dtypes[0]})"
+        )
+    if x.layout is not torch.strided:
+        raise TypeError(
+            f"{name}: expected a dense (strided) tensor, got layout {x.layout}; use .to_dense()"
+        )
+    if x.dim() > MAX_DIMS:
+        raise ValueError(
+            f"{name}: expected at most {MAX_DIMS} dimensions, got {x.dim()}; flatten some"
+        )
+
+
+def same_device(**tensors: Any) -> None:
+    devices = {k: x.device for k, x in tensors.items() if isinstance(x, torch.Tensor)}
+    if len(set(devices.values())) > 1:
+        got = ", ".join(f"{k} on {d}" for k, d in devices.items())
+        raise ValueError(f"expected all tensors on one device, got {got}; move them with .to()")
+
+
+def broadcastable(**tensors: torch.Tensor) -> None:
+    try:
+        torch.broadcast_shapes(*(x.shape for x in tensors.values()))
+    except RuntimeError:
+        got = ", ".join(f"{k} {tuple(x.shape)}" for k, x in tensors.items())
+        raise ValueError(
+            f"expected shapes that broadcast together, got {got}; reshape or expand one"
+        ) from None
+
+
+def same_shape(name: str, x: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    if x.shape != other.shape:
+        raise ValueError(
+            f"{name}: expected the shape of {other_name}, {tuple(other.shape)}, "
+            f"got {tuple(x.shape)}; reshape or expand it"
+        )
+
+
+def choice(name: str, value: Any, table: Iterable) -> None:
+    table = tuple(table)
+    if value not in table:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, table))}, got {value!r}")
+
+
+def number(
+    name: str, value: Any, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False
+) -> None:
+    """A finite Python number (or 0-dim tensor, whose value is not read) within [low, high]."""
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1:
+            raise ValueError(
+                f"{name}: expected a number or a tensor of one element, got {describe(value)}"
+            )
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {describe(value)}")
+    fits = (value > low if open_low else value >= low) and value <= high
+    if not (math.isfinite(value) and fits):
+        bounds = f"{'>' if open_low else '>='} {low}" + ("" if high == math.inf else f", <= {high}")
+        raise ValueError(f"{name}: expected a finite number {bounds}, got {value!r}")
+
+
+def integer(name: str, value: Any, *, low: int | None = None, high: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int, got {describe(value)}")
+    if low is not None and value < low:
+        raise ValueError(f"{name}: expected an int >= {low}, got {value!r}")
+    if high is not None and value > high:
+        raise ValueError(f"{name}: expected an int <= {high}, got {value!r}")
+
+
+def output(out: Any, shape: Sequence[int], dtype: torch.dtype | None) -> None:
+    if out.requires_grad:
+        raise ValueError(
+            "out: expected a tensor that does not require grad, got requires_grad=True; "
+            "pass out.detach()"
+        )
+    if tuple(out.shape) != tuple(shape):
+        raise ValueError(f"out: expected shape {tuple(shape)}, got {tuple(out.shape)}")
+    if dtype is not None and out.dtype != dtype:
+        raise TypeError(f"out: expected dtype {dtype}, got {out.dtype}; leave dtype out or match it")
+    if any(n > 1 and s == 0 for n, s in zip(out.shape, out.stride(), strict=True)):
+        raise ValueError(
+            "out: expected memory of its own for every element, got an expanded tensor; "
+            "pass out.contiguous()"
+        )

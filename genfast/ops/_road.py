@@ -1,0 +1,90 @@
+"""The roads of a call: direct kernel, autograd.Function, composite reference, registered op.
+
+Every public function asks `gate` once (about 0.4 us) and takes the first road that fits:
+
+* DIRECT: plain tensors, no gradient wanted. Allocate and call the kernel.
+* GRAD: plain tensors, a gradient is wanted. `autograd.Function` in `forward(ctx, ...)` style.
+* otherwise `slow`: checks that name the wrong argument, then the registered op (tracing, fake
+  tensors, subclasses) or, under function transforms, forward-mode AD and in fp64, the reference
+  composed with native noise: plain torch maths that differentiates any number of times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.autograd import forward_ad
+
+from genfast._native import _C
+
+SLOW, DIRECT, GRAD = 0, 1, 2
+
+gate = _C.gate
+is_compiling = torch.compiler.is_compiling
+
+# fp64 runs on the reference: the kernels accumulate in fp32.
+KERNEL_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
+
+LIB = torch.library.Library("genfast", "FRAGMENT")
+
+
+def transforming() -> bool:
+    """A functorch transform or a forward-mode AD level is active."""
+    return (
+        torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+    )
+
+
+def define(
+    schema: str,
+    impl: Callable,
+    fake: Callable,
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+):
+    """Registers `genfast::<schema>` for every device and returns its default overload."""
+    name = schema.split("(", 1)[0]
+    LIB.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    LIB.impl(name, impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"genfast::{name}", fake, lib=LIB)
+    if backward is not None:
+        torch.library.register_autograd(
+            f"genfast::{name}", backward, setup_context=setup_context, lib=LIB
+        )
+    return getattr(torch.ops.genfast, name).default
+
+
+def wants_graph() -> bool:
+    """Inside a backward: is a differentiable backward asked for (create_graph=True)?"""
+    return torch.is_grad_enabled() and not is_compiling()
+
+
+def differentiable_backward(
+    composite: Callable, inputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of `composite(*inputs)` (a tensor or a tuple) that can be differentiated again.
+
+    inputs: the saved tensors, still part of the outer graph. grads: one per output, or None.
+    """
+    with torch.enable_grad():
+        outputs = composite(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        pairs = [
+            (o, g)
+            for o, g in zip(outputs, grads, strict=True)
+            if g is not None and o.requires_grad
+        ]
+        wanted = [x for x in inputs if x.requires_grad]
+        if not pairs or not wanted:
+            return tuple(None for _ in inputs)
+        found = iter(
+            torch.autograd.grad(
+                [o for o, _ in pairs],
+                wanted,
+                [g for _, g in pairs],
+                create_graph=True,
+                allow_unused=True,
+            )
+        )
+        return tuple(next(found) if x.requires_grad else None for x in inputs)

@@ -1,0 +1,206 @@
+"""rng: values of the noise contract. A value is a pure function of (seed, stream, element).
+
+The mapping is version 1 (`NOISE_VERSION`); changing it would be a breaking change. Source: Salmon
+et al. 2011 (Philox4x32-10), Box & Muller 1958; the exact steps stand in `genfast.reference.rng`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from genfast.ops import _check, _noise
+from genfast.ops._backend import native_device
+from genfast.ops._road import _C, DIRECT, define, gate, is_compiling
+from genfast.reference import rng as reference
+
+NOISE_VERSION = 1
+
+# The order of the native enum `Distribution`.
+DISTRIBUTIONS = {name: i for i, name in enumerate((*reference.DISTRIBUTIONS, "integer", "bits"))}
+_UNIFORM, _NORMAL, _INTEGER = 0, 1, 5
+_INTEGERS = (torch.int64, torch.int32)
+
+
+def _fill(out: Tensor, distribution: int, seed, seeds, stream, offset, low=0, span=1) -> Tensor:
+    """Writes contract values into `out` on whatever device it lives."""
+    if out.numel() == 0 or out.device.type == "meta":
+        return out
+    if _C.random(out, distribution, seed, seeds, stream, offset, low, span):
+        return out
+    # A device without native kernels, or a layout the kernel refuses: draw on the CPU and copy.
+    host = torch.empty(out.shape, dtype=out.dtype)
+    host_seeds = None if seeds is None else seeds.cpu().contiguous()
+    if not _C.random(host, distribution, seed, host_seeds, stream, offset, low, span):
+        raise TypeError(
+            f"dtype: expected float32, float16, bfloat16 or float64 (int64 or int32 for integers), "
+            f"got {out.dtype}"
+        )
+    return out.copy_(host)
+
+
+def _impl(size, distribution, seed, seeds, stream, offset, low, span, dtype, device):
+    out = torch.empty(size, dtype=dtype, device=device)
+    return _fill(out, distribution, seed, seeds, stream, offset, low, span)
+
+
+def _fake(size, distribution, seed, seeds, stream, offset, low, span, dtype, device):
+    return torch.empty(size, dtype=dtype, device=device)
+
+
+random_op = define(
+    "random(SymInt[] size, int distribution, SymInt seed, Tensor? seeds, SymInt stream, "
+    "SymInt offset, SymInt low, SymInt span, ScalarType dtype, Device device) -> Tensor",
+    _impl,
+    _fake,
+)
+
+
+@torch.library.register_vmap("genfast::random")
+def _random_vmap(info, in_dims, size, distribution, seed, seeds, *rest):
+    """Only `seeds` can be batched: each lane draws with its own."""
+    lanes = seeds.movedim(in_dims[3], 0).unbind(0)
+    return torch.stack([random_op(size, distribution, seed, s, *rest) for s in lanes]), 0
+
+
+def noise_like(x: Tensor, distribution: str, seed, seeds, stream, offset) -> Tensor:
+    """Contract noise of x's shape, dtype and device, through the op: for composites."""
+    return random_op(
+        x.shape, DISTRIBUTIONS[distribution], _noise.signed(seed), seeds, _noise.signed(stream),
+        offset, 0, 1, x.dtype, x.device,
+    )  # fmt: skip
+
+
+def _sizes(size: tuple) -> tuple:
+    return tuple(size[0]) if len(size) == 1 and isinstance(size[0], (tuple, list)) else size
+
+
+def _draw(
+    size, distribution, seed, stream, offset, generator, dtype, device, out, low=0, span=1
+) -> Tensor:
+    if not is_compiling() and out is None and gate() == DIRECT and type(seed) is int:
+        try:
+            result = torch.empty(size, dtype=dtype, device=device)
+            if _C.random(result, distribution, seed, None, stream, offset, low, span):
+                return result
+        except (TypeError, ValueError):
+            pass  # the checks below name the argument
+    for n in size:
+        _check.integer("size", n, low=0)
+    integers = distribution >= _INTEGER
+    if out is not None:
+        _check.tensor("out", out, _INTEGERS if integers else _check.FLOATS)
+        _check.output(out, size or out.shape, dtype)
+        if device is not None and out.device != torch.device(device):
+            raise ValueError(f"out: expected it on {device}, got {out.device}")
+        size, dtype, device = out.shape, out.dtype, out.device
+    dtype = dtype or (torch.int64 if integers else torch.get_default_dtype())
+    allowed = _INTEGERS if integers else _check.FLOATS
+    if dtype not in allowed:
+        raise TypeError(f"dtype: expected one of {', '.join(map(str, allowed))}, got {dtype}")
+    device = torch.device(device) if device is not None else torch.get_default_device()
+    _noise.check(seed, stream, offset, generator, size, seed.device if isinstance(seed, Tensor)
+                 else device)  # fmt: skip
+    seed, seeds = _noise.resolve(seed, generator, device)
+    if seeds is not None and seeds.device != device and native_device(device):
+        seeds = seeds.to(device)
+    if out is not None and not is_compiling():
+        if integers and not out.is_contiguous():
+            return out.copy_(_fill(torch.empty_like(out, memory_format=torch.contiguous_format),
+                                   distribution, seed, seeds, stream, offset, low, span))  # fmt: skip
+        return _fill(out, distribution, seed, seeds, stream, offset, low, span)
+    drawn = random_op(
+        size, distribution, _noise.signed(seed), seeds, _noise.signed(stream), offset, low, span,
+        dtype, device,
+    )  # fmt: skip
+    return drawn if out is None else out.copy_(drawn)
+
+
+def rand(
+    *size, seed=None, stream=0, offset=0, generator=None, dtype=None, device=None, out=None
+) -> Tensor:
+    """Uniform noise in [0, 1), 24 bits, the same on every backend.
+
+    size: ints or one tuple. seed: int, or int64 tensor of one seed or one per row of dim 0 (a row
+    is then a function of its own seed), or None: drawn from torch's generator (or `generator`).
+    stream: separates uses of one seed. offset: index of the first element (a shard's start).
+    dtype: float32 (default), float16, bfloat16 (rounded toward zero, so that 1 never occurs) or
+    float64 (the fp32 value widened). out: a tensor of this shape, any strides, no grad.
+    Raises TypeError / ValueError naming the argument.
+    """
+    return _draw(
+        _sizes(size), _UNIFORM, seed, stream, offset, generator, dtype, device, out
+    )  # fmt: skip
+
+
+def randn(
+    *size, seed=None, stream=0, offset=0, generator=None, dtype=None, device=None, out=None
+) -> Tensor:
+    """Standard normal noise, |x| up to 6.7, the same bits on every backend.
+
+    Arguments and errors as in `rand`; 16-bit values are the fp32 ones rounded to nearest.
+    """
+    return _draw(
+        _sizes(size), _NORMAL, seed, stream, offset, generator, dtype, device, out
+    )  # fmt: skip
+
+
+def _like(x, distribution, seed, stream, offset, generator, dtype, device):
+    if not isinstance(x, Tensor):
+        _check.tensor("x", x)
+    return _draw(
+        x.shape, distribution, seed, stream, offset, generator, dtype or x.dtype,
+        device or x.device, None,
+    )  # fmt: skip
+
+
+def rand_like(x: Tensor, *, seed=None, stream=0, offset=0, generator=None, dtype=None, device=None):
+    """`rand` with the shape, dtype and device of x."""
+    return _like(x, _UNIFORM, seed, stream, offset, generator, dtype, device)
+
+
+def randn_like(
+    x: Tensor, *, seed=None, stream=0, offset=0, generator=None, dtype=None, device=None
+):
+    """`randn` with the shape, dtype and device of x."""
+    return _like(x, _NORMAL, seed, stream, offset, generator, dtype, device)
+
+
+def randint(
+    low: int,
+    high: int,
+    size,
+    *,
+    seed=None,
+    stream=0,
+    offset=0,
+    generator=None,
+    dtype=None,
+    device=None,
+    out=None,
+) -> Tensor:
+    """Integers in [low, high), high - low <= 2**32; int64 (default) or int32.
+
+    Multiply-shift of one 32-bit word (Lemire 2019): bias at most (high - low) / 2**32.
+    """
+    _check.integer("low", low, low=-(2**63), high=2**63 - 1)
+    _check.integer("high", high, low=-(2**63), high=2**63)
+    if not 0 < high - low <= 2**32:
+        raise ValueError(
+            f"high: expected low < high <= low + 2**32, got low {low} and high {high}; "
+            "compose two draws for a wider range"
+        )
+    if dtype == torch.int32 and not (-(2**31) <= low and high <= 2**31):
+        raise ValueError(f"dtype: int32 cannot hold [{low}, {high}); use torch.int64")
+    size = (size,) if isinstance(size, int) else tuple(size)
+    return _draw(
+        size, _INTEGER, seed, stream, offset, generator, dtype or torch.int64, device, out, low,
+        high - low,
+    )  # fmt: skip
+
+
+def random_bits(*size, seed=0, stream=0, offset=0) -> Tensor:
+    """The raw Philox words as int32 bit patterns on the CPU: for known-answer tests."""
+    return _draw(
+        _sizes(size), DISTRIBUTIONS["bits"], seed, stream, offset, None, torch.int32, None, None
+    )

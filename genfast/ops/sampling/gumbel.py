@@ -1,0 +1,254 @@
+"""Gumbel-softmax and the relaxed Bernoulli (Jang et al. 2017; Maddison et al. 2017).
+
+Saved for backward: the soft sample, or for hard samples the logits and the seed.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from genfast.ops import _check, _noise
+from genfast.ops._backend import forced_reference
+from genfast.ops._road import (
+    _C,
+    DIRECT,
+    KERNEL_DTYPES,
+    define,
+    differentiable_backward,
+    gate,
+    is_compiling,
+    transforming,
+    wants_graph,
+)
+from genfast.ops.rng import noise_like
+from genfast.reference import sampling as reference
+
+# One row per function: native forward, native backward, reference, distribution of the noise.
+
+
+def _softmax_forward(logits, y, tau, seed, seeds, stream, offset, hard):
+    return _C.gumbel_softmax(logits, y, tau, seed, seeds, stream, offset, hard)
+
+
+def _softmax_backward(grad, y, logits, tau, d_logits, seed, seeds, stream, offset):
+    return _C.gumbel_softmax_backward(
+        grad, y, None if y is not None else logits, tau, d_logits, seed, seeds, stream, offset
+    )
+
+
+def _bernoulli_forward(logits, y, tau, seed, seeds, stream, offset, hard):
+    return _C.relaxed_bernoulli(logits, y, tau, None, seed, seeds, stream, offset, hard)
+
+
+def _bernoulli_backward(grad, y, logits, tau, d_logits, seed, seeds, stream, offset):
+    return _C.relaxed_bernoulli(logits, d_logits, tau, grad, seed, seeds, stream, offset, False)
+
+
+FAMILY = {
+    "gumbel_softmax": (
+        _softmax_forward, _softmax_backward, reference.gumbel_softmax, "gumbel"
+    ),
+    "relaxed_bernoulli": (
+        _bernoulli_forward, _bernoulli_backward, reference.relaxed_bernoulli, "logistic"
+    ),
+}  # fmt: skip
+
+
+def _native(name, logits, tau, seed, seeds, stream, offset, hard):
+    y = torch.empty_like(logits)
+    return y if FAMILY[name][0](logits, y, tau, seed, seeds, stream, offset, hard) else None
+
+
+def _native_backward(name, grad, y, logits, tau, seed, seeds, stream, offset):
+    d_logits = torch.empty_like(logits)
+    if not FAMILY[name][1](grad, y, logits, tau, d_logits, seed, seeds, stream, offset):
+        raise RuntimeError("genfast: the backward kernel refused what the forward kernel took")
+    return d_logits
+
+
+def _composite(name, seed, seeds, stream, offset, hard, logits, tau):
+    noise = noise_like(logits, FAMILY[name][3], seed, seeds, stream, offset)
+    return FAMILY[name][2](logits, noise, tau, hard)
+
+
+def _kernel_takes(logits: Tensor) -> bool:
+    return logits.dtype in KERNEL_DTYPES and logits.device.type == "cpu"
+
+
+def _save(name, ctx, inputs, output):
+    logits, tau, seed, seeds, stream, offset, hard = inputs
+    # The soft sample is all that the softmax's backward needs; logits are kept for the rest.
+    keep = name == "gumbel_softmax" and not hard
+    ctx.save_for_backward(logits, tau, seeds, output if keep else None)
+    ctx.rest = (seed, stream, offset, hard)
+
+
+def _gradients(name, ctx, grad, first_order):
+    logits, tau, seeds, y = ctx.saved_tensors
+    seed, stream, offset, hard = ctx.rest
+    if wants_graph() or tau.requires_grad:
+        composite = partial(_composite, name, seed, seeds, stream, offset, hard)
+        found = differentiable_backward(composite, (logits, tau), [grad])
+        return found if wants_graph() else tuple(g if g is None else g.detach() for g in found)
+    return first_order(grad, y, logits, tau, seed, seeds, stream, offset), None
+
+
+def _register(name: str):
+    args = "Tensor tau, SymInt seed, Tensor? seeds, SymInt stream, SymInt offset"
+
+    def impl(logits, tau, seed, seeds, stream, offset, hard):
+        y = None
+        if _kernel_takes(logits):
+            y = _native(name, logits, tau.to(torch.float32), seed, seeds, stream, offset, hard)
+        if y is None:
+            y = _composite(name, seed, seeds, stream, offset, hard, logits, tau)
+        return y
+
+    def backward_impl(grad, y, logits, tau, seed, seeds, stream, offset):
+        if _kernel_takes(logits):
+            return _native_backward(
+                name, grad, y, logits, tau.to(torch.float32), seed, seeds, stream, offset
+            )
+        leaf = logits.detach().requires_grad_()
+        composite = partial(_composite, name, seed, seeds, stream, offset, False)
+        return differentiable_backward(lambda x: composite(x, tau), [leaf], [grad])[0].detach()
+
+    backward_op = define(
+        f"{name}_backward(Tensor grad, Tensor? y, Tensor logits, {args}) -> Tensor",
+        backward_impl,
+        lambda grad, y, logits, *rest: torch.empty_like(logits),
+    )
+
+    def op_backward(ctx, grad):
+        return (*_gradients(name, ctx, grad, backward_op), *[None] * 5)
+
+    def op_save(ctx, inputs, output):
+        _save(name, ctx, inputs, output)
+
+    op = define(
+        f"{name}(Tensor logits, {args}, bool hard) -> Tensor",
+        impl,
+        lambda logits, *rest: torch.empty_like(logits),
+        op_backward,
+        op_save,
+    )
+
+    class Road(Function):
+        @staticmethod
+        def forward(ctx, logits, tau, *rest):
+            y = _native(name, logits, tau, *rest)
+            _save(name, ctx, (logits, tau, *rest), y)
+            return y
+
+        @staticmethod
+        def backward(ctx, grad):
+            return (*_gradients(name, ctx, grad, partial(_native_backward, name)), *[None] * 5)
+
+    Road.__name__ = f"{name}_road"
+    return op, Road
+
+
+_REGISTERED = {name: _register(name) for name in FAMILY}
+_TAU_CACHE: dict[float, Tensor] = {}
+
+
+def _tau_tensor(tau, logits: Tensor) -> Tensor:
+    """tau as a 0-dim fp32 tensor; floats on the CPU are kept, to spare 1 us a call."""
+    if isinstance(tau, Tensor):
+        return tau.reshape(()) if tau.dim() else tau
+    if is_compiling() or logits.device.type != "cpu":
+        return torch.full((), float(tau), dtype=torch.float32, device=logits.device)
+    found = _TAU_CACHE.get(tau)
+    if found is None:
+        if len(_TAU_CACHE) >= 64:  # an annealed temperature: keep the dictionary small
+            _TAU_CACHE.clear()
+        with torch.inference_mode(False), torch.no_grad():
+            found = _TAU_CACHE[tau] = torch.tensor(float(tau), device="cpu")
+    return found
+
+
+def _relax(name, logits, tau, hard, seed, stream, offset, generator):
+    op, road_function = _REGISTERED[name]
+    if not is_compiling() and type(tau) is float and 0 < tau < float("inf"):
+        road = gate(logits)
+        if road and _kernel_takes(logits) and logits.dim() and not isinstance(seed, Tensor):
+            try:
+                tau_tensor = _tau_tensor(tau, logits)
+                int_seed, seeds = _noise.resolve(seed, generator, logits.device)
+                args = (logits, tau_tensor, int_seed, seeds, stream, offset, bool(hard))
+                y = _native(name, *args) if road == DIRECT else road_function.apply(*args)
+                if y is not None:
+                    return y
+            except (TypeError, ValueError):
+                _validate(logits, tau, seed, stream, offset, generator)
+                raise
+    _validate(logits, tau, seed, stream, offset, generator)
+    seed, seeds = _noise.resolve(seed, generator, logits.device)
+    seed, stream = _noise.signed(seed), _noise.signed(stream)
+    tau = _tau_tensor(tau, logits)
+    if logits.dtype == torch.float64 or forced_reference() or (
+        not is_compiling() and transforming()
+    ):  # fmt: skip
+        tau = tau.to(logits.dtype) if tau.dim() == 0 else tau
+        return _composite(name, seed, seeds, stream, offset, hard, logits, tau)
+    return op(logits, tau, seed, seeds, stream, offset, bool(hard))
+
+
+def _validate(logits, tau, seed, stream, offset, generator):
+    _check.tensor("logits", logits)
+    _check.number("tau", tau, low=0.0, open_low=True)
+    if isinstance(tau, Tensor):
+        _check.tensor("tau", tau)
+        _check.same_device(logits=logits, tau=tau)
+    _noise.check(seed, stream, offset, generator, logits.shape, logits.device)
+
+
+def gumbel_softmax(
+    logits: Tensor,
+    tau: float | Tensor = 1.0,
+    hard: bool = False,
+    dim: int = -1,
+    *,
+    seed=None,
+    stream: int = 0,
+    offset: int = 0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """softmax((logits + g) / tau) along dim, g ~ Gumbel(0, 1); hard: one-hot, straight-through.
+
+    logits: (..., V, ...), float32, float16, bfloat16 (fp32 inside) or float64. tau > 0: a float, or
+    a 0-dim tensor (whose value is not checked, and which gets a gradient). Noise elements are
+    counted in the logical order of logits.movedim(dim, -1). Returns the dtype of logits.
+    Raises TypeError / ValueError naming the argument. Jang et al. 2017; Maddison et al. 2017.
+    """
+    if dim != -1:
+        _check.tensor("logits", logits)
+        _check.integer("dim", dim, low=-max(logits.dim(), 1), high=max(logits.dim(), 1) - 1)
+        if logits.dim() and dim % logits.dim() != logits.dim() - 1:
+            moved = logits.movedim(dim, -1)
+            y = _relax("gumbel_softmax", moved, tau, hard, seed, stream, offset, generator)
+            return y.movedim(-1, dim)
+    if isinstance(logits, Tensor) and logits.dim() == 0:
+        raise ValueError("logits: expected at least one dimension, got a 0-dim tensor")
+    return _relax("gumbel_softmax", logits, tau, hard, seed, stream, offset, generator)
+
+
+def relaxed_bernoulli(
+    logits: Tensor,
+    tau: float | Tensor = 1.0,
+    hard: bool = False,
+    *,
+    seed=None,
+    stream: int = 0,
+    offset: int = 0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """sigmoid((logits + l) / tau), l ~ Logistic(0, 1); hard: 0 or 1, straight-through.
+
+    logits: any shape. Arguments and errors as in `gumbel_softmax`. Maddison et al. 2017, app. C.
+    """
+    return _relax("relaxed_bernoulli", logits, tau, hard, seed, stream, offset, generator)

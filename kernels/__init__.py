@@ -1,0 +1,1 @@
+"""Triton kernels, one file per family; the portable GPU path."""
