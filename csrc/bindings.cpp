@@ -93,7 +93,7 @@ struct NoiseArgument {
 
 // Runs a kernel without the GIL; a text returned by a CUDA launch becomes an exception.
 template <class Params>
-bool run(const Params& p, const TensorView& like, void (*cpu::Kernels::* kernel)(const Params&)) {
+bool run(const Params& p, const TensorView& like, void (*cpu::Kernels::*kernel)(const Params&)) {
   if (!like.is_cpu()) return false;
   if (like.numel < 4096) {  // releasing and taking the GIL again costs more than it frees
     (cpu::kernels().*kernel)(p);
@@ -129,9 +129,8 @@ bool random(TensorArgument& out, int distribution, py::handle seed, TensorArgume
 }
 
 bool reparameterize(TensorArgument& mu, TensorArgument& logvar, TensorArgument& y,
-                    TensorArgument& side, py::handle seed, TensorArgument& seeds,
-                    py::handle stream, int64_t offset, int transform, int side_kind,
-                    float side_scale) {
+                    TensorArgument& side, py::handle seed, TensorArgument& seeds, py::handle stream,
+                    int64_t offset, int transform, int side_kind, float side_scale) {
   if (!same_device({&mu, &logvar, &y, &side, &seeds}) || !floats({&mu, &logvar, &y}) ||
       !same_shapes({&mu, &logvar, &y}))
     return false;
@@ -153,10 +152,9 @@ bool reparameterize(TensorArgument& mu, TensorArgument& logvar, TensorArgument& 
 }
 
 bool reparameterize_backward(TensorArgument& grad_y, TensorArgument& grad_side, TensorArgument& mu,
-                             TensorArgument& logvar, TensorArgument& d_mu,
-                             TensorArgument& d_logvar, py::handle seed, TensorArgument& seeds,
-                             py::handle stream, int64_t offset, int transform, int side_kind,
-                             float side_scale) {
+                             TensorArgument& logvar, TensorArgument& d_mu, TensorArgument& d_logvar,
+                             py::handle seed, TensorArgument& seeds, py::handle stream,
+                             int64_t offset, int transform, int side_kind, float side_scale) {
   if (!same_device({&grad_y, &grad_side, &mu, &logvar, &d_mu, &d_logvar, &seeds}) ||
       !floats({&grad_y, &mu, &logvar, &d_mu, &d_logvar}) ||
       !same_shapes({&grad_y, &mu, &logvar, &d_mu, &d_logvar}))
@@ -177,9 +175,8 @@ bool reparameterize_backward(TensorArgument& grad_y, TensorArgument& grad_side, 
   return run(p, mu, &cpu::Kernels::reparameterize_backward);
 }
 
-bool gumbel_softmax(TensorArgument& logits, TensorArgument& y, TensorArgument& tau,
-                    py::handle seed, TensorArgument& seeds, py::handle stream, int64_t offset,
-                    bool hard) {
+bool gumbel_softmax(TensorArgument& logits, TensorArgument& y, TensorArgument& tau, py::handle seed,
+                    TensorArgument& seeds, py::handle stream, int64_t offset, bool hard) {
   if (!same_device({&logits, &y, &tau, &seeds}) || !floats({&logits, &y}) ||
       !same_shapes({&logits, &y}) || logits.ndim == 0 || !vector_of(tau, Dtype::f32, 1))
     return false;
@@ -193,9 +190,8 @@ bool gumbel_softmax_backward(TensorArgument& grad, TensorArgument& y, TensorArgu
                              TensorArgument& tau, TensorArgument& d_logits, py::handle seed,
                              TensorArgument& seeds, py::handle stream, int64_t offset) {
   if (!same_device({&grad, &y, &logits, &tau, &d_logits, &seeds}) ||
-      !floats({&grad, &y, &logits, &d_logits}) ||
-      !same_shapes({&grad, &y, &logits, &d_logits}) || grad.ndim == 0 ||
-      !vector_of(tau, Dtype::f32, 1) || (!y.defined() && !logits.defined()))
+      !floats({&grad, &y, &logits, &d_logits}) || !same_shapes({&grad, &y, &logits, &d_logits}) ||
+      grad.ndim == 0 || !vector_of(tau, Dtype::f32, 1) || (!y.defined() && !logits.defined()))
     return false;
   GumbelSoftmaxBackwardParams p;
   if (!NoiseArgument(seed, stream, offset).fill(p.noise, seeds, grad)) return false;

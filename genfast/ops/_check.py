@@ -28,8 +28,7 @@ def tensor(name: str, x: Any, dtypes: Sequence[torch.dtype] = FLOATS) -> None:
     if x.dtype not in dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(
-            f"{name}: expected dtype {names}, got {describe(x)}; "
-            f"convert it with .to({dtypes[0]})"
+            f"{name}: expected dtype {names}, got {describe(x)}; convert it with .to({dtypes[0]})"
         )
     if x.layout is not torch.strided:
         raise TypeError(
@@ -108,7 +107,9 @@ def output(out: Any, shape: Sequence[int], dtype: torch.dtype | None) -> None:
     if tuple(out.shape) != tuple(shape):
         raise ValueError(f"out: expected shape {tuple(shape)}, got {tuple(out.shape)}")
     if dtype is not None and out.dtype != dtype:
-        raise TypeError(f"out: expected dtype {dtype}, got {out.dtype}; leave dtype out or match it")
+        raise TypeError(
+            f"out: expected dtype {dtype}, got {out.dtype}; leave dtype out or match it"
+        )
     if any(n > 1 and s == 0 for n, s in zip(out.shape, out.stride(), strict=True)):
         raise ValueError(
             "out: expected memory of its own for every element, got an expanded tensor; "

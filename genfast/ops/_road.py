@@ -31,9 +31,7 @@ LIB = torch.library.Library("genfast", "FRAGMENT")
 
 def transforming() -> bool:
     """A functorch transform or a forward-mode AD level is active."""
-    return (
-        torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
-    )
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 def define(
@@ -71,9 +69,7 @@ def differentiable_backward(
         outputs = composite(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         pairs = [
-            (o, g)
-            for o, g in zip(outputs, grads, strict=True)
-            if g is not None and o.requires_grad
+            (o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad
         ]
         wanted = [x for x in inputs if x.requires_grad]
         if not pairs or not wanted:

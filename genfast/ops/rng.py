@@ -66,9 +66,17 @@ def _random_vmap(info, in_dims, size, distribution, seed, seeds, *rest):
 def noise_like(x: Tensor, distribution: str, seed, seeds, stream, offset) -> Tensor:
     """Contract noise of x's shape, dtype and device, through the op: for composites."""
     return random_op(
-        x.shape, DISTRIBUTIONS[distribution], _noise.signed(seed), seeds, _noise.signed(stream),
-        offset, 0, 1, x.dtype, x.device,
-    )  # fmt: skip
+        x.shape,
+        DISTRIBUTIONS[distribution],
+        _noise.signed(seed),
+        seeds,
+        _noise.signed(stream),
+        offset,
+        0,
+        1,
+        x.dtype,
+        x.device,
+    )
 
 
 def _sizes(size: tuple) -> tuple:
@@ -78,12 +86,18 @@ def _sizes(size: tuple) -> tuple:
 def _draw(
     size, distribution, seed, stream, offset, generator, dtype, device, out, low=0, span=1
 ) -> Tensor:
-    if not is_compiling() and out is None and gate() == DIRECT and type(seed) is int:
+    if (
+        not is_compiling()
+        and out is None
+        and gate() == DIRECT
+        and (type(seed) is int or (seed is None and generator is None))
+    ):
         try:
             result = torch.empty(size, dtype=dtype, device=device)
-            if _C.random(result, distribution, seed, None, stream, offset, low, span):
+            int_seed, seeds = _noise.resolve(seed, None, result.device)
+            if _C.random(result, distribution, int_seed, seeds, stream, offset, low, span):
                 return result
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RuntimeError):
             pass  # the checks below name the argument
     for n in size:
         _check.integer("size", n, low=0)
@@ -99,20 +113,29 @@ def _draw(
     if dtype not in allowed:
         raise TypeError(f"dtype: expected one of {', '.join(map(str, allowed))}, got {dtype}")
     device = torch.device(device) if device is not None else torch.get_default_device()
-    _noise.check(seed, stream, offset, generator, size, seed.device if isinstance(seed, Tensor)
-                 else device)  # fmt: skip
+    _noise.check(
+        seed, stream, offset, generator, size, seed.device if isinstance(seed, Tensor) else device
+    )
     seed, seeds = _noise.resolve(seed, generator, device)
     if seeds is not None and seeds.device != device and native_device(device):
         seeds = seeds.to(device)
     if out is not None and not is_compiling():
         if integers and not out.is_contiguous():
-            return out.copy_(_fill(torch.empty_like(out, memory_format=torch.contiguous_format),
-                                   distribution, seed, seeds, stream, offset, low, span))  # fmt: skip
+            dense = torch.empty(size, dtype=dtype, device=device)
+            return out.copy_(_fill(dense, distribution, seed, seeds, stream, offset, low, span))
         return _fill(out, distribution, seed, seeds, stream, offset, low, span)
     drawn = random_op(
-        size, distribution, _noise.signed(seed), seeds, _noise.signed(stream), offset, low, span,
-        dtype, device,
-    )  # fmt: skip
+        size,
+        distribution,
+        _noise.signed(seed),
+        seeds,
+        _noise.signed(stream),
+        offset,
+        low,
+        span,
+        dtype,
+        device,
+    )
     return drawn if out is None else out.copy_(drawn)
 
 
@@ -128,9 +151,7 @@ def rand(
     float64 (the fp32 value widened). out: a tensor of this shape, any strides, no grad.
     Raises TypeError / ValueError naming the argument.
     """
-    return _draw(
-        _sizes(size), _UNIFORM, seed, stream, offset, generator, dtype, device, out
-    )  # fmt: skip
+    return _draw(_sizes(size), _UNIFORM, seed, stream, offset, generator, dtype, device, out)
 
 
 def randn(
@@ -140,18 +161,23 @@ def randn(
 
     Arguments and errors as in `rand`; 16-bit values are the fp32 ones rounded to nearest.
     """
-    return _draw(
-        _sizes(size), _NORMAL, seed, stream, offset, generator, dtype, device, out
-    )  # fmt: skip
+    return _draw(_sizes(size), _NORMAL, seed, stream, offset, generator, dtype, device, out)
 
 
 def _like(x, distribution, seed, stream, offset, generator, dtype, device):
     if not isinstance(x, Tensor):
         _check.tensor("x", x)
     return _draw(
-        x.shape, distribution, seed, stream, offset, generator, dtype or x.dtype,
-        device or x.device, None,
-    )  # fmt: skip
+        x.shape,
+        distribution,
+        seed,
+        stream,
+        offset,
+        generator,
+        dtype or x.dtype,
+        device or x.device,
+        None,
+    )
 
 
 def rand_like(x: Tensor, *, seed=None, stream=0, offset=0, generator=None, dtype=None, device=None):
@@ -194,9 +220,18 @@ def randint(
         raise ValueError(f"dtype: int32 cannot hold [{low}, {high}); use torch.int64")
     size = (size,) if isinstance(size, int) else tuple(size)
     return _draw(
-        size, _INTEGER, seed, stream, offset, generator, dtype or torch.int64, device, out, low,
+        size,
+        _INTEGER,
+        seed,
+        stream,
+        offset,
+        generator,
+        dtype or torch.int64,
+        device,
+        out,
+        low,
         high - low,
-    )  # fmt: skip
+    )
 
 
 def random_bits(*size, seed=0, stream=0, offset=0) -> Tensor:

@@ -49,13 +49,14 @@ def _bernoulli_backward(grad, y, logits, tau, d_logits, seed, seeds, stream, off
 
 
 FAMILY = {
-    "gumbel_softmax": (
-        _softmax_forward, _softmax_backward, reference.gumbel_softmax, "gumbel"
-    ),
+    "gumbel_softmax": (_softmax_forward, _softmax_backward, reference.gumbel_softmax, "gumbel"),
     "relaxed_bernoulli": (
-        _bernoulli_forward, _bernoulli_backward, reference.relaxed_bernoulli, "logistic"
+        _bernoulli_forward,
+        _bernoulli_backward,
+        reference.relaxed_bernoulli,
+        "logistic",
     ),
-}  # fmt: skip
+}
 
 
 def _native(name, logits, tau, seed, seeds, stream, offset, hard):
@@ -190,9 +191,11 @@ def _relax(name, logits, tau, hard, seed, stream, offset, generator):
     seed, seeds = _noise.resolve(seed, generator, logits.device)
     seed, stream = _noise.signed(seed), _noise.signed(stream)
     tau = _tau_tensor(tau, logits)
-    if logits.dtype == torch.float64 or forced_reference() or (
-        not is_compiling() and transforming()
-    ):  # fmt: skip
+    if (
+        logits.dtype == torch.float64
+        or forced_reference()
+        or (not is_compiling() and transforming())
+    ):
         tau = tau.to(logits.dtype) if tau.dim() == 0 else tau
         return _composite(name, seed, seeds, stream, offset, hard, logits, tau)
     return op(logits, tau, seed, seeds, stream, offset, bool(hard))
