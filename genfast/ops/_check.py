@@ -16,7 +16,8 @@ MAX_DIMS = 12  # of the native tensor view
 
 def describe(x: Any) -> str:
     if isinstance(x, torch.Tensor):
-        return f"a {str(x.dtype).removeprefix('torch.')} tensor of shape {tuple(x.shape)} on {x.device}"
+        dtype = str(x.dtype).removeprefix("torch.")
+        return f"a {dtype} tensor of shape {tuple(x.shape)} on {x.device}"
     return f"{type(x).__name__} {x!r}"
 
 
