@@ -68,7 +68,8 @@ class Lin:
     __rmul__ = __mul__
 
     def __truediv__(self, c):
-        return Lin({k: v / float(c) for k, v in self.terms.items()})
+        with np.errstate(divide="ignore"):  # an infinite coefficient is reported by the plan, with its row
+            return Lin({k: np.float64(v) / float(c) for k, v in self.terms.items()})
 
     def __neg__(self):
         return self * -1.0
@@ -265,7 +266,8 @@ class PlanBuilder:
             logvar=(0.0, 0.0)):  # fmt: skip
         """Add a row: x <- prev, history <- save, and ``denoised`` on demand. ``x0`` is the unclamped form in x and m.
         draws: the peer draws noise here even if the coefficient is 0."""
-        self.rows.append(locals())
+        self.rows.append(dict(t=t, sigma=sigma, x0=x0, prev=prev, save=save, denoised=denoised, draws=draws, step=step,
+                              input_scale=input_scale, stage=stage, variance=variance, logvar=logvar))  # fmt: skip
 
     def build(self, *, init_noise_sigma=1.0, integer_timesteps=True) -> SolverPlan:
         R = len(self.rows)
@@ -279,17 +281,20 @@ class PlanBuilder:
         for r, row in enumerate(self.rows):
             column = {s: i for i, s in enumerate(SOURCES)} | {n: 2 + s for n, s in held.items()}
             saves = {n: f for n, f in (row["save"] or {}).items() if last_read.get(n, -1) > r}
-            outs = [row["prev"], *saves.values()]
             denoised = row["denoised"]
-            if denoised is not None and denoised not in outs:
-                outs = outs[:1] + [Lin({})] * (2 - len(outs)) + outs[1:] + [denoised]  # denoised is the last output
+            outs = [row["prev"], *saves.values()]
+            place = outs.index(denoised) if denoised in outs else -1
+            if denoised is not None and place < 0:  # an output of its own: always the last one
+                outs += [Lin({})] * (OUTPUTS - 1 - len(outs)) + [denoised]
+                place = OUTPUTS - 1
             if len(outs) > OUTPUTS:
                 raise ValueError(f"{self.name}: row {r} has {len(outs)} outputs, at most {OUTPUTS} fit")
             held = {n: s for n, s in held.items() if last_read[n] > r}
-            free = (s for s in range(1, SLOTS + 1) if s not in held.values())
-            for n in saves:
-                held[n] = next(free)
-                index[r, outs.index(saves[n], 1) - 1] = held[n]
+            for col, n in zip((WRITE_1, WRITE_2), saves, strict=False):
+                held[n] = next(s for s in range(1, SLOTS + 2) if s not in held.values())
+                index[r, col] = held[n]
+                if held[n] > SLOTS:
+                    raise ValueError(f"{self.name}: row {r} needs more than {SLOTS} history slots")
             c = np.zeros((OUTPUTS, len(SOURCES)))
             for i, form in enumerate(outs):
                 for n, v in form.terms.items():
@@ -300,7 +305,7 @@ class PlanBuilder:
             used = (c != 0).any(0)
             noise = NOISE_USED if used[-1] else NOISE_DRAWN if row["draws"] else NOISE_NONE
             index[r, DENOISED:] = (
-                -1 if denoised is None else outs.index(denoised), noise, VARIANCE[row["variance"]],
+                place, noise, VARIANCE[row["variance"]],
                 row["step"], row["stage"], sum(1 << int(s) for s in np.flatnonzero(used)),
             )  # fmt: skip
             slot_names = [""] * max(held.values(), default=0)
