@@ -101,6 +101,8 @@ def sa_solver_plan(
     def weights(j: int, nodes: list[int], q: float) -> list[float]:
         """Weight of the model output at each of ``nodes`` in the step from j to j+1."""
         h = lam[j + 1] - lam[j]
+        if s[j + 1] == 0:  # one node; the limits of the formulas below
+            return [a[j + 1]] if data else [-a[j + 1] * s[j] / a[j]]
         if h == 0:
             return [0.0] * len(nodes)
         unit = [(lam[k] - lam[j]) / h for k in nodes]
@@ -126,6 +128,8 @@ def sa_solver_plan(
         p, c = predictor_order, corrector_order
         if lower_order_final:
             p, c = min(p, N - i), min(c, N - i + 1)
+        if s[i + 1] == 0:
+            p = 1
         p, order_c = min(p, filled + 1), min(c, filled + 2)
         filled = min(filled + 1, depth)
         t2 = tau(grid.timesteps[i]) ** 2
