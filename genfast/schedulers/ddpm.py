@@ -61,8 +61,8 @@ def ddpm_plan(
             prev + sd * Z if noisy else prev,
             denoised=D,
             step=i,
-            variance=mode if noisy else "fixed",
-            logvar=(math.log(tilde), math.log(max(beta, 1e-20))) if noisy else (0.0, 0.0),
+            variance=mode,
+            logvar=(math.log(tilde), math.log(max(beta, 1e-20))),
         )
     return plan.build()
 

@@ -173,7 +173,7 @@ def dpm_solver_singlestep_plan(
         p = min(orders[i], i - begin + 1)
         base = i if p == 1 else base
         b = i - p + 1  # where this update starts in lambda
-        start = X if base == i else sym(f"x{base}")
+        start = X if base == i else sym(f"saved{base}")
         h = lam[i + 1] - lam[b]
         c_x, c_1, c_2, c_3, c_z = _weights(data, sde, a[i + 1], s[i + 1], a[b], s[b], h)
         m = {b: sym(f"D{b}"), i: D0}
@@ -190,6 +190,6 @@ def dpm_solver_singlestep_plan(
                 d0 = (sym(f"D{i - 1}") - m[b]) / r1
                 c_3 = c_3 - a[i + 1] if peer_d2 and data and sde else c_3
                 prev = prev + c_2 * (r0 * d0 - r1 * d1) / (r0 - r1) + c_3 * 2 * (d1 - d0) / (r0 - r1)
-        save = {f"D{i}": D0} | ({f"x{i}": X} if p == 1 else {})
+        save = {f"D{i}": D0} | ({f"saved{i}": X} if p == 1 else {})
         plan.row(grid.timesteps[i], grid.sigmas[i], x0, prev, save=save, denoised=D, draws=sde, step=i)
     return plan.build(init_noise_sigma=_init(grid))

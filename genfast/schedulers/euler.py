@@ -154,12 +154,12 @@ def _kdpm2(name, grid, prediction, clip, begin, target, noisy):
         s_mid = 0.0 if last else math.exp((math.log(s) + math.log(s_to)) / 2)
         form = ve(prediction, s)
         D = plan.x0(form)
-        plan.row(grid.timesteps[i], s, form, X + (X - D) / s * (s_mid - s), save={f"x{i}": X}, denoised=D,
+        plan.row(grid.timesteps[i], s, form, X + (X - D) / s * (s_mid - s), save={f"saved{i}": X}, denoised=D,
                  input_scale=input_scale("ve", s), step=i)  # fmt: skip
         if not last:
             form = ve(prediction, s_mid)
             D = plan.x0(form)
-            prev = sym(f"x{i}") + (X - D) / s_mid * (s_to - s) + up * Z
+            prev = sym(f"saved{i}") + (X - D) / s_mid * (s_to - s) + up * Z
             t_mid = sigma_to_t(s_mid, grid.table)
             plan.row(t_mid, s_mid, form, prev, denoised=D, input_scale=input_scale("ve", s_mid), draws=noisy, step=i,
                      stage=1)  # fmt: skip

@@ -242,6 +242,8 @@ def _dpm_single(c, steps, sch, o):
 
 
 def _edm_euler(c, steps, sch, o):
+    # its "sigma_min" is the last sigma visited, whatever that is
+    c = {**c, "final_sigmas_type": "repeat"} if c["final_sigmas_type"] == "sigma_min" else c
     return euler.edm_euler_plan(_edm(c, steps, o), **_pred(c), sigma_data=c["sigma_data"], **_pick(o, *CHURN, "begin"))
 
 

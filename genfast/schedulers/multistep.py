@@ -208,9 +208,9 @@ def unipc_plan(
         D0, D = history_entry(plan, x0, eps, predict_x0, a[i], s[i])
         x = X
         if i > begin and i - 1 not in disable_corrector:
-            x = update(sym(f"x{i - 1}"), i - 1, sym(f"D{i - 1}"), p, new=D0)
+            x = update(sym(f"saved{i - 1}"), i - 1, sym(f"D{i - 1}"), p, new=D0)
         p = min(order, N - i) if lower_order_final or s[-1] == 0 and i == N - 1 else order
         p = min(p, i - begin + 1)
         prev = update(x, i, D0, p)
-        plan.row(grid.timesteps[i], grid.sigmas[i], x0, prev, save={f"D{i}": D0, f"x{i}": x}, denoised=D, step=i)
+        plan.row(grid.timesteps[i], grid.sigmas[i], x0, prev, save={f"D{i}": D0, f"saved{i}": x}, denoised=D, step=i)
     return plan.build()

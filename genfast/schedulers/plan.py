@@ -190,6 +190,10 @@ class SolverPlan:
     def needs_noise(self, row: int) -> bool:
         return bool(self.index[row, NOISE] == NOISE_USED)
 
+    def draws_noise(self, row: int) -> bool:
+        """Whether the peer scheduler draws noise here, used or not."""
+        return bool(self.index[row, NOISE] != NOISE_NONE)
+
     def timestep(self, row: int) -> int | float:
         t = float(self.timesteps[row])
         return int(t) if self.integer_timesteps else t
@@ -264,8 +268,11 @@ class PlanBuilder:
     def row(self, t, sigma, x0: Lin, prev: Lin, *, save: dict[str, Lin] | None = None, denoised: Lin | None = None,
             input_scale=1.0, draws: bool = False, step: int = 0, stage: int = 0, variance="fixed",
             logvar=(0.0, 0.0)):  # fmt: skip
-        """Add a row: x <- prev, history <- save, and ``denoised`` on demand. ``x0`` is the unclamped form in x and m.
+        """Add a row: x <- prev, history <- save, and ``denoised`` on demand where an output is free for it. ``x0`` is the
+        unclamped form in x and m.
         draws: the peer draws noise here even if the coefficient is 0."""
+        if clash := set(save or {}) & set(SOURCES):
+            raise ValueError(f"save: {sorted(clash)} are names of sources")
         self.rows.append(dict(t=t, sigma=sigma, x0=x0, prev=prev, save=save, denoised=denoised, draws=draws, step=step,
                               input_scale=input_scale, stage=stage, variance=variance, logvar=logvar))  # fmt: skip
 
@@ -284,7 +291,7 @@ class PlanBuilder:
             denoised = row["denoised"]
             outs = [row["prev"], *saves.values()]
             place = outs.index(denoised) if denoised in outs else -1
-            if denoised is not None and place < 0:  # an output of its own: always the last one
+            if denoised is not None and place < 0 and len(outs) < OUTPUTS:  # an output of its own: always the last one
                 outs += [Lin({})] * (OUTPUTS - 1 - len(outs)) + [denoised]
                 place = OUTPUTS - 1
             if len(outs) > OUTPUTS:

@@ -68,8 +68,8 @@ def pndm_plan(
     for n in range(3):
         # k1 at t, k2 and k3 in the middle, k4 at the next timestep: the middle is counted from the cleaner end
         mid, end = t[n + 1] + half, t[n + 1]
-        x, e, acc = sym(f"x{n}"), sym(f"e{n}"), sym(f"acc{n}")
-        row(t[n], X, M, t[n], t[n] - half, {f"e{n}": M, f"x{n}": X}, n)
+        x, e, acc = sym(f"saved{n}"), sym(f"e{n}"), sym(f"acc{n}")
+        row(t[n], X, M, t[n], t[n] - half, {f"e{n}": M, f"saved{n}": X}, n)
         row(mid, x, M, t[n], mid, {f"acc{n}": e / 6 + M / 3}, n, 1)
         row(mid, x, M, t[n], mid - half, {f"acc{n}b": acc + M / 3}, n, 2)
         row(end, x, sym(f"acc{n}b") + M / 6, t[n], end, {}, n, 3)
