@@ -40,7 +40,7 @@ def diffusion_step(x, m, coef, *, history=(), noise=None, threshold=None, varian
             # a row that draws no noise has both bounds 0, and its z is unused
             z = z * torch.exp(0.5 * (f * hi + (1 - f) * lo))
         elif z is not None:
-            # off-noise rows may predict anything; only their (unused) root must not make NaN gradients
+            # a variance below 0 counts as 0; tiny keeps the root's gradient finite there
             z = z * v.clamp(min=torch.finfo(dtype).tiny).sqrt()
     x0 = _column(coef, D_X, x) * x_ + _column(coef, D_M, x) * m_
     x0 = torch.minimum(torch.maximum(x0, -_column(coef, CLIP, x)), _column(coef, CLIP, x))

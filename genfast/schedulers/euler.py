@@ -150,7 +150,7 @@ def _kdpm2(name, grid, prediction, clip, begin, target, noisy):
     for i in range(begin, len(grid)):
         s, s_next = grid.sigmas[i], grid.sigmas[i + 1]
         s_to, up = target(s, s_next)
-        last = i + 1 == len(grid)
+        last = s_to == 0
         s_mid = 0.0 if last else math.exp((math.log(s) + math.log(s_to)) / 2)
         form = ve(prediction, s)
         D = plan.x0(form)

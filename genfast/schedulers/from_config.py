@@ -67,13 +67,17 @@ def _kind(c):
     return on[0] if on else None
 
 
-def _alpha(c, steps, schedule, **kw):
+def _alpha(c, steps, schedule, o, **kw):
+    if "grid" in o:
+        return o["grid"]
     final = 1.0 if c.get("set_alpha_to_one", True) else float(schedule.alpha_bar[0])
     return alpha_grid(steps, schedule, spacing=c["timestep_spacing"], offset=c["steps_offset"], final_alpha_bar=final, **kw)
 
 
 def _ve_grid(c, steps, schedule, o, **kw):
     """Euler, Heun, KDPM2, LMS: sigmas at float timesteps, or re-spaced between the visited ends."""
+    if "grid" in o:
+        return o["grid"]
     if "sigmas" in o:  # Euler only: given sigmas, the last one included
         from .schedules import sigma_to_t
 
@@ -96,6 +100,8 @@ def _euler_grid(c, steps, schedule, o):
 
 def _lambda_grid(c, steps, schedule, o, *, final=None, round_t=True, floor_t=True, spacing=None):
     """DPM-Solver, DEIS, UniPC, SA-Solver: N+1 integer points, cleanest dropped. final=None reads final_sigmas_type."""
+    if "grid" in o:
+        return o["grid"]
     mu = o.get("mu")
     kind = _kind(c)
     if c.get("use_flow_sigmas") and kind is None:
@@ -122,6 +128,8 @@ def _lambda_grid(c, steps, schedule, o, *, final=None, round_t=True, floor_t=Tru
 
 
 def _unipc_grid(c, steps, schedule, o):
+    if "grid" in o:
+        return o["grid"]
     kind, T = _kind(c), len(schedule)
     last = c["final_sigmas_type"]
     if c["use_flow_sigmas"] and kind is None:
@@ -143,6 +151,8 @@ def _unipc_grid(c, steps, schedule, o):
 
 
 def _flow_grid(c, steps, o):
+    if "grid" in o:
+        return o["grid"]
     T = c["num_train_timesteps"]
     if c.get("use_dynamic_shifting") and o.get("mu") is None:
         raise ValueError("mu: expected a number because config.use_dynamic_shifting is set, got None")
@@ -163,6 +173,8 @@ def _flow_grid(c, steps, o):
 
 
 def _edm(c, steps, o):
+    if "grid" in o:
+        return o["grid"]
     return edm_grid(steps if o.get("sigmas") is None else o["sigmas"], sigma_min=c["sigma_min"], sigma_max=c["sigma_max"],
                     rho=c["rho"], kind=c["sigma_schedule"], final=c["final_sigmas_type"])  # fmt: skip
 
@@ -179,12 +191,12 @@ CHURN = ("s_churn", "s_tmin", "s_tmax", "s_noise")
 
 
 def _ddpm(c, steps, sch, o):
-    return ddpm.ddpm_plan(_alpha(c, steps, sch, chain="visited"), **_pred(c), variance=c["variance_type"], clip=_clip(c),
+    return ddpm.ddpm_plan(_alpha(c, steps, sch, o, chain="visited"), **_pred(c), variance=c["variance_type"], clip=_clip(c),
                           threshold=_threshold(c), **_pick(o, "begin"))  # fmt: skip
 
 
 def _ddim(c, steps, sch, o):
-    return ddpm.ddim_plan(_alpha(c, steps, sch, chain="stride"), **_pred(c), eta=o.get("eta", 0.0), clip=_clip(c),
+    return ddpm.ddim_plan(_alpha(c, steps, sch, o, chain="stride"), **_pred(c), eta=o.get("eta", 0.0), clip=_clip(c),
                           threshold=_threshold(c), use_clipped_eps=o.get("use_clipped_model_output", False),
                           **_pick(o, "begin"))  # fmt: skip
 
@@ -215,7 +227,7 @@ def _ve(maker, clip=False):
 
 
 def _pndm(c, steps, sch, o):
-    return pndm.pndm_plan(_alpha(c, steps, sch, chain="stride"), **_pred(c), skip_prk=c["skip_prk_steps"], **_pick(o, "begin"))
+    return pndm.pndm_plan(_alpha(c, steps, sch, o, chain="stride"), **_pred(c), skip_prk=c["skip_prk_steps"], **_pick(o, "begin"))
 
 
 def _ipndm(c, steps, sch, o):
@@ -282,7 +294,7 @@ def _distilled(c, steps, o):
 
 
 def _lcm(c, steps, sch, o):
-    return consistency.lcm_plan(_alpha(c, _distilled(c, steps, o), sch, chain="repeat"), **_pred(c), clip=_clip(c),
+    return consistency.lcm_plan(_alpha(c, _distilled(c, steps, o), sch, o, chain="repeat"), **_pred(c), clip=_clip(c),
                                 timestep_scaling=c["timestep_scaling"], threshold=_threshold(c),
                                 **_pick(o, "begin"))  # fmt: skip
 
@@ -295,7 +307,7 @@ def _tcd(c, steps, sch, o):
         t = origin[::-1][np.floor(np.linspace(0, len(origin), steps, endpoint=False)).astype(np.int64)]
     else:
         t = _distilled(c, steps, o)
-    return consistency.tcd_plan(_alpha(c, t, sch, chain="zero"), **_pred(c), eta=o.get("eta", 0.3), **_pick(o, "begin"))
+    return consistency.tcd_plan(_alpha(c, t, sch, o, chain="zero"), **_pred(c), eta=o.get("eta", 0.3), **_pick(o, "begin"))
 
 
 def _consistency(c, steps, sch, o):
@@ -376,6 +388,7 @@ def plan_from_config(
 
     num_inference_steps and options: what set_timesteps takes (timesteps, sigmas, mu, original_inference_steps, strength) and what
         step takes (eta, use_clipped_model_output, s_churn, s_tmin, s_tmax, s_noise, order), plus begin (set_begin_index).
+        grid= replaces the grid built from the config by an `AlphaGrid` or `SigmaGrid`.
     alphas_cumprod: (T,) to use instead of the one the config implies, such as the fp32 table of a live scheduler.
     compat: repeat diffusers' numbers where they are wrong but finite (see the package's list); False for the formula.
     Raises ValueError for an unknown class or a config that no plan can express.
@@ -392,6 +405,8 @@ def plan_from_config(
         steps = np.asarray(options["timesteps"])
     elif steps is None and options.get("timesteps") is not None:
         steps = len(options["timesteps"])
+    if steps is None and options.get("grid") is not None:
+        steps = len(options["grid"])
     if steps is None:
         raise ValueError("num_inference_steps: expected an int, or timesteps= or sigmas=, got None")
     schedule = None

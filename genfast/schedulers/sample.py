@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..reference.diffusion import diffusion_step, dynamic_threshold, guide
+from genfast.ops.rng import randn_like
+from genfast.reference.diffusion import diffusion_step, dynamic_threshold, guide
 from .plan import D_M, D_X, DENOISED, INPUT_SCALE, VARIANCE_MODE, WRITE_1, WRITE_2, SolverPlan
 
 
@@ -62,11 +63,14 @@ def step(plan: SolverPlan, state: SolverState, m: torch.Tensor, *, noise: torch.
 
 
 def _draw(x, row, seed, stream, generator):
-    """Noise of one row. With a torch generator the peer's stream is followed draw by draw; with a seed, row k is stream + k."""
-    if seed is None:
-        return torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-    g = torch.Generator(device="cpu").manual_seed((seed * 1_000_003 + stream + row) % 2**63)
-    return torch.randn(x.shape, dtype=torch.float32, generator=g).to(x)
+    """Noise of one row: contract noise of (seed, stream + row), or torch's, drawn as diffusers does."""
+    if seed is not None:
+        return randn_like(x, seed=seed, stream=stream + row)
+    if isinstance(generator, (list, tuple)):  # one per sample
+        return torch.cat([_draw(x[b : b + 1], row, None, stream, g) for b, g in enumerate(generator)])
+    # a CPU generator also serves a sample on another device
+    where = x.device if generator is None else generator.device
+    return torch.randn(x.shape, dtype=x.dtype, device=where, generator=generator).to(x.device)
 
 
 def sample(
@@ -74,9 +78,9 @@ def sample(
     plan: SolverPlan,
     x_T: torch.Tensor,
     *,
-    seed: int | None = None,
+    seed: int | torch.Tensor | None = None,
     stream: int = 0,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | list | None = None,
     guidance: float | tuple | dict | None = None,
     callback: Callable[[int, SolverState], SolverState | None] | None = None,
     progress: bool = False,
@@ -86,8 +90,9 @@ def sample(
 
     model: called as model(x, t) with x scaled for it and t an int (or float, if the plan says so); returns m like x. With
         guidance it is called as model(x, t) and must return (cond, uncond).
-    seed, stream: noise of row k is stream + k of this seed, the same on every machine. generator: draw from torch instead, in the order
-        and number of the peer scheduler's draws. Neither: torch's default generator.
+    seed, stream: row k adds the noise of (seed, stream + k), the same on every machine; an int64 tensor (B,) seeds each sample
+        by itself. generator (or one per sample): draw from torch instead, in number and order as diffusers does. Neither:
+        torch's default generator.
     guidance: scale, or a dict of arguments of `genfast.reference.diffusion.guide` such as dict(scale=5.0, method="apg").
     callback: called after each row with (row, state), state.denoised included; may return a changed state.
     progress: show a tqdm bar. state: continue from here instead of x_T at row 0.

@@ -22,7 +22,7 @@ from ._special import beta_ppf
 
 
 def _frozen(a, dtype=np.float64) -> np.ndarray:
-    a = np.array(a, dtype=dtype)
+    a = np.asarray(a).astype(dtype)
     a.flags.writeable = False
     return a
 
