@@ -45,6 +45,13 @@ bool same_device(Views views) {
 #endif
 }
 
+// What the kernel reads or writes without asking is there.
+bool given(Views views) {
+  for (const TensorView* v : views)
+    if (!v->defined()) return false;
+  return true;
+}
+
 bool floats(Views views) {
   for (const TensorView* v : views)
     if (v->defined() && !is_float(v->dtype)) return false;
@@ -71,11 +78,26 @@ struct NoiseArgument {
   uint64_t seed, stream;
   int64_t offset;
   NoiseArgument(py::handle s, py::handle st, int64_t o)
-      : seed(PyLong_AsUnsignedLongLongMask(s.ptr())),
-        stream(PyLong_AsUnsignedLongLongMask(st.ptr())),
-        offset(o) {
-    if (PyErr_Occurred()) throw py::error_already_set();
-    if (offset < 0) throw py::value_error("offset: expected >= 0, got " + std::to_string(offset));
+      : seed(word("seed", s)), stream(word("stream", st)), offset(o) {
+    // The bound leaves room for offset + element in 63 bits.
+    if (offset < 0 || offset > int64_t{1} << 62)
+      throw py::value_error("offset: expected 0 <= offset <= 2**62, got " + std::to_string(offset));
+  }
+  // 64 bits of an int in [-2**63, 2**64): a wider one would repeat another's noise.
+  static uint64_t word(const char* name, py::handle x) {
+    if (!PyLong_Check(x.ptr()) || PyBool_Check(x.ptr()))
+      throw py::type_error(std::string(name) + ": expected an int, got " +
+                           Py_TYPE(x.ptr())->tp_name);
+    int overflow = 0;
+    const long long value = PyLong_AsLongLongAndOverflow(x.ptr(), &overflow);
+    if (overflow == 0) return static_cast<uint64_t>(value);
+    const unsigned long long wide = overflow > 0 ? PyLong_AsUnsignedLongLong(x.ptr()) : 0;
+    if (overflow < 0 || PyErr_Occurred()) {
+      PyErr_Clear();
+      throw py::value_error(std::string(name) +
+                            ": expected an int in [-2**63, 2**64), got a wider one");
+    }
+    return wide;
   }
   // Fills `noise` for a tensor of this shape; false when the seeds do not fit it.
   bool fill(Noise& noise, const TensorView& seeds, const TensorView& like) const {
@@ -106,7 +128,8 @@ bool run(const Params& p, const TensorView& like, void (*cpu::Kernels::* kernel)
 
 bool random(TensorArgument& out, int distribution, py::handle seed, TensorArgument& seeds,
             py::handle stream, int64_t offset, int64_t low, uint64_t range) {
-  if (!same_device({&out, &seeds})) return false;
+  if (!given({&out}) || !same_device({&out, &seeds})) return false;
+  if (distribution < 0 || distribution > static_cast<int>(Distribution::bits)) return false;
   RandomParams p;
   p.out = out;
   p.distribution = static_cast<Distribution>(distribution);
@@ -128,11 +151,23 @@ bool random(TensorArgument& out, int distribution, py::handle seed, TensorArgume
   return run(p, out, &cpu::Kernels::random);
 }
 
+// Values of the native enums; anything else would select no code at all.
+bool known(int transform, int side_kind) {
+  return transform >= 0 && transform <= static_cast<int>(Transform::exp) && side_kind >= 0 &&
+         side_kind <= static_cast<int>(Side::log_prob);
+}
+
+// Functions of whole rows take one seed per row: a single row (1-d) has one seed.
+bool row_seeds(const TensorView& seeds, const TensorView& t) {
+  return !seeds.defined() || seeds.numel == 1 || t.ndim > 1;
+}
+
 bool reparameterize(TensorArgument& mu, TensorArgument& logvar, TensorArgument& y,
                     TensorArgument& side, py::handle seed, TensorArgument& seeds,
                     py::handle stream, int64_t offset, int transform, int side_kind,
                     float side_scale) {
-  if (!same_device({&mu, &logvar, &y, &side, &seeds}) || !floats({&mu, &logvar, &y}) ||
+  if (!given({&mu, &logvar}) || !known(transform, side_kind) ||
+      !same_device({&mu, &logvar, &y, &side, &seeds}) || !floats({&mu, &logvar, &y}) ||
       !same_shapes({&mu, &logvar, &y}))
     return false;
   ReparameterizeParams p;
@@ -157,7 +192,8 @@ bool reparameterize_backward(TensorArgument& grad_y, TensorArgument& grad_side, 
                              TensorArgument& d_logvar, py::handle seed, TensorArgument& seeds,
                              py::handle stream, int64_t offset, int transform, int side_kind,
                              float side_scale) {
-  if (!same_device({&grad_y, &grad_side, &mu, &logvar, &d_mu, &d_logvar, &seeds}) ||
+  if (!given({&mu, &logvar, &d_mu, &d_logvar}) || !known(transform, side_kind) ||
+      !same_device({&grad_y, &grad_side, &mu, &logvar, &d_mu, &d_logvar, &seeds}) ||
       !floats({&grad_y, &mu, &logvar, &d_mu, &d_logvar}) ||
       !same_shapes({&grad_y, &mu, &logvar, &d_mu, &d_logvar}))
     return false;
@@ -180,7 +216,8 @@ bool reparameterize_backward(TensorArgument& grad_y, TensorArgument& grad_side, 
 bool gumbel_softmax(TensorArgument& logits, TensorArgument& y, TensorArgument& tau,
                     py::handle seed, TensorArgument& seeds, py::handle stream, int64_t offset,
                     bool hard) {
-  if (!same_device({&logits, &y, &tau, &seeds}) || !floats({&logits, &y}) ||
+  if (!given({&logits, &y, &tau}) || !row_seeds(seeds, logits) ||
+      !same_device({&logits, &y, &tau, &seeds}) || !floats({&logits, &y}) ||
       !same_shapes({&logits, &y}) || logits.ndim == 0 || !vector_of(tau, Dtype::f32, 1))
     return false;
   GumbelSoftmaxParams p;
@@ -192,7 +229,8 @@ bool gumbel_softmax(TensorArgument& logits, TensorArgument& y, TensorArgument& t
 bool gumbel_softmax_backward(TensorArgument& grad, TensorArgument& y, TensorArgument& logits,
                              TensorArgument& tau, TensorArgument& d_logits, py::handle seed,
                              TensorArgument& seeds, py::handle stream, int64_t offset) {
-  if (!same_device({&grad, &y, &logits, &tau, &d_logits, &seeds}) ||
+  if (!given({&grad, &tau, &d_logits}) || !row_seeds(seeds, grad) ||
+      !same_device({&grad, &y, &logits, &tau, &d_logits, &seeds}) ||
       !floats({&grad, &y, &logits, &d_logits}) ||
       !same_shapes({&grad, &y, &logits, &d_logits}) || grad.ndim == 0 ||
       !vector_of(tau, Dtype::f32, 1) || (!y.defined() && !logits.defined()))
@@ -207,7 +245,7 @@ bool gumbel_softmax_backward(TensorArgument& grad, TensorArgument& y, TensorArgu
 bool relaxed_bernoulli(TensorArgument& logits, TensorArgument& y, TensorArgument& tau,
                        TensorArgument& grad, py::handle seed, TensorArgument& seeds,
                        py::handle stream, int64_t offset, bool hard) {
-  if (!same_device({&logits, &y, &tau, &grad, &seeds}) || !floats({&logits, &y, &grad}) ||
+  if (!given({&logits, &y, &tau}) || !same_device({&logits, &y, &tau, &grad, &seeds}) || !floats({&logits, &y, &grad}) ||
       !same_shapes({&logits, &y, &grad}) || !vector_of(tau, Dtype::f32, 1))
     return false;
   RelaxedBernoulliParams p;
@@ -222,7 +260,8 @@ bool relaxed_bernoulli(TensorArgument& logits, TensorArgument& y, TensorArgument
 int64_t categorical(TensorArgument& logits, TensorArgument& index, TensorArgument& temperature,
                     TensorArgument& top_k, TensorArgument& top_p, TensorArgument& min_p,
                     py::handle seed, TensorArgument& seeds, py::handle stream, int64_t offset) {
-  if (!same_device({&logits, &index, &temperature, &top_k, &top_p, &min_p, &seeds}) ||
+  if (!given({&logits, &index}) || !row_seeds(seeds, logits) ||
+      !same_device({&logits, &index, &temperature, &top_k, &top_p, &min_p, &seeds}) ||
       !floats({&logits}) || logits.ndim == 0 || index.dtype != Dtype::i64 ||
       !is_contiguous(index) || !logits.is_cpu())
     return -1;
