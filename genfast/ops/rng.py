@@ -78,15 +78,21 @@ def _sizes(size: tuple) -> tuple:
 def _draw(
     size, distribution, seed, stream, offset, generator, dtype, device, out, low=0, span=1
 ) -> Tensor:
-    if not is_compiling() and out is None and gate() == DIRECT and type(seed) is int:
+    plain = not is_compiling() and gate(out) == DIRECT
+    if plain and out is None and type(seed) is int and generator is None:
         try:
-            result = torch.empty(size, dtype=dtype, device=device)
+            kind = torch.int64 if dtype is None and distribution == _INTEGER else dtype
+            result = torch.empty(size, dtype=kind, device=device)
             if _C.random(result, distribution, seed, None, stream, offset, low, span):
                 return result
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RuntimeError):
             pass  # the checks below name the argument
     for n in size:
         _check.integer("size", n, low=0)
+    if len(size) > _check.MAX_DIMS:
+        raise ValueError(
+            f"size: expected at most {_check.MAX_DIMS} dimensions, got {len(size)}; flatten some"
+        )
     integers = distribution >= _INTEGER
     if out is not None:
         _check.tensor("out", out, _INTEGERS if integers else _check.FLOATS)
@@ -104,7 +110,9 @@ def _draw(
     seed, seeds = _noise.resolve(seed, generator, device)
     if seeds is not None and seeds.device != device and native_device(device):
         seeds = seeds.to(device)
-    if out is not None and not is_compiling():
+    if out is not None and plain:
+        if not out.is_inference():
+            torch.autograd.graph.increment_version(out)  # autograd must see the overwrite
         if integers and not out.is_contiguous():
             return out.copy_(_fill(torch.empty_like(out, memory_format=torch.contiguous_format),
                                    distribution, seed, seeds, stream, offset, low, span))  # fmt: skip
@@ -190,11 +198,12 @@ def randint(
             f"high: expected low < high <= low + 2**32, got low {low} and high {high}; "
             "compose two draws for a wider range"
         )
-    if dtype == torch.int32 and not (-(2**31) <= low and high <= 2**31):
+    kept = out.dtype if dtype is None and isinstance(out, Tensor) else dtype
+    if kept == torch.int32 and not (-(2**31) <= low and high <= 2**31):
         raise ValueError(f"dtype: int32 cannot hold [{low}, {high}); use torch.int64")
-    size = (size,) if isinstance(size, int) else tuple(size)
+    size = tuple(size) if isinstance(size, (tuple, list)) else (size,)
     return _draw(
-        size, _INTEGER, seed, stream, offset, generator, dtype or torch.int64, device, out, low,
+        size, _INTEGER, seed, stream, offset, generator, dtype, device, out, low,
         high - low,
     )  # fmt: skip
 
