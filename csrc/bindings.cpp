@@ -1,130 +1,19 @@
 // The one list of native entry points. Each validates what would otherwise crash, picks the device
 // and calls the kernel; the maths is below. A `false` means "not handled here" (device, dtype,
 // layout): Python then takes the slow road, which names the argument that is wrong.
-#include <pybind11/pybind11.h>
-
-#include <initializer_list>
-#include <string>
-
 #include "api/rng.h"
 #include "api/sampling.h"
-#include "caster.h"
-#include "cpu/kernels.h"
+#include "binding.h"
 #include "cpu/parallel.h"
-#include "gate.h"
-
-namespace py = pybind11;
 
 namespace genfast {
 namespace {
-
-Gate g_gate;
 
 PyObject* gate(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return PyLong_FromLong(g_gate(args, count));
 }
 PyMethodDef g_gate_method = {"gate", reinterpret_cast<PyCFunction>(gate), METH_FASTCALL,
                              "gate(*tensors) -> int: 1 direct, 2 gradient wanted, 0 slow road"};
-
-using Views = std::initializer_list<const TensorView*>;
-
-// Defined views are real memory on one device that this binary has kernels for.
-bool same_device(Views views) {
-  const TensorView* first = nullptr;
-  for (const TensorView* v : views) {
-    if (v->device_type == -1) return false;
-    if (!v->defined()) continue;
-    if (first == nullptr) first = v;
-    if (v->device_type != first->device_type || v->device != first->device) return false;
-  }
-  if (first == nullptr) return false;
-#if GENFAST_HAVE_CUDA
-  return first->is_cpu() || first->is_cuda();
-#else
-  return first->is_cpu();
-#endif
-}
-
-// What the kernel reads or writes without asking is there.
-bool given(Views views) {
-  for (const TensorView* v : views)
-    if (!v->defined()) return false;
-  return true;
-}
-
-bool floats(Views views) {
-  for (const TensorView* v : views)
-    if (v->defined() && !is_float(v->dtype)) return false;
-  return true;
-}
-
-bool same_shapes(Views views) {
-  const TensorView* first = nullptr;
-  for (const TensorView* v : views) {
-    if (!v->defined()) continue;
-    if (first == nullptr) first = v;
-    if (!same_shape(*first, *v)) return false;
-  }
-  return true;
-}
-
-// `t` holds n numbers of this dtype side by side.
-bool vector_of(const TensorView& t, Dtype dtype, int64_t n) {
-  return !t.defined() || (t.dtype == dtype && t.numel == n && is_contiguous(t));
-}
-
-// Python's noise arguments, in this order everywhere: seed, seeds, stream, offset.
-struct NoiseArgument {
-  uint64_t seed, stream;
-  int64_t offset;
-  NoiseArgument(py::handle s, py::handle st, int64_t o)
-      : seed(word("seed", s)), stream(word("stream", st)), offset(o) {
-    // The bound leaves room for offset + element in 63 bits.
-    if (offset < 0 || offset > int64_t{1} << 62)
-      throw py::value_error("offset: expected 0 <= offset <= 2**62, got " + std::to_string(offset));
-  }
-  // 64 bits of an int in [-2**63, 2**64): a wider one would repeat another's noise.
-  static uint64_t word(const char* name, py::handle x) {
-    if (!PyLong_Check(x.ptr()) || PyBool_Check(x.ptr()))
-      throw py::type_error(std::string(name) + ": expected an int, got " +
-                           Py_TYPE(x.ptr())->tp_name);
-    int overflow = 0;
-    const long long value = PyLong_AsLongLongAndOverflow(x.ptr(), &overflow);
-    if (overflow == 0) return static_cast<uint64_t>(value);
-    const unsigned long long wide = overflow > 0 ? PyLong_AsUnsignedLongLong(x.ptr()) : 0;
-    if (overflow < 0 || PyErr_Occurred()) {
-      PyErr_Clear();
-      throw py::value_error(std::string(name) +
-                            ": expected an int in [-2**63, 2**64), got a wider one");
-    }
-    return wide;
-  }
-  // Fills `noise` for a tensor of this shape; false when the seeds do not fit it.
-  bool fill(Noise& noise, const TensorView& seeds, const TensorView& like) const {
-    noise.seed = seed;
-    noise.stream = stream;
-    noise.offset = offset;
-    if (!seeds.defined()) return true;
-    if (seeds.dtype != Dtype::i64 || seeds.ndim > 1 || !is_contiguous(seeds)) return false;
-    if (seeds.numel != 1 && (like.ndim == 0 || seeds.numel != like.shape[0])) return false;
-    noise.seeds = static_cast<const int64_t*>(seeds.data);
-    noise.n_seeds = seeds.numel;
-    return true;
-  }
-};
-
-// Runs a kernel without the GIL; a text returned by a CUDA launch becomes an exception.
-template <class Params>
-bool run(const Params& p, const TensorView& like, void (*cpu::Kernels::* kernel)(const Params&)) {
-  if (!like.is_cpu()) return false;
-  if (like.numel < 4096) {  // releasing and taking the GIL again costs more than it frees
-    (cpu::kernels().*kernel)(p);
-  } else {
-    py::gil_scoped_release release;
-    (cpu::kernels().*kernel)(p);
-  }
-  return true;
-}
 
 bool random(TensorArgument& out, int distribution, py::handle seed, TensorArgument& seeds,
             py::handle stream, int64_t offset, int64_t low, uint64_t range) {
@@ -163,9 +52,8 @@ bool row_seeds(const TensorView& seeds, const TensorView& t) {
 }
 
 bool reparameterize(TensorArgument& mu, TensorArgument& logvar, TensorArgument& y,
-                    TensorArgument& side, py::handle seed, TensorArgument& seeds,
-                    py::handle stream, int64_t offset, int transform, int side_kind,
-                    float side_scale) {
+                    TensorArgument& side, py::handle seed, TensorArgument& seeds, py::handle stream,
+                    int64_t offset, int transform, int side_kind, float side_scale) {
   if (!given({&mu, &logvar}) || !known(transform, side_kind) ||
       !same_device({&mu, &logvar, &y, &side, &seeds}) || !floats({&mu, &logvar, &y}) ||
       !same_shapes({&mu, &logvar, &y}))
@@ -188,10 +76,9 @@ bool reparameterize(TensorArgument& mu, TensorArgument& logvar, TensorArgument& 
 }
 
 bool reparameterize_backward(TensorArgument& grad_y, TensorArgument& grad_side, TensorArgument& mu,
-                             TensorArgument& logvar, TensorArgument& d_mu,
-                             TensorArgument& d_logvar, py::handle seed, TensorArgument& seeds,
-                             py::handle stream, int64_t offset, int transform, int side_kind,
-                             float side_scale) {
+                             TensorArgument& logvar, TensorArgument& d_mu, TensorArgument& d_logvar,
+                             py::handle seed, TensorArgument& seeds, py::handle stream,
+                             int64_t offset, int transform, int side_kind, float side_scale) {
   if (!given({&mu, &logvar, &d_mu, &d_logvar}) || !known(transform, side_kind) ||
       !same_device({&grad_y, &grad_side, &mu, &logvar, &d_mu, &d_logvar, &seeds}) ||
       !floats({&grad_y, &mu, &logvar, &d_mu, &d_logvar}) ||
@@ -213,9 +100,8 @@ bool reparameterize_backward(TensorArgument& grad_y, TensorArgument& grad_side, 
   return run(p, mu, &cpu::Kernels::reparameterize_backward);
 }
 
-bool gumbel_softmax(TensorArgument& logits, TensorArgument& y, TensorArgument& tau,
-                    py::handle seed, TensorArgument& seeds, py::handle stream, int64_t offset,
-                    bool hard) {
+bool gumbel_softmax(TensorArgument& logits, TensorArgument& y, TensorArgument& tau, py::handle seed,
+                    TensorArgument& seeds, py::handle stream, int64_t offset, bool hard) {
   if (!given({&logits, &y, &tau}) || !row_seeds(seeds, logits) ||
       !same_device({&logits, &y, &tau, &seeds}) || !floats({&logits, &y}) ||
       !same_shapes({&logits, &y}) || logits.ndim == 0 || !vector_of(tau, Dtype::f32, 1))
@@ -231,9 +117,8 @@ bool gumbel_softmax_backward(TensorArgument& grad, TensorArgument& y, TensorArgu
                              TensorArgument& seeds, py::handle stream, int64_t offset) {
   if (!given({&grad, &tau, &d_logits}) || !row_seeds(seeds, grad) ||
       !same_device({&grad, &y, &logits, &tau, &d_logits, &seeds}) ||
-      !floats({&grad, &y, &logits, &d_logits}) ||
-      !same_shapes({&grad, &y, &logits, &d_logits}) || grad.ndim == 0 ||
-      !vector_of(tau, Dtype::f32, 1) || (!y.defined() && !logits.defined()))
+      !floats({&grad, &y, &logits, &d_logits}) || !same_shapes({&grad, &y, &logits, &d_logits}) ||
+      grad.ndim == 0 || !vector_of(tau, Dtype::f32, 1) || (!y.defined() && !logits.defined()))
     return false;
   GumbelSoftmaxBackwardParams p;
   if (!NoiseArgument(seed, stream, offset).fill(p.noise, seeds, grad)) return false;
@@ -245,8 +130,9 @@ bool gumbel_softmax_backward(TensorArgument& grad, TensorArgument& y, TensorArgu
 bool relaxed_bernoulli(TensorArgument& logits, TensorArgument& y, TensorArgument& tau,
                        TensorArgument& grad, py::handle seed, TensorArgument& seeds,
                        py::handle stream, int64_t offset, bool hard) {
-  if (!given({&logits, &y, &tau}) || !same_device({&logits, &y, &tau, &grad, &seeds}) || !floats({&logits, &y, &grad}) ||
-      !same_shapes({&logits, &y, &grad}) || !vector_of(tau, Dtype::f32, 1))
+  if (!given({&logits, &y, &tau}) || !same_device({&logits, &y, &tau, &grad, &seeds}) ||
+      !floats({&logits, &y, &grad}) || !same_shapes({&logits, &y, &grad}) ||
+      !vector_of(tau, Dtype::f32, 1))
     return false;
   RelaxedBernoulliParams p;
   if (!NoiseArgument(seed, stream, offset).fill(p.noise, seeds, logits)) return false;

@@ -126,8 +126,8 @@ void reparameterize_backward(const ReparameterizeBackwardParams& p) {
       const float* m = mu.load(at, n, a);
       const float* l = logvar.load(at, n, b);
       const float* gy = have_y ? grad_y.load(at, n, g) : nullptr;
-      const float* e = have_y || is_log_prob ? noise.values<NormalMap>(at, n, noise_buffer)
-                                             : noise_buffer.data;
+      const float* e =
+          have_y || is_log_prob ? noise.values<NormalMap>(at, n, noise_buffer) : noise_buffer.data;
       const float gs = have_side ? grad_side[row / split] * p.side_scale : 0.0f;
       float* to_mu = d_mu.target(at, n, staged_mu);
       float* to_logvar = d_logvar.target(at, n, staged_logvar);

@@ -3,12 +3,8 @@
 namespace genfast::cpu::GENFAST_ISA {
 
 extern const Kernels table = {
-    random,
-    reparameterize,
-    reparameterize_backward,
-    gumbel_softmax,
-    gumbel_softmax_backward,
-    relaxed_bernoulli,
+    random,         reparameterize,          reparameterize_backward,
+    gumbel_softmax, gumbel_softmax_backward, relaxed_bernoulli,
     categorical,
 };
 

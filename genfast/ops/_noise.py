@@ -71,8 +71,6 @@ def check(seed: Any, stream: Any, offset: Any, generator: Any, shape: Any, devic
         if generator is not None:
             raise ValueError(_ONLY_ONE)
     if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(
-            f"generator: expected a torch.Generator, got {_check.describe(generator)}"
-        )
+        raise TypeError(f"generator: expected a torch.Generator, got {_check.describe(generator)}")
     _check.integer("stream", stream, low=-(2**63), high=2**64 - 1)
     _check.integer("offset", offset, low=0, high=2**62)

@@ -89,9 +89,7 @@ def differentiable_backward(
         outputs = composite(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         pairs = [
-            (o, g)
-            for o, g in zip(outputs, grads, strict=True)
-            if g is not None and o.requires_grad
+            (o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad
         ]
         wanted = [x for x in inputs if x.requires_grad]
         if not pairs or not wanted:

@@ -55,15 +55,27 @@ def _forward(mu, logvar, seed, seeds, stream, offset, transform, side, reduction
     y = None
     if want_y:
         same = mu.dtype is logvar.dtype
-        y = torch.empty_like(mu) if same else torch.empty_like(
-            mu, dtype=torch.promote_types(mu.dtype, logvar.dtype))  # fmt: skip
+        y = (
+            torch.empty_like(mu)
+            if same
+            else torch.empty_like(mu, dtype=torch.promote_types(mu.dtype, logvar.dtype))
+        )
     total = None
     if side:
         total = mu.new_empty(_side_shape(mu.shape, reduction), dtype=torch.float32)
     if _C.reparameterize(
-        mu, logvar, y, total, seed, seeds, stream, offset, transform, side,
+        mu,
+        logvar,
+        y,
+        total,
+        seed,
+        seeds,
+        stream,
+        offset,
+        transform,
+        side,
         _scale(mu.shape, reduction) if side else 1.0,
-    ):  # fmt: skip
+    ):
         return y, total
     return None
 
@@ -77,9 +89,20 @@ def _backward(
     if grad_side is not None:
         grad_side = grad_side.to(torch.float32).contiguous()
     if not _C.reparameterize_backward(
-        grad_y, grad_side, mu, logvar, d_mu, d_logvar, seed, seeds, stream, offset, transform,
-        side, _scale(mu.shape, reduction),
-    ):  # fmt: skip
+        grad_y,
+        grad_side,
+        mu,
+        logvar,
+        d_mu,
+        d_logvar,
+        seed,
+        seeds,
+        stream,
+        offset,
+        transform,
+        side,
+        _scale(mu.shape, reduction),
+    ):
         raise RuntimeError("genfast: the backward kernel refused what the forward kernel took")
     return d_mu, d_logvar
 
@@ -103,7 +126,10 @@ def _composite(mu, logvar, seed, seeds, stream, offset, transform, side, reducti
 
 # ---- the op ------------------------------------------------------------------------------------
 
-_ARGS = "SymInt seed, Tensor? seeds, SymInt stream, SymInt offset, int transform, int side, int reduction"
+_ARGS = (
+    "SymInt seed, Tensor? seeds, SymInt stream, SymInt offset, int transform, int side, "
+    "int reduction"
+)
 
 
 def _side_dtype(mu: Tensor, logvar: Tensor) -> torch.dtype:
@@ -251,9 +277,7 @@ def _slow(mu, logvar, seed, stream, offset, generator, transform, side, reductio
     if mu.shape != logvar.shape:
         mu, logvar = torch.broadcast_tensors(mu, logvar)
     seed, seeds = _noise.resolve(seed, generator, mu.device)
-    args = (
-        _noise.signed(seed), seeds, _noise.signed(stream), offset, transform, side, reduction
-    )  # fmt: skip
+    args = (_noise.signed(seed), seeds, _noise.signed(stream), offset, transform, side, reduction)
     wide = mu.dtype == torch.float64 or logvar.dtype == torch.float64
     if forced_reference() or wide or transforming():
         return _composite(mu, logvar, *args)
@@ -285,9 +309,16 @@ def reparameterize(
     if kl_reduction not in REDUCTIONS:
         _check.choice("kl_reduction", kl_reduction, REDUCTIONS)
     z, kl = _sample(
-        mu, logvar, seed, stream, offset, generator, 0, KL if return_kl else NO_SIDE,
+        mu,
+        logvar,
+        seed,
+        stream,
+        offset,
+        generator,
+        0,
+        KL if return_kl else NO_SIDE,
         REDUCTIONS[kl_reduction],
-    )  # fmt: skip
+    )
     return (z, kl) if return_kl else z
 
 
@@ -309,9 +340,15 @@ def gaussian_kl(mu: Tensor, logvar: Tensor, *, reduction: str = "batchmean") -> 
 
 
 def tanh_normal(
-    mu: Tensor, logvar: Tensor, *, seed=None, stream=0, offset=0, generator=None,
+    mu: Tensor,
+    logvar: Tensor,
+    *,
+    seed=None,
+    stream=0,
+    offset=0,
+    generator=None,
     return_log_prob: bool = False,
-):  # fmt: skip
+):
     """y = tanh(mu + e^(logvar/2) eps), and ln q(y) per sample on request.
 
     mu, logvar: (B, ...). Returns y or (y, log_prob (B,) float32): the log-density sums over all
@@ -325,9 +362,15 @@ def tanh_normal(
 
 
 def log_normal(
-    mu: Tensor, logvar: Tensor, *, seed=None, stream=0, offset=0, generator=None,
+    mu: Tensor,
+    logvar: Tensor,
+    *,
+    seed=None,
+    stream=0,
+    offset=0,
+    generator=None,
     return_log_prob: bool = False,
-):  # fmt: skip
+):
     """y = e^(mu + e^(logvar/2) eps), and ln q(y) per sample on request; otherwise `tanh_normal`."""
     y, log_prob = _sample(
         mu, logvar, seed, stream, offset, generator, 2, LOG_PROB if return_log_prob else 0, 0

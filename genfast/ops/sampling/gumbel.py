@@ -50,13 +50,14 @@ def _bernoulli_backward(grad, y, logits, tau, d_logits, seed, seeds, stream, off
 
 
 FAMILY = {
-    "gumbel_softmax": (
-        _softmax_forward, _softmax_backward, reference.gumbel_softmax, "gumbel"
-    ),
+    "gumbel_softmax": (_softmax_forward, _softmax_backward, reference.gumbel_softmax, "gumbel"),
     "relaxed_bernoulli": (
-        _bernoulli_forward, _bernoulli_backward, reference.relaxed_bernoulli, "logistic"
+        _bernoulli_forward,
+        _bernoulli_backward,
+        reference.relaxed_bernoulli,
+        "logistic",
     ),
-}  # fmt: skip
+}
 
 
 def _native(name, logits, tau, seed, seeds, stream, offset, hard):

@@ -69,8 +69,11 @@ def _composite(logits, temperature, top_k, top_p, min_p, seed, seeds, stream, of
     shape, v = logits.shape[:-1], logits.shape[-1]
     flat, noise = logits.reshape(-1, v), noise.reshape(-1, v)
     rows = flat.shape[0]
-    t = torch.ones(rows, device=logits.device) if temperature is None else _per_row(
-        temperature, rows)  # fmt: skip
+    t = (
+        torch.ones(rows, device=logits.device)
+        if temperature is None
+        else _per_row(temperature, rows)
+    )
     t = t.to(logits.dtype)
     greedy = (t <= 0) | ~torch.isfinite(top.reshape(-1) / t)  # logits / t would overflow
     scaled = flat / torch.where(greedy, torch.ones_like(t), t).to(flat.dtype)[:, None]
@@ -96,9 +99,7 @@ _op = define(
 def _draw(logits, filters, seed, stream, offset, generator):
     if not isinstance(logits, Tensor) or logits.dim() == 0 or logits.shape[-1] == 0:
         _check.tensor("logits", logits)
-        raise ValueError(
-            f"logits: expected shape (..., V) with V > 0, got {tuple(logits.shape)}"
-        )
+        raise ValueError(f"logits: expected shape (..., V) with V > 0, got {tuple(logits.shape)}")
     if not is_compiling() and gate(logits) == DIRECT and (seed is None or type(seed) is int):
         try:
             args = _noise.resolve(seed, generator, logits.device)
@@ -117,9 +118,7 @@ def _draw(logits, filters, seed, stream, offset, generator):
     return _op(detached, *args)
 
 
-def sample_categorical(
-    logits: Tensor, *, seed=None, stream=0, offset=0, generator=None
-) -> Tensor:
+def sample_categorical(logits: Tensor, *, seed=None, stream=0, offset=0, generator=None) -> Tensor:
     """Index drawn from softmax(logits) over the last dimension: argmax(logits + Gumbel noise).
 
     logits: (..., V) float. seed: int, one int64 seed per sample of dim 0, or None. Returns int64
