@@ -115,8 +115,8 @@ def show(rows: Sequence[Row], settings: Settings, console=None) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    # Without a terminal (a pipe, a log) nothing is cut to its width.
-    console = console or Console(width=None if sys.stdout.isatty() else 132)
+    # Without a terminal (a pipe, a log) nothing is cut.
+    console = console or Console(width=None if sys.stdout.isatty() else 160)
     where, limits = machine(settings), rows[0].limits
     caption = (
         f"{where['gpu'] or where['cpu']}, isa {where['isa']}, {settings.threads} threads, torch "
