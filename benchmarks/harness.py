@@ -169,13 +169,19 @@ def prove(case: Case, work: Work) -> None:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call: median and quartiles of `repeats` readings of `inner` calls each."""
+    """Seconds a call: median, quartiles and least of `repeats` readings of `inner` calls each."""
 
     median: float
     q1: float
     q3: float
+    least: float
     repeats: int
     inner: int
+
+    @property
+    def spread(self) -> float:
+        """The quartile range over the median."""
+        return (self.q3 - self.q1) / self.median
 
 
 def _reading(call: Call, inner: int, sync: Callable[[], None]) -> float:
@@ -216,7 +222,7 @@ def measure(calls: dict[str, Call], budget_s: float, device: str = "cpu") -> dic
     found = {}
     for name in names:
         q1, median, q3 = quantiles(readings[name], n=4, method="inclusive")
-        found[name] = Timing(median, q1, q3, len(readings[name]), inner[name])
+        found[name] = Timing(median, q1, q3, min(readings[name]), len(readings[name]), inner[name])
     return found
 
 

@@ -13,9 +13,11 @@ from pathlib import Path
 import torch
 
 from genfast._extras import need
+from genfast._files import write_atomic
 from genfast.benchmarks.harness import Row, Settings, short
 
 SCHEMA = 1
+NOISY = 0.25  # quartile range over median; beyond it the machine was doing something else
 
 
 def git_commit() -> str | None:
@@ -88,7 +90,8 @@ def as_dict(rows: Sequence[Row], settings: Settings) -> dict:
 
 
 def write_json(path: Path, rows: Sequence[Row], settings: Settings) -> None:
-    path.write_text(json.dumps(as_dict(rows, settings), indent=1) + "\n")
+    text = json.dumps(as_dict(rows, settings), indent=1) + "\n"
+    write_atomic(path, lambda p: p.write_text(text))
 
 
 def seconds(t: float) -> str:
@@ -135,19 +138,23 @@ def show(rows: Sequence[Row], settings: Settings, console=None) -> None:
             table.add_section()
             family = row.case.family
         share, limit = row.share
-        spread = (row.ours.q3 - row.ours.q1) / row.ours.median
+        colour = "[yellow]" if row.ours.spread > NOISY else ""
         table.add_row(
             escape(row.case.name),
             str(row.case.shape).replace(" ", ""),
             short(row.case.dtype),
             seconds(row.ours.median),
-            f"{spread:.0%}",
+            f"{colour}{row.ours.spread:.0%}",
             f"{row.gbps:.3g}" if row.case.bytes else "-",
             f"{row.gflops:.3g}" if row.case.flops else "-",
             f"{share:.0%} {limit}" if row.case.bytes or row.case.flops else "-",
             *(_ratio(row, rival) for rival in rivals),
         )
     console.print(table)
+    noisy = sum(row.ours.spread > NOISY for row in rows)
+    if noisy:
+        line = f"noisy: {noisy} of {len(rows)} cases have an IQR above {NOISY:.0%}; run it alone"
+        console.print(line, style="yellow", highlight=False)
     reasons = {f"{rival}: {why}" for row in rows for rival, why in row.skipped.items()}
     for reason in sorted(reasons):
         console.print(f"skipped {reason}", style="dim", markup=False, highlight=False)
@@ -163,25 +170,35 @@ def plot(path: Path, rows: Sequence[Row], settings: Settings) -> None:
     from matplotlib.figure import Figure
 
     rivals = _rivals(rows)
-    figure = Figure(figsize=(9, 1.2 + 0.3 * len(rows) * max(len(rivals), 1)), layout="constrained")
+    colours = {rival: f"C{i}" for i, rival in enumerate(rivals)}
+    bars = [  # (position, ratio, rival): a row's bars share the row's unit of height
+        (n + (i + 0.5) / len(row.rivals), row.ratios[rival], rival)
+        for n, row in enumerate(rows)
+        for i, rival in enumerate(row.rivals)
+    ]
+    figure = Figure(figsize=(10, 1.5 + 0.28 * max(len(bars), len(rows))), layout="constrained")
     axes = figure.add_subplot()
-    height = 0.8 / max(len(rivals), 1)
-    for i, rival in enumerate(rivals):
-        at = [n + i * height for n, row in enumerate(rows) if rival in row.rivals]
-        ratios = [row.ratios[rival] for row in rows if rival in row.rivals]
-        bars = axes.barh(at, ratios, height, label=f"vs {rival}")
-        axes.bar_label(bars, [f"{r:.1f}x" for r in ratios], padding=3, fontsize=8)
+    for rival in rivals:
+        own = [(at, ratio) for at, ratio, name in bars if name == rival]
+        heights = [0.8 / len(rows[int(at)].rivals) for at, _ in own]
+        drawn = axes.barh(
+            [at for at, _ in own], [r - 1 for _, r in own], heights, left=1,
+            color=colours[rival], label=f"vs {rival}",
+        )  # fmt: skip
+        axes.bar_label(drawn, [f"{r:.2g}x" for _, r in own], padding=3, fontsize=8)
     labels = [f"{r.case.name}  {r.case.shape}  {short(r.case.dtype)}" for r in rows]
-    axes.set_yticks([n + 0.4 - height / 2 for n in range(len(rows))], labels, fontsize=8)
-    axes.invert_yaxis()
+    axes.set_yticks([n + 0.5 for n in range(len(rows))], labels, fontsize=8)
+    axes.set_ylim(len(rows), 0)
     axes.set_xscale("log")
     axes.margins(x=0.12)
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     axes.axvline(1, color="black", linewidth=1)
-    axes.set_xlabel("rival time / genfast time (log scale; right of the line genfast is faster)")
+    axes.set_xlabel("rival time / genfast time (log scale; right of 1 genfast is faster)")
     where = machine(settings)
     axes.set_title(
         f"{where['gpu'] or where['cpu']}, {settings.threads} threads, torch {torch.__version__}",
         fontsize=9,
     )
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    if rivals:
+        axes.legend(fontsize=8)
+    write_atomic(path, lambda p: figure.savefig(p, dpi=120, format="png"))

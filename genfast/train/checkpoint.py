@@ -1,15 +1,9 @@
-"""Checkpoints: one safetensors file, the model's name and configuration in its metadata.
-
-Written to a temporary file and renamed, so a reader never sees half of one, nor does a crash leave
-one behind under the final name.
-"""
+"""Checkpoints: one safetensors file, the model's name and configuration in its metadata."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +11,7 @@ import torch
 from torch import nn
 
 from genfast._extras import need
+from genfast._files import write_atomic
 from genfast.models import MODELS
 
 CHECKPOINT = "model.safetensors"
@@ -25,21 +20,6 @@ FORMAT = 1
 
 class BadCheckpoint(ValueError):
     pass
-
-
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """write(temporary path in the same folder), then rename it to path."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(Path(temporary))
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's are private
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def save(folder: Path, name: str, model: nn.Module, notes: dict) -> Path:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from genfast._extras import need
-from genfast.train.checkpoint import write_atomic
+from genfast._files import write_atomic
 
 
 def to_bytes(x: Tensor) -> Tensor:
