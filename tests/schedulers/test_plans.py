@@ -319,6 +319,11 @@ BAD = {
             None, S.ddim_plan(2), torch.zeros(1, 2), seed=1, generator=torch.Generator()
         ),
     ),
+    "guidance": (
+        TypeError,
+        "cond, uncond",
+        lambda: S.sample(lambda x, t: x, S.ddim_plan(2), torch.zeros(1, 2), guidance=2.0),
+    ),
     "int x": (
         TypeError,
         "x_T",
