@@ -78,7 +78,9 @@ def euler_plan(
     churn_steps: N in gamma = s_churn / N.
     """
     grid = _grid(grid)
-    plan = PlanBuilder("euler", clip=clip if not s_churn else None)
+    if clip is not None and s_churn:
+        raise ValueError(f"clip: expected None with churn (x0 then contains noise), got {clip}")
+    plan = PlanBuilder("euler", clip=clip)
 
     def x0_of(s, s_hat):
         return ve(prediction, s_hat if prediction == "epsilon" else s)

@@ -137,7 +137,8 @@ def sample(
         if guidance is not None:
             if not (isinstance(m, (tuple, list)) and len(m) == 2):
                 raise TypeError(
-                    f"model: with guidance expected it to return (cond, uncond), got {type(m).__name__}"
+                    f"model: with guidance expected it to return (cond, uncond), got "
+                    f"{type(m).__name__}"
                 )
             m = guide(*m, **options)
         # with a generator, also where the coefficient is 0 but the peer draws
