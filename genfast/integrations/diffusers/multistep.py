@@ -37,9 +37,9 @@ from .base import (
 from .sigma import ScaledInput
 
 _X0 = ("prev_sample", "pred_original_sample")
-_ENTRY = re.compile(r"[DE](\d+)|(saved|z)\d+")
+_ENTRY = re.compile(r"[DE](\d+)|(saved|noise)\d+")
 #: what the planner calls an entry that is not in the list -> attribute
-_ATTRIBUTES = {"saved": "last_sample", "z": "last_noise"}
+_ATTRIBUTES = {"saved": "last_sample", "noise": "last_noise"}
 
 
 def _relative(form: Lin, i: int) -> Lin:
@@ -60,7 +60,7 @@ def _places(row):
 class _History(Dropin):
     """Rows keyed by (step index, history available, ...)."""
 
-    _refer = True  # an unchanged model output is stored as it came
+    _refer = "xmz"  # an unchanged model output is stored as it came
 
     def _genfast_depth(self, e):
         """lower_order_nums stops there."""
@@ -196,14 +196,12 @@ class EDMDPMSolverMultistepScheduler(
 ):
     __doc__ = scheduling_edm_dpmsolver_multistep.EDMDPMSolverMultistepScheduler.__doc__
     _kind = "edm"
-    _refer = False
+    _refer = ""
 
     def _genfast_config(self):
         return _zero_ends_first_order(self._internal_dict)
 
-    def step(
-        self, model_output, timestep, sample, generator=None, return_dict=True, *, seed=None
-    ):
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seed=None):
         prev = self._genfast_listed(model_output, timestep, sample, generator, seed)
         if prev is None:
             return super().step(model_output, timestep, sample, generator, return_dict)
@@ -216,7 +214,7 @@ class DEISMultistepScheduler(
     LambdaForward, _History, scheduling_deis_multistep.DEISMultistepScheduler
 ):
     __doc__ = scheduling_deis_multistep.DEISMultistepScheduler.__doc__
-    _refer = False
+    _refer = ""
 
     def step(self, model_output, timestep, sample, return_dict=True):
         prev = self._genfast_listed(model_output, timestep, sample, None, None)
@@ -242,9 +240,7 @@ class DPMSolverSinglestepScheduler(
             raise ValueError(f"order_list asks for order {p} at step {i}")
         return self._genfast_compile(e, i, 0 if orders[i] == p else i - p + 1)
 
-    def step(
-        self, model_output, timestep, sample, generator=None, return_dict=True, *, seed=None
-    ):
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seed=None):
         prev = self._genfast_block(model_output, timestep, sample, generator, seed)
         if prev is None:
             return super().step(model_output, timestep, sample, generator, return_dict)
@@ -275,9 +271,7 @@ class DPMSolverSinglestepScheduler(
         if row is None or p < 1 or len(outputs) != order or (p > 1 and self.sample is None):
             self._genfast_why(e, key)
             return None
-        held = tuple(
-            [outputs[k] if k.__class__ is int else self.sample for k in row.note[0]]
-        )
+        held = tuple([outputs[k] if k.__class__ is int else self.sample for k in row.note[0]])
         if learned:
             model_output = model_output[:, :3]
         z = None
@@ -356,11 +350,7 @@ class UniPCMultistepScheduler(
         except KeyError:
             row = self._genfast_row(e, key)
         outputs = self.model_outputs
-        if (
-            row is None
-            or len(outputs) != order
-            or (corrects and self.this_order != row.note[1][1])
-        ):
+        if row is None or len(outputs) != order or (corrects and self.this_order != row.note[1][1]):
             self._genfast_why(e, key)
             return None
         held = tuple([outputs[k] if k.__class__ is int else last for k in row.note[0]])
@@ -419,9 +409,7 @@ class SASolverScheduler(AlphaForward, _History, scheduling_sasolver.SASolverSche
         note = self._genfast_orders(e, i, n), self._genfast_orders(e, i - 1, max(before, 0))[1]
         return self._genfast_compile(e, i, 0 if n >= depth else i - n, note)
 
-    def step(
-        self, model_output, timestep, sample, generator=None, return_dict=True, *, seed=None
-    ):
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seed=None):
         prev = self._genfast_sa(model_output, timestep, sample, generator, seed)
         if prev is None:
             return super().step(model_output, timestep, sample, generator, return_dict)
@@ -453,9 +441,7 @@ class SASolverScheduler(AlphaForward, _History, scheduling_sasolver.SASolverSche
             or float(timestep) != known[i]
             or len(outputs) != self._genfast_depth(e)
             or corrects
-            and (
-                self.this_corrector_order != row.note[1][1] or float(times[-1]) != known[i - 1]
-            )
+            and (self.this_corrector_order != row.note[1][1] or float(times[-1]) != known[i - 1])
         ):
             self._genfast_why(e, key)
             return None
@@ -495,7 +481,7 @@ class LMSDiscreteScheduler(ScaledInput, Dropin, scheduling_lms_discrete.LMSDiscr
         d = (X - form) / s[i]
         c = lms_coefficients(s, i, min(i + 1, order))[:kept]
         prev = X + c[0] * d + sum(ck * sym(f"-{k}") for k, ck in enumerate(c) if k)
-        row = compile_row(form, prev, (d,), denoised=form, refer=False)
+        row = compile_row(form, prev, (d,), denoised=form, refer="")
         row.note = tuple([int(n) for n in row.reads])
         return row
 
