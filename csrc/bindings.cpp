@@ -1,108 +1,19 @@
 // The one list of native entry points. Each validates what would otherwise crash, picks the device
 // and calls the kernel; the maths is below. A `false` means "not handled here" (device, dtype,
 // layout): Python then takes the slow road, which names the argument that is wrong.
-#include <pybind11/pybind11.h>
-
-#include <initializer_list>
-#include <string>
-
 #include "api/rng.h"
 #include "api/sampling.h"
-#include "caster.h"
-#include "cpu/kernels.h"
+#include "binding.h"
 #include "cpu/parallel.h"
-#include "gate.h"
-
-namespace py = pybind11;
 
 namespace genfast {
 namespace {
-
-Gate g_gate;
 
 PyObject* gate(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return PyLong_FromLong(g_gate(args, count));
 }
 PyMethodDef g_gate_method = {"gate", reinterpret_cast<PyCFunction>(gate), METH_FASTCALL,
                              "gate(*tensors) -> int: 1 direct, 2 gradient wanted, 0 slow road"};
-
-using Views = std::initializer_list<const TensorView*>;
-
-// Defined views are real memory on one device that this binary has kernels for.
-bool same_device(Views views) {
-  const TensorView* first = nullptr;
-  for (const TensorView* v : views) {
-    if (v->device_type == -1) return false;
-    if (!v->defined()) continue;
-    if (first == nullptr) first = v;
-    if (v->device_type != first->device_type || v->device != first->device) return false;
-  }
-  if (first == nullptr) return false;
-#if GENFAST_HAVE_CUDA
-  return first->is_cpu() || first->is_cuda();
-#else
-  return first->is_cpu();
-#endif
-}
-
-bool floats(Views views) {
-  for (const TensorView* v : views)
-    if (v->defined() && !is_float(v->dtype)) return false;
-  return true;
-}
-
-bool same_shapes(Views views) {
-  const TensorView* first = nullptr;
-  for (const TensorView* v : views) {
-    if (!v->defined()) continue;
-    if (first == nullptr) first = v;
-    if (!same_shape(*first, *v)) return false;
-  }
-  return true;
-}
-
-// `t` holds n numbers of this dtype side by side.
-bool vector_of(const TensorView& t, Dtype dtype, int64_t n) {
-  return !t.defined() || (t.dtype == dtype && t.numel == n && is_contiguous(t));
-}
-
-// Python's noise arguments, in this order everywhere: seed, seeds, stream, offset.
-struct NoiseArgument {
-  uint64_t seed, stream;
-  int64_t offset;
-  NoiseArgument(py::handle s, py::handle st, int64_t o)
-      : seed(PyLong_AsUnsignedLongLongMask(s.ptr())),
-        stream(PyLong_AsUnsignedLongLongMask(st.ptr())),
-        offset(o) {
-    if (PyErr_Occurred()) throw py::error_already_set();
-    if (offset < 0) throw py::value_error("offset: expected >= 0, got " + std::to_string(offset));
-  }
-  // Fills `noise` for a tensor of this shape; false when the seeds do not fit it.
-  bool fill(Noise& noise, const TensorView& seeds, const TensorView& like) const {
-    noise.seed = seed;
-    noise.stream = stream;
-    noise.offset = offset;
-    if (!seeds.defined()) return true;
-    if (seeds.dtype != Dtype::i64 || seeds.ndim > 1 || !is_contiguous(seeds)) return false;
-    if (seeds.numel != 1 && (like.ndim == 0 || seeds.numel != like.shape[0])) return false;
-    noise.seeds = static_cast<const int64_t*>(seeds.data);
-    noise.n_seeds = seeds.numel;
-    return true;
-  }
-};
-
-// Runs a kernel without the GIL; a text returned by a CUDA launch becomes an exception.
-template <class Params>
-bool run(const Params& p, const TensorView& like, void (*cpu::Kernels::* kernel)(const Params&)) {
-  if (!like.is_cpu()) return false;
-  if (like.numel < 4096) {  // releasing and taking the GIL again costs more than it frees
-    (cpu::kernels().*kernel)(p);
-  } else {
-    py::gil_scoped_release release;
-    (cpu::kernels().*kernel)(p);
-  }
-  return true;
-}
 
 bool random(TensorArgument& out, int distribution, py::handle seed, TensorArgument& seeds,
             py::handle stream, int64_t offset, int64_t low, uint64_t range) {

@@ -1,0 +1,96 @@
+// What the entry points of every family share: checks of views, Python's noise arguments, the call.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <initializer_list>
+#include <string>
+
+#include "caster.h"
+#include "cpu/kernels.h"
+#include "gate.h"
+
+namespace py = pybind11;
+
+namespace genfast {
+
+inline Gate g_gate;  // one per module: every binding file sees the same
+
+using Views = std::initializer_list<const TensorView*>;
+
+// Defined views are real memory on one device that this binary has kernels for.
+inline bool same_device(Views views) {
+  const TensorView* first = nullptr;
+  for (const TensorView* v : views) {
+    if (v->device_type == -1) return false;
+    if (!v->defined()) continue;
+    if (first == nullptr) first = v;
+    if (v->device_type != first->device_type || v->device != first->device) return false;
+  }
+  if (first == nullptr) return false;
+#if GENFAST_HAVE_CUDA
+  return first->is_cpu() || first->is_cuda();
+#else
+  return first->is_cpu();
+#endif
+}
+
+inline bool floats(Views views) {
+  for (const TensorView* v : views)
+    if (v->defined() && !is_float(v->dtype)) return false;
+  return true;
+}
+
+inline bool same_shapes(Views views) {
+  const TensorView* first = nullptr;
+  for (const TensorView* v : views) {
+    if (!v->defined()) continue;
+    if (first == nullptr) first = v;
+    if (!same_shape(*first, *v)) return false;
+  }
+  return true;
+}
+
+// `t` holds n numbers of this dtype side by side.
+inline bool vector_of(const TensorView& t, Dtype dtype, int64_t n) {
+  return !t.defined() || (t.dtype == dtype && t.numel == n && is_contiguous(t));
+}
+
+// Python's noise arguments, in this order everywhere: seed, seeds, stream, offset.
+struct NoiseArgument {
+  uint64_t seed, stream;
+  int64_t offset;
+  NoiseArgument(py::handle s, py::handle st, int64_t o)
+      : seed(PyLong_AsUnsignedLongLongMask(s.ptr())),
+        stream(PyLong_AsUnsignedLongLongMask(st.ptr())),
+        offset(o) {
+    if (PyErr_Occurred()) throw py::error_already_set();
+    if (offset < 0) throw py::value_error("offset: expected >= 0, got " + std::to_string(offset));
+  }
+  // Fills `noise` for a tensor of this shape; false when the seeds do not fit it.
+  bool fill(Noise& noise, const TensorView& seeds, const TensorView& like) const {
+    noise.seed = seed;
+    noise.stream = stream;
+    noise.offset = offset;
+    if (!seeds.defined()) return true;
+    if (seeds.dtype != Dtype::i64 || seeds.ndim > 1 || !is_contiguous(seeds)) return false;
+    if (seeds.numel != 1 && (like.ndim == 0 || seeds.numel != like.shape[0])) return false;
+    noise.seeds = static_cast<const int64_t*>(seeds.data);
+    noise.n_seeds = seeds.numel;
+    return true;
+  }
+};
+
+// Runs a kernel without the GIL; a text returned by a CUDA launch becomes an exception.
+template <class Params>
+bool run(const Params& p, const TensorView& like, void (*cpu::Kernels::* kernel)(const Params&)) {
+  if (!like.is_cpu()) return false;
+  if (like.numel < 4096) {  // releasing and taking the GIL again costs more than it frees
+    (cpu::kernels().*kernel)(p);
+  } else {
+    py::gil_scoped_release release;
+    (cpu::kernels().*kernel)(p);
+  }
+  return true;
+}
+
+}  // namespace genfast
