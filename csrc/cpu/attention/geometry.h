@@ -100,18 +100,17 @@ struct Tile {
   KeyRange every[BR / MR];  // keys every row sees
 };
 
-inline int64_t tile_count(const AttentionParams& p, const Sequence& s) {
-  return (s.Sq * (p.Hq / p.Hkv) + BR - 1) / BR;
-}
+inline int64_t tile_count(int64_t rows) { return (rows + BR - 1) / BR; }
 
-inline void make_tile(const AttentionParams& p, const Sequence& s, int64_t kv_head, int64_t index,
-                      Tile& t) {
-  const int64_t group = p.Hq / p.Hkv, first = index * BR, rows = s.Sq * group;
+// Tile `index` of the rows of query heads [head, head + heads).
+inline void make_tile(const AttentionParams& p, const Sequence& s, int64_t head, int64_t heads,
+                      int64_t index, Tile& t) {
+  const int64_t first = index * BR, rows = s.Sq * heads;
   t.n = static_cast<int>(rows - first < BR ? rows - first : BR);
   int64_t g = first / s.Sq, i = first - g * s.Sq;
   t.seen = {s.Sk, 0};
   for (int r = 0; r < t.n; ++r) {
-    t.head[r] = static_cast<int32_t>(kv_head * group + g);
+    t.head[r] = static_cast<int32_t>(head + g);
     t.position[r] = i;
     const KeyRange k = t.keys[r] = visible_keys(p, s, i);
     KeyRange& any = t.any[r / MR];
@@ -132,6 +131,13 @@ inline void make_tile(const AttentionParams& p, const Sequence& s, int64_t kv_he
   }
 }
 
+// Added to the last vector of a panel of `columns` columns: -inf behind the last one.
+inline f32v past_end(int columns) {
+  f32v v;
+  for (int i = 0; i < W; ++i) v[i] = (columns - 1) % W < i ? -__builtin_inff() : 0.0f;
+  return v;
+}
+
 // Columns of a block [first, first + n) that row block rb of a tile needs: whole panels, and
 // whether all its rows see every one of them.
 struct Span {
@@ -144,7 +150,7 @@ inline Span span_of(const Tile& t, int rb, int64_t first, int n) {
   Span s;
   s.lo = static_cast<int>(lo <= 0 ? 0 : lo >= n ? n : lo / NR * NR);
   s.hi = static_cast<int>(hi >= n ? n : hi <= 0 ? 0 : round_up(hi, NR) < n ? round_up(hi, NR) : n);
-  s.full = t.every[rb].lo <= first + s.lo && t.every[rb].hi >= first + s.hi && s.hi % W == 0;
+  s.full = t.every[rb].lo <= first + s.lo && t.every[rb].hi >= first + s.hi;
   return s;
 }
 
