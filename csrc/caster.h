@@ -147,8 +147,8 @@ inline bool TensorArgument::read(PyObject* object) {
   }
   bool ok = false;
   if (PyCapsule_IsValid(capsule, "dltensor_versioned")) {
-    managed_ = static_cast<dl::ManagedVersioned*>(
-        PyCapsule_GetPointer(capsule, "dltensor_versioned"));
+    managed_ =
+        static_cast<dl::ManagedVersioned*>(PyCapsule_GetPointer(capsule, "dltensor_versioned"));
     PyCapsule_SetName(capsule, "used_dltensor_versioned");
     ok = managed_->version.major == 1 && fill(managed_->tensor);
   }

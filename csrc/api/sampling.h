@@ -22,8 +22,8 @@ struct ReparameterizeParams {
 
 // Gradients of the above; eps is drawn again.
 struct ReparameterizeBackwardParams {
-  TensorView grad_y;     // S or undefined
-  TensorView grad_side;  // f32 [rows] or undefined
+  TensorView grad_y;                      // S or undefined
+  TensorView grad_side;                   // f32 [rows] or undefined
   TensorView mu, logvar, d_mu, d_logvar;  // S
   Noise noise;
   Transform transform = Transform::none;
@@ -65,8 +65,8 @@ struct RelaxedBernoulliParams {
 // index = argmax(logits + g) over the last dimension; with filters: temperature, then top-k, top-p
 // and min-p. Returns the number of rows without a finite maximum (their index is -1).
 struct CategoricalParams {
-  TensorView logits;   // [..., V]
-  TensorView index;    // i64 [...]
+  TensorView logits;                            // [..., V]
+  TensorView index;                             // i64 [...]
   TensorView temperature, top_k, top_p, min_p;  // f32 / i64 / f32 / f32, [1] or [rows]; undefined
   Noise noise;
   int threads = 1;

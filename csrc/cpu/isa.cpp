@@ -18,8 +18,8 @@
 
 namespace genfast::cpu {
 
-#define GENFAST_LEVEL(name) \
-  namespace name {          \
+#define GENFAST_LEVEL(name)   \
+  namespace name {            \
   extern const Kernels table; \
   }
 GENFAST_FOR_EACH_ISA(GENFAST_LEVEL)

@@ -23,8 +23,8 @@ void fill(const RandomParams& p) {
     const int64_t at = row * cols + first;
     const uint64_t element = static_cast<uint64_t>(p.noise.offset + (per_row ? first : at));
     float* to = out.target(at, n, staged);
-    const float* v = noise_values<Map>(seed_of_row(p.noise, row), p.noise.stream, element, n,
-                                       buffer, to);
+    const float* v =
+        noise_values<Map>(seed_of_row(p.noise, row), p.noise.stream, element, n, buffer, to);
     if (v != to || mask != ~0u)
       for (int i = 0; i < n; ++i) to[i] = from_bits(bits(v[i]) & mask);
     out.store(at, n, to);
@@ -45,9 +45,9 @@ void fill_integers(const RandomParams& p) {
         noise_values<BitsMap>(seed_of_row(p.noise, row), p.noise.stream, element, n, buffer);
     for (int i = 0; i < n; ++i) {
       const uint64_t word = bits(v[i]);
-      out[at + i] = static_cast<T>(
-          raw ? static_cast<int64_t>(word)
-              : p.low + static_cast<int64_t>(p.range == uint64_t{1} << 32 ? word
+      out[at + i] = static_cast<T>(raw ? static_cast<int64_t>(word)
+                                       : p.low + static_cast<int64_t>(p.range == uint64_t{1} << 32
+                                                                          ? word
                                                                           : word * p.range >> 32));
     }
   });

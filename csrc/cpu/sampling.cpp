@@ -126,8 +126,8 @@ void reparameterize_backward(const ReparameterizeBackwardParams& p) {
       const float* m = mu.load(at, n, a);
       const float* l = logvar.load(at, n, b);
       const float* gy = have_y ? grad_y.load(at, n, g) : nullptr;
-      const float* e = have_y || is_log_prob ? noise.values<NormalMap>(at, n, noise_buffer)
-                                             : noise_buffer.data;
+      const float* e =
+          have_y || is_log_prob ? noise.values<NormalMap>(at, n, noise_buffer) : noise_buffer.data;
       const float gs = have_side ? grad_side[row / split] * p.side_scale : 0.0f;
       float* to_mu = d_mu.target(at, n, staged_mu);
       float* to_logvar = d_logvar.target(at, n, staged_logvar);
@@ -436,8 +436,9 @@ int64_t categorical(const CategoricalParams& p) {
         }
       }
       if (nan || top == INFINITY) top = NAN;
-      if (temperature > 0 && top > -INFINITY) {
-        const float inverse_t = 1.0f / temperature;
+      const float inverse_t = 1.0f / temperature;
+      // A temperature so small that the logits overflow is greedy too.
+      if (temperature > 0 && std::isfinite(top * inverse_t)) {
         for (int64_t i = 0; i < s.cols; ++i) x[i] *= inverse_t;
         top *= inverse_t;
         filter(x, s.cols, top, per_row<int64_t>(p.top_k, row, 0), per_row<float>(p.top_p, row, 1),

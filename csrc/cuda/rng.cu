@@ -63,9 +63,9 @@ __global__ void random_kernel(void* out, Dtype dtype, Shape shape, bool dense, i
   for (int64_t t = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
        t < rows * blocks_per_row; t += step) {
     const int64_t row = t / blocks_per_row, b = t - row * blocks_per_row;
-    const uint64_t seed = noise.seeds == nullptr ? noise.seed
-                                                 : static_cast<uint64_t>(
-                                                       noise.seeds[noise.n_seeds > 1 ? row : 0]);
+    const uint64_t seed = noise.seeds == nullptr
+                              ? noise.seed
+                              : static_cast<uint64_t>(noise.seeds[noise.n_seeds > 1 ? row : 0]);
     const uint64_t block = static_cast<uint64_t>(noise.offset >> 2) + static_cast<uint64_t>(b);
     const Words<uint32_t> w = philox4x32_10<uint32_t>(
         static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32),
@@ -113,8 +113,7 @@ const char* random(const RandomParams& p) {
     shape.size[d] = p.out.shape[d];
     shape.stride[d] = p.out.strides[d];
   }
-  const bool dense =
-      is_contiguous(p.out) && (reinterpret_cast<uintptr_t>(p.out.data) & 15) == 0;
+  const bool dense = is_contiguous(p.out) && (reinterpret_cast<uintptr_t>(p.out.data) & 15) == 0;
   const int64_t rows = p.noise.n_seeds > 1 && p.out.ndim > 0 ? p.out.shape[0] : 1;
   const int64_t cols = p.out.numel / rows;
   const int64_t threads = rows * ((cols + 3) / 4 + 2);

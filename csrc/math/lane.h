@@ -163,8 +163,8 @@ GENFAST_FN u32v multiply_high(u32v a, uint32_t b) {
 GENFAST_FN void interleave(f32v x, f32v y, f32v& low, f32v& high) {
 #if defined(__AVX512F__)
   low = __builtin_shufflevector(x, y, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  high = __builtin_shufflevector(x, y, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15,
-                                 31);
+  high =
+      __builtin_shufflevector(x, y, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
 #elif defined(__AVX2__)
   low = __builtin_shufflevector(x, y, 0, 8, 1, 9, 2, 10, 3, 11);
   high = __builtin_shufflevector(x, y, 4, 12, 5, 13, 6, 14, 7, 15);

@@ -107,7 +107,7 @@ GENFAST_FN F logistic_noise(U w) {
 // sin and cos of 2 pi w / 2^32. The quadrant is split off in integers, so nothing is lost.
 template <class F, class U>
 GENFAST_FN void sincos_turn(U w, F& s, F& c) {
-  const U q = (w + 0x20000000u) >> 30;  // nearest quadrant
+  const U q = (w + 0x20000000u) >> 30;                        // nearest quadrant
   const F y = to_float(as_signed(w - (q << 30))) * 0x1p-29f;  // [-1, 1): eighths of a turn
   const F t = y * y;
   F a = -3.595450834836811e-05f * t + 0.002490007085725665f;

@@ -16,7 +16,8 @@ MAX_DIMS = 12  # of the native tensor view
 
 def describe(x: Any) -> str:
     if isinstance(x, torch.Tensor):
-        return f"a {str(x.dtype).removeprefix('torch.')} tensor of shape {tuple(x.shape)} on {x.device}"
+        dtype = str(x.dtype).removeprefix("torch.")
+        return f"a {dtype} tensor of shape {tuple(x.shape)} on {x.device}"
     return f"{type(x).__name__} {x!r}"
 
 
@@ -28,8 +29,7 @@ def tensor(name: str, x: Any, dtypes: Sequence[torch.dtype] = FLOATS) -> None:
     if x.dtype not in dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(
-            f"{name}: expected dtype {names}, got {describe(x)}; "
-            f"convert it with .to({dtypes[0]})"
+            f"{name}: expected dtype {names}, got {describe(x)}; convert it with .to({dtypes[0]})"
         )
     if x.layout is not torch.strided:
         raise TypeError(
@@ -108,7 +108,9 @@ def output(out: Any, shape: Sequence[int], dtype: torch.dtype | None) -> None:
     if tuple(out.shape) != tuple(shape):
         raise ValueError(f"out: expected shape {tuple(shape)}, got {tuple(out.shape)}")
     if dtype is not None and out.dtype != dtype:
-        raise TypeError(f"out: expected dtype {dtype}, got {out.dtype}; leave dtype out or match it")
+        raise TypeError(
+            f"out: expected dtype {dtype}, got {out.dtype}; leave dtype out or match it"
+        )
     if any(n > 1 and s == 0 for n, s in zip(out.shape, out.stride(), strict=True)):
         raise ValueError(
             "out: expected memory of its own for every element, got an expanded tensor; "

@@ -66,9 +66,17 @@ def _random_vmap(info, in_dims, size, distribution, seed, seeds, *rest):
 def noise_like(x: Tensor, distribution: str, seed, seeds, stream, offset) -> Tensor:
     """Contract noise of x's shape, dtype and device, through the op: for composites."""
     return random_op(
-        x.shape, DISTRIBUTIONS[distribution], _noise.signed(seed), seeds, _noise.signed(stream),
-        offset, 0, 1, x.dtype, x.device,
-    )  # fmt: skip
+        x.shape,
+        DISTRIBUTIONS[distribution],
+        _noise.signed(seed),
+        seeds,
+        _noise.signed(stream),
+        offset,
+        0,
+        1,
+        x.dtype,
+        x.device,
+    )
 
 
 def _sizes(size: tuple) -> tuple:
@@ -78,15 +86,22 @@ def _sizes(size: tuple) -> tuple:
 def _draw(
     size, distribution, seed, stream, offset, generator, dtype, device, out, low=0, span=1
 ) -> Tensor:
-    if not is_compiling() and out is None and gate() == DIRECT and type(seed) is int:
+    plain = not is_compiling() and gate(out) == DIRECT
+    if plain and out is None and generator is None and (seed is None or type(seed) is int):
         try:
-            result = torch.empty(size, dtype=dtype, device=device)
-            if _C.random(result, distribution, seed, None, stream, offset, low, span):
+            kind = torch.int64 if dtype is None and distribution == _INTEGER else dtype
+            result = torch.empty(size, dtype=kind, device=device)
+            int_seed, seeds = _noise.resolve(seed, None, result.device)
+            if _C.random(result, distribution, int_seed, seeds, stream, offset, low, span):
                 return result
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RuntimeError):
             pass  # the checks below name the argument
     for n in size:
         _check.integer("size", n, low=0)
+    if len(size) > _check.MAX_DIMS:
+        raise ValueError(
+            f"size: expected at most {_check.MAX_DIMS} dimensions, got {len(size)}; flatten some"
+        )
     integers = distribution >= _INTEGER
     if out is not None:
         _check.tensor("out", out, _INTEGERS if integers else _check.FLOATS)
@@ -99,20 +114,31 @@ def _draw(
     if dtype not in allowed:
         raise TypeError(f"dtype: expected one of {', '.join(map(str, allowed))}, got {dtype}")
     device = torch.device(device) if device is not None else torch.get_default_device()
-    _noise.check(seed, stream, offset, generator, size, seed.device if isinstance(seed, Tensor)
-                 else device)  # fmt: skip
+    _noise.check(
+        seed, stream, offset, generator, size, seed.device if isinstance(seed, Tensor) else device
+    )
     seed, seeds = _noise.resolve(seed, generator, device)
     if seeds is not None and seeds.device != device and native_device(device):
         seeds = seeds.to(device)
-    if out is not None and not is_compiling():
+    if out is not None and plain:
+        if not out.is_inference():
+            torch.autograd.graph.increment_version(out)  # autograd must see the overwrite
         if integers and not out.is_contiguous():
-            return out.copy_(_fill(torch.empty_like(out, memory_format=torch.contiguous_format),
-                                   distribution, seed, seeds, stream, offset, low, span))  # fmt: skip
+            dense = torch.empty(size, dtype=dtype, device=device)
+            return out.copy_(_fill(dense, distribution, seed, seeds, stream, offset, low, span))
         return _fill(out, distribution, seed, seeds, stream, offset, low, span)
     drawn = random_op(
-        size, distribution, _noise.signed(seed), seeds, _noise.signed(stream), offset, low, span,
-        dtype, device,
-    )  # fmt: skip
+        size,
+        distribution,
+        _noise.signed(seed),
+        seeds,
+        _noise.signed(stream),
+        offset,
+        low,
+        span,
+        dtype,
+        device,
+    )
     return drawn if out is None else out.copy_(drawn)
 
 
@@ -128,9 +154,7 @@ def rand(
     float64 (the fp32 value widened). out: a tensor of this shape, any strides, no grad.
     Raises TypeError / ValueError naming the argument.
     """
-    return _draw(
-        _sizes(size), _UNIFORM, seed, stream, offset, generator, dtype, device, out
-    )  # fmt: skip
+    return _draw(_sizes(size), _UNIFORM, seed, stream, offset, generator, dtype, device, out)
 
 
 def randn(
@@ -140,18 +164,23 @@ def randn(
 
     Arguments and errors as in `rand`; 16-bit values are the fp32 ones rounded to nearest.
     """
-    return _draw(
-        _sizes(size), _NORMAL, seed, stream, offset, generator, dtype, device, out
-    )  # fmt: skip
+    return _draw(_sizes(size), _NORMAL, seed, stream, offset, generator, dtype, device, out)
 
 
 def _like(x, distribution, seed, stream, offset, generator, dtype, device):
     if not isinstance(x, Tensor):
         _check.tensor("x", x)
     return _draw(
-        x.shape, distribution, seed, stream, offset, generator, dtype or x.dtype,
-        device or x.device, None,
-    )  # fmt: skip
+        x.shape,
+        distribution,
+        seed,
+        stream,
+        offset,
+        generator,
+        dtype or x.dtype,
+        device or x.device,
+        None,
+    )
 
 
 def rand_like(x: Tensor, *, seed=None, stream=0, offset=0, generator=None, dtype=None, device=None):
@@ -190,13 +219,23 @@ def randint(
             f"high: expected low < high <= low + 2**32, got low {low} and high {high}; "
             "compose two draws for a wider range"
         )
-    if dtype == torch.int32 and not (-(2**31) <= low and high <= 2**31):
+    kept = out.dtype if dtype is None and isinstance(out, Tensor) else dtype
+    if kept == torch.int32 and not (-(2**31) <= low and high <= 2**31):
         raise ValueError(f"dtype: int32 cannot hold [{low}, {high}); use torch.int64")
-    size = (size,) if isinstance(size, int) else tuple(size)
+    size = tuple(size) if isinstance(size, (tuple, list)) else (size,)
     return _draw(
-        size, _INTEGER, seed, stream, offset, generator, dtype or torch.int64, device, out, low,
+        size,
+        _INTEGER,
+        seed,
+        stream,
+        offset,
+        generator,
+        dtype,
+        device,
+        out,
+        low,
         high - low,
-    )  # fmt: skip
+    )
 
 
 def random_bits(*size, seed=0, stream=0, offset=0) -> Tensor:

@@ -23,6 +23,7 @@ from genfast.ops._road import (
     differentiable_backward,
     gate,
     is_compiling,
+    plain,
     transforming,
     wants_graph,
 )
@@ -54,15 +55,27 @@ def _forward(mu, logvar, seed, seeds, stream, offset, transform, side, reduction
     y = None
     if want_y:
         same = mu.dtype is logvar.dtype
-        y = torch.empty_like(mu) if same else torch.empty_like(
-            mu, dtype=torch.promote_types(mu.dtype, logvar.dtype))  # fmt: skip
+        y = (
+            torch.empty_like(mu)
+            if same
+            else torch.empty_like(mu, dtype=torch.promote_types(mu.dtype, logvar.dtype))
+        )
     total = None
     if side:
         total = mu.new_empty(_side_shape(mu.shape, reduction), dtype=torch.float32)
     if _C.reparameterize(
-        mu, logvar, y, total, seed, seeds, stream, offset, transform, side,
+        mu,
+        logvar,
+        y,
+        total,
+        seed,
+        seeds,
+        stream,
+        offset,
+        transform,
+        side,
         _scale(mu.shape, reduction) if side else 1.0,
-    ):  # fmt: skip
+    ):
         return y, total
     return None
 
@@ -76,9 +89,20 @@ def _backward(
     if grad_side is not None:
         grad_side = grad_side.to(torch.float32).contiguous()
     if not _C.reparameterize_backward(
-        grad_y, grad_side, mu, logvar, d_mu, d_logvar, seed, seeds, stream, offset, transform,
-        side, _scale(mu.shape, reduction),
-    ):  # fmt: skip
+        grad_y,
+        grad_side,
+        mu,
+        logvar,
+        d_mu,
+        d_logvar,
+        seed,
+        seeds,
+        stream,
+        offset,
+        transform,
+        side,
+        _scale(mu.shape, reduction),
+    ):
         raise RuntimeError("genfast: the backward kernel refused what the forward kernel took")
     return d_mu, d_logvar
 
@@ -88,20 +112,24 @@ def _backward(
 
 def _composite(mu, logvar, seed, seeds, stream, offset, transform, side, reduction):
     name = _TRANSFORM_NAMES[transform]
-    like = mu if mu.dtype == logvar.dtype else mu.to(torch.promote_types(mu.dtype, logvar.dtype))
-    eps = noise_like(like, "normal", seed, seeds, stream, offset)
-    y = reference.reparameterize(mu, logvar, eps, name)
-    wide = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (mu, logvar))
+    dtype = torch.promote_types(mu.dtype, logvar.dtype)
+    wide = _side_dtype(mu, logvar)  # 16-bit inputs: fp32 inside, like the kernel
+    mu, logvar = mu.to(wide), logvar.to(wide)
+    eps = noise_like(mu, "normal", seed, seeds, stream, offset)
+    y = reference.reparameterize(mu, logvar, eps, name).to(dtype)
     if side == KL:
-        return y, reference.gaussian_kl(*wide, _REDUCTION_NAMES[reduction])
+        return y, reference.gaussian_kl(mu, logvar, _REDUCTION_NAMES[reduction])
     if side == LOG_PROB:
-        return y, reference.log_prob(*wide, eps, name)
+        return y, reference.log_prob(mu, logvar, eps, name)
     return y, None
 
 
 # ---- the op ------------------------------------------------------------------------------------
 
-_ARGS = "SymInt seed, Tensor? seeds, SymInt stream, SymInt offset, int transform, int side, int reduction"
+_ARGS = (
+    "SymInt seed, Tensor? seeds, SymInt stream, SymInt offset, int transform, int side, "
+    "int reduction"
+)
 
 
 def _side_dtype(mu: Tensor, logvar: Tensor) -> torch.dtype:
@@ -167,7 +195,7 @@ def _gradients(ctx, grad_y, grad_side, first_order):
         grad_side = None
     if grad_y is None and grad_side is None:
         return None, None
-    if wants_graph():
+    if wants_graph() or not (is_compiling() or plain(grad_y, grad_side)):
         grads = [grad_y, grad_side]
         return differentiable_backward(partial(_composite_of, args), (mu, logvar), grads)
     return first_order(grad_y, grad_side, mu, logvar, *args)
@@ -192,7 +220,10 @@ class _Reparameterize(Function):
     @staticmethod
     def forward(ctx, mu, logvar, seed, seeds, *rest):
         _save(ctx, (mu, logvar, seed, seeds, *rest), None)
-        return _forward(mu, logvar, seed, seeds, *rest)
+        found = _forward(mu, logvar, seed, seeds, *rest)
+        if found is None:
+            raise TypeError("genfast: the kernel does not take these tensors")
+        return found
 
     @staticmethod
     def backward(ctx, grad_y, grad_side):
@@ -246,11 +277,9 @@ def _slow(mu, logvar, seed, stream, offset, generator, transform, side, reductio
     if mu.shape != logvar.shape:
         mu, logvar = torch.broadcast_tensors(mu, logvar)
     seed, seeds = _noise.resolve(seed, generator, mu.device)
-    args = (
-        _noise.signed(seed), seeds, _noise.signed(stream), offset, transform, side, reduction
-    )  # fmt: skip
+    args = (_noise.signed(seed), seeds, _noise.signed(stream), offset, transform, side, reduction)
     wide = mu.dtype == torch.float64 or logvar.dtype == torch.float64
-    if forced_reference() or wide or (not is_compiling() and transforming()):
+    if forced_reference() or wide or transforming():
         return _composite(mu, logvar, *args)
     y, total = _op(mu, logvar, *args)
     return y, total if side else None
@@ -280,9 +309,16 @@ def reparameterize(
     if kl_reduction not in REDUCTIONS:
         _check.choice("kl_reduction", kl_reduction, REDUCTIONS)
     z, kl = _sample(
-        mu, logvar, seed, stream, offset, generator, 0, KL if return_kl else NO_SIDE,
+        mu,
+        logvar,
+        seed,
+        stream,
+        offset,
+        generator,
+        0,
+        KL if return_kl else NO_SIDE,
         REDUCTIONS[kl_reduction],
-    )  # fmt: skip
+    )
     return (z, kl) if return_kl else z
 
 
@@ -295,7 +331,8 @@ def gaussian_kl(mu: Tensor, logvar: Tensor, *, reduction: str = "batchmean") -> 
     if reduction not in REDUCTIONS:
         _check.choice("reduction", reduction, REDUCTIONS)
     code = REDUCTIONS[reduction]
-    if not is_compiling() and gate(mu, logvar) == DIRECT:
+    given = mu is not None and logvar is not None
+    if given and not is_compiling() and gate(mu, logvar) == DIRECT:
         found = _forward(mu, logvar, 0, None, 0, 0, 0, KL, code, want_y=False)
         if found is not None:
             return found[1]
@@ -303,9 +340,15 @@ def gaussian_kl(mu: Tensor, logvar: Tensor, *, reduction: str = "batchmean") -> 
 
 
 def tanh_normal(
-    mu: Tensor, logvar: Tensor, *, seed=None, stream=0, offset=0, generator=None,
+    mu: Tensor,
+    logvar: Tensor,
+    *,
+    seed=None,
+    stream=0,
+    offset=0,
+    generator=None,
     return_log_prob: bool = False,
-):  # fmt: skip
+):
     """y = tanh(mu + e^(logvar/2) eps), and ln q(y) per sample on request.
 
     mu, logvar: (B, ...). Returns y or (y, log_prob (B,) float32): the log-density sums over all
@@ -319,9 +362,15 @@ def tanh_normal(
 
 
 def log_normal(
-    mu: Tensor, logvar: Tensor, *, seed=None, stream=0, offset=0, generator=None,
+    mu: Tensor,
+    logvar: Tensor,
+    *,
+    seed=None,
+    stream=0,
+    offset=0,
+    generator=None,
     return_log_prob: bool = False,
-):  # fmt: skip
+):
     """y = e^(mu + e^(logvar/2) eps), and ln q(y) per sample on request; otherwise `tanh_normal`."""
     y, log_prob = _sample(
         mu, logvar, seed, stream, offset, generator, 2, LOG_PROB if return_log_prob else 0, 0
