@@ -3,6 +3,12 @@
 from importlib.metadata import version as _version
 
 from genfast.ops._backend import backend, get_backend, set_backend
+from genfast.ops.attention import (
+    attention,
+    attention_varlen,
+    attention_with_kvcache,
+    scaled_dot_product_attention,
+)
 from genfast.ops.rng import NOISE_VERSION, rand, rand_like, randint, randn, randn_like
 from genfast.ops.sampling import (
     gaussian_kl,
@@ -19,6 +25,9 @@ __version__ = _version("genfast")
 
 __all__ = [
     "NOISE_VERSION",
+    "attention",
+    "attention_varlen",
+    "attention_with_kvcache",
     "backend",
     "gaussian_kl",
     "get_backend",
@@ -33,6 +42,7 @@ __all__ = [
     "reparameterize",
     "sample_categorical",
     "sample_tokens",
+    "scaled_dot_product_attention",
     "set_backend",
     "tanh_normal",
 ]
