@@ -2,6 +2,7 @@
 
 from importlib.metadata import version as _version
 
+from genfast.accelerate import accelerate, restore
 from genfast.ops._backend import backend, get_backend, set_backend
 from genfast.ops.attention import (
     attention,
@@ -25,6 +26,7 @@ __version__ = _version("genfast")
 
 __all__ = [
     "NOISE_VERSION",
+    "accelerate",
     "attention",
     "attention_varlen",
     "attention_with_kvcache",
@@ -40,6 +42,7 @@ __all__ = [
     "randn_like",
     "relaxed_bernoulli",
     "reparameterize",
+    "restore",
     "sample_categorical",
     "sample_tokens",
     "scaled_dot_product_attention",
