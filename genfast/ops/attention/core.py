@@ -8,7 +8,6 @@ function transforms, forward-mode AD and double backward, with the kernels' own 
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -37,6 +36,7 @@ from genfast.reference import attention as reference
 ALIGN = {"top_left": False, "bottom_right": True}
 MAX_HEAD_DIM = 512  # of the kernels; wider heads run on the reference
 _FLOAT = torch.float32
+_AUTOCAST = ("cpu", "cuda")
 _MASKS = (torch.bool, *_check.FLOATS)
 
 
@@ -162,8 +162,16 @@ def _composite(q, k, v, mask, alibi, sinks, packed, options):
     return out, lse
 
 
-def _composite_of(packed, options, q, k, v, mask, alibi, sinks):
-    return _composite(q, k, v, mask, alibi, sinks, packed, options)
+def _differentiable(operands, packed, options, grads):
+    """Gradients of the composite by each operand (None where there is none)."""
+
+    def composite(*given):
+        left = iter(given)
+        return _composite(*(x if x is None else next(left) for x in operands), packed, options)
+
+    given = [x for x in operands if x is not None]
+    found = iter(differentiable_backward(composite, given, grads))
+    return [x if x is None else next(found) for x in operands]
 
 
 # ---- the op ------------------------------------------------------------------------------------
@@ -210,9 +218,7 @@ def _backward_impl(dout, dlse, q, k, v, out, lse, mask, alibi, sinks, want_mask,
             x.detach().requires_grad_() if w else x
             for x, w in zip((q, k, v, mask, alibi, sinks), wanted, strict=True)
         ]
-        *grads, _, dsinks = differentiable_backward(
-            partial(_composite_of, packed, options), inputs, [dout, dlse]
-        )
+        *grads, _, dsinks = _differentiable(inputs, packed, options, [dout, dlse])
         zeros = (torch.zeros_like(x) if g is None and w else g for x, g, w in
                  zip(inputs, grads, wanted, strict=False))  # fmt: skip
         found = (*(g if g is None else g.detach() for g in zeros), dsinks)
@@ -262,8 +268,7 @@ def _gradients(ctx, dout, dlse, first_order):
     if dout is None and dlse is None:
         return (*[None] * 6, *nothing)
     if wants_graph() or not (is_compiling() or plain(dout, dlse)):
-        composite = partial(_composite_of, packed, options)
-        grads = differentiable_backward(composite, (q, k, v, mask, alibi, sinks), [dout, dlse])
+        grads = _differentiable((q, k, v, mask, alibi, sinks), packed, options, [dout, dlse])
         return (*grads, *nothing)
     wants = (bool(ctx.needs_input_grad[3]), bool(ctx.needs_input_grad[5]))
     dq, dk, dv, dmask, dsinks = first_order(
@@ -395,18 +400,16 @@ def check_operands(letters: dict[str, str], operands: dict[str, Tensor]) -> None
 
 
 def check_options(B, Hq, alibi, sinks, options: Options) -> None:
-    for name, x, shapes in (
-        ("alibi_slopes", alibi, ((Hq,), (B, Hq))),
-        ("sinks", sinks, ((Hq,),)),
-    ):
+    for name, x, batched in (("alibi_slopes", alibi, True), ("sinks", sinks, False)):
         if x is None:
             continue
         _check.tensor(name, x)
-        if tuple(x.shape) not in shapes:
-            raise ValueError(
-                f"{name}: expected shape {' or '.join(map(str, shapes))}, one per query head, "
-                f"got {tuple(x.shape)}"
-            )
+        fits = x.dim() == 1 or (batched and x.dim() == 2 and x.shape[0] == B)
+        if not fits or x.shape[-1] != Hq:
+            shapes = f"(Hq,) = ({Hq},)" + (f" or (B, Hq) = ({B}, {Hq})" if batched else "")
+            raise ValueError(f"{name}: expected shape {shapes}, got {tuple(x.shape)}")
+    if is_compiling():  # dynamic shapes make symbols of these numbers
+        return
     if options.scale is not None:
         if isinstance(options.scale, Tensor):
             raise TypeError("scale: expected a float, got a tensor; multiply q by it instead")
@@ -415,15 +418,17 @@ def check_options(B, Hq, alibi, sinks, options: Options) -> None:
     _check.number("dropout_p", options.dropout_p, low=0.0, high=1.0)
 
 
+def broadcasts(x: Tensor, full: tuple[int, ...]) -> bool:
+    return x.dim() <= len(full) and all(
+        n == 1 or n == m for n, m in zip(reversed(x.shape), reversed(full), strict=False)
+    )
+
+
 def check_mask(mask: Tensor | None, full: tuple[int, ...], name: str = "mask") -> None:
     if mask is None:
         return
     _check.tensor(name, mask, _MASKS)
-    fits = mask.dim() <= len(full) and all(
-        n == 1 or n == m
-        for n, m in zip(reversed(mask.shape), reversed(full), strict=False)
-    )
-    if not fits:
+    if not broadcasts(mask, full):
         raise ValueError(
             f"{name}: expected a shape that broadcasts to (B, Hq, Sq, Sk) = {full}, "
             f"got {tuple(mask.shape)}"
@@ -474,7 +479,8 @@ def lower_precision(*tensors: Tensor | None) -> tuple:
 
 
 def autocasting(q: Tensor) -> bool:
-    return torch.is_autocast_enabled(q.device.type)
+    device = q.device.type
+    return device in _AUTOCAST and torch.is_autocast_enabled(device)
 
 
 def attention(

@@ -12,6 +12,7 @@ from genfast.ops.attention.core import (
     Options,
     attend,
     autocasting,
+    broadcasts,
     check_mask,
     lower_precision,
     noise,
@@ -154,8 +155,11 @@ def scaled_dot_product_attention(
         same = B == Bk == value.shape[0] and Hk == value.shape[1] and S == value.shape[2]
         grouped = Hq == Hk or Hk == 1 or (enable_gqa and Hk and Hq % Hk == 0)
         known = attn_mask is None or (
-            attn_mask.dim() >= 2 and attn_mask.dtype in (torch.bool, query.dtype, _FLOAT)
+            attn_mask.dim() >= 2
+            and attn_mask.dtype in (torch.bool, query.dtype, _FLOAT)
+            and broadcasts(attn_mask, (B, Hq, query.shape[2], S))
         )
+        known = known and query.dtype in _check.FLOATS
         if same and grouped and known and E == Ek and query.dtype is key.dtype is value.dtype:
             return _attend(query, key, value, attn_mask, dropout_p, is_causal, scale)
     elif isinstance(query, Tensor) and autocasting(query):
