@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import torch
 
-# columns of a row, as in genfast/schedulers/plan.py: the step's two formulas and where its numbers
-# stand
+# columns of a row; genfast/schedulers/plan.py has the whole layout
 D_X, D_M, CLIP, INPUT_SCALE, LOGVAR_MIN, LOGVAR_MAX, COEF = range(7)
 
 

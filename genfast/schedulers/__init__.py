@@ -18,9 +18,8 @@ Where a plan differs from diffusers 0.42.1 on purpose (`plan_from_config` maps i
 * EDM exponential with N = 1 starts at sigma_max (diffusers: sigma_min).
 * A step to sigma = 0, or between equal sigmas (DEIS and SA-Solver end in one), is the limit of the
   formula; diffusers divides 0 by 0 there for orders above 1 unless lower_order_final saves it.
-* Started in the middle (begin > 0), LMS uses the weights of the order it has history for
-(diffusers:
-  of a higher order, whose missing terms it drops); PNDM repeats the step it started with.
+* Started in the middle (begin > 0), LMS uses the weights of the order it has history for, where
+  diffusers drops the missing terms of a higher one; PNDM repeats the step it started with.
 * LCM and TCD with strength < 1 on own timesteps: the last step adds no noise.
 * Histories hold what a solver can still read: IPNDM does not keep every tensor alive.
 * betas and sigmas are float64; diffusers' fp32 table of the same schedule is up to 1e-5 away (pass

@@ -91,21 +91,18 @@ def dpm_solver_plan(
     clip: float | None = None,
     threshold: tuple[float, float] | None = None,
     peer_d2: bool = False,
-    variance: str = "fixed",
     begin: int = 0,
 ) -> SolverPlan:
     """Multistep DPM-Solver (Lu et al. 2022b, alg. 2; SDE: eq. 19 and sec. 5 of the same).
 
     grid: number of steps or `SigmaGrid` of any kind ("edm" uses EDM preconditioning with
         sigma_data).
-    algorithm: a key of `ALGORITHMS`. order: 1..3, reached as the history fills. lower_order_final:
-        with fewer than 15 steps
-    the last step is order 1 and the one before order 2. A step to sigma = 0 is always order 1
-    (exactly x0).
+    algorithm: a key of `ALGORITHMS`. order: 1..3, reached as the history fills.
+    lower_order_final: with fewer than 15 steps the last step is order 1 and the one before order 2.
+        A step to sigma = 0 is always order 1 (exactly x0).
     peer_d2: give the D2 term of sde-dpmsolver++ at order 3 diffusers' weight, which is alpha_t too
-        low and does not vanish
-    with h; needed only to repeat its images. variance: "learned_range" ignores the model's variance
-    channels.
+        low and does not vanish with h; needed only to repeat its images.
+    A model with variance channels is given here without them (m[:, :C]).
     """
     grid = dpm_grid(grid)
     data, sde = choice("algorithm", algorithm, ALGORITHMS)

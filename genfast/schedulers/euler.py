@@ -78,7 +78,9 @@ def euler_plan(
     churn_steps: N in gamma = s_churn / N.
     """
     grid = _grid(grid)
-    plan = PlanBuilder("euler", clip=clip if not s_churn else None)
+    if clip is not None and s_churn:
+        raise ValueError(f"clip: expected None with churn (x0 then contains noise), got {clip}")
+    plan = PlanBuilder("euler", clip=clip)
 
     def x0_of(s, s_hat):
         return ve(prediction, s_hat if prediction == "epsilon" else s)
@@ -280,10 +282,13 @@ def kdpm2_ancestral_plan(
     )
 
 
+_GAUSS = np.polynomial.legendre.leggauss(4)
+
+
 def lms_coefficients(sigmas, i: int, order: int) -> list[float]:
     """Integrals over [sigma_i, sigma_{i+1}] of the Lagrange basis at sigma_i, sigma_{i-1}, … ;
     Gauss-Legendre with 4 nodes is exact up to degree 7, that is order 8."""
-    nodes, weights = np.polynomial.legendre.leggauss(4)
+    nodes, weights = _GAUSS
     a, b = sigmas[i], sigmas[i + 1]
     tau = (a + b) / 2 + (b - a) / 2 * nodes
     past = [sigmas[i - k] for k in range(order)]

@@ -99,8 +99,8 @@ def flow_match_token_table(sigmas, token_sigmas, *, stochastic: bool = False) ->
     """Coefficient rows (B, L, 36) for one Euler step in which every token has its own noise level.
 
     sigmas: (N+1,) of the grid. token_sigmas: (B, L); a token goes to the largest grid sigma more
-        than 1e-6 below its own,
-    or to 0. dt = sigma_next - sigma, as for whole samples (diffusers has the opposite sign here).
+    than 1e-6 below its own, or to 0. dt = sigma_next - sigma, as for whole samples (diffusers has
+    the opposite sign here).
     """
     grid, s = np.asarray(sigmas, np.float64), np.asarray(token_sigmas, np.float64)
     below = grid < s[..., None] - 1e-6

@@ -169,8 +169,7 @@ def _ve_grid(c, steps, schedule, o, **kw):
 
 def _euler_grid(c, steps, schedule, o):
     if c["interpolation_type"] == "log_linear" and "sigmas" not in o:
-        # the peer's table has one sigma more than it has steps: it never goes below the smallest of
-        # training
+        # the peer's table has one sigma more than steps: it ends at the smallest of training
         return _ve_grid(c, steps, schedule, o, interpolation="log_linear", final="sigma_min")
     return _ve_grid(c, steps, schedule, o, final=c["final_sigmas_type"])
 
@@ -700,8 +699,7 @@ def plan_from_config(
         schedule = NoiseSchedule(alphas_cumprod)
     elif "beta_schedule" in c:
         schedule = schedule_of(c)
-    # an SDE or eps solver given a name of a sibling's solver type: the peer's own silent
-    # translation
+    # the peer's own silent translation of names that belong to a sibling solver
     if class_name in (
         "DPMSolverMultistepScheduler",
         "DPMSolverSinglestepScheduler",

@@ -66,19 +66,10 @@ def pndm_plan(
             save = {f"e{i}": M} | ({"first": X} if i == begin else {})
             row(t[i], X, _combine([M, *ets[::-1][:3]]), t[i], t[i] - stride, save, i)
             ets.append(sym(f"e{i}"))
-            if (
-                i == begin and len(t) > begin + 1
-            ):  # the step just made, again with the mean of both ends
-                row(
-                    t[i + 1],
-                    sym("first"),
-                    (M + ets[-1]) * 0.5,
-                    t[i + 1] + stride,
-                    t[i + 1],
-                    {},
-                    i,
-                    1,
-                )
+            if i == begin and len(t) > begin + 1:
+                # the step just made, again with the mean of both ends
+                mean, end = (M + ets[-1]) * 0.5, t[i + 1]
+                row(end, sym("first"), mean, end + stride, end, {}, i, 1)
         return plan.build()
 
     if len(t) < 4:

@@ -100,7 +100,7 @@ def sample(
     seed: int | torch.Tensor | None = None,
     stream: int = 0,
     generator: torch.Generator | list | None = None,
-    guidance: float | tuple | dict | None = None,
+    guidance: float | dict | None = None,
     callback: Callable[[int, SolverState], SolverState | None] | None = None,
     progress: bool = False,
     state: SolverState | None = None,
@@ -135,6 +135,11 @@ def sample(
         x = state.x if scale == 1.0 else state.x * float(scale)
         m = model(x, plan.timestep(r))
         if guidance is not None:
+            if not (isinstance(m, (tuple, list)) and len(m) == 2):
+                raise TypeError(
+                    f"model: with guidance expected it to return (cond, uncond), got "
+                    f"{type(m).__name__}"
+                )
             m = guide(*m, **options)
         # with a generator, also where the coefficient is 0 but the peer draws
         wants = plan.needs_noise(r) or (generator is not None and plan.draws_noise(r))

@@ -106,8 +106,7 @@ class NoiseSchedule:
     @property
     def sigmas(self) -> np.ndarray:
         """sqrt((1 - alpha_bar) / alpha_bar) (T,). A zero alpha_bar counts as 2^-24 (sigma = 4096),
-        as in
-        every public sampler: the solver coefficients need a finite sigma."""
+        as in every public sampler: the solver coefficients need a finite sigma."""
         a = np.where(self.alpha_bar > 0, self.alpha_bar, 2.0**-24)
         return np.sqrt((1 - a) / a)
 
@@ -131,8 +130,7 @@ def noise_schedule(
 
 
 def _trailing(T, N, last=None):
-    # i-th value round(last - i T/N) - 1; np.arange(last, 0, -T/N) could give N+1 of them by
-    # rounding
+    # np.arange(last, 0, -T/N) alone can give N+1 values by rounding
     t = np.arange(T if last is None else last, 0, -T / N)[:N]
     return np.round(t) - 1
 
@@ -401,8 +399,7 @@ def _final(final, sigmas, sigma_min):
 
 
 def _init_noise(sigma_max, spacing) -> float:
-    # "leading" starts below sigma_max of training, where x = x0 + sigma z still has unit-variance
-    # data in it
+    # "leading" starts below the sigma_max of training, where x still has unit-variance data in it
     return float(np.sqrt(sigma_max**2 + 1) if spacing == "leading" else sigma_max)
 
 

@@ -20,8 +20,6 @@ from genfast.schedulers import plan as P
 from genfast.schedulers.from_config import plan_from_config
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-    "ignore::DeprecationWarning:diffusers", "ignore::DeprecationWarning:.*scheduling_.*"
-)
 
 N_GRID = [1, 2, 3, 10, 14, 15, 50]
 SHAPE = (2, 3, 4, 2)

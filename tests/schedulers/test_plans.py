@@ -264,6 +264,7 @@ BAD = {
     "order": (ValueError, "order", lambda: S.dpm_solver_plan(5, order=4)),
     "eta": (ValueError, "eta", lambda: S.ddim_plan(5, eta=1.5)),
     "clip": (ValueError, "clip", lambda: S.ddim_plan(5, clip=-1.0)),
+    "clip and churn": (ValueError, "churn", lambda: S.euler_plan(5, clip=1.0, s_churn=1.0)),
     "ascending": (ValueError, "descending", lambda: S.ddpm_plan([1, 2, 3])),
     "beyond": (ValueError, "beyond", lambda: S.ddpm_plan([1000, 2])),
     "zero snr epsilon": (
@@ -318,6 +319,11 @@ BAD = {
         lambda: S.sample(
             None, S.ddim_plan(2), torch.zeros(1, 2), seed=1, generator=torch.Generator()
         ),
+    ),
+    "guidance": (
+        TypeError,
+        "cond, uncond",
+        lambda: S.sample(lambda x, t: x, S.ddim_plan(2), torch.zeros(1, 2), guidance=2.0),
     ),
     "int x": (
         TypeError,
