@@ -15,7 +15,7 @@
 
 #include <cstdint>
 
-#include "tensor.h"
+#include "api/tensor.h"
 
 namespace genfast {
 
@@ -86,6 +86,8 @@ struct AttentionParams {
   float dropout_scale = 1.0f;  // 0 for p = 1
   uint64_t seed = 0, stream = 0;
   int64_t noise_Sq = 0, noise_Sk = 0;
+
+  int threads = 1;  // 0: all
 };
 
 // Forward fields of `p` as above (out and lse are inputs now). Gradients are overwritten, not added
@@ -124,11 +126,7 @@ struct AttentionAppendParams {
   bool rotary_interleaved =
       false;  // true: pairs (0, 1), (2, 3) ...; false: (0, r/2), (1, r/2 + 1) ...
   bool q_same_position = false;
+  int threads = 1;
 };
 
-namespace cpu {
-void attention_forward(const AttentionParams& p, int threads);
-void attention_backward(const AttentionGradParams& g, int threads);
-void attention_append(const AttentionAppendParams& a, int threads);
-}  // namespace cpu
 }  // namespace genfast

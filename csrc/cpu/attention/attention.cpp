@@ -1,0 +1,64 @@
+// Fused attention on CPU; compiled once per ISA level. The steps of a call are in forward.h and
+// backward.h, the products in microkernel.h and decode.h.
+#include "cpu/attention/forward.h"
+#include "cpu/attention/scratch.h"
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+
+namespace genfast::cpu {
+namespace {
+
+int workers(int threads, int64_t tasks) {
+  const int64_t n = threads > 0 ? threads : 256;
+  return static_cast<int>(n < tasks ? n : tasks > 0 ? tasks : 1);
+}
+
+void forward(const AttentionParams& p) {
+  Forward f(p);
+  if (p.B == 0 || p.Hq == 0 || f.longest_q == 0) return;
+  const int64_t tasks = p.B * p.Hkv * f.groups * f.splits;
+  // A short task costs less than handing it out: bundle up to about 50 us of products.
+  const double flops = 2.0 * (p.D + p.Dv) * f.longest_k * f.longest_q * (p.Hq / p.Hkv) /
+                       static_cast<double>(f.groups * f.splits);
+  int64_t grain = 1;
+  while (grain < 64 && flops * grain < 2e6 && grain * 2 * 4 * (p.threads > 0 ? p.threads : 8) <= tasks)
+    grain *= 2;
+  const int threads = flops * tasks < 4e5 ? 1 : p.threads;
+  const int64_t bundles = (tasks + grain - 1) / grain;
+
+  Arena sizes;
+  f.lay_out(sizes);
+  Slots slots(workers(threads, bundles), sizes.used);
+  const int64_t rows = p.B * p.Hq * f.longest_q;
+  Arena parts;
+  const auto take_parts = [&] {
+    f.part_o = parts.take<float>(rows * f.splits * f.ldo);
+    f.part_m = parts.take<float>(rows * f.splits);
+    f.part_l = parts.take<float>(rows * f.splits);
+  };
+  if (f.splits > 1) take_parts();
+  Memory memory(parts.used);
+  if (f.splits > 1) {
+    parts = {memory.data(), 0};
+    take_parts();
+  }
+  parallel_for(bundles, threads, [&](int64_t bundle) {
+    slots.with([&](char* base) {
+      Arena arena{base, 0};
+      const ForwardScratch x = f.lay_out(arena);
+      const int64_t end = (bundle + 1) * grain < tasks ? (bundle + 1) * grain : tasks;
+      for (int64_t t = bundle * grain; t < end; ++t) f.run_task(t, x);
+    });
+  });
+  if (f.splits > 1)
+    parallel_for(p.B * p.Hq, threads, [&](int64_t bh) {
+      for (int64_t i = 0; i < f.longest_q; ++i) f.merge_row(bh / p.Hq, bh % p.Hq, i);
+    });
+}
+
+}  // namespace
+
+namespace GENFAST_ISA {
+void attention_forward(const AttentionParams& p) { forward(p); }
+}  // namespace GENFAST_ISA
+}  // namespace genfast::cpu
