@@ -1,5 +1,6 @@
 // Fused attention on CPU; compiled once per ISA level. The steps of a call are in forward.h and
 // backward.h, the products in microkernel.h and decode.h.
+#include "cpu/attention/backward.h"
 #include "cpu/attention/forward.h"
 #include "cpu/attention/scratch.h"
 #include "cpu/kernels.h"
@@ -56,9 +57,55 @@ void forward(const AttentionParams& p) {
     });
 }
 
+// Runs body(scratch, task) for all tasks, each thread with its own scratch.
+template <class Body>
+void run_with_scratch(const Backward& f, bool for_mask, int64_t tasks, int threads, Body&& body) {
+  Arena sizes;
+  f.lay_out(sizes, for_mask);
+  Slots slots(workers(threads, tasks), sizes.used);
+  parallel_for(tasks, threads, [&](int64_t task) {
+    slots.with([&](char* base) {
+      Arena arena{base, 0};
+      body(f.lay_out(arena, for_mask), task);
+    });
+  });
+}
+
+void backward(const AttentionGradParams& g) {
+  const AttentionParams& p = g.p;
+  Backward f(g);
+  if (p.B == 0 || p.Hq == 0) return;
+  const double flops =
+      2.0 * p.B * p.Hq * f.longest_q * f.longest_k * (3.0 * p.D + 2.0 * p.Dv);
+  const int threads = flops < 4e5 ? 1 : p.threads;
+  Arena sizes;
+  const auto take = [&](Arena& a) {
+    f.lse2 = a.take<float>(p.B * p.Hq * f.longest_q);
+    f.delta = a.take<float>(p.B * p.Hq * f.longest_q);
+    if (f.splits > 1)
+      f.part_dq = a.take<float>(f.splits * p.B * p.Hkv * f.group_rows() * f.ldq);
+  };
+  take(sizes);
+  Memory memory(sizes.used);
+  Arena arena{memory.data(), 0};
+  take(arena);
+  parallel_for(p.B * p.Hq, threads, [&](int64_t bh) { f.prepare_rows(bh / p.Hq, bh % p.Hq); });
+  run_with_scratch(f, false, p.B * p.Hkv * f.splits, threads,
+                   [&](const BackwardScratch& x, int64_t task) { f.run_task(task, x); });
+  if (f.splits > 1)
+    parallel_for(p.B * p.Hkv, threads,
+                 [&](int64_t bh) { f.merge_dq(bh / p.Hkv, bh % p.Hkv); });
+  if (g.dsinks != nullptr)
+    parallel_for(p.Hq, threads, [&](int64_t head) { f.sink_gradient(head); });
+  if (g.dmask.data != nullptr)
+    run_with_scratch(f, true, f.mask_batches() * f.mask_heads() * f.mask_blocks(), threads,
+                     [&](const BackwardScratch& x, int64_t task) { f.mask_task(task, x); });
+}
+
 }  // namespace
 
 namespace GENFAST_ISA {
+void attention_backward(const AttentionGradParams& g) { backward(g); }
 void attention_forward(const AttentionParams& p) { forward(p); }
 }  // namespace GENFAST_ISA
 }  // namespace genfast::cpu

@@ -50,9 +50,9 @@ struct Forward {
       if (s.Sq > longest_q) longest_q = s.Sq;
       if (s.Sk > longest_k) longest_k = s.Sk;
     }
-    const int64_t rows = longest_q * (p.Hq / p.Hkv);
+    const int64_t rows = longest_q * group();
     in_place = rows <= kDecodeRows;
-    tiles_per_head = (rows + BR - 1) / BR;
+    tiles_per_head = tile_count(rows);
     const int64_t heads = p.B * p.Hkv, tiles = heads * tiles_per_head;
     // Four tiles share a packed block where the operands then still fit a 1 MiB L2.
     tiles_per_task = p.D + p.Dv <= 256 ? 4 : 2;
@@ -73,11 +73,12 @@ struct Forward {
     splits = longest_k > split_keys ? (longest_k + split_keys - 1) / split_keys : 1;
   }
 
+  int64_t group() const { return p.Hq / p.Hkv; }
   int64_t rows_of_block() const { return longest_k < BC ? round_up(longest_k, NR) : BC; }
 
   ForwardScratch lay_out(Arena& a) const {
     ForwardScratch x;
-    const int64_t rows = longest_q * (p.Hq / p.Hkv);
+    const int64_t rows = longest_q * group();
     const int64_t tile_rows = rows < BR ? rows : BR, keys = rows_of_block();
     x.tiles = a.take<TileState>(tiles_per_task);
     for (int64_t t = 0; t < tiles_per_task; ++t) {
@@ -98,7 +99,7 @@ struct Forward {
 
   void start_tile(TileState& st, const Sequence& s, int64_t kv_head, int64_t index,
                   const char** rows) const {
-    make_tile(p, s, kv_head, index, st.tile);
+    make_tile(p, s, kv_head * group(), group(), index, st.tile);
     const int n = st.tile.n;
     for (int r = 0; r < n; ++r) {
       rows[r] = row_at(p.q, p.dtype, s.b, st.tile.head[r], s.q_row + st.tile.position[r]);
@@ -245,10 +246,10 @@ struct Forward {
 
   void run_task(int64_t task, const ForwardScratch& x) const {
     const int64_t split = task % splits;
-    const int64_t group = groups - 1 - task / splits % groups;  // the longest causal rows first
+    const int64_t bundle = groups - 1 - task / splits % groups;  // the longest causal rows first
     const int64_t kv_head = task / splits / groups % p.Hkv, b = task / splits / groups / p.Hkv;
     const Sequence s = sequence_of(p, b);
-    const int64_t begin = group * tiles_per_task, all = tile_count(p, s);
+    const int64_t begin = bundle * tiles_per_task, all = tile_count(s.Sq * group());
     const int64_t end = begin + tiles_per_task < all ? begin + tiles_per_task : all;
     if (begin >= end) return;
     ScoreOptions mods(p, s);

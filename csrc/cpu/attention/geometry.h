@@ -100,18 +100,17 @@ struct Tile {
   KeyRange every[BR / MR];  // keys every row sees
 };
 
-inline int64_t tile_count(const AttentionParams& p, const Sequence& s) {
-  return (s.Sq * (p.Hq / p.Hkv) + BR - 1) / BR;
-}
+inline int64_t tile_count(int64_t rows) { return (rows + BR - 1) / BR; }
 
-inline void make_tile(const AttentionParams& p, const Sequence& s, int64_t kv_head, int64_t index,
-                      Tile& t) {
-  const int64_t group = p.Hq / p.Hkv, first = index * BR, rows = s.Sq * group;
+// Tile `index` of the rows of query heads [head, head + heads).
+inline void make_tile(const AttentionParams& p, const Sequence& s, int64_t head, int64_t heads,
+                      int64_t index, Tile& t) {
+  const int64_t first = index * BR, rows = s.Sq * heads;
   t.n = static_cast<int>(rows - first < BR ? rows - first : BR);
   int64_t g = first / s.Sq, i = first - g * s.Sq;
   t.seen = {s.Sk, 0};
   for (int r = 0; r < t.n; ++r) {
-    t.head[r] = static_cast<int32_t>(kv_head * group + g);
+    t.head[r] = static_cast<int32_t>(head + g);
     t.position[r] = i;
     const KeyRange k = t.keys[r] = visible_keys(p, s, i);
     KeyRange& any = t.any[r / MR];
