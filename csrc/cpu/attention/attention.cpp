@@ -1,5 +1,6 @@
 // Fused attention on CPU; compiled once per ISA level. The steps of a call are in forward.h and
 // backward.h, the products in microkernel.h and decode.h.
+#include "cpu/attention/append.h"
 #include "cpu/attention/backward.h"
 #include "cpu/attention/forward.h"
 #include "cpu/attention/scratch.h"
@@ -102,9 +103,23 @@ void backward(const AttentionGradParams& g) {
                      [&](const BackwardScratch& x, int64_t task) { f.mask_task(task, x); });
 }
 
+void append(const AttentionAppendParams& a) {
+  const Append work{a};
+  const int64_t q_tasks = a.cos != nullptr && a.q.data != nullptr ? a.B * a.Hq : 0;
+  const int64_t k_tasks = a.k_new.data != nullptr ? a.B * a.Hkv : 0;
+  const int64_t elements = q_tasks * a.Sq * a.D + k_tasks * a.S_new * (a.D + a.Dv);
+  parallel_for(q_tasks + k_tasks, elements < 32768 ? 1 : a.threads, [&](int64_t t) {
+    if (t < q_tasks)
+      work.rotate_queries(t / a.Hq, t % a.Hq);
+    else
+      work.append_keys((t - q_tasks) / a.Hkv, (t - q_tasks) % a.Hkv);
+  });
+}
+
 }  // namespace
 
 namespace GENFAST_ISA {
+void attention_append(const AttentionAppendParams& a) { append(a); }
 void attention_backward(const AttentionGradParams& g) { backward(g); }
 void attention_forward(const AttentionParams& p) { forward(p); }
 }  // namespace GENFAST_ISA
