@@ -133,12 +133,15 @@ struct Backward {
       for (int rb = 0; rb < row_blocks; ++rb) {
         if (j < spans[rb].lo || j >= spans[rb].hi) continue;
         const int r0 = rb * MR, m = t.n - r0 < MR ? t.n - r0 : MR;
-        const bool plain = !options && spans[rb].full;
+        const bool plain = !options && spans[rb].full, ragged = columns % W != 0;
         multiply<false>(m, columns, p.D, x.q + r0 * ldq, ldq, x.kt + j * round_up(p.D, W), NR,
                         [&](int row0, auto& acc) {
                           constexpr int M = sizeof(acc) / sizeof(acc[0]);
                           constexpr int N = sizeof(acc[0]) / sizeof(f32v);
                           float* to = x.P + (r0 + row0) * lds + j;
+                          if (ragged)
+#pragma GCC unroll 16
+                            for (int i = 0; i < M; ++i) acc[i][N - 1] += past_end(columns);
 #pragma GCC unroll 16
                           for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4

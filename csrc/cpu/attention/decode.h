@@ -7,8 +7,9 @@
 namespace genfast::cpu {
 namespace {
 
-// From about this many query rows per key/value head on, packing pays for itself.
-constexpr int64_t kDecodeRows = 16;
+// In place up to this many query rows per key/value head and from this many keys on; beside it,
+// packing pays for itself.
+constexpr int64_t kDecodeRows = 8, kDecodeKeys = 64;
 
 struct LoadF32 {
   static constexpr int bytes = 4;

@@ -51,11 +51,12 @@ struct Forward {
       if (s.Sk > longest_k) longest_k = s.Sk;
     }
     const int64_t rows = longest_q * group();
-    in_place = rows <= kDecodeRows;
+    in_place = rows <= kDecodeRows && longest_k >= kDecodeKeys;
     tiles_per_head = tile_count(rows);
     const int64_t heads = p.B * p.Hkv, tiles = heads * tiles_per_head;
-    // Four tiles share a packed block where the operands then still fit a 1 MiB L2.
-    tiles_per_task = p.D + p.Dv <= 256 ? 4 : 2;
+    // Eight tiles share a packed block: packing is 2 % of the work then, and their q and o rows,
+    // which stream through once per block, may come from L3.
+    tiles_per_task = p.D + p.Dv <= 256 ? 8 : 4;
     if (tiles_per_task > tiles_per_head) tiles_per_task = tiles_per_head > 0 ? tiles_per_head : 1;
     const int threads = p.threads > 0 ? p.threads : 8;
     while (tiles_per_task > 1 && heads * ((tiles_per_head + tiles_per_task - 1) / tiles_per_task) <
@@ -128,6 +129,7 @@ struct Forward {
       alpha[r] = m == st.m[r] ? 1.0f : __builtin_exp2f(st.m[r] - base);
       st.m[r] = m;
       f32v sum = f32v{};
+#pragma GCC unroll 4
       for (int j = span.lo; j < span.hi; j += W) {
         const f32v e = exp2_nonpositive<f32v>(load(row + j) - base);
         store(row + j, e);
@@ -154,6 +156,8 @@ struct Forward {
     const int64_t depth = round_up(p.D, W);
     for (int j = 0; j < n; j += NR) {
       const int columns = n - j < NR ? n - j : NR;
+      const bool ragged = columns % W != 0;
+      const f32v edge = past_end(columns);
       for (int rb = 0; rb < row_blocks; ++rb) {
         if (j < spans[rb].lo || j >= spans[rb].hi) continue;
         const int r0 = rb * MR, m = t.n - r0 < MR ? t.n - r0 : MR;
@@ -161,6 +165,9 @@ struct Forward {
                         [&](int row0, auto& acc) {
                           constexpr int M = sizeof(acc) / sizeof(acc[0]);
                           constexpr int N = sizeof(acc[0]) / sizeof(f32v);
+                          if (ragged)
+#pragma GCC unroll 16
+                            for (int i = 0; i < M; ++i) acc[i][N - 1] += edge;
 #pragma GCC unroll 16
                           for (int i = 0; i < M; ++i) {
                             f32v& top = most[r0 + row0 + i];

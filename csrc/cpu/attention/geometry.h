@@ -131,6 +131,13 @@ inline void make_tile(const AttentionParams& p, const Sequence& s, int64_t head,
   }
 }
 
+// Added to the last vector of a panel of `columns` columns: -inf behind the last one.
+inline f32v past_end(int columns) {
+  f32v v;
+  for (int i = 0; i < W; ++i) v[i] = (columns - 1) % W < i ? -__builtin_inff() : 0.0f;
+  return v;
+}
+
 // Columns of a block [first, first + n) that row block rb of a tile needs: whole panels, and
 // whether all its rows see every one of them.
 struct Span {
@@ -143,7 +150,7 @@ inline Span span_of(const Tile& t, int rb, int64_t first, int n) {
   Span s;
   s.lo = static_cast<int>(lo <= 0 ? 0 : lo >= n ? n : lo / NR * NR);
   s.hi = static_cast<int>(hi >= n ? n : hi <= 0 ? 0 : round_up(hi, NR) < n ? round_up(hi, NR) : n);
-  s.full = t.every[rb].lo <= first + s.lo && t.every[rb].hi >= first + s.hi && s.hi % W == 0;
+  s.full = t.every[rb].lo <= first + s.lo && t.every[rb].hi >= first + s.hi;
   return s;
 }
 

@@ -108,8 +108,10 @@ inline void unpack_rows(const float* from, int64_t ld, int n, int dim, const flo
                         char* const* rows, Dtype dtype) {
   RowBuffer buffer;
   for (int r = 0; r < n; ++r) {
-    for (int d = 0; d < dim; d += W) store(buffer.data + d, load(from + r * ld + d) * factor[r]);
-    from_f32(buffer.data, dim, rows[r], dtype);
+    const bool direct = dtype == Dtype::f32 && dim % W == 0;
+    float* to = direct ? reinterpret_cast<float*>(rows[r]) : buffer.data;
+    for (int d = 0; d < dim; d += W) store(to + d, load(from + r * ld + d) * factor[r]);
+    if (!direct) from_f32(to, dim, rows[r], dtype);
   }
 }
 
