@@ -116,7 +116,7 @@ struct Forward {
                     int64_t first, float* scores, float* alpha) const {
     const Tile& t = st.tile;
     for (int r = 0; r < t.n; ++r) {
-      const Span& span = spans[r / MR];
+      const Span span = spans[r / MR];
       if (span.lo >= span.hi) continue;
       float* row = scores + r * lds;
       f32v top = most[r];
