@@ -151,7 +151,7 @@ GENFAST_INLINE void weigh_block(const float* weights, int64_t ldw, const char* c
       y[c] = Tail ? load_tail<Load>(values[j], d, tail) : Load::at(values[j], d + c * W);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const f32v x = broadcast(weights[r * ldw + j]);
+      const f32v x = splat(weights[r * ldw + j]);
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) acc[r][c] = fused_multiply_add(x, y[c], acc[r][c]);
     }

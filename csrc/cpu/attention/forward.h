@@ -54,9 +54,9 @@ struct Forward {
     in_place = rows <= kDecodeRows && longest_k >= kDecodeKeys;
     tiles_per_head = tile_count(rows);
     const int64_t heads = p.B * p.Hkv, tiles = heads * tiles_per_head;
-    // Eight tiles share a packed block: packing is 2 % of the work then, and their q and o rows,
+    // Six tiles share a packed block: packing is 2 % of the work then, and their q and o rows,
     // which stream through once per block, may come from L3.
-    tiles_per_task = p.D + p.Dv <= 256 ? 8 : 4;
+    tiles_per_task = p.D + p.Dv <= 256 ? 6 : 3;
     if (tiles_per_task > tiles_per_head) tiles_per_task = tiles_per_head > 0 ? tiles_per_head : 1;
     const int threads = p.threads > 0 ? p.threads : 8;
     while (tiles_per_task > 1 && heads * ((tiles_per_head + tiles_per_task - 1) / tiles_per_task) <
@@ -116,7 +116,7 @@ struct Forward {
                     int64_t first, float* scores, float* alpha) const {
     const Tile& t = st.tile;
     for (int r = 0; r < t.n; ++r) {
-      const Span& span = spans[r / MR];
+      const Span span = spans[r / MR];
       if (span.lo >= span.hi) continue;
       float* row = scores + r * lds;
       f32v top = most[r];

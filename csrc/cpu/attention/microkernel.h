@@ -18,10 +18,6 @@ constexpr int NR = NV * W;  // columns of a packed panel
 
 #define GENFAST_INLINE inline __attribute__((always_inline))
 
-// x - 0 is x for every float, so this is one load; 0 + x is not (-0) and costs an addition, which
-// held the whole product at 67 % of the FMA peak.
-GENFAST_INLINE f32v broadcast(float x) { return x - f32v{}; }
-
 // a(row, k) = a[row * lda + k], or a[k * lda + row] when Transposed; b(k, :) = b + k * ldb.
 // epilogue(row0, accumulators[M][N]).
 template <int M, int N, bool Transposed, class Epilogue>
@@ -47,7 +43,7 @@ GENFAST_INLINE void micro(int row0, int64_t depth, const float* a, int64_t lda, 
     b += ldb;
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
-      const f32v x = broadcast(Transposed ? row[0][i] : row[i][k]);
+      const f32v x = splat(Transposed ? row[0][i] : row[i][k]);
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) acc[i][n] = fused_multiply_add(x, y[n], acc[i][n]);
     }
