@@ -151,7 +151,7 @@ print(_C.build_info()["isa"], h.hexdigest())
 
 
 def test_bits_do_not_depend_on_the_instruction_set():
-    """Every level this processor runs, 1 to 3 threads each; what a level lacks would differ here."""
+    """Every level this processor runs, 1 to 3 threads each."""
     usable = _C.build_info()["isa_usable"]
     found = {}
     for level in usable:
@@ -379,8 +379,11 @@ def test_moments_up_to_the_fourth(distribution):
     x = native((N,), distribution, 17).numpy().astype(np.float64)
     mean, deviation = exact.mean(), exact.std()
     x = (x - mean) / deviation
-    draws = lambda k: exact.moment(k)  # noqa: E731
-    raw = [draws(k) for k in range(9)]
+    if distribution == "logistic":  # scipy integrates these badly
+        p = np.pi**2
+        raw = [1, 0, p / 3, 0, 7 * p**2 / 15, 0, 31 * p**3 / 21, 0, 127 * p**4 / 15]
+    else:
+        raw = [exact.moment(k) for k in range(9)]
     standard = [
         sum(
             float(_binomial(k, j)) * raw[j] * (-mean) ** (k - j) for j in range(k + 1)
@@ -470,7 +473,7 @@ def test_neighbouring_rows_are_independent():
 
 @pytest.mark.parametrize(
     "low, high",
-    [(0, 1), (-3, 4), (0, 1000), (5, 2**32 + 5), (-(2**63), -(2**63) + 2**32), (0, 3 << 30)],
+    [(0, 1), (-3, 4), (0, 1000), (5, 2**32 + 5), (-(2**63), 2**32 - 2**63), (0, 3 << 30)],
 )
 def test_integers_equal_the_reference(low, high):
     got = genfast.randint(low, high, (1003,), seed=6, stream=2, offset=5)

@@ -53,9 +53,8 @@ def yardstick(what, got, eager, truth, kind="output"):
     ulp = torch.finfo(got.dtype).eps * truth.double().abs().max().item()
     allowed = FACTOR[kind] * error(eager, truth) + FLOOR_ULP[kind] * ulp
     found = error(got, truth)
-    assert found <= allowed, (
-        f"{what}: {kind} error {found:.3g} > {allowed:.3g} (PyTorch's own: {error(eager, truth):.3g})"
-    )
+    own = error(eager, truth)
+    assert found <= allowed, f"{what}: {kind} error {found:.3g} > {allowed:.3g} (torch {own:.3g})"
 
 
 def ulps(got, exact):
