@@ -113,7 +113,10 @@ def _draw(
     allowed = _INTEGERS if integers else _check.FLOATS
     if dtype not in allowed:
         raise TypeError(f"dtype: expected one of {', '.join(map(str, allowed))}, got {dtype}")
-    device = torch.device(device) if device is not None else torch.get_default_device()
+    if device is not None:
+        device = torch.device(device)
+    else:  # dynamo cannot trace get_default_device
+        device = torch.empty(0).device if is_compiling() else torch.get_default_device()
     _noise.check(
         seed, stream, offset, generator, size, seed.device if isinstance(seed, Tensor) else device
     )

@@ -1,6 +1,6 @@
 """Gumbel-softmax and the relaxed Bernoulli (Jang et al. 2017; Maddison et al. 2017).
 
-Saved for backward: the soft sample, or for hard samples the logits and the seed.
+Saved for backward: the logits and the seed, and the soft sample unless it is hard: never noise.
 """
 
 from __future__ import annotations
