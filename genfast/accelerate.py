@@ -57,7 +57,7 @@ def _swap_transformers(model) -> list[Undo]:
 
 
 def _swap_functional(model) -> list[Undo]:
-    """Models that call torch.nn.functional.scaled_dot_product_attention: rerouted while they run."""
+    """Models that call F.scaled_dot_product_attention: rerouted while they run."""
     enter = model.register_forward_pre_hook(lambda *_: torch_sdpa.enable(), prepend=True)
     leave = model.register_forward_hook(lambda *_: torch_sdpa.disable(), always_call=True)
     return [enter.remove, leave.remove]

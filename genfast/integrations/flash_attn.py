@@ -169,8 +169,7 @@ def _pages_to_rows(pages: Tensor, block_table: Tensor, cu_seqlens: Tensor) -> Te
     """(pages, page_size, H, D) through the table -> packed (total, H, D)."""
     lengths = cu_seqlens.diff().tolist()
     rows = [
-        pages[table.long()].flatten(0, 1)[:n]
-        for table, n in zip(block_table, lengths, strict=True)
+        pages[table.long()].flatten(0, 1)[:n] for table, n in zip(block_table, lengths, strict=True)
     ]
     return torch.cat(rows) if rows else pages.flatten(0, 1)[:0]
 

@@ -76,9 +76,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights,
                 is_causal,
             )  # fmt: skip
-        batched = F._mha_shape_check(
-            query, key, value, key_padding_mask, attn_mask, self.num_heads
-        )
+        batched = F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
         sequence = 1 if self.batch_first and batched else 0
         if not batched:
             query, key, value = (

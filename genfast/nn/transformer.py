@@ -13,7 +13,7 @@ def _adopt(attention: nn.MultiheadAttention) -> None:
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
-    """Drop-in for torch.nn.TransformerEncoderLayer: constructor, state dict and forward are its own.
+    """Drop-in for torch.nn.TransformerEncoderLayer: its constructor, state dict and forward.
 
     Padding that hides every key of a row gives finite values instead of NaN.
     """

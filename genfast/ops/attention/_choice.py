@@ -10,7 +10,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention as torch_sdpa  # kept before any reroute
+from torch.nn.functional import (
+    scaled_dot_product_attention as torch_sdpa,  # kept before any reroute
+)
 
 from genfast.ops._backend import forced_reference
 

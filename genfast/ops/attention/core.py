@@ -130,11 +130,11 @@ def _keep(shape, options: Options, device) -> Tensor | None:
 
 
 def _composite(q, k, v, mask, alibi, sinks, packed, options):
-    if q.numel() == 0 and (q.shape[-1] == 0 or q.shape[-3 if q.dim() == 4 else -2] == 0):
-        dtype = torch.promote_types(q.dtype, _FLOAT)  # no heads or no head dimension
-        weighted = 0 if k.shape[-2 if q.dim() == 4 else 0] == 0 else v.sum() * 0
-        zero = q.new_zeros(*q.shape[:-1], v.shape[-1]) + q.sum() + weighted
-        return zero, _empty_lse(q, dtype).fill_(-math.inf)
+    if k.shape[-3 if q.dim() == 4 else -2] == 0:  # no heads
+        empty = q.new_empty(*q.shape[:-1], v.shape[-1]) + q.sum() + k.sum() + v.sum()
+        return empty, _empty_lse(q, torch.promote_types(q.dtype, _FLOAT))
+    if q.shape[-1] == 0:  # every score is 0, whatever the scale
+        options = options._replace(scale=1.0)
     shared = {
         "window": (options.left, options.right),
         "scale": options.scale,
@@ -473,9 +473,7 @@ def noise(dropout_p: float, seed, stream, generator, device):
 def lower_precision(*tensors: Tensor | None) -> tuple:
     """fp32 operands in autocast's dtype when autocast is on, like torch's own attention."""
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
-    return tuple(
-        x.to(dtype) if x is not None and x.dtype in KERNEL_DTYPES else x for x in tensors
-    )
+    return tuple(x.to(dtype) if x is not None and x.dtype in KERNEL_DTYPES else x for x in tensors)
 
 
 def autocasting(q: Tensor) -> bool:

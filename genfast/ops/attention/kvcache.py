@@ -145,6 +145,18 @@ def _validate(
                        alibi_slopes=alibi, sinks=sinks)  # fmt: skip
     if q.device.type == "cpu" and not is_compiling():
         _check_rows(k_cache, k, lengths, batch_idx, leftpad, block_table)
+        turned = Sq if left >= 0 or right >= 0 else 1
+        _check_positions(cos, lengths, leftpad, max(turned, 0 if k is None else k.shape[2]))
+
+
+def _check_positions(cos, lengths, leftpad, turned: int) -> None:
+    if cos is None or not lengths.numel():
+        return
+    last = int((lengths if leftpad is None else lengths - leftpad).max()) + turned
+    if last > cos.shape[0]:
+        raise ValueError(
+            f"rotary_cos: expected at least {last} positions (rows), got shape {tuple(cos.shape)}"
+        )
 
 
 def _check_rows(k_cache, k, lengths, batch_idx, leftpad, block_table) -> None:
@@ -156,6 +168,13 @@ def _check_rows(k_cache, k, lengths, batch_idx, leftpad, block_table) -> None:
             f"cache_seqlens: expected 0 <= length, and length + {added} new rows <= the capacity "
             f"of {capacity}, got {lengths.tolist()}"
         )
+    if block_table is not None:
+        used = torch.arange(block_table.shape[1]) * page < (lengths + added)[:, None]
+        if bool((used & ((block_table < 0) | (block_table >= k_cache.shape[0]))).any()):
+            raise ValueError(
+                f"block_table: expected pages below {k_cache.shape[0]} for the rows in use, "
+                f"got {block_table.tolist()}"
+            )
     if leftpad is not None and bool(((leftpad < 0) | (leftpad > lengths)).any()):
         raise ValueError(
             f"cache_leftpad: expected 0 <= padding <= cache_seqlens, got {leftpad.tolist()}"
