@@ -139,7 +139,7 @@ def test_a_failed_proof_shows_no_time(tmp_path, capsys, fast, monkeypatch):
     cases = [case(), case(proof=wrong, ours=lambda: timed.append(1))]
     monkeypatch.setattr(harness, "load_cases", lambda families: cases)
     out = tmp_path / "rows.json"
-    assert run("bench", "--json", str(out)) == 1
+    assert run("bench", "--threads", "1", "--json", str(out)) == 1
     shown = capsys.readouterr()
     assert shown.out == "" and not out.exists() and not timed
     said = " ".join(shown.err.split())
@@ -196,7 +196,7 @@ def test_a_rival_that_fails_is_skipped_with_its_reason(fast, capsys):
 def test_a_missed_target_is_named_and_fails_only_on_request(fast, capsys, monkeypatch):
     missed = harness.Case("rng", "slow", (100,), case().setup, bytes=8, targets={"eager": 1e9})
     monkeypatch.setattr(harness, "load_cases", lambda families: [missed])
-    assert run("bench", "--quick") == 0
+    assert run("bench", "--quick", "--threads", "1") == 0
     assert "below target: rng/slow/100/float32" in capsys.readouterr().out
     assert run("bench", "--quick", "--check") == 1
 
@@ -213,8 +213,10 @@ def test_bench_list_times_nothing(capsys, monkeypatch):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vae")
+    threads = torch.get_num_threads()
     assert run("train", "vae", "--data", "mnist5k", "--out", str(folder), "--epochs", "1",
-               "--batch-size", "256", "--seed", "3") == 0  # fmt: skip
+               "--batch-size", "256", "--seed", "3", "--threads", "1") == 0  # fmt: skip
+    torch.set_num_threads(threads)
     return folder
 
 

@@ -16,6 +16,15 @@ from genfast.train import checkpoint, data, loop
 SEED = 11
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These models are tiny: two threads of a busy machine would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def vae():
     return checkpoint.initialised(lambda: VAE(36, 24, 5), SEED)
@@ -136,8 +145,8 @@ def run(folder, **settings):
 def test_training_learns(tmp_path):
     model = checkpoint.initialised(lambda: VAE(36, 24, 5), SEED)
     before = loop.evaluate(model, blobs().test.images, 0)
-    _, summary = run(tmp_path, epochs=40)
-    assert summary["test_loss"] < before - 8  # nats of about 25; measured 14.3 -> see the log
+    _, summary = run(tmp_path, epochs=30, batch_size=8, lr=1e-2)
+    assert summary["test_loss"] < before - 10  # nats; measured 25.1 before, 12.5 after
     records = [json.loads(line) for line in (tmp_path / loop.LOG).read_text().splitlines()]
     assert [r["epoch"] for r in records] == list(range(1, len(records) + 1))
     assert min(r["validation_loss"] for r in records) == summary["validation_loss"]
