@@ -109,11 +109,15 @@ def _draw(
         if device is not None and out.device != torch.device(device):
             raise ValueError(f"out: expected it on {device}, got {out.device}")
         size, dtype, device = out.shape, out.dtype, out.device
-    dtype = dtype or (torch.int64 if integers else torch.get_default_dtype())
+    if dtype is None:
+        dtype = torch.int64 if integers else torch.get_default_dtype()
     allowed = _INTEGERS if integers else _check.FLOATS
     if dtype not in allowed:
         raise TypeError(f"dtype: expected one of {', '.join(map(str, allowed))}, got {dtype}")
-    device = torch.device(device) if device is not None else torch.get_default_device()
+    if device is not None:
+        device = torch.device(device)
+    else:  # dynamo cannot trace get_default_device
+        device = torch.empty(0).device if is_compiling() else torch.get_default_device()
     _noise.check(
         seed, stream, offset, generator, size, seed.device if isinstance(seed, Tensor) else device
     )
@@ -177,8 +181,8 @@ def _like(x, distribution, seed, stream, offset, generator, dtype, device):
         stream,
         offset,
         generator,
-        dtype or x.dtype,
-        device or x.device,
+        x.dtype if dtype is None else dtype,
+        x.device if device is None else device,
         None,
     )
 
