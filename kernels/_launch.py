@@ -20,12 +20,39 @@ def launch(kernel: Any, programs: int, on: torch.Tensor, *args: Any, **options: 
         kernel[(programs,)](*args, **options)
 
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def takes(*tensors: torch.Tensor | None, seeds=None, small=(), offset=0, rows=False) -> bool:
+    """The kernels can run: float tensors of one shape, seeds that fit, all on one device.
+
+    small: (tensor or None, dtype, count) of the settings. rows: samples are rows of the last dim.
+    """
+    present = [t for t in tensors if t is not None]
+    x = present[0]
+    if any(t.dtype not in FLOATS or t.shape != x.shape or t.device != x.device for t in present):
+        return False
+    if any(
+        t is not None and (t.dtype != dtype or t.numel() not in (1, n) or t.device != x.device)
+        for t, dtype, n in small
+    ):
+        return False
+    return (not rows or x.dim() > 0) and fits_seeds(x, seeds, x.dim() - rows) and offset >= 0
+
+
+def fits_seeds(x: torch.Tensor, seeds: torch.Tensor | None, sample_dims: int) -> bool:
+    if seeds is None or seeds.numel() == 1:
+        return seeds is None or seeds.device == x.device
+    fits = sample_dims > 0 and seeds.numel() == x.shape[0] and seeds.is_contiguous()
+    return fits and seeds.device == x.device
+
+
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
 def row_stride(x: torch.Tensor, first: int) -> int | None:
-    """Elements between rows when dims [first:] are dense and dims [:first] step evenly; else None."""
+    """Elements between rows if dims [first:] are dense and dims [:first] step evenly, else None."""
     step = 1
     for size, stride in zip(reversed(x.shape[first:]), reversed(x.stride()[first:]), strict=True):
         if size != 1 and stride != step:
@@ -44,14 +71,14 @@ def row_stride(x: torch.Tensor, first: int) -> int | None:
 
 @dataclass
 class Rows:
-    """`rows` x `cols` elements in logical order; strides[i] elements between the rows of tensor i."""
+    """`rows` x `cols` elements in logical order; strides[i] elements between rows of tensor i."""
 
     rows: int
     cols: int
     tensors: list[torch.Tensor | None]
     strides: list[int]
     copies: list[tuple[torch.Tensor, torch.Tensor]]  # (output asked for, dense one written instead)
-    aligned: bool  # every row of every tensor starts at a multiple of 16 elements and bytes
+    aligned: bool  # every row of every tensor starts at a multiple of 8 elements and 16 bytes
 
     def finish(self) -> bool:
         for wanted, written in self.copies:
@@ -96,6 +123,6 @@ def as_rows(
     rows, cols = math.prod(shape[:first]), math.prod(shape[first:])
     if rows == 1:
         strides = [0] * len(strides)
-    aligned = cols % 16 == 0 and all(s % 16 == 0 for s in strides)
+    aligned = cols % 8 == 0 and all(s % 8 == 0 for s in strides)
     aligned = aligned and all(t.data_ptr() % 16 == 0 for t in tensors if t is not None)
     return Rows(rows, cols, tensors, strides, copies, aligned)

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import as_rows, ceil_div, launch
+from ._launch import FLOATS, as_rows, ceil_div, fits_seeds, launch
 
 UNIFORM = tl.constexpr(0)
 NORMAL = tl.constexpr(1)
@@ -209,7 +209,7 @@ def tile_columns(o_row, m_row, first, cols, offset, ALIGNED: tl.constexpr, BC: t
     o_col = tl.arange(0, BC)[None, :]
     high = tl.minimum(cols - first, BC).to(tl.int32)
     if ALIGNED:
-        m = m_row & (o_col < tl.multiple_of(high, 16))
+        m = m_row & (o_col < tl.multiple_of(high, 8))
     else:
         low = tl.maximum(-first, -4).to(tl.int32)
         o_col = o_col - (b_element & 3).to(tl.int32)  # [BR, BC]
@@ -218,11 +218,11 @@ def tile_columns(o_row, m_row, first, cols, offset, ALIGNED: tl.constexpr, BC: t
 
 
 @triton.jit
-def multiple_of_16(x, ALIGNED: tl.constexpr):
+def multiple_of_8(x, ALIGNED: tl.constexpr):
     """Tells the compiler what the caller has checked, so that loads become 16-byte ones."""
     x = x.to(tl.int64)
     if ALIGNED:
-        x = x // 16 * 16
+        x = x // 8 * 8
     return x
 
 
@@ -250,8 +250,8 @@ def random_kernel(
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    cols = multiple_of_16(cols, ALIGNED)
-    stride = multiple_of_16(stride, ALIGNED)
+    cols = multiple_of_8(cols, ALIGNED)
+    stride = multiple_of_8(stride, ALIGNED)
     o_row, m_row, first = place(tiles, rows, BR, BC)
     b_seed, o_in = seed_of_rows(seeds, seed, o_row, m_row, per_seed, SEEDS)
     b_block, o_col, m = tile_columns(o_in, m_row, first, cols, offset, ALIGNED, BC)
@@ -304,6 +304,10 @@ class Draw:
 
 def random(out, distribution, seed, seeds, stream, offset, low=0, span=1) -> bool:
     """Contract values into `out`, any strides: arguments of the native entry point `random`."""
+    integers = distribution >= INTEGER.value
+    allowed = (torch.int64, torch.int32) if integers else (*FLOATS, torch.float64)
+    if out.dtype not in allowed or not fits_seeds(out, seeds, out.dim()) or offset < 0:
+        return False
     if out.numel() == 0:
         return True
     r = as_rows([], [out], split=seeds is not None and seeds.numel() > 1)

@@ -4,23 +4,30 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import as_rows, ceil_div, launch
+from .._launch import as_rows, ceil_div, launch, takes
 from ..rng import (
     NORMAL,
     SCALARS,
     Draw,
-    multiple_of_16,
+    multiple_of_8,
     noise_blocks,
     place,
     seed_of_rows,
     tile_columns,
 )
-from .maths import KL, LN_2_PI, LOG_PROB, exp_of, log_slope, log_slope_gradient, slope, transform_value
-
-
-@triton.jit(
-    do_not_specialize=["mu_stride", "logvar_stride", "y_stride", *SCALARS, "side_scale"]
+from .maths import (
+    KL,
+    LN_2_PI,
+    LOG_PROB,
+    exp_of,
+    log_slope,
+    log_slope_gradient,
+    slope,
+    transform_value,
 )
+
+
+@triton.jit(do_not_specialize=["mu_stride", "logvar_stride", "y_stride", *SCALARS, "side_scale"])
 def reparameterize_fwd_kernel(
     mu,
     logvar,
@@ -45,9 +52,9 @@ def reparameterize_fwd_kernel(
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    cols = multiple_of_16(cols, ALIGNED)
-    mu_stride = multiple_of_16(mu_stride, ALIGNED)
-    logvar_stride = multiple_of_16(logvar_stride, ALIGNED)
+    cols = multiple_of_8(cols, ALIGNED)
+    mu_stride = multiple_of_8(mu_stride, ALIGNED)
+    logvar_stride = multiple_of_8(logvar_stride, ALIGNED)
     o_row, m_row, first = place(tiles, rows, BR, BC)
     b_seed, o_in = seed_of_rows(seeds, seed, o_row, m_row, per_seed, SEEDS)
     b_block, o_col, m = tile_columns(o_in, m_row, first, cols, offset, ALIGNED, BC)
@@ -60,7 +67,7 @@ def reparameterize_fwd_kernel(
         b_eps = noise_blocks(b_block, b_seed, stream.to(tl.int64), NORMAL)
         b_z = b_mu + b_sigma * b_eps
     if y is not None:
-        y_stride = multiple_of_16(y_stride, ALIGNED)
+        y_stride = multiple_of_8(y_stride, ALIGNED)
         b_y = transform_value(b_z, TRANSFORM).to(y.dtype.element_ty)
         tl.store(y + (o_row * y_stride + first) + o_col, b_y, mask=m)
     if SIDE != 0:
@@ -109,11 +116,11 @@ def reparameterize_bwd_kernel(
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    cols = multiple_of_16(cols, ALIGNED)
-    mu_stride = multiple_of_16(mu_stride, ALIGNED)
-    logvar_stride = multiple_of_16(logvar_stride, ALIGNED)
-    d_mu_stride = multiple_of_16(d_mu_stride, ALIGNED)
-    d_logvar_stride = multiple_of_16(d_logvar_stride, ALIGNED)
+    cols = multiple_of_8(cols, ALIGNED)
+    mu_stride = multiple_of_8(mu_stride, ALIGNED)
+    logvar_stride = multiple_of_8(logvar_stride, ALIGNED)
+    d_mu_stride = multiple_of_8(d_mu_stride, ALIGNED)
+    d_logvar_stride = multiple_of_8(d_logvar_stride, ALIGNED)
     o_row, m_row, first = place(tiles, rows, BR, BC)
     b_seed, o_in = seed_of_rows(seeds, seed, o_row, m_row, per_seed, SEEDS)
     b_block, o_col, m = tile_columns(o_in, m_row, first, cols, offset, ALIGNED, BC)
@@ -129,7 +136,7 @@ def reparameterize_bwd_kernel(
         b_eps = noise_blocks(b_block, b_seed, stream.to(tl.int64), NORMAL)
         b_y = transform_value(b_mu + b_sigma * b_eps, TRANSFORM)
         if grad_y is not None:
-            grad_y_stride = multiple_of_16(grad_y_stride, ALIGNED)
+            grad_y_stride = multiple_of_8(grad_y_stride, ALIGNED)
             b_gy = tl.load(grad_y + (o_row * grad_y_stride + first) + o_col, mask=m, other=0.0)
             b_gz = b_gy.to(tl.float32) * slope(b_y, TRANSFORM)
         if SIDE == LOG_PROB:
@@ -194,6 +201,9 @@ def reparameterize(
     mu, logvar, y, side, seed, seeds, stream, offset, transform, side_kind, side_scale
 ) -> bool:
     """Arguments of the native entry point of this name."""
+    sums = ((side, torch.float32, mu.shape[0] if mu.dim() else 1),)
+    if not takes(mu, logvar, y, seeds=seeds, small=sums, offset=offset):
+        return False
     if mu.numel() == 0:
         if side is not None:
             side.zero_()
@@ -238,6 +248,10 @@ def reparameterize_backward(
     side_scale,
 ) -> bool:
     """Arguments of the native entry point of this name."""
+    sums = ((grad_side, torch.float32, mu.shape[0] if mu.dim() else 1),)
+    tensors = (mu, logvar, grad_y, d_mu, d_logvar)
+    if not takes(*tensors, seeds=seeds, small=sums, offset=offset):
+        return False
     if mu.numel() == 0:
         return True
     r = as_rows([grad_y, mu, logvar], [d_mu, d_logvar], split=_split(grad_side, seeds))

@@ -1,15 +1,16 @@
 """Gumbel-softmax and the relaxed Bernoulli, forward and backward."""
 
+import torch
 import triton
 import triton.language as tl
 
-from .._launch import as_rows, ceil_div, launch
+from .._launch import as_rows, ceil_div, launch, takes
 from ..rng import (
     GUMBEL,
     LOGISTIC,
     SCALARS,
     Draw,
-    multiple_of_16,
+    multiple_of_8,
     noise_blocks,
     place,
     seed_of_rows,
@@ -41,9 +42,9 @@ def relaxed_bernoulli_kernel(
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    cols = multiple_of_16(cols, ALIGNED)
-    logits_stride = multiple_of_16(logits_stride, ALIGNED)
-    y_stride = multiple_of_16(y_stride, ALIGNED)
+    cols = multiple_of_8(cols, ALIGNED)
+    logits_stride = multiple_of_8(logits_stride, ALIGNED)
+    y_stride = multiple_of_8(y_stride, ALIGNED)
     o_row, m_row, first = place(tiles, rows, BR, BC)
     b_seed, o_in = seed_of_rows(seeds, seed, o_row, m_row, per_seed, SEEDS)
     b_block, o_col, m = tile_columns(o_in, m_row, first, cols, offset, ALIGNED, BC)
@@ -57,7 +58,7 @@ def relaxed_bernoulli_kernel(
     else:
         b_v = sigmoid_of(b_x)
     if grad is not None:  # y takes d_logits
-        grad_stride = multiple_of_16(grad_stride, ALIGNED)
+        grad_stride = multiple_of_8(grad_stride, ALIGNED)
         b_g = tl.load(grad + (o_row * grad_stride + first) + o_col, mask=m, other=0.0)
         b_v = (b_g.to(tl.float32) * (b_v * sigmoid_of(-b_x))) * inv_tau
     tl.store(y + (o_row * y_stride + first) + o_col, b_v.to(y.dtype.element_ty), mask=m)
@@ -65,6 +66,9 @@ def relaxed_bernoulli_kernel(
 
 def relaxed_bernoulli(logits, y, tau, grad, seed, seeds, stream, offset, hard) -> bool:
     """Arguments of the native entry point of this name."""
+    small = ((tau, torch.float32, 1),)
+    if not takes(logits, y, grad, seeds=seeds, small=small, offset=offset):
+        return False
     if logits.numel() == 0:
         return True
     r = as_rows([logits, grad], [y], split=seeds is not None and seeds.numel() > 1)
@@ -114,19 +118,19 @@ def best_of_row(
     """Largest perturbed value in tiles [i_from, i_to), NaN when there is one; its lowest index;
     whether it is not finite. All [BR, 1]."""
     b_top = tl.full([BR, BC], float("-inf"), tl.float32)
-    b_best = tl.zeros([BR, BC], tl.int64)
-    b_nan = tl.zeros([BR, BC], tl.int32)
+    b_best = tl.zeros([BR, BC], tl.int32)  # rows are shorter than 2^31: saves 8 registers of 16
     for first in range(i_from * BC, i_to * BC, BC):
         b_v, o_col, m = perturbed(
             p_row, first, b_seed, o_in, m_row, cols, stream, offset, inv_tau, ALIGNED, BC
         )
-        b_better = b_v > b_top  # strictly: the earlier index stays
+        b_better = (b_v > b_top) | (b_v != b_v)  # strictly: the earlier index stays; NaN sticks
         b_top = tl.where(b_better, b_v, b_top)
-        b_best = tl.where(b_better, first + o_col, b_best)
-        b_nan |= (b_v != b_v).to(tl.int32)
+        b_best = tl.where(b_better, (cols * 0 + first).to(tl.int32) + o_col, b_best)
+    b_nan = tl.max((b_top != b_top).to(tl.int32), axis=1, keep_dims=True) > 0
     b_row = tl.max(b_top, axis=1, keep_dims=True)
-    b_index = tl.min(tl.where(b_top == b_row, b_best, cols), axis=1, keep_dims=True)
-    b_row = tl.where(tl.max(b_nan, axis=1, keep_dims=True) > 0, float("nan"), b_row)
+    b_best = tl.where(b_top == b_row, b_best, 2147483647)
+    b_row = tl.where(b_nan, float("nan"), b_row)
+    b_index = tl.min(b_best, axis=1, keep_dims=True).to(tl.int64)
     return b_row, b_index, ~((b_row > float("-inf")) & (b_row < float("inf")))
 
 
@@ -152,9 +156,9 @@ def gumbel_softmax_fwd_kernel(
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    cols = multiple_of_16(cols, ALIGNED)
-    logits_stride = multiple_of_16(logits_stride, ALIGNED)
-    y_stride = multiple_of_16(y_stride, ALIGNED)
+    cols = multiple_of_8(cols, ALIGNED)
+    logits_stride = multiple_of_8(logits_stride, ALIGNED)
+    y_stride = multiple_of_8(y_stride, ALIGNED)
     o_row, m_row, first = place(1, rows, BR, BC)
     tiles = tiles.to(tl.int64)
     b_seed, o_in = seed_of_rows(seeds, seed, o_row, m_row, per_seed, SEEDS)
@@ -164,7 +168,19 @@ def gumbel_softmax_fwd_kernel(
     dtype: tl.constexpr = y.dtype.element_ty
     if HARD:
         b_top, b_best, b_bad = best_of_row(
-            p_row, tiles * 0, tiles, b_seed, o_in, m_row, cols, stream, offset, inv_tau, ALIGNED, BR, BC
+            p_row,
+            tiles * 0,
+            tiles,
+            b_seed,
+            o_in,
+            m_row,
+            cols,
+            stream,
+            offset,
+            inv_tau,
+            ALIGNED,
+            BR,
+            BC,
         )
         for first in range(0, tiles * BC, BC):
             o_col = first + tl.arange(0, BC)[None, :]
@@ -190,7 +206,9 @@ def gumbel_softmax_fwd_kernel(
             b_total = b_total * exp_of(b_m - b_safe) + b_sum
             b_m = b_new
         b_scale = tl.div_rn(1.0, b_total)
-        for first in range(0, tiles * BC, BC):  # the noise is drawn again: cheaper than a trip through memory
+        for first in range(
+            0, tiles * BC, BC
+        ):  # the noise is drawn again: cheaper than a trip through memory
             b_v, o_col, m = perturbed(
                 p_row, first, b_seed, o_in, m_row, cols, stream, offset, inv_tau, ALIGNED, BC
             )
@@ -225,9 +243,9 @@ def gumbel_softmax_bwd_kernel(
     BC: tl.constexpr,
 ):
     """d_logits = y (grad - <grad, y>) / tau."""
-    cols = multiple_of_16(cols, ALIGNED)
-    grad_stride = multiple_of_16(grad_stride, ALIGNED)
-    d_logits_stride = multiple_of_16(d_logits_stride, ALIGNED)
+    cols = multiple_of_8(cols, ALIGNED)
+    grad_stride = multiple_of_8(grad_stride, ALIGNED)
+    d_logits_stride = multiple_of_8(d_logits_stride, ALIGNED)
     o_row, m_row, first = place(1, rows, BR, BC)
     tiles = tiles.to(tl.int64)
     b_seed, o_in = seed_of_rows(seeds, seed, o_row, m_row, per_seed, SEEDS)
@@ -235,9 +253,9 @@ def gumbel_softmax_bwd_kernel(
     p_grad = grad + o_row * grad_stride  # [BR, 1]
     p_d = d_logits + o_row * d_logits_stride  # [BR, 1]
     if y is not None:
-        p_row = y + o_row * multiple_of_16(y_stride, ALIGNED)  # [BR, 1]
+        p_row = y + o_row * multiple_of_8(y_stride, ALIGNED)  # [BR, 1]
     else:
-        p_row = logits + o_row * multiple_of_16(logits_stride, ALIGNED)  # [BR, 1]
+        p_row = logits + o_row * multiple_of_8(logits_stride, ALIGNED)  # [BR, 1]
     dtype: tl.constexpr = d_logits.dtype.element_ty
     if ONE_TILE:
         if y is not None:
@@ -299,6 +317,11 @@ def row_draw(r, seed, seeds, stream, offset):
 
 def gumbel_softmax(logits, y, tau, seed, seeds, stream, offset, hard) -> bool:
     """Arguments of the native entry point of this name."""
+    small = ((tau, torch.float32, 1),)
+    if not takes(logits, y, seeds=seeds, small=small, offset=offset, rows=True):
+        return False
+    if logits.shape[-1] >= 2**31:  # indices within a row are 32-bit ones
+        return False
     if logits.numel() == 0:
         return True
     r = as_rows([logits], [y], first=logits.dim() - 1)
@@ -308,13 +331,15 @@ def gumbel_softmax(logits, y, tau, seed, seeds, stream, offset, hard) -> bool:
     return r.finish()
 
 
-def gumbel_softmax_backward(
-    grad, y, logits, tau, d_logits, seed, seeds, stream, offset
-) -> bool:
+def gumbel_softmax_backward(grad, y, logits, tau, d_logits, seed, seeds, stream, offset) -> bool:
     """Arguments of the native entry point of this name."""
+    tensors = (grad, y, None if y is not None else logits, d_logits)
+    small = ((tau, torch.float32, 1),)
+    if not takes(*tensors, seeds=seeds, small=small, offset=offset, rows=True):
+        return False
     if grad.numel() == 0:
         return True
-    r = as_rows([grad, y, None if y is not None else logits], [d_logits], first=grad.dim() - 1)
+    r = as_rows([*tensors[:3]], [d_logits], first=grad.dim() - 1)
     d, programs, flags = row_draw(r, seed, seeds, stream, offset)
     args = (*r.tensors, *r.strides, *d.noise, *d.shape, tau)
     launch(gumbel_softmax_bwd_kernel, programs, grad, *args, **flags)

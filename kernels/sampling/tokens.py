@@ -4,13 +4,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import as_rows, ceil_div, launch
+from .._launch import as_rows, ceil_div, launch, takes
 from ..rng import (
     GUMBEL,
     SCALARS,
     Draw,
     log_positive,
-    multiple_of_16,
+    multiple_of_8,
     noise_blocks,
     place,
     seed_of_rows,
@@ -43,8 +43,8 @@ def categorical_kernel(
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    cols = multiple_of_16(cols, ALIGNED)
-    stride = multiple_of_16(stride, ALIGNED)
+    cols = multiple_of_8(cols, ALIGNED)
+    stride = multiple_of_8(stride, ALIGNED)
     o_row, m_row, first = place(splits, rows, BR, 1)  # `first`: this program's split
     b_seed, o_in = seed_of_rows(seeds, seed, o_row, m_row, per_seed, SEEDS)
     i_from = first * tiles_per_split
@@ -61,9 +61,7 @@ def categorical_kernel(
 
 
 @triton.jit(do_not_specialize=["splits"])
-def categorical_join_kernel(
-    part_top, part_index, index, splits: tl.int32, BS: tl.constexpr
-):
+def categorical_join_kernel(part_top, part_index, index, splits: tl.int32, BS: tl.constexpr):
     """The best of a row's splits, the lower index among equal values."""
     i_row = tl.program_id(0).to(tl.int64)
     o = tl.arange(0, BS)
@@ -81,10 +79,12 @@ def categorical_join_kernel(
 
 @triton.jit
 def scaled_tile(p_row, first, cols, inv_t, BC: tl.constexpr):
-    """logits / temperature of [1, BC] columns from `first`, -inf outside; their indices."""
-    o_col = first + tl.arange(0, BC)[None, :]
-    b_l = tl.load(p_row + o_col, mask=o_col < cols, other=float("-inf")).to(tl.float32)
-    return b_l * inv_t + 0.0, o_col  # + 0: one key for both zeros
+    """logits / temperature of [1, BC] columns from `first`, -inf outside; indices; mask."""
+    p_row += first
+    o_col = (cols * 0 + first).to(tl.int32) + tl.arange(0, BC)[None, :]
+    m = o_col < cols.to(tl.int32)
+    b_l = tl.load(p_row + tl.arange(0, BC)[None, :], mask=m, other=float("-inf")).to(tl.float32)
+    return b_l * inv_t + 0.0, o_col, m  # + 0: one key for both zeros
 
 
 @triton.jit
@@ -114,9 +114,9 @@ def sums_above(
     b_f2 = tl.zeros([1, BC], tl.float32)
     b_f3 = tl.zeros([1, BC], tl.float32)
     for first in range(0, cols, BC):
-        b_x, o_col = scaled_tile(p_row, first, cols, inv_t, BC)
+        b_x, o_col, m = scaled_tile(p_row, first, cols, inv_t, BC)
         b_key = key_of(b_x)
-        m = (o_col < cols) & (b_key >= floor)
+        m = m & (b_key >= floor)
         m1 = m & (b_key >= t1)
         m2 = m & (b_key >= t2)
         m3 = m & (b_key >= t3)
@@ -132,25 +132,23 @@ def sums_above(
     if WEIGHTED:
         return n1, n2, n3, tl.sum(b_f1), tl.sum(b_f2), tl.sum(b_f3)
     else:
-        return n1, n2, n3, n1.to(tl.float32), n2.to(tl.float32), n3.to(tl.float32)
+        return n1, n2, n3, n1.to(tl.int64), n2.to(tl.int64), n3.to(tl.int64)
 
 
 @triton.jit
-def search(
-    p_row, cols, inv_t, top, lo, hi, target, WEIGHTED: tl.constexpr, BC: tl.constexpr
-):
+def search(p_row, cols, inv_t, top, lo, hi, target, WEIGHTED: tl.constexpr, BC: tl.constexpr):
     """Largest key T in [lo, hi] with f(T) >= target, f(T) the count (or mass) of keys >= T.
 
-    f(lo) >= target is known, nothing lies above hi. Three thresholds a pass quarter the range; it
-    ends early when one element is left in it. Returns T (or a key with the same set above it),
-    how many elements share it (an upper bound), and f just above it.
+    target: fp32 mass, or int64 count. f(lo) >= target is known, nothing lies above hi. Three
+    thresholds a pass quarter the range; it ends early when one element is left in it. Returns T
+    (or a key with the same set above it), how many elements share it at most, f just above it.
     """
     floor = lo.to(tl.int32)
     lo = lo.to(tl.int64)
     hi = hi.to(tl.int64)
     n_lo = cols.to(tl.int64)
     n_hi = n_lo * 0
-    f_hi = target * 0.0
+    f_hi = target * 0
     while (hi > lo) & (n_lo - n_hi > 1):
         q = (hi - lo + 3) // 4
         t1 = lo + q
@@ -160,11 +158,7 @@ def search(
             p_row, cols, inv_t, top, floor,
             t1.to(tl.int32), t2.to(tl.int32), t3.to(tl.int32), WEIGHTED, BC,
         )  # fmt: skip
-        if WEIGHTED:
-            ok1, ok2, ok3 = f1 >= target, f2 >= target, f3 >= target
-        else:  # counts stay integers: above 2^24 a float would not tell them apart
-            k = target.to(tl.int64)
-            ok1, ok2, ok3 = n1 >= k, n2 >= k, n3 >= k
+        ok1, ok2, ok3 = f1 >= target, f2 >= target, f3 >= target
         hi = tl.where(ok3, hi, tl.where(ok2, t3 - 1, tl.where(ok1, t2 - 1, t1 - 1)))
         n_hi = tl.where(ok3, n_hi, tl.where(ok2, n3, tl.where(ok1, n2, n1)).to(tl.int64))
         f_hi = tl.where(ok3, f_hi, tl.where(ok2, f3, tl.where(ok1, f2, f1)))
@@ -177,12 +171,12 @@ def search(
 def nth_tie(p_row, cols, inv_t, key, n, BC: tl.constexpr):
     """Index of the n-th element equal to `key`, counted from 1; cols when there are fewer."""
     seen = n * 0
-    cut = cols
+    cut = cols.to(tl.int32)
     for first in range(0, cols, BC):
-        b_x, o_col = scaled_tile(p_row, first, cols, inv_t, BC)
-        b_equal = (key_of(b_x) == key) & (o_col < cols)
+        b_x, o_col, m = scaled_tile(p_row, first, cols, inv_t, BC)
+        b_equal = (key_of(b_x) == key) & m
         b_rank = seen + tl.cumsum(b_equal.to(tl.int32), axis=1)  # [1, BC]
-        cut = tl.minimum(cut, tl.min(tl.where(b_equal & (b_rank == n), o_col, cols)))
+        cut = tl.minimum(cut, tl.min(tl.where(b_equal & (b_rank == n), o_col, 2147483647)))
         seen += tl.sum(b_equal.to(tl.int32))
     return cut
 
@@ -219,8 +213,8 @@ def sample_tokens_kernel(
     BC: tl.constexpr,
 ):
     """One program a row; it reads the row about 4 times, and 6 to 10 times more for each search."""
-    cols = multiple_of_16(cols, ALIGNED)
-    stride = multiple_of_16(stride, ALIGNED)
+    cols = multiple_of_8(cols, ALIGNED)
+    stride = multiple_of_8(stride, ALIGNED)
     i_row = tl.program_id(0).to(tl.int64)
     o_row = i_row + tl.zeros([1, 1], tl.int64)
     b_seed, o_in = seed_of_rows(seeds, seed, o_row, o_row < rows, per_seed, SEEDS)
@@ -228,32 +222,32 @@ def sample_tokens_kernel(
     t = 1.0
     if temperature is not None:
         t = tl.load(temperature + i_row * temperature_step)
-    greedy = t <= 0.0
-    inv_t = tl.div_rn(1.0, tl.where(greedy, 1.0, t))
+    inv_t = tl.div_rn(1.0, tl.where(t > 0.0, t, 1.0))
 
     b_top = tl.full([1, BC], float("-inf"), tl.float32)
-    b_best = tl.zeros([1, BC], tl.int64)
-    b_nan = tl.zeros([1, BC], tl.int32)
+    b_best = tl.zeros([1, BC], tl.int32)
     for first in range(0, cols, BC):
-        b_x, o_col = scaled_tile(p_row, first, cols, inv_t, BC)
-        b_better = b_x > b_top
+        b_x, o_col, m = scaled_tile(p_row, first, cols, 1.0, BC)
+        b_better = (b_x > b_top) | ((b_x != b_x) & m)  # NaN sticks
         b_top = tl.where(b_better, b_x, b_top)
         b_best = tl.where(b_better, o_col, b_best)
-        b_nan |= ((b_x != b_x) & (o_col < cols)).to(tl.int32)
+    nan = tl.max((b_top != b_top).to(tl.int32)) > 0
     top = tl.max(b_top)
-    best = tl.min(tl.where(b_top == top, b_best, cols))
-    bad = (tl.max(b_nan) > 0) | ~((top > float("-inf")) & (top < float("inf")))
+    best = tl.min(tl.where(b_top == top, b_best, 2147483647))
+    bad = nan | ~((top > float("-inf")) & (top < float("inf")))
 
+    # Temperature 0 takes the largest logit, and so does one so small that the logits overflow.
+    scaled = top * inv_t + 0.0
+    greedy = ~((t > 0.0) & (scaled > float("-inf")) & (scaled < float("inf")))
     if ~(greedy | bad):
+        top = scaled
         hi = key_of(top)
         lo = key_of(top * 0.0 + float("-inf"))
-        cut = cols
+        cut = cols.to(tl.int32)
         if top_k is not None:
             k = tl.load(top_k + i_row * top_k_step)
             if (k > 0) & (k < cols):
-                lo, n_tied, f_above = search(
-                    p_row, cols, inv_t, top, lo, hi, k.to(tl.float64), False, BC
-                )
+                lo, n_tied, f_above = search(p_row, cols, inv_t, top, lo, hi, k, False, BC)
         if top_p is not None:
             p = tl.load(top_p + i_row * top_p_step)
             if p < 1.0:
@@ -266,7 +260,7 @@ def sample_tokens_kernel(
                 lo, n_tied, f_above = search(p_row, cols, inv_t, top, lo, hi, target, True, BC)
                 if n_tied > 1:  # equal logits: the lower indices first, until the mass is reached
                     weight = exp_of(value_of(lo) - top)
-                    n = tl.ceil((target - f_above) / tl.where(weight > 0.0, weight, 1.0))
+                    n = tl.ceil(tl.div_rn(target - f_above, tl.where(weight > 0.0, weight, 1.0)))
                     n = tl.where(weight > 0.0, tl.minimum(tl.maximum(n, 1.0), 2.0e9), 2.0e9)
                     cut = nth_tie(p_row, cols, inv_t, lo, n.to(tl.int32), BC)
         floor = float("-inf")
@@ -275,13 +269,13 @@ def sample_tokens_kernel(
             floor = tl.where(m_p > 0.0, top + log_positive(tl.maximum(m_p, 1.2e-38)), floor)
 
         b_top = tl.full([1, BC], float("-inf"), tl.float32)
-        b_best = tl.zeros([1, BC], tl.int64)
+        b_best = tl.zeros([1, BC], tl.int32)
         for first in range(0, tiles.to(tl.int64) * BC, BC):
-            b_block, o_rel, m = tile_columns(
-                o_in, o_row < rows, first, cols, offset, ALIGNED, BC
-            )
-            o_col = first + o_rel
-            b_l = tl.load(p_row + o_col, mask=m, other=float("-inf")).to(tl.float32)  # [1, BC]
+            b_block, o_rel, m = tile_columns(o_in, o_row < rows, first, cols, offset, ALIGNED, BC)
+            o_col = (cols * 0 + first).to(tl.int32) + o_rel
+            b_l = tl.load(p_row + first + o_rel, mask=m, other=float("-inf")).to(
+                tl.float32
+            )  # [1, BC]
             b_x = b_l * inv_t + 0.0
             b_key = key_of(b_x)
             b_keep = m & (b_x >= floor) & ((b_key > lo) | ((b_key == lo) & (o_col <= cut)))
@@ -290,8 +284,8 @@ def sample_tokens_kernel(
             b_top = tl.where(b_better, b_v, b_top)
             b_best = tl.where(b_better, o_col, b_best)
         top = tl.max(b_top)
-        best = tl.min(tl.where(b_top == top, b_best, cols))
-    tl.store(index + i_row, tl.where(bad, -1, best))
+        best = tl.min(tl.where(b_top == top, b_best, 2147483647))
+    tl.store(index + i_row, tl.where(bad, -1, best).to(tl.int64))
 
 
 # Programs that fill a large GPU several times over.
@@ -302,10 +296,18 @@ def categorical(
     logits, index, temperature, top_k, top_p, min_p, seed, seeds, stream, offset
 ) -> int:
     """Arguments of the native entry point of this name. 0: no count of bad rows without a sync."""
+    filters = (temperature, top_k, top_p, min_p)
+    dtypes = (torch.float32, torch.int64, torch.float32, torch.float32)
+    n = index.numel()
+    small = [(f, dtype, n) for f, dtype in zip(filters, dtypes, strict=True)]
+    small.append((index, torch.int64, n))
+    if not takes(logits, seeds=seeds, small=small, offset=offset, rows=True):
+        return -1
+    if logits.shape[-1] >= 2**31 or not index.is_contiguous():  # 32-bit indices within a row
+        return -1
     if index.numel() == 0:
         return 0
     r = as_rows([logits], [], first=logits.dim() - 1)
-    filters = (temperature, top_k, top_p, min_p)
     if any(f is not None for f in filters):
         d = Draw(r, seed, seeds, stream, offset, size=2048, narrow=False)
         steps = [int(f is not None and f.numel() > 1) for f in filters]
