@@ -260,9 +260,11 @@ def sample_tokens_kernel(
                 lo, n_tied, f_above = search(p_row, cols, inv_t, top, lo, hi, target, True, BC)
                 if n_tied > 1:  # equal logits: the lower indices first, until the mass is reached
                     weight = exp_of(value_of(lo) - top)
-                    n = tl.ceil(tl.div_rn(target - f_above, tl.where(weight > 0.0, weight, 1.0)))
-                    n = tl.where(weight > 0.0, tl.minimum(tl.maximum(n, 1.0), 2.0e9), 2.0e9)
-                    cut = nth_tie(p_row, cols, inv_t, lo, n.to(tl.int32), BC)
+                    b_n = tl.div_rn(target - f_above, tl.where(weight > 0.0, weight, 1.0))
+                    b_n = tl.where(weight > 0.0, tl.minimum(tl.maximum(b_n, 1.0), 2.0e9), 2.0e9)
+                    n = b_n.to(tl.int32)
+                    n += (n.to(tl.float32) < b_n).to(tl.int32)  # rounded up
+                    cut = nth_tie(p_row, cols, inv_t, lo, n, BC)
         floor = float("-inf")
         if min_p is not None:
             m_p = tl.load(min_p + i_row * min_p_step)
