@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from genfast.ops import _check, _noise
-from genfast.ops._backend import forced_reference
+from genfast.ops._backend import forced_reference, has_kernels, kernels
 from genfast.ops._road import (
-    _C,
     DIRECT,
     KERNEL_DTYPES,
     define,
@@ -32,21 +31,23 @@ from genfast.reference import sampling as reference
 
 
 def _softmax_forward(logits, y, tau, seed, seeds, stream, offset, hard):
-    return _C.gumbel_softmax(logits, y, tau, seed, seeds, stream, offset, hard)
+    return kernels.gumbel_softmax(logits, y, tau, seed, seeds, stream, offset, hard)
 
 
 def _softmax_backward(grad, y, logits, tau, d_logits, seed, seeds, stream, offset):
-    return _C.gumbel_softmax_backward(
+    return kernels.gumbel_softmax_backward(
         grad, y, None if y is not None else logits, tau, d_logits, seed, seeds, stream, offset
     )
 
 
 def _bernoulli_forward(logits, y, tau, seed, seeds, stream, offset, hard):
-    return _C.relaxed_bernoulli(logits, y, tau, None, seed, seeds, stream, offset, hard)
+    return kernels.relaxed_bernoulli(logits, y, tau, None, seed, seeds, stream, offset, hard)
 
 
 def _bernoulli_backward(grad, y, logits, tau, d_logits, seed, seeds, stream, offset):
-    return _C.relaxed_bernoulli(logits, d_logits, tau, grad, seed, seeds, stream, offset, False)
+    return kernels.relaxed_bernoulli(
+        logits, d_logits, tau, grad, seed, seeds, stream, offset, False
+    )
 
 
 FAMILY = {
@@ -79,7 +80,7 @@ def _composite(name, seed, seeds, stream, offset, hard, logits, tau):
 
 
 def _kernel_takes(logits: Tensor) -> bool:
-    return logits.dtype in KERNEL_DTYPES and logits.device.type == "cpu"
+    return logits.dtype in KERNEL_DTYPES and has_kernels(logits.device)
 
 
 def _save(name, ctx, inputs, output):
@@ -181,7 +182,11 @@ def _relax(name, logits, tau, hard, seed, stream, offset, generator):
             and not isinstance(seed, Tensor)
         ):
             try:
-                tau_tensor = _tau_tensor(tau)
+                tau_tensor = (
+                    _tau_tensor(tau)
+                    if logits.is_cpu
+                    else torch.full((), tau, dtype=torch.float32, device=logits.device)
+                )
                 int_seed, seeds = _noise.resolve(seed, generator, logits.device)
                 args = (logits, tau_tensor, int_seed, seeds, stream, offset, bool(hard))
                 y = _native(name, *args) if road == DIRECT else road_function.apply(*args)
