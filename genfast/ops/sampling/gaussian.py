@@ -23,6 +23,7 @@ from genfast.ops._road import (
     differentiable_backward,
     gate,
     is_compiling,
+    plain,
     transforming,
     wants_graph,
 )
@@ -111,14 +112,15 @@ def _backward(
 
 def _composite(mu, logvar, seed, seeds, stream, offset, transform, side, reduction):
     name = _TRANSFORM_NAMES[transform]
-    like = mu if mu.dtype == logvar.dtype else mu.to(torch.promote_types(mu.dtype, logvar.dtype))
-    eps = noise_like(like, "normal", seed, seeds, stream, offset)
-    y = reference.reparameterize(mu, logvar, eps, name)
-    wide = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (mu, logvar))
+    dtype = torch.promote_types(mu.dtype, logvar.dtype)
+    wide = _side_dtype(mu, logvar)  # 16-bit inputs: fp32 inside, like the kernel
+    mu, logvar = mu.to(wide), logvar.to(wide)
+    eps = noise_like(mu, "normal", seed, seeds, stream, offset)
+    y = reference.reparameterize(mu, logvar, eps, name).to(dtype)
     if side == KL:
-        return y, reference.gaussian_kl(*wide, _REDUCTION_NAMES[reduction])
+        return y, reference.gaussian_kl(mu, logvar, _REDUCTION_NAMES[reduction])
     if side == LOG_PROB:
-        return y, reference.log_prob(*wide, eps, name)
+        return y, reference.log_prob(mu, logvar, eps, name)
     return y, None
 
 
@@ -193,7 +195,7 @@ def _gradients(ctx, grad_y, grad_side, first_order):
         grad_side = None
     if grad_y is None and grad_side is None:
         return None, None
-    if wants_graph():
+    if wants_graph() or not (is_compiling() or plain(grad_y, grad_side)):
         grads = [grad_y, grad_side]
         return differentiable_backward(partial(_composite_of, args), (mu, logvar), grads)
     return first_order(grad_y, grad_side, mu, logvar, *args)
@@ -218,7 +220,10 @@ class _Reparameterize(Function):
     @staticmethod
     def forward(ctx, mu, logvar, seed, seeds, *rest):
         _save(ctx, (mu, logvar, seed, seeds, *rest), None)
-        return _forward(mu, logvar, seed, seeds, *rest)
+        found = _forward(mu, logvar, seed, seeds, *rest)
+        if found is None:
+            raise TypeError("genfast: the kernel does not take these tensors")
+        return found
 
     @staticmethod
     def backward(ctx, grad_y, grad_side):
@@ -274,7 +279,7 @@ def _slow(mu, logvar, seed, stream, offset, generator, transform, side, reductio
     seed, seeds = _noise.resolve(seed, generator, mu.device)
     args = (_noise.signed(seed), seeds, _noise.signed(stream), offset, transform, side, reduction)
     wide = mu.dtype == torch.float64 or logvar.dtype == torch.float64
-    if forced_reference() or wide or (not is_compiling() and transforming()):
+    if forced_reference() or wide or transforming():
         return _composite(mu, logvar, *args)
     y, total = _op(mu, logvar, *args)
     return y, total if side else None
@@ -326,7 +331,8 @@ def gaussian_kl(mu: Tensor, logvar: Tensor, *, reduction: str = "batchmean") -> 
     if reduction not in REDUCTIONS:
         _check.choice("reduction", reduction, REDUCTIONS)
     code = REDUCTIONS[reduction]
-    if not is_compiling() and gate(mu, logvar) == DIRECT:
+    given = mu is not None and logvar is not None
+    if given and not is_compiling() and gate(mu, logvar) == DIRECT:
         found = _forward(mu, logvar, 0, None, 0, 0, 0, KL, code, want_y=False)
         if found is not None:
             return found[1]
