@@ -101,5 +101,21 @@ inline int64_t noise_rows(const Noise& noise, const TensorView& t) {
   return noise.seeds != nullptr && noise.n_seeds > 1 && t.ndim > 0 ? t.shape[0] : 1;
 }
 
+// Element index of the noise, and its key, for element `first` of row `row`.
+struct NoiseAt {
+  const Noise& noise;
+  int64_t noise_cols;  // elements that share a seed: numel / noise rows
+
+  NoiseAt(const Noise& n, const TensorView& t)
+      : noise(n), noise_cols(t.numel / (noise_rows(n, t) > 1 ? noise_rows(n, t) : 1)) {}
+  template <class Map>
+  const float* values(int64_t at, int n, NoiseChunk& buffer) const {  // range within one seed row
+    const int64_t row = noise.n_seeds > 1 ? at / noise_cols : 0;
+    return noise_values<Map>(seed_of_row(noise, row), noise.stream,
+                             static_cast<uint64_t>(noise.offset + at - row * noise_cols), n,
+                             buffer);
+  }
+};
+
 }  // namespace
 }  // namespace genfast::cpu

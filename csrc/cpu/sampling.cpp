@@ -52,22 +52,6 @@ class Sum {
   float tail_ = 0;
 };
 
-// Element index of the noise, and its key, for element `first` of row `row`.
-struct NoiseAt {
-  const Noise& noise;
-  int64_t noise_cols;  // elements that share a seed: numel / noise rows
-
-  NoiseAt(const Noise& n, const TensorView& t)
-      : noise(n), noise_cols(t.numel / std::max<int64_t>(noise_rows(n, t), 1)) {}
-  template <class Map>
-  const float* values(int64_t at, int n, NoiseChunk& buffer) const {  // range within one seed row
-    const int64_t row = noise.n_seeds > 1 ? at / noise_cols : 0;
-    return noise_values<Map>(seed_of_row(noise, row), noise.stream,
-                             static_cast<uint64_t>(noise.offset + at - row * noise_cols), n,
-                             buffer);
-  }
-};
-
 // Rows so that no chunk crosses a side row or a seed row.
 inline int64_t split_rows(int64_t rows, const Noise& noise, const TensorView& t) {
   return std::max(rows, noise_rows(noise, t));
