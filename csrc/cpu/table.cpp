@@ -6,6 +6,7 @@ extern const Kernels table = {
     random,         reparameterize,          reparameterize_backward,
     gumbel_softmax, gumbel_softmax_backward, relaxed_bernoulli,
     categorical,
+    attention_forward,   attention_backward,      attention_append,
 };
 
 }  // namespace genfast::cpu::GENFAST_ISA
