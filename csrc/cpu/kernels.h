@@ -1,5 +1,6 @@
 // The CPU kernels of one ISA level, and the choice of the level.
 #pragma once
+#include "api/attention.h"
 #include "api/diffusion.h"
 #include "api/rng.h"
 #include "api/sampling.h"
@@ -20,6 +21,9 @@ struct Kernels {
   void (*guidance_weights)(const GuidanceParams&);
   void (*dynamic_threshold)(const ThresholdParams&);
   void (*denoising_loss)(const LossParams&);
+  void (*attention_forward)(const AttentionParams&);
+  void (*attention_backward)(const AttentionGradParams&);
+  void (*attention_append)(const AttentionAppendParams&);
 };
 
 // The best level this processor runs, or the one that GENFAST_ISA names; fixed at the first call.
@@ -46,6 +50,9 @@ void diffusion_mix(const MixParams&);
 void guidance_weights(const GuidanceParams&);
 void dynamic_threshold(const ThresholdParams&);
 void denoising_loss(const LossParams&);
+void attention_forward(const AttentionParams&);
+void attention_backward(const AttentionGradParams&);
+void attention_append(const AttentionAppendParams&);
 extern const Kernels table;
 }  // namespace genfast::cpu::GENFAST_ISA
 #endif

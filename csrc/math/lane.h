@@ -102,7 +102,7 @@ GENFAST_FN i32v to_int(f32v x) { return __builtin_convertvector(x, i32v); }
 GENFAST_FN i32v as_signed(u32v u) { return (i32v)u; }
 GENFAST_FN u32v as_unsigned(i32v i) { return (u32v)i; }
 GENFAST_FN f32v select(i32v m, f32v a, f32v b) { return m ? a : b; }
-GENFAST_FN f32v splat(float x) { return f32v{} + x; }
+GENFAST_FN f32v splat(float x) { return x - f32v{}; }  // x - 0 is x; 0 + x is not for -0: an add
 GENFAST_FN u32v splat(uint32_t x) { return u32v{} + x; }
 
 GENFAST_FN f32v load(const float* p) {
@@ -186,6 +186,20 @@ GENFAST_FN void store_interleaved(float* p, f32v v0, f32v v1, f32v v2, f32v v3) 
   store(p + 2 * W, o2);
   store(p + 3 * W, o3);
 }
+// One instruction with the meaning of the templates below (b when either is NaN); from the
+// vector comparison GCC 12 makes two.
+#if defined(__SSE2__)
+#if defined(__AVX512F__)
+GENFAST_FN f32v minimum(f32v a, f32v b) { return (f32v)_mm512_min_ps((__m512)a, (__m512)b); }
+GENFAST_FN f32v maximum(f32v a, f32v b) { return (f32v)_mm512_max_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+GENFAST_FN f32v minimum(f32v a, f32v b) { return (f32v)_mm256_min_ps((__m256)a, (__m256)b); }
+GENFAST_FN f32v maximum(f32v a, f32v b) { return (f32v)_mm256_max_ps((__m256)a, (__m256)b); }
+#else
+GENFAST_FN f32v minimum(f32v a, f32v b) { return (f32v)_mm_min_ps((__m128)a, (__m128)b); }
+GENFAST_FN f32v maximum(f32v a, f32v b) { return (f32v)_mm_max_ps((__m128)a, (__m128)b); }
+#endif
+#endif
 
 // ---- two vectors side by side -------------------------------------------------------------------
 // The polynomials are chains of dependent operations; two chains in flight fill the pipeline that
