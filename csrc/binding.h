@@ -115,4 +115,6 @@ bool run(const Params& p, const TensorView& like, void (*cpu::Kernels::*kernel)(
   return true;
 }
 
+void register_attention(py::module_& m);  // bindings_attention.cpp
+
 }  // namespace genfast

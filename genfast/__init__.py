@@ -2,7 +2,25 @@
 
 from importlib.metadata import version as _version
 
+from genfast.accelerate import accelerate, restore
 from genfast.ops._backend import backend, get_backend, set_backend
+from genfast.ops.attention import (
+    attention,
+    attention_varlen,
+    attention_with_kvcache,
+    scaled_dot_product_attention,
+from genfast.ops.diffusion import (
+    add_noise,
+    denoising_loss,
+    diffusion_step,
+    dynamic_threshold,
+    guidance_weights,
+    guide,
+    scale_model_input,
+    scale_noise,
+    step_log_prob,
+    velocity,
+)
 from genfast.ops.rng import NOISE_VERSION, rand, rand_like, randint, randn, randn_like
 from genfast.ops.sampling import (
     gaussian_kl,
@@ -19,9 +37,19 @@ __version__ = _version("genfast")
 
 __all__ = [
     "NOISE_VERSION",
+    "accelerate",
+    "attention",
+    "attention_varlen",
+    "attention_with_kvcache",
+    "add_noise",
     "backend",
+    "denoising_loss",
+    "diffusion_step",
+    "dynamic_threshold",
     "gaussian_kl",
     "get_backend",
+    "guidance_weights",
+    "guide",
     "gumbel_softmax",
     "log_normal",
     "rand",
@@ -31,8 +59,14 @@ __all__ = [
     "randn_like",
     "relaxed_bernoulli",
     "reparameterize",
+    "restore",
     "sample_categorical",
     "sample_tokens",
+    "scaled_dot_product_attention",
+    "scale_model_input",
+    "scale_noise",
     "set_backend",
+    "step_log_prob",
     "tanh_normal",
+    "velocity",
 ]
