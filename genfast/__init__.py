@@ -9,6 +9,7 @@ from genfast.ops.attention import (
     attention_varlen,
     attention_with_kvcache,
     scaled_dot_product_attention,
+)
 from genfast.ops.diffusion import (
     add_noise,
     denoising_loss,

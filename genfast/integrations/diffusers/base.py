@@ -59,7 +59,20 @@ class Engine:
     rows: key -> Row, or None where the peer's own step must run. source: forms by first step.
     """
 
-    __slots__ = ("a", "av", "b", "bv", "config", "rest", "rows", "source", "data", "why", "scale", "extra")
+    __slots__ = (
+        "a",
+        "av",
+        "b",
+        "bv",
+        "config",
+        "rest",
+        "rows",
+        "source",
+        "data",
+        "why",
+        "scale",
+        "extra",
+    )
 
     def __reduce__(self):  # a copied or unpickled scheduler makes its own
         return (_none, ())

@@ -201,9 +201,7 @@ class EDMDPMSolverMultistepScheduler(
     def _genfast_config(self):
         return _zero_ends_first_order(self._internal_dict)
 
-    def step(
-        self, model_output, timestep, sample, generator=None, return_dict=True, *, seed=None
-    ):
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seed=None):
         prev = self._genfast_listed(model_output, timestep, sample, generator, seed)
         if prev is None:
             return super().step(model_output, timestep, sample, generator, return_dict)
@@ -242,9 +240,7 @@ class DPMSolverSinglestepScheduler(
             raise ValueError(f"order_list asks for order {p} at step {i}")
         return self._genfast_compile(e, i, 0 if orders[i] == p else i - p + 1)
 
-    def step(
-        self, model_output, timestep, sample, generator=None, return_dict=True, *, seed=None
-    ):
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seed=None):
         prev = self._genfast_block(model_output, timestep, sample, generator, seed)
         if prev is None:
             return super().step(model_output, timestep, sample, generator, return_dict)
@@ -275,9 +271,7 @@ class DPMSolverSinglestepScheduler(
         if row is None or p < 1 or len(outputs) != order or (p > 1 and self.sample is None):
             self._genfast_why(e, key)
             return None
-        held = tuple(
-            [outputs[k] if k.__class__ is int else self.sample for k in row.note[0]]
-        )
+        held = tuple([outputs[k] if k.__class__ is int else self.sample for k in row.note[0]])
         if learned:
             model_output = model_output[:, :3]
         z = None
@@ -356,11 +350,7 @@ class UniPCMultistepScheduler(
         except KeyError:
             row = self._genfast_row(e, key)
         outputs = self.model_outputs
-        if (
-            row is None
-            or len(outputs) != order
-            or (corrects and self.this_order != row.note[1][1])
-        ):
+        if row is None or len(outputs) != order or (corrects and self.this_order != row.note[1][1]):
             self._genfast_why(e, key)
             return None
         held = tuple([outputs[k] if k.__class__ is int else last for k in row.note[0]])
@@ -419,9 +409,7 @@ class SASolverScheduler(AlphaForward, _History, scheduling_sasolver.SASolverSche
         note = self._genfast_orders(e, i, n), self._genfast_orders(e, i - 1, max(before, 0))[1]
         return self._genfast_compile(e, i, 0 if n >= depth else i - n, note)
 
-    def step(
-        self, model_output, timestep, sample, generator=None, return_dict=True, *, seed=None
-    ):
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seed=None):
         prev = self._genfast_sa(model_output, timestep, sample, generator, seed)
         if prev is None:
             return super().step(model_output, timestep, sample, generator, return_dict)
@@ -453,9 +441,7 @@ class SASolverScheduler(AlphaForward, _History, scheduling_sasolver.SASolverSche
             or float(timestep) != known[i]
             or len(outputs) != self._genfast_depth(e)
             or corrects
-            and (
-                self.this_corrector_order != row.note[1][1] or float(times[-1]) != known[i - 1]
-            )
+            and (self.this_corrector_order != row.note[1][1] or float(times[-1]) != known[i - 1])
         ):
             self._genfast_why(e, key)
             return None

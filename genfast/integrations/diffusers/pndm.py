@@ -60,9 +60,7 @@ class PNDMScheduler(AlphaForward, Dropin, scheduling_pndm.PNDMScheduler):
             out = sym("acc") + M / 6
         else:
             x, out = X, adams_bashforth([M, *(sym(f"-{k}") for k in range(1, stage))])
-        row = compile_row(
-            X, transfer(x, out, a_t, a_p, e.config["prediction_type"]), saves
-        )
+        row = compile_row(X, transfer(x, out, a_t, a_p, e.config["prediction_type"]), saves)
         row.note = tuple([int(n) if n[0] == "-" else n for n in row.reads])
         return row
 
@@ -103,9 +101,7 @@ class PNDMScheduler(AlphaForward, Dropin, scheduling_pndm.PNDMScheduler):
             stage = ("k1", "k2", "k2", "k4")[k]
             real = acc.__class__ is not int and self.cur_sample is not None
             if real if k else acc.__class__ is int:  # as a run leaves them
-                found = self._genfast_pndm(
-                    stage, start, int(timestep) - half, sample, model_output
-                )
+                found = self._genfast_pndm(stage, start, int(timestep) - half, sample, model_output)
         if found is None:
             return super().step_prk(model_output, timestep, sample, return_dict)
         row, outs = found

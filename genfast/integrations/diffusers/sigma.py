@@ -214,9 +214,7 @@ class EulerAncestralDiscreteScheduler(
                 _visited(e, "vp"), prediction=e.config["prediction_type"]
             )
 
-    def step(
-        self, model_output, timestep, sample, generator=None, return_dict=True, *, seed=None
-    ):
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seed=None):
         row = None
         if self.is_scale_input_called and not is_integer(timestep):
             row, outs = self._genfast_single(
@@ -259,11 +257,7 @@ class EDMEulerScheduler(ScaledInput, ByIndex, scheduling_edm_euler.EDMEulerSched
         seed=None,
     ):
         row = None
-        if (
-            self.is_scale_input_called
-            and pred_original_sample is None
-            and not is_integer(timestep)
-        ):
+        if self.is_scale_input_called and pred_original_sample is None and not is_integer(timestep):
             row, outs = self._genfast_single(
                 model_output,
                 timestep,
@@ -310,9 +304,7 @@ class CMStochasticIterativeScheduler(
                 clip=1.0 if c["clip_denoised"] else None,
             )
 
-    def step(
-        self, model_output, timestep, sample, generator=None, return_dict=True, *, seed=None
-    ):
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seed=None):
         row = None
         if self.is_scale_input_called and not is_integer(timestep):
             row, outs = self._genfast_single(model_output, timestep, sample, generator, seed)
@@ -385,9 +377,7 @@ class _Distilled(AlphaVelocity, ByIndex):
 class LCMScheduler(_Distilled, scheduling_lcm.LCMScheduler):
     __doc__ = scheduling_lcm.LCMScheduler.__doc__
 
-    def step(
-        self, model_output, timestep, sample, generator=None, return_dict=True, *, seed=None
-    ):
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seed=None):
         row = None
         if self._genfast_known(timestep):
             dtype = torch.promote_types(sample.dtype, model_output.dtype)
@@ -528,9 +518,7 @@ class FlowMatchEulerDiscreteScheduler(
 class FlowMatchLCMScheduler(_Flow, scheduling_flow_match_lcm.FlowMatchLCMScheduler):
     __doc__ = scheduling_flow_match_lcm.FlowMatchLCMScheduler.__doc__
 
-    def step(
-        self, model_output, timestep, sample, generator=None, return_dict=True, *, seed=None
-    ):
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seed=None):
         row = None
         if not (self._scale_factors and self._upscale_mode) and not is_integer(timestep):
             if self._init_size is None or self._step_index is None:

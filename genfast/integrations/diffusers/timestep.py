@@ -138,9 +138,7 @@ class DDPMScheduler(AlphaVelocity, _ByTimestep, scheduling_ddpm.DDPMScheduler):
             to.append(following[at[0]])
         return self._genfast_at(e, t), self._genfast_at(e, np.array(to))
 
-    def step(
-        self, model_output, timestep, sample, generator=None, return_dict=True, *, seed=None
-    ):
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seed=None):
         e = self._genfast
         if e is None or not self._genfast_fresh(e):
             e = self._genfast_engine()

@@ -75,9 +75,7 @@ class HeunDiscreteScheduler(ScaledInput, _TwoStage, scheduling_heun_discrete.Heu
             D, clip = _clipped(c, form)
             d = (X - D) / s[i]
             prev, saves, note = sym("sample") + (sym("d") + d) * (dt / 2), (), None
-        return compile_row(
-            form, prev, saves, denoised=D, clip=clip, refer=False, note=note
-        )
+        return compile_row(form, prev, saves, denoised=D, clip=clip, refer=False, note=note)
 
     def step(self, model_output, timestep, sample, return_dict=True):
         e, i = self._genfast_at(timestep)
@@ -197,9 +195,7 @@ class KDPM2AncestralDiscreteScheduler(
         middle, down, up = (data[n][j] for n in ("sigmas_interpol", "sigmas_down", "sigmas_up"))
         return data["sigmas"][j], middle, down, up
 
-    def step(
-        self, model_output, timestep, sample, generator=None, return_dict=True, *, seed=None
-    ):
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seed=None):
         e, i = self._genfast_at(timestep)
         saved = self.sample
         row = self._genfast_get(e, i if saved is None else ~i)

@@ -42,9 +42,7 @@ _IDENTITY = _identity_row()
 def _native(cond, uncond, average, scale, method, original, o_0, o_1):
     width = 2 if average is None else 3
     weights = torch.empty((cond.shape[0], width), dtype=torch.float32, device=cond.device)
-    if _C.guidance_weights(
-        cond, uncond, average, scale, weights, method, original, o_0, o_1
-    ):
+    if _C.guidance_weights(cond, uncond, average, scale, weights, method, original, o_0, o_1):
         return weights
     return None
 
@@ -180,15 +178,28 @@ def guide(
         )
         out = torch.empty_like(cond)
         if _C.diffusion_step(
-            (out,), cond, models, weights, _IDENTITY, None, 0, None, None, 0, None, 0, 0, False, None
+            (out,),
+            cond,
+            models,
+            weights,
+            _IDENTITY,
+            None,
+            0,
+            None,
+            None,
+            0,
+            None,
+            0,
+            0,
+            False,
+            None,
         ):
             return out
     o_0, o_1 = _options(method, options)
     _validate(cond, uncond, average, method)
     weights_tensor = _scale(scale, cond)
     needs = torch.is_grad_enabled() and (
-        any(t.requires_grad for t in models)
-        or (isinstance(scale, Tensor) and scale.requires_grad)
+        any(t.requires_grad for t in models) or (isinstance(scale, Tensor) and scale.requires_grad)
     )
     wide = _common.wide_dtype(*models) == torch.float64
     if needs or wide or forced_reference() or transforming():
