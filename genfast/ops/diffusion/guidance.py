@@ -53,7 +53,7 @@ def _plain_weights(cond, uncond, average, scale, method, original, o_0, o_1):
     return reference.guidance_weights(
         cond.double(), u.double(), scale.double(), method=_NAMES[method], original=original,
         options=(o_0, o_1), average=average is not None,
-    ).to(torch.float32)  # fmt: skip
+    ).to(_common.wide_dtype(cond, uncond))  # fmt: skip
 
 
 def _impl(cond, uncond, average, scale, *rest):
@@ -68,7 +68,7 @@ _op = define(
     "bool original, float o_0, float o_1) -> Tensor",
     _impl,
     lambda cond, uncond, average, *rest: cond.new_empty(
-        (cond.shape[0], 2 if average is None else 3), dtype=torch.float32
+        (cond.shape[0], 2 if average is None else 3), dtype=_common.wide_dtype(cond, uncond)
     ),
 )
 
@@ -123,7 +123,7 @@ def guidance_weights(
     average: Tensor | None = None,
     **options,
 ) -> Tensor:
-    """(B, 2) fp32 weights w with w_0 cond + w_1 uncond = the guided output; (B, 3) with average.
+    """(B, 2) weights w, fp32 (fp64 for float64), with w_0 cond + w_1 uncond = the guided output; (B, 3) with average.
 
     For `diffusion_step(x, (cond, uncond), ..., weights=w)`: guidance and step in two passes.
     Arguments and errors as in `guide`. No gradient.

@@ -544,6 +544,8 @@ def _run(args, needs):
     table, threshold = args[5], args[15]
     if table.dtype != torch.float32 or not table.is_contiguous():
         args = (*args[:5], table.to(torch.float32).contiguous(), *args[6:])
+    if args[4] is not None and args[4].dtype != torch.float32:
+        args = (*args[:4], args[4].to(torch.float32), *args[5:])
     if threshold is not None and threshold.dtype != torch.float32:
         args = (*args[:15], threshold.to(torch.float32), *args[16:])
     if needs and not is_compiling() and gate(*args[:_COUNT]) == GRAD and _kernel_takes(args):
