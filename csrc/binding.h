@@ -115,6 +115,6 @@ bool run(const Params& p, const TensorView& like, void (*cpu::Kernels::*kernel)(
   return true;
 }
 
-void bind_attention(py::module_& m);  // bindings_attention.cpp
+void register_attention(py::module_& m);  // bindings_attention.cpp
 
 }  // namespace genfast

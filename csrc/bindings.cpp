@@ -184,6 +184,10 @@ py::dict build_info() {
 }  // namespace
 }  // namespace genfast
 
+namespace genfast {
+void register_diffusion(py::module_& m);  // bindings_diffusion.cpp
+}
+
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   using namespace genfast;
   m.doc() = "Native kernels of genfast. Arguments are positional; use the Python functions.";
@@ -207,5 +211,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("gumbel_softmax_backward", &gumbel_softmax_backward);
   m.def("relaxed_bernoulli", &relaxed_bernoulli);
   m.def("categorical", &categorical);
-  bind_attention(m);
+  register_attention(m);
+  register_diffusion(m);
 }

@@ -426,7 +426,7 @@ bool attention_append(TensorArgument& q, TensorArgument& q_out, TensorArgument& 
 
 }  // namespace
 
-void bind_attention(py::module_& m) {
+void register_attention(py::module_& m) {
   m.def("attention_forward", &attention_forward);
   m.def("attention_backward", &attention_backward);
   m.def("attention_cached", &attention_cached);

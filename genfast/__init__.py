@@ -10,6 +10,18 @@ from genfast.ops.attention import (
     attention_with_kvcache,
     scaled_dot_product_attention,
 )
+from genfast.ops.diffusion import (
+    add_noise,
+    denoising_loss,
+    diffusion_step,
+    dynamic_threshold,
+    guidance_weights,
+    guide,
+    scale_model_input,
+    scale_noise,
+    step_log_prob,
+    velocity,
+)
 from genfast.ops.rng import NOISE_VERSION, rand, rand_like, randint, randn, randn_like
 from genfast.ops.sampling import (
     gaussian_kl,
@@ -30,9 +42,15 @@ __all__ = [
     "attention",
     "attention_varlen",
     "attention_with_kvcache",
+    "add_noise",
     "backend",
+    "denoising_loss",
+    "diffusion_step",
+    "dynamic_threshold",
     "gaussian_kl",
     "get_backend",
+    "guidance_weights",
+    "guide",
     "gumbel_softmax",
     "log_normal",
     "rand",
@@ -46,6 +64,10 @@ __all__ = [
     "sample_categorical",
     "sample_tokens",
     "scaled_dot_product_attention",
+    "scale_model_input",
+    "scale_noise",
     "set_backend",
+    "step_log_prob",
     "tanh_normal",
+    "velocity",
 ]

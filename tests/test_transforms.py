@@ -134,7 +134,7 @@ def test_checkpoint_draws_the_same_noise_again(name):
         for wrap in (lambda f, *a: f(*a), lambda f, *a: checkpoint(f, *a, use_reentrant=False)):
             torch.manual_seed(2)
             x, y = leaves(*inputs())
-            wrap(lambda a, b: SMOOTH[name](a, b, seed=seed), x, y).square().sum().backward()
+            wrap(lambda a, b, s=seed: SMOOTH[name](a, b, seed=s), x, y).square().sum().backward()
             grads.append((x.grad, y.grad))
         assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 

@@ -11,8 +11,8 @@ import math
 import torch
 
 FACTOR = {"output": 2.0, "gradient": 3.0}
-# Gradients: three more roundings (g * sigma * eps / 2); with 2 ulp a single element (shape (1,), fp32)
-# fails on d_logvar with 2.3 ulp where torch happened to be off by 0.3.
+# Gradients: three more roundings (g * sigma * eps / 2); with 2 ulp a single element (shape (1,),
+# fp32) fails on d_logvar with 2.3 ulp where torch happened to be off by 0.3.
 FLOOR_ULP = {"output": 2.0, "gradient": 3.0}
 
 # Largest error in ulp of the approximations, as their headers state (csrc/math/{rng,sampling}.h).

@@ -1,10 +1,12 @@
 """Which implementation runs. `auto`: the native kernel where one exists and PyTorch is not faster,
-else the composite; `reference`: plain PyTorch for everything (the noise stays the contract's).
+then on a GPU the Triton kernel, else the composite; `triton`: Triton kernels, else the composite;
+`reference`: plain PyTorch for everything (the noise stays the contract's).
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 from collections.abc import Iterator
 
@@ -12,19 +14,84 @@ import torch
 
 from genfast._native import _C
 
-BACKENDS = ("auto", "reference")
+BACKENDS = ("auto", "triton", "reference")
 _HAVE_CUDA = _C.build_info()["cuda"]
+_HAVE_TRITON = importlib.util.find_spec("triton") is not None
+# Decides at the first import of the kernels, for good: they then run on the CPU, for tests.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _state = {"name": "auto"}
+
+# Native entry point -> module of its Triton twin, which takes the same arguments.
+_TRITON = {
+    "random": "rng",
+    "reparameterize": "sampling",
+    "reparameterize_backward": "sampling",
+    "gumbel_softmax": "sampling",
+    "gumbel_softmax_backward": "sampling",
+    "relaxed_bernoulli": "sampling",
+    "categorical": "sampling",
+}
+_REFUSED = {"categorical": -1}  # what "not handled" is; False elsewhere
+
+
+class _Kernels:
+    """The entry points as the ops call them. On a torch without GPU support they are the native
+    functions themselves, so that the choice costs nothing."""
+
+
+kernels = _Kernels()
+
+
+def triton_runs(device: torch.device) -> bool:
+    """Triton kernels can run on tensors of `device`."""
+    if device.type == "cpu":
+        return _INTERPRETED and _HAVE_TRITON
+    return _HAVE_TRITON and device.type == "cuda"
+
+
+def _triton(name: str):
+    def run(*args):
+        x = next(a for a in args if isinstance(a, torch.Tensor))
+        if not triton_runs(x.device):
+            return _REFUSED.get(name, False)
+        module = importlib.import_module(f"genfast.kernels.{_TRITON[name]}")
+        return getattr(module, name)(*args)
+
+    return run
+
+
+def _both(name: str):
+    native, portable, refused = getattr(_C, name), _triton(name), _REFUSED.get(name, False)
+
+    def run(*args):
+        done = native(*args)
+        return done if done != refused else portable(*args)
+
+    return run
+
+
+def _choose(name: str) -> None:
+    gpu = torch.version.cuda is not None or torch.version.hip is not None
+    make = _triton if name == "triton" else _both if gpu and _HAVE_TRITON else None
+    for entry in _TRITON:
+        setattr(kernels, entry, make(entry) if make else getattr(_C, entry))
+
+
+_choose("auto")
 
 
 def set_backend(name: str) -> None:
-    """Forces every genfast function to one backend: "auto" or "reference" (ValueError otherwise).
+    """Forces every genfast function to one backend: "auto", "triton" or "reference" (ValueError
+    otherwise, and for "triton" where the package is missing).
 
     The environment variable GENFAST_BACKEND sets the same at import.
     """
     if name not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    if name == "triton" and not _HAVE_TRITON:
+        raise ValueError("backend: triton is not installed; pip install genfast[triton]")
     _state["name"] = name
+    _choose(name)
     _C.force_slow_road(name != "auto")  # so that the fast roads never have to look
 
 
@@ -47,9 +114,11 @@ def forced_reference() -> bool:
     return _state["name"] == "reference"
 
 
-def native_device(device: torch.device) -> bool:
-    """This binary has kernels for tensors on `device`."""
-    return device.type == "cpu" or (device.type == "cuda" and _HAVE_CUDA)
+def has_kernels(device: torch.device) -> bool:
+    """There are kernels, native or Triton, for tensors on `device`."""
+    if _state["name"] == "triton":
+        return triton_runs(device)
+    return device.type == "cpu" or (device.type == "cuda" and (_HAVE_CUDA or _HAVE_TRITON))
 
 
 if os.environ.get("GENFAST_BACKEND"):

@@ -74,17 +74,25 @@ GENFAST_INLINE void dot_block(const float* q, int64_t ldq, const char* const* ke
                               int64_t lds) {
   f32v acc[W] = {};
   const int whole = dim / W * W;
-  for (int d = 0; d < whole; d += W) {
-    f32v y[K];
+  // Row after row: one stream for the hardware prefetcher reads twice as fast as K side by side.
 #pragma GCC unroll 16
-    for (int k = 0; k < K; ++k) y[k] = Load::at(keys[k], d);
+  for (int k = 0; k < K; ++k) {
+    f32v even[R] = {}, odd[R] = {};
+    int d = 0;
+    for (; d + 2 * W <= whole; d += 2 * W) {
+      const f32v y0 = Load::at(keys[k], d), y1 = Load::at(keys[k], d + W);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const f32v x = load(q + r * ldq + d);
-#pragma GCC unroll 16
-      for (int k = 0; k < K; ++k)
-        acc[r * K + k] = fused_multiply_add(x, y[k], acc[r * K + k]);
+      for (int r = 0; r < R; ++r) {
+        even[r] = fused_multiply_add(load(q + r * ldq + d), y0, even[r]);
+        odd[r] = fused_multiply_add(load(q + r * ldq + d + W), y1, odd[r]);
+      }
     }
+    if (d < whole)
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r)
+        even[r] = fused_multiply_add(load(q + r * ldq + d), Load::at(keys[k], d), even[r]);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) acc[r * K + k] = even[r] + odd[r];
   }
   if (whole < dim) {
     for (int k = 0; k < K; ++k) {
@@ -174,16 +182,27 @@ inline void weigh_rows(const float* weights, int64_t ldw, const char* const* val
     weigh_block<Load, R, 1, true>(weights, ldw, values, n, alpha, o, ldo, d, dim - d);
 }
 
+// kWeighKeys value rows at a time, so that they are read once: 8 KiB of fp32 at Dv = 128.
+constexpr int kWeighKeys = 16;
+
 template <class Load>
 inline void weigh_all(const float* weights, int64_t ldw, int rows, const char* const* values, int n,
                       const float* alpha, float* o, int64_t ldo, int dim) {
-  int r = 0;
-  for (; r + 4 <= rows; r += 4)
-    weigh_rows<Load, 4, 2>(weights + r * ldw, ldw, values, n, alpha + r, o + r * ldo, ldo, dim);
-  for (; r + 2 <= rows; r += 2)
-    weigh_rows<Load, 2, 4>(weights + r * ldw, ldw, values, n, alpha + r, o + r * ldo, ldo, dim);
-  for (; r < rows; ++r)
-    weigh_rows<Load, 1, 8>(weights + r * ldw, ldw, values, n, alpha + r, o + r * ldo, ldo, dim);
+  const float ones[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+  for (int j = 0; j < n; j += kWeighKeys) {
+    const int count = n - j < kWeighKeys ? n - j : kWeighKeys;
+    const float* w = weights + j;
+    int r = 0;
+    for (; r + 4 <= rows; r += 4)
+      weigh_rows<Load, 4, 2>(w + r * ldw, ldw, values + j, count, j ? ones : alpha + r, o + r * ldo,
+                             ldo, dim);
+    for (; r + 2 <= rows; r += 2)
+      weigh_rows<Load, 2, 4>(w + r * ldw, ldw, values + j, count, j ? ones : alpha + r, o + r * ldo,
+                             ldo, dim);
+    for (; r < rows; ++r)
+      weigh_rows<Load, 1, 8>(w + r * ldw, ldw, values + j, count, j ? ones : alpha + r, o + r * ldo,
+                             ldo, dim);
+  }
 }
 
 template <class Fn>

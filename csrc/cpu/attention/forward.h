@@ -60,8 +60,8 @@ struct Forward {
     if (tiles_per_task > tiles_per_head) tiles_per_task = tiles_per_head > 0 ? tiles_per_head : 1;
     const int threads = p.threads > 0 ? p.threads : 8;
     while (tiles_per_task > 1 && heads * ((tiles_per_head + tiles_per_task - 1) / tiles_per_task) <
-                                     4 * threads)
-      --tiles_per_task;
+                                     12 * threads)
+      --tiles_per_task;  // the last task to finish then costs a few percent
     groups = (tiles_per_head + tiles_per_task - 1) / tiles_per_task;
     constexpr int64_t kWantedTiles = 64, kLeastKeys = 512;
     split_keys = longest_k;
@@ -119,11 +119,12 @@ struct Forward {
       const Span span = spans[r / MR];
       if (span.lo >= span.hi) continue;
       float* row = scores + r * lds;
-      f32v top = most[r];
       if (options)
         mods.apply(t.head[r], t.position[r], first, span.lo, span.hi, row, nullptr);
-      if (options || !span.full) top = mask_edges(t.keys[r], first, span.lo, span.hi, row);
-      const float block_max = horizontal_max(top);
+      const float block_max =
+          horizontal_max(options || !span.full
+                             ? mask_edges(t.keys[r], first, span.lo, span.hi, row)
+                             : most[r]);
       const float m = st.m[r] > block_max ? st.m[r] : block_max;
       const float base = m == -kInf ? 0.0f : m;
       alpha[r] = m == st.m[r] ? 1.0f : __builtin_exp2f(st.m[r] - base);
@@ -147,7 +148,7 @@ struct Forward {
   void attend_block(TileState& st, ScoreOptions& mods, const ForwardScratch& x, int64_t first,
                     int n) const {
     const Tile& t = st.tile;
-    Span spans[BR / MR];
+    Span spans[BR / MR] = {};
     f32v most[BR];
     float alpha[BR];
     const int row_blocks = (t.n + MR - 1) / MR;
@@ -209,18 +210,17 @@ struct Forward {
   void attend_in_place(TileState& st, ScoreOptions& mods, const ForwardScratch& x,
                        const Sequence& s, int64_t kv_head, int64_t first, int n) const {
     const Tile& t = st.tile;
-    Span spans[BR / MR];
-    f32v most[BR];
+    Span spans[BR / MR] = {};
     float alpha[BR];
     for (int rb = 0; rb * MR < t.n; ++rb) {
-      spans[rb] = {0, n, false};
+      spans[rb] = {0, n, false};  // not full: the products in place keep no maxima
       if (t.any[rb].lo >= first + n || t.any[rb].hi <= first) spans[rb].hi = 0;
     }
     const char* values[BC];
     key_rows(p, p.k, s, kv_head, first, n, x.rows);
     key_rows(p, p.v, s, kv_head, first, n, values);
     scores_in_place(p, st.q, ldq, t.n, x.rows, values, n, x.s, lds);
-    softmax_rows(st, mods, spans, most, first, x.s, alpha);
+    softmax_rows(st, mods, spans, nullptr, first, x.s, alpha);
     for (int r = 0; r < t.n; ++r)
       if (spans[r / MR].hi == 0) {
         alpha[r] = 1.0f;
