@@ -9,6 +9,7 @@ from genfast.ops.attention import (
     attention_varlen,
     attention_with_kvcache,
     scaled_dot_product_attention,
+)
 from genfast.ops.diffusion import (
     add_noise,
     denoising_loss,
@@ -62,9 +63,9 @@ __all__ = [
     "restore",
     "sample_categorical",
     "sample_tokens",
-    "scaled_dot_product_attention",
     "scale_model_input",
     "scale_noise",
+    "scaled_dot_product_attention",
     "set_backend",
     "step_log_prob",
     "tanh_normal",

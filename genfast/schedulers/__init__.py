@@ -51,7 +51,7 @@ from .from_config import plan_from_config
 from .multistep import deis_plan, sa_solver_plan, unipc_plan
 from .plan import PlanBuilder, SolverPlan, stack_rows
 from .pndm import ipndm_plan, pndm_plan
-from .sample import SolverState, sample, step
+from .sample import SolverState, sample, step, step_batch
 from .schedules import (
     AlphaGrid,
     NoiseSchedule,
@@ -121,6 +121,7 @@ __all__ = [
     "sigma_to_t",
     "stack_rows",
     "step",
+    "step_batch",
     "stretch_to_terminal",
     "tcd_plan",
     "time_shift",

@@ -37,8 +37,10 @@ import hashlib
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
+import torch
 
 SLOTS = 6
 SOURCES = ("x", "m", "x0", *(f"H{k}" for k in range(1, SLOTS + 1)), "z")
@@ -105,6 +107,22 @@ def sym(name: str) -> Lin:
 X, M, X0, Z = sym("x"), sym("m"), sym("x0"), sym("z")
 
 
+class Step(NamedTuple):
+    """One row in plain values. outputs: to compute, with and without the denoised estimate, which
+    is output `denoised` (-1: none). writes: (output, slot) pairs. reads: per slot, () if none.
+    """
+
+    outputs: int
+    outputs_denoised: int
+    denoised: int
+    writes: tuple
+    reads: tuple
+    variance: int
+    needs_noise: bool
+    input_scale: float
+    timestep: int | float
+
+
 @dataclass(frozen=True, eq=False)
 class SolverPlan:
     """See the module's head. Immutable; hash and equality by content; safe to share between threads
@@ -130,6 +148,8 @@ class SolverPlan:
     integer_timesteps: bool = True
     threshold: tuple[float, float] | None = None
     _digest: bytes = field(init=False, repr=False, default=b"")
+    _tables: dict = field(init=False, repr=False, default_factory=dict)
+    _steps: tuple = field(init=False, repr=False, default=())
 
     def __post_init__(self):
         arrays = dict(table=np.float64, index=np.int32, timesteps=np.float64, sigmas=np.float64)
@@ -229,6 +249,51 @@ class SolverPlan:
     def timestep(self, row: int) -> int | float:
         t = float(self.timesteps[row])
         return int(t) if self.integer_timesteps else t
+
+    def table_on(self, device="cpu", dtype=torch.float32) -> torch.Tensor:
+        """The table for `genfast.diffusion_step`, (R, 36), made once per device and dtype.
+
+        Where x0 is neither clamped nor thresholded its coefficients are folded into those of x and m
+        in float64: fewer terms, and no cancellation in fp32 between d_x x and d_m m near t = T.
+        """
+        key = (str(device), dtype)
+        found = self._tables.get(key)
+        if found is None:
+            table = self.table.copy()
+            c = table[:, COEF:].reshape(len(self), OUTPUTS, len(SOURCES))
+            if self.threshold is None:
+                free = np.isinf(table[:, CLIP])
+                c[free, :, 0] += c[free, :, 2] * table[free, D_X, None]
+                c[free, :, 1] += c[free, :, 2] * table[free, D_M, None]
+                c[free, :, 2] = 0.0
+            with torch.inference_mode(False), torch.no_grad():
+                found = torch.from_numpy(table).to(dtype).to(device)
+            self._tables[key] = found
+        return found
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """What a loop must know of each row, as plain Python values."""
+        if not self._steps:
+            object.__setattr__(self, "_steps", tuple(self._step(r) for r in range(len(self))))
+        return self._steps
+
+    def _step(self, row: int) -> Step:
+        index = self.index[row].tolist()
+        writes = tuple((o, index[w] - 1) for o, w in ((1, WRITE_1), (2, WRITE_2)) if index[w])
+        outputs = 1 + max((o for o, _ in writes), default=0)
+        reads = tuple(k in self.sources(row) for k in range(3, 3 + self.slots))
+        return Step(
+            outputs=outputs,
+            outputs_denoised=max(outputs, index[DENOISED] + 1),
+            denoised=index[DENOISED],
+            writes=writes,
+            reads=reads if any(reads) else (),
+            variance=index[VARIANCE_MODE],
+            needs_noise=index[NOISE] == NOISE_USED,
+            input_scale=float(self.table[row, INPUT_SCALE]),
+            timestep=self.timestep(row),
+        )
 
     def noise_std(self, row: int) -> float:
         """Standard deviation of out_0 given everything but z (fixed variance)."""

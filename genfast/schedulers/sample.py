@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from genfast.ops.rng import randn_like
-from genfast.reference.diffusion import diffusion_step, dynamic_threshold, guide
+from genfast.ops._road import _C, DIRECT, gate, is_compiling
+from genfast.ops.diffusion import (
+    diffusion_step,
+    dynamic_threshold,
+    guidance_weights,
+    scale_model_input,
+)
+from genfast.ops.rng import randn, randn_like
 
-from .plan import D_M, D_X, DENOISED, INPUT_SCALE, VARIANCE_MODE, WRITE_1, WRITE_2, SolverPlan
+from .plan import D_M, D_X, VARIANCE, SolverPlan
+
+_VARIANCE_NAMES = tuple(VARIANCE)
+_LEARNED = tuple((code, *[None] * 7) if code else None for code in VARIANCE.values())
 
 
-@dataclass
+@dataclass(slots=True)
 class SolverState:
     """All that moves while a plan is run; the plan itself never changes.
 
@@ -34,47 +43,172 @@ class SolverState:
 def step(
     plan: SolverPlan,
     state: SolverState,
-    m: torch.Tensor,
+    m: torch.Tensor | tuple,
     *,
     noise: torch.Tensor | None = None,
+    seed: int | torch.Tensor | None = None,
+    stream: int = 0,
+    weights=None,
     denoised: bool = False,
 ) -> SolverState:
-    """Advance ``state`` by one row, given the (guided) model output m (B, ...). Returns a new
-    state; the old one stays valid.
+    """Advance ``state`` by one row, given the model output m (B, ...). Returns a new state; the old
+    one stays valid.
 
-    noise: N(0, 1) like x, needed where plan.needs_noise(state.row).
+    m: guided already, or a tuple of model outputs with the weights of `genfast.diffusion_step`.
+    noise: N(0, 1) like x, needed where plan.needs_noise(state.row); or seed, stream: the row draws
+        its noise of (seed, stream + row) in the same pass.
     denoised: also compute the estimate of x0.
     """
     r = state.row
-    if not 0 <= r < len(plan):
+    steps = plan.steps
+    if not 0 <= r < len(steps):
         raise ValueError(f"state.row: expected 0..{len(plan) - 1}, got {r}; the plan is finished")
-    if noise is None and plan.needs_noise(r):
+    row, x = steps[r], state.x
+    if noise is None and row.needs_noise and seed is None:
         raise ValueError(
-            f"noise: row {r} of {plan.name} needs a tensor of shape {tuple(state.x.shape)}, got "
-            f"None"
+            f"noise: row {r} of {plan.name} needs a tensor of shape {tuple(x.shape)}, got None; "
+            "pass noise= or seed="
         )
-    index, coef = plan.index[r], plan.table[r]
+    history = state.history
+    if row.reads:
+        read = tuple([h if used else None for h, used in zip(history, row.reads, strict=True)])
+    else:
+        read = ()
+    outputs = row.outputs_denoised if denoised else row.outputs
+    if not row.needs_noise:
+        noise = seed = None
+    outs = None
+    if weights is None and plan.threshold is None and not is_compiling():
+        outs = _direct(plan, r, row, x, m, read, noise, seed, stream, outputs)
+    if outs is None:
+        outs = _public(plan, r, row, x, m, read, noise, seed, stream, weights, outputs)
+    if row.writes:
+        history = list(history)
+        for output, slot in row.writes:
+            history[slot] = outs[output]
+    place = row.denoised
+    return SolverState(
+        outs[0], history, r + 1, outs[place] if denoised and place >= 0 else None
+    )
+
+
+def _direct(plan, r, row, x, m, read, noise, seed, stream, outputs):
+    """The kernel without ceremony: ~3 us a step. None when anything is unusual."""
+    try:
+        if gate(x, m, noise, *read) != DIRECT or (seed is not None and type(seed) is not int):
+            return None
+        outs = tuple([torch.empty_like(x) for _ in range(outputs)])
+        if _C.diffusion_step(
+            outs, x, (m,), None, plan.table_on(x.device), None, r, read, noise, seed or 0, None,
+            stream + r, 0, seed is not None, _LEARNED[row.variance],
+        ):  # fmt: skip
+            return outs
+    except (TypeError, ValueError, AttributeError):
+        pass  # the public function names the argument
+    return None
+
+
+def _public(plan, r, row, x, m, read, noise, seed, stream, weights, outputs):
+    wide = x.dtype == torch.float64
+    table = plan.table_on(x.device, torch.float64 if wide else torch.float32)
     threshold = None
     if plan.threshold is not None:
-        eps_or_x0 = m[:, : state.x.shape[1]] if index[VARIANCE_MODE] else m
-        threshold = dynamic_threshold(coef[D_X] * state.x + coef[D_M] * eps_or_x0, *plan.threshold)
-    reads = {s - 3 for s in plan.sources(r)}
+        threshold = _threshold(plan, table, r, row, x, m, weights)
     outs = diffusion_step(
-        state.x,
-        m,
-        coef,
-        history=[h if k in reads else None for k, h in enumerate(state.history)],
-        noise=noise,
-        threshold=threshold,
-        variance_mode=int(index[VARIANCE_MODE]),
-        n_out=3 if denoised or index[WRITE_2] else 2 if index[WRITE_1] else 1,
+        x, m, table, r, history=read, noise=noise, seed=seed, stream=stream + r, weights=weights,
+        threshold=threshold, variance=_VARIANCE_NAMES[row.variance], outputs=outputs,
+    )  # fmt: skip
+    return outs if outputs > 1 else (outs,)
+
+
+def _threshold(plan, table, r, row, x, m, weights):
+    """Bound of the predicted x0 of this row."""
+    models = m if isinstance(m, (tuple, list)) else (m,)
+    if row.variance:
+        models = [part[:, : x.shape[1]] for part in models]
+    if weights is None:
+        return dynamic_threshold(x, *plan.threshold, m=models[0], table=table, row=r)
+    # the guided x0 itself: a row whose only output is x0, unclamped
+    x0_row = torch.zeros_like(table[:1])
+    x0_row[0, 6], x0_row[0, 7] = table[r, D_X], table[r, D_M]
+    x0 = diffusion_step(x, tuple(models), x0_row, weights=weights)
+    return dynamic_threshold(x0, *plan.threshold)
+
+
+def step_batch(
+    plans: Sequence[SolverPlan],
+    states: Sequence[SolverState],
+    m: torch.Tensor,
+    *,
+    seeds: Sequence[int] | None = None,
+    stream: int = 0,
+    denoised: bool = False,
+) -> list[SolverState]:
+    """One kernel call for requests that stand at different rows, or even run different plans.
+
+    states: one per request, x (1, ...) or (n, ...) each, all of one shape after dim 0. m: the model
+    outputs, concatenated over dim 0. seeds: one int per request; its row k adds the noise of
+    (seed, stream + k), as it would alone. Plans with dynamic thresholding or a learned variance are
+    stepped alone. Returns the new states, views of shared outputs.
+    """
+    if len(plans) != len(states) or (seeds is not None and len(seeds) != len(states)):
+        raise ValueError(
+            f"plans, states, seeds: expected one of each per request, got {len(plans)}, "
+            f"{len(states)} and {len(states) if seeds is None else len(seeds)}"
+        )
+    rows = []
+    for k, (plan, state) in enumerate(zip(plans, states, strict=True)):
+        if not 0 <= state.row < len(plan):
+            raise ValueError(f"states[{k}].row: expected 0..{len(plan) - 1}, got {state.row}")
+        rows.append(plan.steps[state.row])
+        if plan.threshold is not None or rows[-1].variance:
+            raise ValueError(f"plans[{k}]: {plan.name} must be stepped alone, with `step`")
+        if rows[-1].needs_noise and seeds is None:
+            raise ValueError(f"seeds: row {state.row} of plans[{k}] ({plan.name}) adds noise")
+    sizes = [s.x.shape[0] for s in states]
+    x = torch.cat([s.x for s in states])
+    if m.shape[0] != x.shape[0]:
+        raise ValueError(f"m: expected {x.shape[0]} samples for {len(states)} requests, got {m.shape[0]}")
+    table = torch.cat(
+        [p.table_on(x.device)[s.row : s.row + 1] for p, s in zip(plans, states, strict=True)]
     )
-    history = list(state.history)
-    for col, out in zip((WRITE_1, WRITE_2), outs[1:], strict=False):
-        if index[col]:
-            history[index[col] - 1] = out
-    place = index[DENOISED]
-    return SolverState(outs[0], history, r + 1, outs[place] if denoised and place >= 0 else None)
+    index = torch.repeat_interleave(
+        torch.arange(len(states), device=x.device), torch.tensor(sizes, device=x.device)
+    )
+    empty = None
+    history = []
+    for slot in range(max((len(r.reads) for r in rows), default=0)):
+        used = [bool(r.reads) and slot < len(r.reads) and r.reads[slot] for r in rows]
+        if not any(used):
+            history.append(None)
+            continue
+        parts = []
+        for state, size, use in zip(states, sizes, used, strict=True):
+            if not use and empty is None:
+                empty = torch.zeros((), dtype=x.dtype, device=x.device)
+            parts.append(state.history[slot] if use else empty.expand(size, *x.shape[1:]))
+        history.append(torch.cat(parts))
+    noise = None
+    if any(r.needs_noise for r in rows):
+        noise = torch.empty_like(x)
+        at = 0
+        for size, row, state, seed in zip(sizes, rows, states, seeds, strict=True):
+            if row.needs_noise:
+                randn(seed=seed, stream=stream + state.row, out=noise[at : at + size])
+            at += size
+    outputs = max(r.outputs_denoised if denoised else r.outputs for r in rows)
+    outs = diffusion_step(
+        x, m, table, index, history=tuple(history), noise=noise, outputs=outputs
+    )  # fmt: skip
+    outs = [o.split(sizes) for o in (outs if outputs > 1 else (outs,))]
+    new = []
+    for k, (row, state) in enumerate(zip(rows, states, strict=True)):
+        kept = list(state.history)
+        for output, slot in row.writes:
+            kept[slot] = outs[output][k]
+        estimate = outs[row.denoised][k] if denoised and row.denoised >= 0 else None
+        new.append(SolverState(outs[0][k], kept, state.row + 1, estimate))
+    return new
 
 
 def _draw(x, row, seed, stream, generator):
@@ -113,7 +247,7 @@ def sample(
         tensor (B,) seeds each sample by itself.
     generator (or a list, one per sample): draw from torch instead, in number and order as diffusers
         does. Neither seed nor generator: torch's default generator.
-    guidance: scale, or a dict of arguments of `genfast.reference.diffusion.guide` such as
+    guidance: scale, or a dict of arguments of `genfast.guide` such as
         dict(scale=5.0, method="apg").
     callback: called after each row with (row, state), state.denoised included; may return a changed
         state.
@@ -131,22 +265,41 @@ def sample(
 
         rows = tqdm(rows, desc=plan.name)
     for r in rows:
-        scale = plan.table[r, INPUT_SCALE]
-        x = state.x if scale == 1.0 else state.x * float(scale)
-        m = model(x, plan.timestep(r))
+        row = plan.steps[r]
+        x = state.x
+        m = model(x if row.input_scale == 1.0 else scale_model_input(x, row.input_scale), row.timestep)
+        weights = None
         if guidance is not None:
             if not (isinstance(m, (tuple, list)) and len(m) == 2):
                 raise TypeError(
                     f"model: with guidance expected it to return (cond, uncond), got "
                     f"{type(m).__name__}"
                 )
-            m = guide(*m, **options)
+            weights = _weights(m, x, row, options)
+            m = tuple(m)
+            if options.get("average") is not None:
+                m = (*m, options["average"])
         # with a generator, also where the coefficient is 0 but the peer draws
-        wants = plan.needs_noise(r) or (generator is not None and plan.draws_noise(r))
-        noise = _draw(state.x, r, seed, stream, generator) if wants else None
+        noise = None
+        if seed is None and (row.needs_noise or (generator is not None and plan.draws_noise(r))):
+            noise = _draw(x, r, seed, stream, generator)
         state = step(
-            plan, state, m, noise=noise, denoised=callback is not None
-        )  # the native op's place
+            plan, state, m, noise=noise, seed=seed, stream=stream, weights=weights,
+            denoised=callback is not None,
+        )  # fmt: skip
         if callback is not None:
             state = callback(r, state) or state
     return state.x
+
+
+def _weights(m, x, row, options):
+    """Weights of (cond, uncond): numbers for plain guidance, per sample otherwise. With a learned
+    variance only the first half of the channels is guided.
+    """
+    scale = options.get("scale", 1.0)
+    plain = set(options) <= {"scale", "method", "original"} and options.get("method", "cfg") == "cfg"
+    if plain and isinstance(scale, (int, float)):
+        w = float(scale)
+        return (1.0 + w, -w) if options.get("original") else (w, 1.0 - w)
+    parts = [part[:, : x.shape[1]] for part in m] if row.variance else m
+    return guidance_weights(*parts, **options)

@@ -150,8 +150,12 @@ def test_gradients_of_gradients_and_of_coefficients():
         lambda x, z, a, s: genfast.add_noise(x, a, s, noise=z),
         lambda x, z, a, s: genfast.velocity(x, a, s, noise=z),
         lambda x, z, a, s: genfast.scale_model_input(x * z, a * s),
-        lambda x, z, a, s: genfast.denoising_loss(x, z, a, s, seed=3, prediction="v_prediction", weighting="min_snr"),  # noqa: E501
-        lambda x, z, a, s: genfast.denoising_loss(x, z, None, s, seed=3, prediction="flow_prediction", weighting=a, reduction="none"),  # noqa: E501
+        lambda x, z, a, s: genfast.denoising_loss(
+            x, z, a, s, seed=3, prediction="v_prediction", weighting="min_snr"
+        ),  # noqa: E501
+        lambda x, z, a, s: genfast.denoising_loss(
+            x, z, None, s, seed=3, prediction="flow_prediction", weighting=a, reduction="none"
+        ),  # noqa: E501
     ):
         assert torch.autograd.gradcheck(f, (x, z, a, s))
         assert torch.autograd.gradgradcheck(f, (x, z, a, s))
@@ -280,7 +284,9 @@ def test_compile_export_and_transforms():
             return f(*args)
 
     program = torch.export.export(Module(), (output, x0, alpha, sigma))
-    torch.testing.assert_close(program.module()(output, x0, alpha, sigma), f(output, x0, alpha, sigma))
+    torch.testing.assert_close(
+        program.module()(output, x0, alpha, sigma), f(output, x0, alpha, sigma)
+    )
     g = torch.func.grad(f)(output, x0, alpha, sigma)
     torch.testing.assert_close(g, want[0])
     z = draw(*x0.shape, seed=9)
@@ -326,25 +332,75 @@ HALF = torch.full((2,), 0.5)
 BAD = [
     ("x0 no tensor", TypeError, "x0:", lambda: genfast.add_noise([1.0], 0.5, 0.5)),
     ("x0 of ints", TypeError, "x0:", lambda: genfast.add_noise(X.long(), 0.5, 0.5)),
-    ("alpha of another batch", ValueError, "alpha:", lambda: genfast.add_noise(X, torch.ones(3), 0.5)),
+    (
+        "alpha of another batch",
+        ValueError,
+        "alpha:",
+        lambda: genfast.add_noise(X, torch.ones(3), 0.5),
+    ),
     ("alpha a string", TypeError, "alpha:", lambda: genfast.add_noise(X, "1", 0.5)),
     ("alpha infinite", ValueError, "alpha:", lambda: genfast.add_noise(X, math.inf, 0.5)),
     ("sigma NaN", ValueError, "sigma:", lambda: genfast.add_noise(X, 0.5, math.nan)),
     ("sigma of ints", TypeError, "sigma:", lambda: genfast.add_noise(X, 0.5, torch.ones(2).long())),
-    ("noise of another shape", ValueError, "noise:", lambda: genfast.add_noise(X, 0.5, 0.5, noise=X[0])),
-    ("noise and seed", ValueError, "noise:", lambda: genfast.add_noise(X, 0.5, 0.5, noise=X, seed=1)),
+    (
+        "noise of another shape",
+        ValueError,
+        "noise:",
+        lambda: genfast.add_noise(X, 0.5, 0.5, noise=X[0]),
+    ),
+    (
+        "noise and seed",
+        ValueError,
+        "noise:",
+        lambda: genfast.add_noise(X, 0.5, 0.5, noise=X, seed=1),
+    ),
     ("seed a float", TypeError, "seed:", lambda: genfast.add_noise(X, 0.5, 0.5, seed=1.0)),
     ("out of another shape", ValueError, "out:", lambda: genfast.add_noise(X, 0.5, 0.5, out=X[0])),
     ("velocity without alpha", TypeError, "alpha:", lambda: genfast.velocity(X, None, 0.5)),
     ("scale None", TypeError, "scale:", lambda: genfast.scale_model_input(X, None)),
-    ("scale of another batch", ValueError, "scale:", lambda: genfast.scale_model_input(X, torch.ones(3))),  # noqa: E501
+    (
+        "scale of another batch",
+        ValueError,
+        "scale:",
+        lambda: genfast.scale_model_input(X, torch.ones(3)),
+    ),  # noqa: E501
     ("loss without noise", ValueError, "seed:", lambda: genfast.denoising_loss(X, X, HALF, HALF)),
-    ("loss of two shapes", ValueError, "x0:", lambda: genfast.denoising_loss(X, X[0], HALF, HALF, seed=1)),  # noqa: E501
-    ("loss of nothing", ValueError, "model_output:", lambda: genfast.denoising_loss(X[:0], X[:0], 0.5, 0.5, seed=1)),  # noqa: E501
-    ("unknown prediction", ValueError, "prediction:", lambda: genfast.denoising_loss(X, X, HALF, HALF, seed=1, prediction="x")),  # noqa: E501
-    ("unknown weighting", ValueError, "weighting:", lambda: genfast.denoising_loss(X, X, HALF, HALF, seed=1, weighting="given")),  # noqa: E501
-    ("unknown reduction", ValueError, "reduction:", lambda: genfast.denoising_loss(X, X, HALF, HALF, seed=1, reduction="max")),  # noqa: E501
-    ("sigma per token", ValueError, "sigma:", lambda: genfast.denoising_loss(X, X, 0.5, torch.ones(2, 3), seed=1)),  # noqa: E501
+    (
+        "loss of two shapes",
+        ValueError,
+        "x0:",
+        lambda: genfast.denoising_loss(X, X[0], HALF, HALF, seed=1),
+    ),  # noqa: E501
+    (
+        "loss of nothing",
+        ValueError,
+        "model_output:",
+        lambda: genfast.denoising_loss(X[:0], X[:0], 0.5, 0.5, seed=1),
+    ),  # noqa: E501
+    (
+        "unknown prediction",
+        ValueError,
+        "prediction:",
+        lambda: genfast.denoising_loss(X, X, HALF, HALF, seed=1, prediction="x"),
+    ),  # noqa: E501
+    (
+        "unknown weighting",
+        ValueError,
+        "weighting:",
+        lambda: genfast.denoising_loss(X, X, HALF, HALF, seed=1, weighting="given"),
+    ),  # noqa: E501
+    (
+        "unknown reduction",
+        ValueError,
+        "reduction:",
+        lambda: genfast.denoising_loss(X, X, HALF, HALF, seed=1, reduction="max"),
+    ),  # noqa: E501
+    (
+        "sigma per token",
+        ValueError,
+        "sigma:",
+        lambda: genfast.denoising_loss(X, X, 0.5, torch.ones(2, 3), seed=1),
+    ),  # noqa: E501
     ("sigma missing", TypeError, "sigma:", lambda: genfast.denoising_loss(X, X, 0.5, None, seed=1)),
 ]
 

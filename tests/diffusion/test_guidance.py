@@ -96,7 +96,9 @@ def test_guide_differentiates():
     for kw in METHODS.values():
         f = lambda c, u, kw=kw: genfast.guide(c, u, 3.0, **kw)  # noqa: E731
         assert torch.autograd.gradcheck(f, (c, u))
-    assert torch.autograd.gradgradcheck(lambda c, u: genfast.guide(c, u, 3.0, **METHODS["mag"]), (c, u))
+    assert torch.autograd.gradgradcheck(
+        lambda c, u: genfast.guide(c, u, 3.0, **METHODS["mag"]), (c, u)
+    )
     a, b = (t.detach().float().requires_grad_() for t in (c, u))
     got = torch.autograd.grad(genfast.guide(a, b, 3.0).sum(), (a, b))
     assert (got[0] == 3).all() and (got[1] == -2).all()
@@ -220,7 +222,9 @@ def test_compile_and_opcheck():
     (got,) = torch.autograd.grad(torch.compile(g, fullgraph=True)(b), b)
     torch.testing.assert_close(got, want)
     ops = torch.ops.genfast
-    torch.library.opcheck(ops.guidance_weights, (c, u, None, torch.tensor([3.0]), 4, False, 8.0, 0.0))
+    torch.library.opcheck(
+        ops.guidance_weights, (c, u, None, torch.tensor([3.0]), 4, False, 8.0, 0.0)
+    )
     torch.library.opcheck(ops.dynamic_threshold, (x, c, table, 1, 0.9, 2.0))
     empty = [None] * 13
     args = (None, x, c, None, None, None, table, None, *empty, 3, 5, 0, 0, True, 0, 1)
@@ -233,7 +237,12 @@ BAD = [
     ("cond no tensor", TypeError, "cond:", lambda: genfast.guide(1.0, X)),
     ("uncond of another shape", ValueError, "uncond:", lambda: genfast.guide(X, X[0])),
     ("unknown method", ValueError, "method:", lambda: genfast.guide(X, X, method="x")),
-    ("option of another method", TypeError, "eta:", lambda: genfast.guide(X, X, method="mag", eta=1.0)),
+    (
+        "option of another method",
+        TypeError,
+        "eta:",
+        lambda: genfast.guide(X, X, method="mag", eta=1.0),
+    ),
     ("scale of another batch", ValueError, "scale:", lambda: genfast.guide(X, X, torch.ones(3))),
     ("scale NaN", ValueError, "scale:", lambda: genfast.guide(X, X, math.nan)),
     ("average without apg", TypeError, "average:", lambda: genfast.guide(X, X, average=X)),
@@ -242,9 +251,24 @@ BAD = [
     ("max below 1", ValueError, "max_value:", lambda: genfast.dynamic_threshold(X, 0.5, 0.5)),
     ("m alone", ValueError, "m, table:", lambda: genfast.dynamic_threshold(X, m=X)),
     ("no noise to judge", ValueError, "noise:", lambda: genfast.step_log_prob(X, X, TABLE, 1)),
-    ("row without noise", ValueError, "row:", lambda: genfast.step_log_prob(X, X, TABLE, 7, seed=1)),
-    ("sample of another shape", ValueError, "sample:", lambda: genfast.step_log_prob(X, X, TABLE, 1, sample=X[0])),  # noqa: E501
-    ("unknown reduction", ValueError, "reduction:", lambda: genfast.step_log_prob(X, X, TABLE, 1, seed=1, reduction="max")),  # noqa: E501
+    (
+        "row without noise",
+        ValueError,
+        "row:",
+        lambda: genfast.step_log_prob(X, X, TABLE, 7, seed=1),
+    ),
+    (
+        "sample of another shape",
+        ValueError,
+        "sample:",
+        lambda: genfast.step_log_prob(X, X, TABLE, 1, sample=X[0]),
+    ),  # noqa: E501
+    (
+        "unknown reduction",
+        ValueError,
+        "reduction:",
+        lambda: genfast.step_log_prob(X, X, TABLE, 1, seed=1, reduction="max"),
+    ),  # noqa: E501
 ]
 
 

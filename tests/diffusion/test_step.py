@@ -189,7 +189,9 @@ def test_in_place_and_out(dtype):
     for g, w in zip(got, want, strict=True):
         assert torch.equal(g, w)
     single = x.clone()
-    assert torch.equal(genfast.diffusion_step(single, m, table, history=(h1, h2), out=single), want[0])
+    assert torch.equal(
+        genfast.diffusion_step(single, m, table, history=(h1, h2), out=single), want[0]
+    )
     strided = torch.empty(2, 3, 2060, dtype=dtype)[..., ::2]
     genfast.diffusion_step(x, m, table, history=(h1, h2), out=strided)
     assert torch.equal(strided, want[0])
@@ -212,7 +214,9 @@ def test_weights(count, dtype):
     weights = draw(3, count, seed=8)
     got = genfast.diffusion_step(x, tuple(models), table, 2, weights=weights)
     m = sum(R._like(weights[:, j].double(), x) * models[j].double() for j in range(count))
-    scale_m = sum(R._like(weights[:, j].double(), x).abs() * models[j].double().abs() for j in range(count))  # noqa: E501
+    scale_m = sum(
+        R._like(weights[:, j].double(), x).abs() * models[j].double().abs() for j in range(count)
+    )  # noqa: E501
     truth = R.diffusion_step(x.double(), m, table[2].double(), n_out=1)[0]
     judge(got, truth, scale_of(x, scale_m, table[2], [], 1)[0])
     if count == 2:
@@ -246,7 +250,9 @@ def test_inpainting(dtype):
     mask = torch.zeros(2, 1, 8, 9, dtype=torch.bool)
     mask[:, :, 2:5] = True
     free = genfast.diffusion_step(x, m, table, 1, noise=z)
-    got = genfast.diffusion_step(x, m, table, 1, noise=z, mask=mask, known=known, known_level=(0.8, 0.6))
+    got = genfast.diffusion_step(
+        x, m, table, 1, noise=z, mask=mask, known=known, known_level=(0.8, 0.6)
+    )
     noised = genfast.add_noise(known, 0.8, 0.6, noise=z)
     where = mask.expand_as(x)
     assert torch.equal(got[where], free[where])
@@ -259,9 +265,13 @@ def test_inpainting(dtype):
         noised = genfast.add_noise(known, level[b, 0], level[b, 1], seed=3)
         assert torch.equal(got[b][~where[b]], noised[b][~where[b]])
     soft = torch.rand(8, 9, generator=torch.Generator().manual_seed(0))
-    got = genfast.diffusion_step(x, m, table, 1, noise=z, mask=soft, known=known, known_noise=x, known_level=(1.0, 2.0))  # noqa: E501
+    got = genfast.diffusion_step(
+        x, m, table, 1, noise=z, mask=soft, known=known, known_noise=x, known_level=(1.0, 2.0)
+    )  # noqa: E501
     with genfast.backend("reference"):
-        want = genfast.diffusion_step(x, m, table, 1, noise=z, mask=soft, known=known, known_noise=x, known_level=(1.0, 2.0))  # noqa: E501
+        want = genfast.diffusion_step(
+            x, m, table, 1, noise=z, mask=soft, known=known, known_noise=x, known_level=(1.0, 2.0)
+        )  # noqa: E501
     tolerance = 4 * torch.finfo(dtype).eps * 8
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
@@ -271,7 +281,9 @@ def test_threshold():
     table = random_table(used=[0, X0], clip=math.inf)
     s = torch.tensor([1.0, 1.4, 0.3])
     got = genfast.diffusion_step(x, m, table, 1, threshold=s)
-    truth = R.diffusion_step(x.double(), m.double(), table[1].double(), threshold=s.double(), n_out=1)[0]  # noqa: E501
+    truth = R.diffusion_step(
+        x.double(), m.double(), table[1].double(), threshold=s.double(), n_out=1
+    )[0]  # noqa: E501
     judge(got, truth, truth.abs() + 2)
 
 
@@ -295,14 +307,24 @@ def test_gradients(case, dtype):
     if case == "threshold":
         kw["threshold"] = torch.tensor([0.6, 1.2])
     if case == "masked":
-        kw["mask"], kw["known"] = (draw(*shape, seed=50) > 0).to(dtype), torch.zeros(shape, dtype=dtype)
+        kw["mask"], kw["known"] = (
+            (draw(*shape, seed=50) > 0).to(dtype),
+            torch.zeros(shape, dtype=dtype),
+        )
 
     def run(dtype):
         inputs = leaves(x, m, m2, h, z, dtype=dtype)
         models = (inputs[1], inputs[2]) if case == "guided" else inputs[1]
         extra = {k: v.to(dtype) if k in ("mask", "known") else v for k, v in kw.items()}
         outs = genfast.diffusion_step(
-            inputs[0], models, table, row, history=(None, inputs[3])[1:], noise=inputs[4], outputs=3, **extra  # noqa: E501
+            inputs[0],
+            models,
+            table,
+            row,
+            history=(None, inputs[3])[1:],
+            noise=inputs[4],
+            outputs=3,
+            **extra,  # noqa: E501
         )
         wanted = [t for i, t in enumerate(inputs) if i != 2 or case == "guided"]
         return torch.autograd.grad(outs, wanted, [g.to(dtype) for g in grads])
@@ -442,7 +464,11 @@ def test_rows_of_real_plans(name):
     for r in range(len(plan)):
         got = genfast.diffusion_step(x, m, table, r, history=history, noise=z, outputs=3)
         truth = R.diffusion_step(
-            x.double(), m.double(), plan.table[r], history=[h.double() for h in history], noise=z.double()  # noqa: E501
+            x.double(),
+            m.double(),
+            plan.table[r],
+            history=[h.double() for h in history],
+            noise=z.double(),  # noqa: E501
         )
         coef = torch.tensor(plan.table[r])
         for g, t, s in zip(got, truth, scale_of(x, m, coef, [*history, z], 3), strict=True):
@@ -482,35 +508,145 @@ BAD = [
     ("x of ints", TypeError, "x:", lambda: genfast.diffusion_step(X.long(), X, T)),
     ("m of another shape", ValueError, "m:", lambda: genfast.diffusion_step(X, X[:1], T)),
     ("four models", TypeError, "m:", lambda: genfast.diffusion_step(X, (X,) * 4, T)),
-    ("two models without weights", ValueError, "weights:", lambda: genfast.diffusion_step(X, (X, X), T)),  # noqa: E501
-    ("three weights for two", ValueError, "weights:", lambda: genfast.diffusion_step(X, (X, X), T, weights=(1.0, 2.0, 3.0))),  # noqa: E501
-    ("weight NaN", ValueError, "weights:", lambda: genfast.diffusion_step(X, (X, X), T, weights=math.nan)),  # noqa: E501
-    ("table of another width", ValueError, "table:", lambda: genfast.diffusion_step(X, X, T[:, :30])),
+    (
+        "two models without weights",
+        ValueError,
+        "weights:",
+        lambda: genfast.diffusion_step(X, (X, X), T),
+    ),  # noqa: E501
+    (
+        "three weights for two",
+        ValueError,
+        "weights:",
+        lambda: genfast.diffusion_step(X, (X, X), T, weights=(1.0, 2.0, 3.0)),
+    ),  # noqa: E501
+    (
+        "weight NaN",
+        ValueError,
+        "weights:",
+        lambda: genfast.diffusion_step(X, (X, X), T, weights=math.nan),
+    ),  # noqa: E501
+    (
+        "table of another width",
+        ValueError,
+        "table:",
+        lambda: genfast.diffusion_step(X, X, T[:, :30]),
+    ),
     ("table of numpy", TypeError, "table:", lambda: genfast.diffusion_step(X, X, T.numpy())),
     ("row too large", ValueError, "row:", lambda: genfast.diffusion_step(X, X, T, 5)),
     ("row negative", ValueError, "row:", lambda: genfast.diffusion_step(X, X, T, -1)),
     ("row a float", TypeError, "row:", lambda: genfast.diffusion_step(X, X, T, 1.0)),
-    ("row tensor out of range", ValueError, "row:", lambda: genfast.diffusion_step(X, X, T, torch.tensor([0, 9]))),  # noqa: E501
-    ("row tensor of another shape", ValueError, "row:", lambda: genfast.diffusion_step(X, X, T, torch.zeros(3, dtype=torch.long))),  # noqa: E501
-    ("history missing", ValueError, "history:", lambda: genfast.diffusion_step(X, X, random_table(used=[0, 4]))),  # noqa: E501
-    ("history of another shape", ValueError, "history[0]:", lambda: genfast.diffusion_step(X, X, T, history=(X[:1],))),  # noqa: E501
-    ("seven histories", ValueError, "history:", lambda: genfast.diffusion_step(X, X, T, history=(X,) * 7)),  # noqa: E501
+    (
+        "row tensor out of range",
+        ValueError,
+        "row:",
+        lambda: genfast.diffusion_step(X, X, T, torch.tensor([0, 9])),
+    ),  # noqa: E501
+    (
+        "row tensor of another shape",
+        ValueError,
+        "row:",
+        lambda: genfast.diffusion_step(X, X, T, torch.zeros(3, dtype=torch.long)),
+    ),  # noqa: E501
+    (
+        "history missing",
+        ValueError,
+        "history:",
+        lambda: genfast.diffusion_step(X, X, random_table(used=[0, 4])),
+    ),  # noqa: E501
+    (
+        "history of another shape",
+        ValueError,
+        "history[0]:",
+        lambda: genfast.diffusion_step(X, X, T, history=(X[:1],)),
+    ),  # noqa: E501
+    (
+        "seven histories",
+        ValueError,
+        "history:",
+        lambda: genfast.diffusion_step(X, X, T, history=(X,) * 7),
+    ),  # noqa: E501
     ("noise missing", ValueError, "noise:", lambda: genfast.diffusion_step(X, X, noise_row())),
-    ("noise of another shape", ValueError, "noise:", lambda: genfast.diffusion_step(X, X, T, noise=X[0])),  # noqa: E501
-    ("noise and seed", ValueError, "noise:", lambda: genfast.diffusion_step(X, X, T, noise=X, seed=1)),  # noqa: E501
-    ("seeds of another batch", ValueError, "seed:", lambda: genfast.diffusion_step(X, X, T, seed=torch.zeros(3, dtype=torch.long))),  # noqa: E501
-    ("offset negative", ValueError, "offset:", lambda: genfast.diffusion_step(X, X, T, seed=1, offset=-1)),  # noqa: E501
-    ("unknown variance", ValueError, "variance:", lambda: genfast.diffusion_step(X, X, T, variance="x")),  # noqa: E501
-    ("variance without channels", ValueError, "m:", lambda: genfast.diffusion_step(X, X, T, variance="learned")),  # noqa: E501
+    (
+        "noise of another shape",
+        ValueError,
+        "noise:",
+        lambda: genfast.diffusion_step(X, X, T, noise=X[0]),
+    ),  # noqa: E501
+    (
+        "noise and seed",
+        ValueError,
+        "noise:",
+        lambda: genfast.diffusion_step(X, X, T, noise=X, seed=1),
+    ),  # noqa: E501
+    (
+        "seeds of another batch",
+        ValueError,
+        "seed:",
+        lambda: genfast.diffusion_step(X, X, T, seed=torch.zeros(3, dtype=torch.long)),
+    ),  # noqa: E501
+    (
+        "offset negative",
+        ValueError,
+        "offset:",
+        lambda: genfast.diffusion_step(X, X, T, seed=1, offset=-1),
+    ),  # noqa: E501
+    (
+        "unknown variance",
+        ValueError,
+        "variance:",
+        lambda: genfast.diffusion_step(X, X, T, variance="x"),
+    ),  # noqa: E501
+    (
+        "variance without channels",
+        ValueError,
+        "m:",
+        lambda: genfast.diffusion_step(X, X, T, variance="learned"),
+    ),  # noqa: E501
     ("four outputs", ValueError, "outputs:", lambda: genfast.diffusion_step(X, X, T, outputs=4)),
-    ("out of another shape", ValueError, "out:", lambda: genfast.diffusion_step(X, X, T, out=X[:1])),
-    ("out expanded", ValueError, "out:", lambda: genfast.diffusion_step(X, X, T, out=X[:1].expand(2, 3, 4))),  # noqa: E501
-    ("one out for two", ValueError, "out:", lambda: genfast.diffusion_step(X, X, T, outputs=2, out=X)),  # noqa: E501
+    (
+        "out of another shape",
+        ValueError,
+        "out:",
+        lambda: genfast.diffusion_step(X, X, T, out=X[:1]),
+    ),
+    (
+        "out expanded",
+        ValueError,
+        "out:",
+        lambda: genfast.diffusion_step(X, X, T, out=X[:1].expand(2, 3, 4)),
+    ),  # noqa: E501
+    (
+        "one out for two",
+        ValueError,
+        "out:",
+        lambda: genfast.diffusion_step(X, X, T, outputs=2, out=X),
+    ),  # noqa: E501
     ("mask alone", ValueError, "mask, known:", lambda: genfast.diffusion_step(X, X, T, mask=X)),
-    ("mask of another shape", ValueError, "mask:", lambda: genfast.diffusion_step(X, X, T, mask=X[:, :2], known=X)),  # noqa: E501
-    ("level of three", ValueError, "known_level:", lambda: genfast.diffusion_step(X, X, T, mask=X, known=X, known_level=(1, 2, 3))),  # noqa: E501
-    ("known without noise", ValueError, "known_noise:", lambda: genfast.diffusion_step(X, X, T, mask=X, known=X, known_level=(1, 2))),  # noqa: E501
-    ("threshold of another batch", ValueError, "threshold:", lambda: genfast.diffusion_step(X, X, T, threshold=torch.ones(3))),  # noqa: E501
+    (
+        "mask of another shape",
+        ValueError,
+        "mask:",
+        lambda: genfast.diffusion_step(X, X, T, mask=X[:, :2], known=X),
+    ),  # noqa: E501
+    (
+        "level of three",
+        ValueError,
+        "known_level:",
+        lambda: genfast.diffusion_step(X, X, T, mask=X, known=X, known_level=(1, 2, 3)),
+    ),  # noqa: E501
+    (
+        "known without noise",
+        ValueError,
+        "known_noise:",
+        lambda: genfast.diffusion_step(X, X, T, mask=X, known=X, known_level=(1, 2)),
+    ),  # noqa: E501
+    (
+        "threshold of another batch",
+        ValueError,
+        "threshold:",
+        lambda: genfast.diffusion_step(X, X, T, threshold=torch.ones(3)),
+    ),  # noqa: E501
 ]
 
 

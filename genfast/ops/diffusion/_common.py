@@ -67,7 +67,7 @@ def coefficient(name: str, value, x: Tensor, *, batch_only: bool = False) -> Ten
 
 
 def weight_tensor(weights, count: int, x: Tensor) -> Tensor | None:
-    """(count,) or (B, count) fp32 of `weights`: None, a guidance scale, a sequence or a tensor."""
+    """(count,) or (B, count), fp32 (fp64 beside a float64 x), of `weights`: None, a guidance scale, a sequence or a tensor."""
     if weights is None:
         if count == 1:
             return None
@@ -84,9 +84,9 @@ def weight_tensor(weights, count: int, x: Tensor) -> Tensor | None:
                 f"weights: expected shape ({count},) or ({batch}, {count}), got "
                 f"{tuple(weights.shape)}"
             )
-        return weights.to(torch.float32).contiguous()
+        return weights.to(wide_dtype(x)).contiguous()
     values = weight_values(weights, count)
-    return torch.tensor(values, dtype=torch.float32, device=x.device)
+    return torch.tensor(values, dtype=wide_dtype(x), device=x.device)
 
 
 def weight_values(weights, count: int) -> tuple[float, ...]:

@@ -133,9 +133,7 @@ def _mix(
                 p, q, a if isinstance(a, Tensor) else None, b if isinstance(b, Tensor) else None
             ) == DIRECT and (out is None or gate(out) == DIRECT):  # fmt: skip
                 int_seed, seeds = _noise.resolve(seed, generator, p.device) if draws else (0, None)
-                y = _native(
-                    p, q, a, b, seeds, int_seed, stream, offset, draws, a_sign, b_sign, out
-                )
+                y = _native(p, q, a, b, seeds, int_seed, stream, offset, draws, a_sign, b_sign, out)
                 if y is not None and (draws or (seed is None and generator is None)):
                     if out is not None and not out.is_inference():
                         torch.autograd.graph.increment_version(out)
@@ -160,9 +158,7 @@ def _mix(
     args = (
         p, q, a, b, seeds, _noise.signed(seed), _noise.signed(stream), offset, draws, a_sign, b_sign,
     )  # fmt: skip
-    needs = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (p, q, a, b)
-    )
+    needs = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (p, q, a, b))
     learned = needs and any(t is not None and t.requires_grad for t in (a, b))
     if out is not None:
         _check.tensor("out", out)
@@ -248,6 +244,4 @@ def scale_model_input(x: Tensor, scale, *, out: Tensor | None = None) -> Tensor:
     """
     if scale is None:
         raise TypeError("scale: expected a number or a tensor, got None")
-    return _mix(
-        "x", x, None, scale, None, None, 0, 0, None, False, out, names=("scale", "scale")
-    )
+    return _mix("x", x, None, scale, None, None, 0, 0, None, False, out, names=("scale", "scale"))

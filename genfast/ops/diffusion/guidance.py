@@ -42,9 +42,7 @@ _IDENTITY = _identity_row()
 def _native(cond, uncond, average, scale, method, original, o_0, o_1):
     width = 2 if average is None else 3
     weights = torch.empty((cond.shape[0], width), dtype=torch.float32, device=cond.device)
-    if _C.guidance_weights(
-        cond, uncond, average, scale, weights, method, original, o_0, o_1
-    ):
+    if _C.guidance_weights(cond, uncond, average, scale, weights, method, original, o_0, o_1):
         return weights
     return None
 
@@ -55,7 +53,7 @@ def _plain_weights(cond, uncond, average, scale, method, original, o_0, o_1):
     return reference.guidance_weights(
         cond.double(), u.double(), scale.double(), method=_NAMES[method], original=original,
         options=(o_0, o_1), average=average is not None,
-    ).to(torch.float32)  # fmt: skip
+    ).to(_common.wide_dtype(cond, uncond))  # fmt: skip
 
 
 def _impl(cond, uncond, average, scale, *rest):
@@ -70,7 +68,7 @@ _op = define(
     "bool original, float o_0, float o_1) -> Tensor",
     _impl,
     lambda cond, uncond, average, *rest: cond.new_empty(
-        (cond.shape[0], 2 if average is None else 3), dtype=torch.float32
+        (cond.shape[0], 2 if average is None else 3), dtype=_common.wide_dtype(cond, uncond)
     ),
 )
 
@@ -125,7 +123,7 @@ def guidance_weights(
     average: Tensor | None = None,
     **options,
 ) -> Tensor:
-    """(B, 2) fp32 weights w with w_0 cond + w_1 uncond = the guided output; (B, 3) with average.
+    """(B, 2) weights w, fp32 (fp64 for float64), with w_0 cond + w_1 uncond = the guided output; (B, 3) with average.
 
     For `diffusion_step(x, (cond, uncond), ..., weights=w)`: guidance and step in two passes.
     Arguments and errors as in `guide`. No gradient.
@@ -180,15 +178,28 @@ def guide(
         )
         out = torch.empty_like(cond)
         if _C.diffusion_step(
-            (out,), cond, models, weights, _IDENTITY, None, 0, None, None, 0, None, 0, 0, False, None
+            (out,),
+            cond,
+            models,
+            weights,
+            _IDENTITY,
+            None,
+            0,
+            None,
+            None,
+            0,
+            None,
+            0,
+            0,
+            False,
+            None,
         ):
             return out
     o_0, o_1 = _options(method, options)
     _validate(cond, uncond, average, method)
     weights_tensor = _scale(scale, cond)
     needs = torch.is_grad_enabled() and (
-        any(t.requires_grad for t in models)
-        or (isinstance(scale, Tensor) and scale.requires_grad)
+        any(t.requires_grad for t in models) or (isinstance(scale, Tensor) and scale.requires_grad)
     )
     wide = _common.wide_dtype(*models) == torch.float64
     if needs or wide or forced_reference() or transforming():

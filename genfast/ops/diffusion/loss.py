@@ -212,7 +212,9 @@ def denoising_loss(
     drawn again in the backward. Raises TypeError / ValueError naming the argument.
     """
     prediction = _code("prediction", prediction, PREDICTIONS)
-    code = _GIVEN if isinstance(weighting, Tensor) else _code("weighting", weighting, WEIGHTINGS[:-1])
+    code = (
+        _GIVEN if isinstance(weighting, Tensor) else _code("weighting", weighting, WEIGHTINGS[:-1])
+    )
     weight = weighting if code == _GIVEN else None
     reduced = _code("reduction", reduction, REDUCTIONS)
     found = None
@@ -230,16 +232,16 @@ def denoising_loss(
                         offset, *numbers)  # fmt: skip
                 if road == DIRECT:
                     found = _native(*args)
-                elif isinstance(sigma, Tensor) and isinstance(alpha, Tensor) and (
-                    _common.on_kernel(model_output, x0, noise)
+                elif (
+                    isinstance(sigma, Tensor)
+                    and isinstance(alpha, Tensor)
+                    and (_common.on_kernel(model_output, x0, noise))
                 ):
                     found = _Loss.apply(*args)
         except (TypeError, ValueError, RuntimeError, AttributeError):
             found = None  # the checks below name the argument
     if found is None:
-        found = _slow(
-            model_output, x0, alpha, sigma, noise, seed, stream, offset, weight, *numbers
-        )
+        found = _slow(model_output, x0, alpha, sigma, noise, seed, stream, offset, weight, *numbers)
     total, each = found
     main = each if reduced == 0 else total
     return (main, each) if return_per_sample else main
@@ -273,7 +275,9 @@ def _slow(output, x0, alpha, sigma, noise, seed, stream, offset, weight, predict
     sigma = _common.coefficient("sigma", sigma, output, batch_only=True)
     alpha = None if alpha is None else _common.coefficient("alpha", alpha, output, batch_only=True)
     weight = (
-        None if weight is None else _common.coefficient("weighting", weight, output, batch_only=True)
+        None
+        if weight is None
+        else _common.coefficient("weighting", weight, output, batch_only=True)
     )
     seed, seeds = _noise.resolve(0 if seed is None else seed, None, output.device)
     args = (output, x0, noise, alpha, sigma, weight, seeds, _noise.signed(seed),

@@ -104,8 +104,14 @@ def _composite(args) -> tuple[Tensor, ...]:
         z = _common.drawn(x, dtype, seed, seeds, stream, offset)
     outs = list(
         reference.diffusion_step(
-            x.to(dtype), m, coef, history=args[7:13], noise=z, threshold=threshold,
-            variance_mode=variance, n_out=outputs,
+            x.to(dtype),
+            m,
+            coef,
+            history=args[7:13],
+            noise=z,
+            threshold=threshold,
+            variance_mode=variance,
+            n_out=outputs,
         )  # fmt: skip
     )
     if mask is not None:
@@ -218,9 +224,7 @@ def _gradients(ctx, grads, first_order):
     if all(g is None for g in grads):
         return [None] * _COUNT
     compiling = is_compiling()
-    if not compiling and (
-        wants_graph() or not plain(*grads) or not _native_gradients_serve(args)
-    ):
+    if not compiling and (wants_graph() or not plain(*grads) or not _native_gradients_serve(args)):
         return _composite_gradients(args, grads)
     wants = [ctx.needs_input_grad[at] for at in _NATIVE]
     result = [None] * _COUNT
@@ -540,6 +544,8 @@ def _run(args, needs):
     table, threshold = args[5], args[15]
     if table.dtype != torch.float32 or not table.is_contiguous():
         args = (*args[:5], table.to(torch.float32).contiguous(), *args[6:])
+    if args[4] is not None and args[4].dtype != torch.float32:
+        args = (*args[:4], args[4].to(torch.float32), *args[5:])
     if threshold is not None and threshold.dtype != torch.float32:
         args = (*args[:15], threshold.to(torch.float32), *args[16:])
     if needs and not is_compiling() and gate(*args[:_COUNT]) == GRAD and _kernel_takes(args):

@@ -89,5 +89,3 @@ def dynamic_threshold(
     if needs or wide or forced_reference() or transforming():
         return _composite(*args)
     return _op(*args)
-
-
