@@ -37,6 +37,8 @@ Where a step differs from diffusers' (everything else agrees to rounding):
 
 from __future__ import annotations
 
+from diffusers import SchedulerMixin  # noqa: F401  what a pipeline looks for here when it loads
+
 from .multistep import (
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
