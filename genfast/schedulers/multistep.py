@@ -163,8 +163,8 @@ def sa_solver_plan(
         )
         carried, save = sym(f"w{i}"), {f"w{i}": kept}
         if is_symbolic():  # whoever keeps the history keeps its two parts
-            carried = c_x * sym(f"saved{i}") + c_z * sym(f"z{i}")
-            save = {f"saved{i}": x, f"z{i}": Z}
+            carried = c_x * sym(f"saved{i}") + c_z * sym(f"noise{i}")
+            save = {f"saved{i}": x, f"noise{i}": Z}
         plan.row(
             grid.timesteps[i],
             grid.sigmas[i],

@@ -37,9 +37,9 @@ from .base import (
 from .sigma import ScaledInput
 
 _X0 = ("prev_sample", "pred_original_sample")
-_ENTRY = re.compile(r"[DE](\d+)|(saved|z)\d+")
+_ENTRY = re.compile(r"[DE](\d+)|(saved|noise)\d+")
 #: what the planner calls an entry that is not in the list -> attribute
-_ATTRIBUTES = {"saved": "last_sample", "z": "last_noise"}
+_ATTRIBUTES = {"saved": "last_sample", "noise": "last_noise"}
 
 
 def _relative(form: Lin, i: int) -> Lin:
@@ -60,7 +60,7 @@ def _places(row):
 class _History(Dropin):
     """Rows keyed by (step index, history available, ...)."""
 
-    _refer = True  # an unchanged model output is stored as it came
+    _refer = "xmz"  # an unchanged model output is stored as it came
 
     def _genfast_depth(self, e):
         """lower_order_nums stops there."""
@@ -196,7 +196,7 @@ class EDMDPMSolverMultistepScheduler(
 ):
     __doc__ = scheduling_edm_dpmsolver_multistep.EDMDPMSolverMultistepScheduler.__doc__
     _kind = "edm"
-    _refer = False
+    _refer = ""
 
     def _genfast_config(self):
         return _zero_ends_first_order(self._internal_dict)
@@ -214,7 +214,7 @@ class DEISMultistepScheduler(
     LambdaForward, _History, scheduling_deis_multistep.DEISMultistepScheduler
 ):
     __doc__ = scheduling_deis_multistep.DEISMultistepScheduler.__doc__
-    _refer = False
+    _refer = ""
 
     def step(self, model_output, timestep, sample, return_dict=True):
         prev = self._genfast_listed(model_output, timestep, sample, None, None)
@@ -481,7 +481,7 @@ class LMSDiscreteScheduler(ScaledInput, Dropin, scheduling_lms_discrete.LMSDiscr
         d = (X - form) / s[i]
         c = lms_coefficients(s, i, min(i + 1, order))[:kept]
         prev = X + c[0] * d + sum(ck * sym(f"-{k}") for k, ck in enumerate(c) if k)
-        row = compile_row(form, prev, (d,), denoised=form, refer=False)
+        row = compile_row(form, prev, (d,), denoised=form, refer="")
         row.note = tuple([int(n) for n in row.reads])
         return row
 

@@ -156,7 +156,7 @@ class IPNDMScheduler(Dropin, scheduling_ipndm.IPNDMScheduler):
         out = b[i] * X + a[i] * M
         combined = adams_bashforth([out, *(sym(f"-{k}") for k in range(1, kept))])
         prev = a[i + 1] / max(a[i], 1e-8) * (X - b[i] * combined) + b[i + 1] * combined
-        row = compile_row(a[i] * X - b[i] * M, prev, (out,), refer=False)
+        row = compile_row(a[i] * X - b[i] * M, prev, (out,), refer="")
         row.note = tuple([int(n) for n in row.reads])
         return row
 

@@ -21,7 +21,7 @@ from genfast.schedulers.plan import VARIANCE as VARIANCE_MODES
 
 #: where a stored or returned tensor comes from when it is not an output
 FROM_X, FROM_M, FROM_Z = -1, -2, -3
-_REFERENCES = ((X, FROM_X), (M, FROM_M), (Z, FROM_Z))
+_REFERENCES = ((X, FROM_X, "x"), (M, FROM_M, "m"), (Z, FROM_Z, "z"))
 
 _empty_like = torch.empty_like
 _float32 = torch.float32
@@ -75,21 +75,21 @@ def compile_row(
     variance: str = "fixed",
     logvar=(0.0, 0.0),
     draws: bool = False,
-    refer: bool = True,
+    refer: str = "xmz",
     note=None,
 ) -> Row:
     """x0: unclamped form in x and m. prev: next sample. saves: forms to store. Names in the forms
     beyond x, m, x0, z are history entries. Raises ValueError where no row can express it.
-    refer: store a model output as it came by reference. Not where the peer stores a copy: a model
-        in a CUDA graph overwrites its output.
+    refer: which of x, m and z are stored by reference. Not where the peer stores a copy: a model in
+        a CUDA graph overwrites its output.
     """
     row = Row()
     outs, held = [], []
 
-    def place(form, refer=True):
-        for known, code in _REFERENCES:
+    def place(form, refer="xmz"):
+        for known, code, letter in _REFERENCES:
             # with a learned variance m has twice the channels
-            if form == known and not (code == FROM_M and (variance != "fixed" or not refer)):
+            if form == known and letter in refer and (letter != "m" or variance == "fixed"):
                 return code
         if form not in outs:
             outs.append(form)

@@ -340,6 +340,7 @@ class _Distilled(AlphaVelocity, ByIndex):
     def _genfast_engine(self):
         e = super()._genfast_engine()
         e.extra = e.data["timesteps"].astype(np.int64).tolist()
+        self.sigma_data = 0.5  # LCM sets it at its first step
         return e
 
     def _genfast_data(self):

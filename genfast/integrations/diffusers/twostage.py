@@ -75,7 +75,7 @@ class HeunDiscreteScheduler(ScaledInput, _TwoStage, scheduling_heun_discrete.Heu
             D, clip = _clipped(c, form)
             d = (X - D) / s[i]
             prev, saves, note = sym("sample") + (sym("d") + d) * (dt / 2), (), None
-        return compile_row(form, prev, saves, denoised=D, clip=clip, refer=False, note=note)
+        return compile_row(form, prev, saves, denoised=D, clip=clip, refer="", note=note)
 
     def step(self, model_output, timestep, sample, return_dict=True):
         e, i = self._genfast_at(timestep)
@@ -238,7 +238,7 @@ class FlowMatchHeunDiscreteScheduler(
             note, saves = None, ()
             prev = sym("sample") + dt / 2 * (sym("d") + M)
         return compile_row(
-            X - sigma * M, prev, saves, draws=sigma_hat > sigma, refer=False, note=note
+            X - sigma * M, prev, saves, draws=sigma_hat > sigma, refer="x", note=note
         )
 
     def step(
