@@ -102,7 +102,7 @@ inline int64_t noise_rows(const Noise& noise, const TensorView& t) {
 constexpr int kThreads = 256;
 
 template <class Op>
-__global__ void __launch_bounds__(kThreads) each_group(const __grid_constant__ Op op) {
+__global__ void __launch_bounds__(kThreads, 3) each_group(const __grid_constant__ Op op) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t t = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
        t < op.groups.rows * op.groups.per_row; t += step) {

@@ -106,8 +106,15 @@ __device__ __forceinline__ void load(const Stage& t, int64_t index, int low, int
     }
     return;
   }
+  // Rare: edges, strides, misaligned memory. One copy of the code, a select keeps v in registers.
 #pragma unroll
-  for (int i = 0; i < kGroup; ++i) v[i] = i >= low && i < high ? load_one(t, index + i) : 0.0f;
+  for (int i = 0; i < kGroup; ++i) v[i] = 0.0f;
+#pragma unroll 1
+  for (int at = low; at < high; ++at) {
+    const float x = load_one(t, index + at);
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) v[i] = i == at ? x : v[i];
+  }
 }
 
 __device__ __forceinline__ void store(const Stage& t, int64_t index, int low, int high,
@@ -129,9 +136,13 @@ __device__ __forceinline__ void store(const Stage& t, int64_t index, int low, in
         make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
     return;
   }
+#pragma unroll 1
+  for (int at = low; at < high; ++at) {
+    float x = v[0];
 #pragma unroll
-  for (int i = 0; i < kGroup; ++i)
-    if (i >= low && i < high) store_one(t, index + i, v[i]);
+    for (int i = 1; i < kGroup; ++i) x = i == at ? v[i] : x;
+    store_one(t, index + at, x);
+  }
 }
 
 }  // namespace genfast::cuda
