@@ -26,7 +26,7 @@ template <int kKeep>
 void copy_wait() {
   simt::copy_wait(kKeep);
 }
-inline void barrier_sync(int id, int count, simt::Site site = SIMT_HERE) {
+inline void barrier_sync(int id, int count, simt::Site site = simt::Site::here()) {
   if (id == 0) simt::fail("barrier 0 belongs to __syncthreads");
   simt::barrier(id, count, 0, site);
 }
@@ -50,10 +50,10 @@ void load_matrices(uint32_t (&r)[4], const void* row, simt::Site site) {
       },
       nullptr, site);
 }
-inline void load_matrix(uint32_t (&r)[4], const void* row, simt::Site site = SIMT_HERE) {
+inline void load_matrix(uint32_t (&r)[4], const void* row, simt::Site site = simt::Site::here()) {
   load_matrices<false>(r, row, site);
 }
-inline void load_matrix_transposed(uint32_t (&r)[4], const void* row, simt::Site site = SIMT_HERE) {
+inline void load_matrix_transposed(uint32_t (&r)[4], const void* row, simt::Site site = simt::Site::here()) {
   load_matrices<true>(r, row, site);
 }
 
@@ -96,11 +96,11 @@ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, simt::
       nullptr, site);
 }
 inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                    simt::Site site = SIMT_HERE) {
+                    simt::Site site = simt::Site::here()) {
   mma<false>(c, a, b0, b1, site);
 }
 inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                     simt::Site site = SIMT_HERE) {
+                     simt::Site site = simt::Site::here()) {
   mma<true>(c, a, b0, b1, site);
 }
 

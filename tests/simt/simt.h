@@ -22,14 +22,13 @@ extern dim3 blockIdx, blockDim, gridDim;  // no macros: the launch configuration
 
 namespace simt {
 
-struct Site {  // where a thread waits
+struct Site {  // where a thread waits; `Site::here()` as a default argument is the caller's place
   const char* file;
   int line;
-};
-#define SIMT_HERE                                                        \
-  simt::Site {                                                           \
-    __builtin_FILE(), __builtin_LINE() /* of the caller, as a default */ \
+  static constexpr Site here(const char* f = __builtin_FILE(), int l = __builtin_LINE()) {
+    return {f, l};
   }
+};
 
 struct Copy {  // an asynchronous copy that has not landed yet
   void* to;

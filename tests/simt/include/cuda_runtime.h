@@ -44,49 +44,49 @@ inline float2 make_float2(float x, float y) { return {x, y}; }
 
 // ---- threads ----------------------------------------------------------------------------------
 
-inline void __syncthreads(simt::Site site = SIMT_HERE) { simt::barrier(0, 0, 0, site); }
-inline int __syncthreads_or(int p, simt::Site site = SIMT_HERE) {
+inline void __syncthreads(simt::Site site = simt::Site::here()) { simt::barrier(0, 0, 0, site); }
+inline int __syncthreads_or(int p, simt::Site site = simt::Site::here()) {
   return simt::barrier(0, 0, p != 0, site).any != 0;
 }
-inline int __syncthreads_count(int p, simt::Site site = SIMT_HERE) {
+inline int __syncthreads_count(int p, simt::Site site = simt::Site::here()) {
   return static_cast<int>(simt::barrier(0, 0, p != 0, site).count);
 }
-inline int __syncthreads_and(int p, simt::Site site = SIMT_HERE) {
+inline int __syncthreads_and(int p, simt::Site site = simt::Site::here()) {
   const simt::Votes v = simt::barrier(0, 0, p != 0, site);
   return v.count == v.threads;
 }
-inline void __syncwarp(uint32_t mask = ~0u, simt::Site site = SIMT_HERE) {
+inline void __syncwarp(uint32_t mask = ~0u, simt::Site site = simt::Site::here()) {
   simt::ballot(mask, true, site);
 }
-inline uint32_t __ballot_sync(uint32_t mask, int p, simt::Site site = SIMT_HERE) {
+inline uint32_t __ballot_sync(uint32_t mask, int p, simt::Site site = simt::Site::here()) {
   return simt::ballot(mask, p != 0, site);
 }
-inline int __any_sync(uint32_t mask, int p, simt::Site site = SIMT_HERE) {
+inline int __any_sync(uint32_t mask, int p, simt::Site site = simt::Site::here()) {
   return simt::ballot(mask, p != 0, site) != 0;
 }
-inline int __all_sync(uint32_t mask, int p, simt::Site site = SIMT_HERE) {
+inline int __all_sync(uint32_t mask, int p, simt::Site site = simt::Site::here()) {
   return simt::ballot(mask, p != 0, site) == mask;
 }
 template <class T>
-T __shfl_sync(uint32_t mask, T v, int lane, int width = 32, simt::Site site = SIMT_HERE) {
+T __shfl_sync(uint32_t mask, T v, int lane, int width = 32, simt::Site site = simt::Site::here()) {
   return simt::shuffle(
       mask, v, [](int me, int s, int w) { return (me & ~(w - 1)) | (s & (w - 1)); }, lane, width,
       site);
 }
 template <class T>
-T __shfl_xor_sync(uint32_t mask, T v, int bits, int width = 32, simt::Site site = SIMT_HERE) {
+T __shfl_xor_sync(uint32_t mask, T v, int bits, int width = 32, simt::Site site = simt::Site::here()) {
   return simt::shuffle(
       mask, v, [](int me, int s, int w) { return (me ^ s) > (me | (w - 1)) ? me : me ^ s; }, bits,
       width, site);
 }
 template <class T>
-T __shfl_down_sync(uint32_t mask, T v, unsigned by, int width = 32, simt::Site site = SIMT_HERE) {
+T __shfl_down_sync(uint32_t mask, T v, unsigned by, int width = 32, simt::Site site = simt::Site::here()) {
   return simt::shuffle(
       mask, v, [](int me, int s, int w) { return me + s > (me | (w - 1)) ? me : me + s; },
       static_cast<int>(by), width, site);
 }
 template <class T>
-T __shfl_up_sync(uint32_t mask, T v, unsigned by, int width = 32, simt::Site site = SIMT_HERE) {
+T __shfl_up_sync(uint32_t mask, T v, unsigned by, int width = 32, simt::Site site = simt::Site::here()) {
   return simt::shuffle(
       mask, v, [](int me, int s, int w) { return me - s < (me & ~(w - 1)) ? me : me - s; },
       static_cast<int>(by), width, site);
