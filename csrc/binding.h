@@ -2,6 +2,7 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <atomic>
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
@@ -15,6 +16,8 @@ namespace py = pybind11;
 namespace genfast {
 
 inline Gate g_gate;  // one per module: every binding file sees the same
+// CUDA tensors reach the CUDA kernels only once asked for (genfast.set_backend("cuda")).
+inline std::atomic<bool> g_cuda_enabled{false};
 
 using Views = std::initializer_list<const TensorView*>;
 
@@ -29,10 +32,17 @@ inline bool same_device(Views views) {
   }
   if (first == nullptr) return false;
 #if GENFAST_HAVE_CUDA
-  return first->is_cpu() || first->is_cuda();
+  return first->is_cpu() || (first->is_cuda() && g_cuda_enabled);
 #else
   return first->is_cpu();
 #endif
+}
+
+// What the kernel reads or writes without asking is there.
+inline bool given(Views views) {
+  for (const TensorView* v : views)
+    if (!v->defined()) return false;
+  return true;
 }
 
 inline bool floats(Views views) {
@@ -61,11 +71,26 @@ struct NoiseArgument {
   uint64_t seed, stream;
   int64_t offset;
   NoiseArgument(py::handle s, py::handle st, int64_t o)
-      : seed(PyLong_AsUnsignedLongLongMask(s.ptr())),
-        stream(PyLong_AsUnsignedLongLongMask(st.ptr())),
-        offset(o) {
-    if (PyErr_Occurred()) throw py::error_already_set();
-    if (offset < 0) throw py::value_error("offset: expected >= 0, got " + std::to_string(offset));
+      : seed(word("seed", s)), stream(word("stream", st)), offset(o) {
+    // The bound leaves room for offset + element in 63 bits.
+    if (offset < 0 || offset > int64_t{1} << 62)
+      throw py::value_error("offset: expected 0 <= offset <= 2**62, got " + std::to_string(offset));
+  }
+  // 64 bits of an int in [-2**63, 2**64): a wider one would repeat another's noise.
+  static uint64_t word(const char* name, py::handle x) {
+    if (!PyLong_Check(x.ptr()) || PyBool_Check(x.ptr()))
+      throw py::type_error(std::string(name) + ": expected an int, got " +
+                           Py_TYPE(x.ptr())->tp_name);
+    int overflow = 0;
+    const long long value = PyLong_AsLongLongAndOverflow(x.ptr(), &overflow);
+    if (overflow == 0) return static_cast<uint64_t>(value);
+    const unsigned long long wide = overflow > 0 ? PyLong_AsUnsignedLongLong(x.ptr()) : 0;
+    if (overflow < 0 || PyErr_Occurred()) {
+      PyErr_Clear();
+      throw py::value_error(std::string(name) +
+                            ": expected an int in [-2**63, 2**64), got a wider one");
+    }
+    return wide;
   }
   // Fills `noise` for a tensor of this shape; false when the seeds do not fit it.
   bool fill(Noise& noise, const TensorView& seeds, const TensorView& like) const {

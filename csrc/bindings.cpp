@@ -17,7 +17,8 @@ PyMethodDef g_gate_method = {"gate", reinterpret_cast<PyCFunction>(gate), METH_F
 
 bool random(TensorArgument& out, int distribution, py::handle seed, TensorArgument& seeds,
             py::handle stream, int64_t offset, int64_t low, uint64_t range) {
-  if (!same_device({&out, &seeds})) return false;
+  if (!given({&out}) || !same_device({&out, &seeds})) return false;
+  if (distribution < 0 || distribution > static_cast<int>(Distribution::bits)) return false;
   RandomParams p;
   p.out = out;
   p.distribution = static_cast<Distribution>(distribution);
@@ -33,11 +34,23 @@ bool random(TensorArgument& out, int distribution, py::handle seed, TensorArgume
   return run(p, out, GENFAST_KERNEL(random));
 }
 
+// Values of the native enums; anything else would select no code at all.
+bool known(int transform, int side_kind) {
+  return transform >= 0 && transform <= static_cast<int>(Transform::exp) && side_kind >= 0 &&
+         side_kind <= static_cast<int>(Side::log_prob);
+}
+
+// Functions of whole rows take one seed per row: a single row (1-d) has one seed.
+bool row_seeds(const TensorView& seeds, const TensorView& t) {
+  return !seeds.defined() || seeds.numel == 1 || t.ndim > 1;
+}
+
 bool reparameterize(TensorArgument& mu, TensorArgument& logvar, TensorArgument& y,
                     TensorArgument& side, TensorArgument& scratch, py::handle seed,
                     TensorArgument& seeds, py::handle stream, int64_t offset, int transform,
                     int side_kind, float side_scale) {
-  if (!same_device({&mu, &logvar, &y, &side, &scratch, &seeds}) || !floats({&mu, &logvar, &y}) ||
+  if (!given({&mu, &logvar}) || !known(transform, side_kind) ||
+      !same_device({&mu, &logvar, &y, &side, &scratch, &seeds}) || !floats({&mu, &logvar, &y}) ||
       !same_shapes({&mu, &logvar, &y}))
     return false;
   ReparameterizeParams p;
@@ -53,8 +66,8 @@ bool reparameterize(TensorArgument& mu, TensorArgument& logvar, TensorArgument& 
   } else if (p.side_kind != Side::none) {
     return false;
   }
-  if (scratch.defined() && (scratch.dtype != Dtype::f64 || !is_contiguous(scratch) ||
-                            p.rows < 1 || scratch.numel % p.rows != 0))
+  if (scratch.defined() && (scratch.dtype != Dtype::f64 || !is_contiguous(scratch) || p.rows < 1 ||
+                            scratch.numel % p.rows != 0))
     return false;
   p.threads = g_gate.threads();
   return run(p, mu, GENFAST_KERNEL(reparameterize));
@@ -64,7 +77,8 @@ bool reparameterize_backward(TensorArgument& grad_y, TensorArgument& grad_side, 
                              TensorArgument& logvar, TensorArgument& d_mu, TensorArgument& d_logvar,
                              py::handle seed, TensorArgument& seeds, py::handle stream,
                              int64_t offset, int transform, int side_kind, float side_scale) {
-  if (!same_device({&grad_y, &grad_side, &mu, &logvar, &d_mu, &d_logvar, &seeds}) ||
+  if (!given({&mu, &logvar, &d_mu, &d_logvar}) || !known(transform, side_kind) ||
+      !same_device({&grad_y, &grad_side, &mu, &logvar, &d_mu, &d_logvar, &seeds}) ||
       !floats({&grad_y, &mu, &logvar, &d_mu, &d_logvar}) ||
       !same_shapes({&grad_y, &mu, &logvar, &d_mu, &d_logvar}))
     return false;
@@ -86,7 +100,8 @@ bool reparameterize_backward(TensorArgument& grad_y, TensorArgument& grad_side, 
 
 bool gumbel_softmax(TensorArgument& logits, TensorArgument& y, TensorArgument& tau, py::handle seed,
                     TensorArgument& seeds, py::handle stream, int64_t offset, bool hard) {
-  if (!same_device({&logits, &y, &tau, &seeds}) || !floats({&logits, &y}) ||
+  if (!given({&logits, &y, &tau}) || !row_seeds(seeds, logits) ||
+      !same_device({&logits, &y, &tau, &seeds}) || !floats({&logits, &y}) ||
       !same_shapes({&logits, &y}) || logits.ndim == 0 || !vector_of(tau, Dtype::f32, 1))
     return false;
   GumbelSoftmaxParams p;
@@ -98,7 +113,8 @@ bool gumbel_softmax(TensorArgument& logits, TensorArgument& y, TensorArgument& t
 bool gumbel_softmax_backward(TensorArgument& grad, TensorArgument& y, TensorArgument& logits,
                              TensorArgument& tau, TensorArgument& d_logits, py::handle seed,
                              TensorArgument& seeds, py::handle stream, int64_t offset) {
-  if (!same_device({&grad, &y, &logits, &tau, &d_logits, &seeds}) ||
+  if (!given({&grad, &tau, &d_logits}) || !row_seeds(seeds, grad) ||
+      !same_device({&grad, &y, &logits, &tau, &d_logits, &seeds}) ||
       !floats({&grad, &y, &logits, &d_logits}) || !same_shapes({&grad, &y, &logits, &d_logits}) ||
       grad.ndim == 0 || !vector_of(tau, Dtype::f32, 1) || (!y.defined() && !logits.defined()))
     return false;
@@ -112,8 +128,9 @@ bool gumbel_softmax_backward(TensorArgument& grad, TensorArgument& y, TensorArgu
 bool relaxed_bernoulli(TensorArgument& logits, TensorArgument& y, TensorArgument& tau,
                        TensorArgument& grad, py::handle seed, TensorArgument& seeds,
                        py::handle stream, int64_t offset, bool hard) {
-  if (!same_device({&logits, &y, &tau, &grad, &seeds}) || !floats({&logits, &y, &grad}) ||
-      !same_shapes({&logits, &y, &grad}) || !vector_of(tau, Dtype::f32, 1))
+  if (!given({&logits, &y, &tau}) || !same_device({&logits, &y, &tau, &grad, &seeds}) ||
+      !floats({&logits, &y, &grad}) || !same_shapes({&logits, &y, &grad}) ||
+      !vector_of(tau, Dtype::f32, 1))
     return false;
   RelaxedBernoulliParams p;
   if (!NoiseArgument(seed, stream, offset).fill(p.noise, seeds, logits)) return false;
@@ -128,9 +145,9 @@ bool relaxed_bernoulli(TensorArgument& logits, TensorArgument& y, TensorArgument
 int64_t categorical(TensorArgument& logits, TensorArgument& index, TensorArgument& temperature,
                     TensorArgument& top_k, TensorArgument& top_p, TensorArgument& min_p,
                     py::handle seed, TensorArgument& seeds, py::handle stream, int64_t offset) {
-  if (!same_device({&logits, &index, &temperature, &top_k, &top_p, &min_p, &seeds}) ||
-      !floats({&logits}) || logits.ndim == 0 || index.dtype != Dtype::i64 ||
-      !is_contiguous(index))
+  if (!given({&logits, &index}) || !row_seeds(seeds, logits) ||
+      !same_device({&logits, &index, &temperature, &top_k, &top_p, &min_p, &seeds}) ||
+      !floats({&logits}) || logits.ndim == 0 || index.dtype != Dtype::i64 || !is_contiguous(index))
     return -1;
   const int64_t cols = logits.shape[logits.ndim - 1], rows = cols ? logits.numel / cols : 0;
   if (index.numel != rows) return -1;
@@ -181,6 +198,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   if (function == nullptr) throw py::error_already_set();
   m.add_object("gate", py::reinterpret_steal<py::object>(function));
   m.def("force_slow_road", [](bool on) { g_gate.force_slow_road(on); });
+  m.def("enable_cuda", [](bool on) { g_cuda_enabled = on; });
   m.def("build_info", &build_info);
   m.def("random", &genfast::random);
   m.def("reparameterize", &reparameterize);

@@ -82,7 +82,7 @@ void for_chunks(int64_t rows, int64_t cols, int threads, Fn&& fn) {
   if (total == 0) return;
   if (rows * cols < 8 * kChunk) threads = 1;  // under ~20 us of work a second thread costs more
   int64_t grain = total / (int64_t{8} * (threads > 0 ? threads : 8));
-  grain = grain < 1 ? 1 : grain > 256 ? 256 : grain;
+  if (grain < 1) grain = 1;  // and no upper limit: two threads must not meet in one 2 MiB page
   parallel_for((total + grain - 1) / grain, threads, [&](int64_t task) {
     const int64_t end = (task + 1) * grain < total ? (task + 1) * grain : total;
     for (int64_t c = task * grain; c < end; ++c) {

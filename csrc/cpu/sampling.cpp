@@ -436,8 +436,9 @@ int64_t categorical(const CategoricalParams& p) {
         }
       }
       if (nan || top == INFINITY) top = NAN;
-      if (temperature > 0 && top > -INFINITY) {
-        const float inverse_t = 1.0f / temperature;
+      const float inverse_t = 1.0f / temperature;
+      // A temperature so small that the logits overflow is greedy too.
+      if (temperature > 0 && std::isfinite(top * inverse_t)) {
         for (int64_t i = 0; i < s.cols; ++i) x[i] *= inverse_t;
         top *= inverse_t;
         filter(x, s.cols, top, per_row<int64_t>(p.top_k, row, 0), per_row<float>(p.top_p, row, 1),

@@ -132,7 +132,9 @@ struct Backward {
     for (int i = 0; i < kGroup; ++i) e[i] = gy[i] = 0.0f;
     if (have_y) load(grad_y, g.index, g.low, g.high, gy);
     if (have_y || is_log_prob) noise_of<NormalMap>(noise, g, e);
-    const float gs = have_side ? grad_side[rows_per_side == 1 ? g.row : g.row / rows_per_side] * side_scale : 0.0f;
+    const float gs =
+        have_side ? grad_side[rows_per_side == 1 ? g.row : g.row / rows_per_side] * side_scale
+                  : 0.0f;
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {  // the same operations in the same order as on the CPU
       const Draw<float> d = draw(m[i], l[i], e[i]);
@@ -161,13 +163,12 @@ struct Backward {
 template <class T>
 const char* backward(const ReparameterizeBackwardParams& p) {
   const int64_t rows = split_rows(p.rows, p.noise, p.mu);
-  return launch_groups(Backward<T>{Groups(p.mu.numel, rows, p.noise), Stage(p.grad_y), Stage(p.mu),
-                                   Stage(p.logvar), Stage(p.d_mu), Stage(p.d_logvar),
-                                   static_cast<const float*>(p.grad_side.data),
-                                   p.rows > 0 ? rows / p.rows : 1, p.side_scale, p.noise,
-                                   p.grad_y.defined(), p.grad_side.defined(),
-                                   p.side_kind == Side::kl},
-                       p.mu);
+  return launch_groups(
+      Backward<T>{Groups(p.mu.numel, rows, p.noise), Stage(p.grad_y), Stage(p.mu), Stage(p.logvar),
+                  Stage(p.d_mu), Stage(p.d_logvar), static_cast<const float*>(p.grad_side.data),
+                  p.rows > 0 ? rows / p.rows : 1, p.side_scale, p.noise, p.grad_y.defined(),
+                  p.grad_side.defined(), p.side_kind == Side::kl},
+      p.mu);
 }
 
 }  // namespace

@@ -44,10 +44,9 @@ __device__ __forceinline__ uint64_t seed_of_row(const Noise& noise, int64_t row)
 }
 
 __device__ __forceinline__ Words<uint32_t> philox(uint64_t seed, uint64_t stream, uint64_t block) {
-  return philox4x32_10<uint32_t>(
-      static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32),
-      static_cast<uint32_t>(stream), static_cast<uint32_t>(stream >> 32),
-      static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+  return philox4x32_10<uint32_t>(static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32),
+                                 static_cast<uint32_t>(stream), static_cast<uint32_t>(stream >> 32),
+                                 static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
 }
 
 // Rows x columns cut into groups of 8 that start at a Philox block: group g of a row whose first

@@ -52,7 +52,9 @@ __device__ __forceinline__ void copy_async_16(void* to, const void* from, int by
                "r"(bytes)
                : "memory");
 }
-__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void copy_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 template <int kKeep>  // waits until at most kKeep groups of this thread are under way
 __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kKeep) : "memory");

@@ -54,7 +54,7 @@ struct GumbelSoftmaxBackward {
       top = x.best(team, row, inv_tau, cache).value;
       scale = static_cast<float>(1.0 / x.total(team, row, inv_tau, top, cache));
     }
-    const auto soft = [&](const Group& g, int64_t slot, float(&v)[kGroup]) {
+    const auto soft = [&](const Group& g, int64_t slot, float (&v)[kGroup]) {
       if (have_y) return load(y, g.index, g.low, g.high, v);
       x.exponentials(g, slot, inv_tau, top, cache, v);
 #pragma unroll

@@ -36,6 +36,7 @@ struct Stage {
   __device__ __forceinline__ int64_t offset(int64_t index) const {
     if (dense) return index;
     int64_t at = 0;
+#pragma unroll 1
     for (int d = ndim - 1; d > 0; --d) {
       const int64_t q = index / shape[d];
       at += (index - q * shape[d]) * strides[d];
@@ -130,8 +131,7 @@ __device__ __forceinline__ void store(const Stage& t, int64_t index, int low, in
     const bool half = t.dtype == Dtype::f16;
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      pairs[i] =
-          half ? pack_f16(v[2 * i], v[2 * i + 1]) : pack_bf16(v[2 * i], v[2 * i + 1]);
+      pairs[i] = half ? pack_f16(v[2 * i], v[2 * i + 1]) : pack_bf16(v[2 * i], v[2 * i + 1]);
     *reinterpret_cast<uint4*>(t.base + index * 2) =
         make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
     return;

@@ -19,7 +19,8 @@ struct PerRow {  // one value, or one per row
   T otherwise;
 
   PerRow(const TensorView& t, T o)
-      : data(static_cast<const T*>(t.data)), stride(t.numel > 1 ? t.strides[t.ndim - 1] : 0),
+      : data(static_cast<const T*>(t.data)),
+        stride(t.numel > 1 ? t.strides[t.ndim - 1] : 0),
         otherwise(o) {
     if (!t.defined()) data = nullptr;
   }
@@ -60,9 +61,7 @@ struct Filtered {
       if (team.rank() == 0) index[row] = finite(best.value) ? best.index : -1;
       return;
     }
-    const auto scaled = [&](auto&& fn) {
-      each([&](int64_t i, float x) { fn(i, x * inverse_t); });
-    };
+    const auto scaled = [&](auto&& fn) { each([&](int64_t i, float x) { fn(i, x * inverse_t); }); };
 
     float floor = -infinity();  // kept: value >= floor
     const int64_t k = top_k(row);
@@ -72,7 +71,7 @@ struct Filtered {
       });
       floor = value_of_key(s.key);
     }
-    uint32_t nucleus = 0;           // kept: key > nucleus, or equal with column <= last
+    uint32_t nucleus = 0;  // kept: key > nucleus, or equal with column <= last
     int64_t last = INT64_MAX;
     const float p = top_p(row);
     if (p < 1.0f) {

@@ -1,5 +1,7 @@
 """Which implementation runs. `auto`: the native kernel where one exists and PyTorch is not faster,
-else the composite; `reference`: plain PyTorch for everything (the noise stays the contract's).
+else the composite; `reference`: plain PyTorch for everything (the noise stays the contract's);
+`cuda`: as `auto`, and CUDA tensors take the CUDA C++ kernels, which `auto` does not choose before
+benchmarks/results holds a run of them on a GPU.
 """
 
 from __future__ import annotations
@@ -12,20 +14,28 @@ import torch
 
 from genfast._native import _C
 
-BACKENDS = ("auto", "reference")
+BACKENDS = ("auto", "reference", "cuda")
 _HAVE_CUDA = _C.build_info()["cuda"]
 _state = {"name": "auto"}
 
 
 def set_backend(name: str) -> None:
-    """Forces every genfast function to one backend: "auto" or "reference" (ValueError otherwise).
+    """Forces every genfast function to one backend: "auto", "reference" or "cuda".
+
+    ValueError for another name, and for "cuda" where the package was built without CUDA.
 
     The environment variable GENFAST_BACKEND sets the same at import.
     """
     if name not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    if name == "cuda" and not _HAVE_CUDA:
+        raise ValueError(
+            'backend: "cuda" needs a package built with CUDA, and this one is for the CPU; '
+            "rebuild it with GENFAST_CUDA=ON and nvcc on the PATH"
+        )
     _state["name"] = name
-    _C.force_slow_road(name != "auto")  # so that the fast roads never have to look
+    _C.force_slow_road(name == "reference")  # so that the fast roads never have to look
+    _C.enable_cuda(name == "cuda")
 
 
 def get_backend() -> str:
@@ -48,8 +58,8 @@ def forced_reference() -> bool:
 
 
 def native_device(device: torch.device) -> bool:
-    """This binary has kernels for tensors on `device`."""
-    return device.type == "cpu" or (device.type == "cuda" and _HAVE_CUDA)
+    """Tensors on `device` take this binary's kernels."""
+    return device.type == "cpu" or (device.type == "cuda" and _state["name"] == "cuda")
 
 
 if os.environ.get("GENFAST_BACKEND"):

@@ -12,21 +12,24 @@ from typing import Any
 import torch
 
 from genfast.ops import _check
-from genfast.ops._road import is_compiling
+from genfast.ops._road import is_compiling, transforming
 
 _INT64 = torch.int64
+_ONLY_ONE = "generator: has no effect beside an explicit seed; pass only one of the two"
 
 
 def draw_seed(device: torch.device | str | None, generator: torch.Generator | None = None):
     """A fresh seed from torch's generator, as an int64 tensor of one element: no device sync."""
-    if is_compiling():
-        return torch.randint(0, 2**63 - 1, (1,), dtype=_INT64, device=device)
+    if is_compiling() or transforming():  # functional: vmap refuses the in-place draw
+        return torch.randint(0, 2**63 - 1, (1,), generator=generator, dtype=_INT64, device=device)
     return torch.empty(1, dtype=_INT64, device=device).random_(generator=generator)
 
 
 def resolve(seed: Any, generator: torch.Generator | None, device: Any):
     """(int, None) or (0, seeds): what the kernels take."""
     if type(seed) is int:
+        if generator is not None:
+            raise ValueError(_ONLY_ONE)
         return seed, None
     if seed is None:
         return 0, draw_seed(device, generator)
@@ -62,11 +65,11 @@ def check(seed: Any, stream: Any, offset: Any, generator: Any, shape: Any, devic
                 f"seed: expected it on {device}, got {seed.device}; move it with .to()"
             )
         if generator is not None:
-            raise ValueError("generator: has no effect beside an explicit seed; pass only one")
+            raise ValueError(_ONLY_ONE)
     elif seed is not None:
         _check.integer("seed", seed, low=-(2**63), high=2**64 - 1)
         if generator is not None:
-            raise ValueError("generator: has no effect beside an explicit seed; pass only one")
+            raise ValueError(_ONLY_ONE)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: expected a torch.Generator, got {_check.describe(generator)}")
     _check.integer("stream", stream, low=-(2**63), high=2**64 - 1)

@@ -30,8 +30,14 @@ LIB = torch.library.Library("genfast", "FRAGMENT")
 
 
 def transforming() -> bool:
-    """A functorch transform or a forward-mode AD level is active."""
-    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+    """A functorch transform or a forward-mode AD level is active.
+
+    While compiling only forward mode counts: the registered op would drop the tangent there, and
+    serves the other transforms.
+    """
+    if forward_ad._current_level >= 0:
+        return True
+    return not is_compiling() and torch._C._functorch.maybe_current_level() is not None
 
 
 def define(
@@ -53,6 +59,17 @@ def define(
     return getattr(torch.ops.genfast, name).default
 
 
+def plain(*grads: torch.Tensor | None) -> bool:
+    """Gradients that reach a backward kernel: no negative view, no batch of vmap.
+
+    Fake tensors and other modes are the op's business: it can be traced.
+    """
+    if transforming():
+        return False
+    legacy = torch._C._functorch.is_legacy_batchedtensor  # autograd.grad(is_grads_batched=True)
+    return not any(g is not None and (g.is_neg() or legacy(g)) for g in grads)
+
+
 def wants_graph() -> bool:
     """Inside a backward: is a differentiable backward asked for (create_graph=True)?"""
     return torch.is_grad_enabled() and not is_compiling()
@@ -61,11 +78,14 @@ def wants_graph() -> bool:
 def differentiable_backward(
     composite: Callable, inputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of `composite(*inputs)` (a tensor or a tuple) that can be differentiated again.
+    """Gradients of `composite(*inputs)` (a tensor or a tuple), differentiable where wanted.
 
     inputs: the saved tensors, still part of the outer graph. grads: one per output, or None.
     """
+    graph = wants_graph()
     with torch.enable_grad():
+        # Aliases cut paths between the inputs (logvar may be a function of mu, or mu itself).
+        inputs = [x.view_as(x) if x.requires_grad else x for x in inputs]
         outputs = composite(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         pairs = [
@@ -79,7 +99,7 @@ def differentiable_backward(
                 [o for o, _ in pairs],
                 wanted,
                 [g for _, g in pairs],
-                create_graph=True,
+                create_graph=graph,
                 allow_unused=True,
             )
         )

@@ -86,14 +86,11 @@ def _sizes(size: tuple) -> tuple:
 def _draw(
     size, distribution, seed, stream, offset, generator, dtype, device, out, low=0, span=1
 ) -> Tensor:
-    if (
-        not is_compiling()
-        and out is None
-        and gate() == DIRECT
-        and (type(seed) is int or (seed is None and generator is None))
-    ):
+    plain = not is_compiling() and gate(out) == DIRECT
+    if plain and out is None and generator is None and (seed is None or type(seed) is int):
         try:
-            result = torch.empty(size, dtype=dtype, device=device)
+            kind = torch.int64 if dtype is None and distribution == _INTEGER else dtype
+            result = torch.empty(size, dtype=kind, device=device)
             int_seed, seeds = _noise.resolve(seed, None, result.device)
             if _C.random(result, distribution, int_seed, seeds, stream, offset, low, span):
                 return result
@@ -101,6 +98,10 @@ def _draw(
             pass  # the checks below name the argument
     for n in size:
         _check.integer("size", n, low=0)
+    if len(size) > _check.MAX_DIMS:
+        raise ValueError(
+            f"size: expected at most {_check.MAX_DIMS} dimensions, got {len(size)}; flatten some"
+        )
     integers = distribution >= _INTEGER
     if out is not None:
         _check.tensor("out", out, _INTEGERS if integers else _check.FLOATS)
@@ -119,7 +120,9 @@ def _draw(
     seed, seeds = _noise.resolve(seed, generator, device)
     if seeds is not None and seeds.device != device and native_device(device):
         seeds = seeds.to(device)
-    if out is not None and not is_compiling():
+    if out is not None and plain:
+        if not out.is_inference():
+            torch.autograd.graph.increment_version(out)  # autograd must see the overwrite
         if integers and not out.is_contiguous():
             dense = torch.empty(size, dtype=dtype, device=device)
             return out.copy_(_fill(dense, distribution, seed, seeds, stream, offset, low, span))
@@ -216,9 +219,10 @@ def randint(
             f"high: expected low < high <= low + 2**32, got low {low} and high {high}; "
             "compose two draws for a wider range"
         )
-    if dtype == torch.int32 and not (-(2**31) <= low and high <= 2**31):
+    kept = out.dtype if dtype is None and isinstance(out, Tensor) else dtype
+    if kept == torch.int32 and not (-(2**31) <= low and high <= 2**31):
         raise ValueError(f"dtype: int32 cannot hold [{low}, {high}); use torch.int64")
-    size = (size,) if isinstance(size, int) else tuple(size)
+    size = tuple(size) if isinstance(size, (tuple, list)) else (size,)
     return _draw(
         size,
         _INTEGER,
@@ -226,7 +230,7 @@ def randint(
         stream,
         offset,
         generator,
-        dtype or torch.int64,
+        dtype,
         device,
         out,
         low,

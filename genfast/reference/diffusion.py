@@ -1,16 +1,22 @@
-"""The diffusion family in plain PyTorch: the truth the kernels are judged against. Noise is always an argument."""
+"""The diffusion family in plain PyTorch: the truth the kernels are judged against. Noise is always
+an argument.
+"""
 
 from __future__ import annotations
 
 import torch
 
-# columns of a row, as in genfast/schedulers/plan.py: the step's two formulas and where its numbers stand
+# columns of a row; genfast/schedulers/plan.py has the whole layout
 D_X, D_M, CLIP, INPUT_SCALE, LOGVAR_MIN, LOGVAR_MAX, COEF = range(7)
 
 
 def _acc(*tensors):
     """Computation dtype: float64 if any input is, else float32."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    return (
+        torch.float64
+        if any(t is not None and t.dtype == torch.float64 for t in tensors)
+        else torch.float32
+    )
 
 
 def _column(coef, k, x):
@@ -22,14 +28,19 @@ def _column(coef, k, x):
 def diffusion_step(x, m, coef, *, history=(), noise=None, threshold=None, variance_mode=0, n_out=3):
     """One row of a solver plan.
 
-    x: (B, ...). m: (B, ...) as x, or twice its channels (dim 1) with variance_mode 1 (learned_range) or 2 (learned).
+    x: (B, ...). m: (B, ...) as x, or twice its channels (dim 1) with variance_mode 1
+        (learned_range) or 2 (learned).
     coef: (36,), (B, 36) or (B, L, 36): a row for all, per sample, or per token of x (B, L, ...).
     history: up to 6 tensors like x, H1 first, None where empty. noise: like x, or None.
     threshold: (B,) bound s of dynamic thresholding: x0 = clamp(x0, -s, s) / s.
-    Returns n_out tensors like x: next sample, and what goes to the history or is the denoised estimate.
+    Returns n_out tensors like x: next sample, and what goes to the history or is the denoised
+        estimate.
     """
     dtype = _acc(x, m, noise, *history)
-    coef = torch.as_tensor(coef, device=x.device).to(dtype)
+    coef = (
+        coef if isinstance(coef, torch.Tensor) else torch.tensor(coef)
+    )  # copies: plans are read-only
+    coef = coef.to(x.device, dtype)
     x_, m_ = x.to(dtype), m.to(dtype)
     z = None if noise is None else noise.to(dtype)
     if variance_mode:
@@ -40,7 +51,7 @@ def diffusion_step(x, m, coef, *, history=(), noise=None, threshold=None, varian
             # a row that draws no noise has both bounds 0, and its z is unused
             z = z * torch.exp(0.5 * (f * hi + (1 - f) * lo))
         elif z is not None:
-            # off-noise rows may predict anything; only their (unused) root must not make NaN gradients
+            # a variance below 0 counts as 0; tiny keeps the root's gradient finite there
             z = z * v.clamp(min=torch.finfo(dtype).tiny).sqrt()
     x0 = _column(coef, D_X, x) * x_ + _column(coef, D_M, x) * m_
     x0 = torch.minimum(torch.maximum(x0, -_column(coef, CLIP, x)), _column(coef, CLIP, x))
@@ -65,7 +76,9 @@ def _like(c, x):
 
 
 def add_noise(x0, noise, alpha, sigma):
-    """q(x_t | x0): alpha x0 + sigma noise. x0, noise: (B, ...). alpha, sigma: (), (B,) or (B, L). Flow: alpha = 1 - sigma."""
+    """q(x_t | x0): alpha x0 + sigma noise. x0, noise: (B, ...). alpha, sigma: (), (B,) or (B, L).
+    Flow: alpha = 1 - sigma.
+    """
     dtype = _acc(x0, noise)
     a, s = _like(alpha, x0).to(dtype), _like(sigma, x0).to(dtype)
     return (a * x0.to(dtype) + s * noise.to(dtype)).to(x0.dtype)
@@ -81,8 +94,15 @@ def scale_model_input(x, scale):
     return (_like(scale, x).to(_acc(x)) * x.to(_acc(x))).to(x.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # guidance
+
+
+def combine(outputs, weights):
+    """sum_j g_j m_j over 1 to 3 model outputs m_j (B, ...); weights: numbers or (B,)."""
+    return sum(
+        _like(g, m).to(_acc(m)) * m.to(_acc(m)) for g, m in zip(weights, outputs, strict=True)
+    ).to(outputs[0].dtype)
 
 
 def _dot(a, b):
@@ -95,35 +115,37 @@ def _var(a):
 
 
 def cfg(cond, uncond, scale, *, original=False):
-    """Ho & Salimans 2022: uncond + w (cond - uncond); ``original`` form: cond + w (cond - uncond)."""
+    """Ho & Salimans 2022: uncond + w (cond - uncond); ``original``: cond + w (cond - uncond)."""
     return (cond if original else uncond) + scale * (cond - uncond)
 
 
 def cfg_rescale(cond, uncond, scale, *, rescale=0.0, original=False):
-    """Lin et al. 2023, eq. 15-16: the guided output brought towards the standard deviation of cond."""
+    """Lin et al. 2023, eq. 15-16: the guided output brought towards cond's standard deviation."""
     g = cfg(cond, uncond, scale, original=original)
     return g * (rescale * torch.sqrt(_var(cond) / _var(g)) + (1 - rescale))
 
 
 def cfg_zero_star(cond, uncond, scale, *, original=False):
-    """Fan et al. 2025, CFG-Zero*: uncond scaled by its projection coefficient <cond, uncond> / |uncond|^2."""
+    """Fan et al. 2025, CFG-Zero*: uncond scaled by its projection coefficient <cond, uncond> /
+    |uncond|^2.
+    """
     s = _dot(cond, uncond) / (_dot(uncond, uncond) + 1e-8)
     return cfg(cond, uncond * s, scale, original=original)
 
 
-def apg(cond, uncond, scale, *, eta=1.0, norm_threshold=0.0, original=False):
-    """Sadat et al. 2024, adaptive projected guidance without momentum: the difference is clamped in norm and its part parallel to
-    cond is scaled by eta."""
-    d = cond - uncond
+def apg(cond, uncond, scale, *, eta=1.0, norm_threshold=0.0, original=False, average=None):
+    """Sadat et al. 2024, adaptive projected guidance: the difference is clamped in norm and its
+    part parallel to cond is scaled by eta. average: running average of the differences (momentum).
+    """
+    d = cond - uncond if average is None else average
     if norm_threshold > 0:
         d = d * torch.clamp(norm_threshold / torch.sqrt(_dot(d, d)), max=1.0)
     parallel = _dot(d, cond) / _dot(cond, cond) * cond
-    update = (d - parallel) + eta * parallel
-    return (cond if original else uncond) + scale * update if original else cond + (scale - 1) * update
+    return (cond if original else uncond) + scale * ((d - parallel) + eta * parallel)
 
 
 def mag(cond, uncond, scale, *, alpha=8.0, original=False):
-    """Magnitude-aware guidance: w' = 1 + (w - 1) exp(-alpha |c-u| / |u|); original form w exp(...)."""
+    """Magnitude-aware guidance: w' = 1 + (w - 1) exp(-alpha |c-u| / |u|); original: w exp(...)."""
     d = cond - uncond
     damp = torch.exp(-alpha * torch.sqrt(_dot(d, d)) / torch.sqrt(_dot(uncond, uncond)))
     w = scale * damp if original else 1 + (scale - 1) * damp
@@ -131,9 +153,12 @@ def mag(cond, uncond, scale, *, alpha=8.0, original=False):
 
 
 def tcfg(cond, uncond, scale, *, original=False):
-    """Kwon et al. 2025, tangential damping: uncond keeps its part along the first right singular vector of [cond; uncond]."""
+    """Kwon et al. 2025, tangential damping: uncond keeps its part along the first right singular
+    vector of [cond; uncond].
+    """
     cc, uu, cu = _dot(cond, cond), _dot(uncond, uncond), _dot(cond, uncond)
-    # the first singular vector is p cond + q uncond with (p, q) the top eigenvector of the 2x2 Gram matrix
+    # the first singular vector is p cond + q uncond with (p, q) the top eigenvector of the 2x2 Gram
+    # matrix
     top = (cc + uu) / 2 + torch.sqrt(((cc - uu) / 2) ** 2 + cu**2)
     # two forms of the same eigenvector; take the one that is not close to zero
     first = cc >= uu
@@ -144,12 +169,18 @@ def tcfg(cond, uncond, scale, *, original=False):
 
 
 GUIDANCE = {
-    "cfg": cfg, "rescale": cfg_rescale, "cfg_zero_star": cfg_zero_star, "apg": apg, "mag": mag, "tcfg": tcfg,
-}  # fmt: skip
+    "cfg": cfg,
+    "rescale": cfg_rescale,
+    "cfg_zero_star": cfg_zero_star,
+    "apg": apg,
+    "mag": mag,
+    "tcfg": tcfg,
+}
 
 
 def guide(cond, uncond=None, scale=1.0, *, method="cfg", **options):
-    """One guided model output from a conditional and an unconditional one, each (B, ...). scale: number or (B,).
+    """One guided model output from a conditional and an unconditional one, each (B, ...). scale:
+    number or (B,).
     method: a key of `GUIDANCE`, which takes the options. Without uncond, cond itself."""
     if uncond is None:
         return cond
@@ -159,7 +190,8 @@ def guide(cond, uncond=None, scale=1.0, *, method="cfg", **options):
 
 
 def dynamic_threshold(x0, ratio=0.995, max_value=1.0):
-    """(B,) bound s = clamp(quantile of |x0| at ratio, 1, max_value), linear interpolation (Saharia et al. 2022, sec. 2.3).
+    """(B,) bound s = clamp(quantile of |x0| at ratio, 1, max_value), linear interpolation (Saharia
+    et al. 2022, sec. 2.3).
 
     By sorting, so without torch.quantile's limit of 2^24 elements. NaN anywhere gives NaN.
     """
@@ -172,7 +204,7 @@ def dynamic_threshold(x0, ratio=0.995, max_value=1.0):
     return torch.maximum(s, s.new_tensor(1.0)).minimum(s.new_tensor(max_value))
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # training
 
 
@@ -186,14 +218,16 @@ def _target(prediction, x0, noise, alpha, sigma):
 
 
 def loss_weight(weighting, prediction, alpha, sigma, *, gamma=5.0, k=1.0):
-    """Weight per sample of the squared error of this prediction, like alpha. snr = alpha^2 / sigma^2.
+    """Weight per sample of the squared error of this prediction, like alpha. snr = alpha^2 /
+    sigma^2.
 
-    "none": 1. "min_snr": min(snr, gamma) expressed for the prediction (Hang et al. 2023, sec. 3.4): /snr for epsilon,
-    /(snr+1) for v. "p2": 1 / (k + snr)^gamma (Choi et al. 2022). "snr": snr. "sigma_sqrt": sigma^-2, "cosmap":
-    2 / (pi (1 - 2 sigma + 2 sigma^2)) (Esser et al. 2024, sec. 3.1). "edm": 1/sigma^2 + 1/sigma_data^2, sigma_data 0.5.
+    "none": 1. "min_snr": min(snr, gamma) on the error of x0 (Hang et al. 2023, sec. 3.4): / snr for
+    epsilon, / (snr + 1) for v, * sigma^2 for flow. "p2": 1 / (k + snr)^gamma (Choi et al. 2022).
+    "snr": snr. "sigma_sqrt": sigma^-2, "cosmap": 2 / (pi (1 - 2 sigma + 2 sigma^2)) (Esser et al.
+    2024, sec. 3.1). "edm": 1/sigma^2 + 1/sigma_data^2, sigma_data 0.5.
     """
     snr = (alpha / sigma) ** 2
-    per = {"epsilon": snr, "sample": 1.0, "v_prediction": snr + 1, "flow_prediction": 1.0}
+    per = {"epsilon": snr, "sample": 1.0, "v_prediction": snr + 1, "flow_prediction": sigma**-2}
     return {
         "none": lambda: torch.ones_like(snr),
         "min_snr": lambda: snr.clamp(max=gamma) / per[prediction],
@@ -205,9 +239,22 @@ def loss_weight(weighting, prediction, alpha, sigma, *, gamma=5.0, k=1.0):
     }[weighting]()
 
 
-def denoising_loss(output, x0, noise, alpha, sigma, *, prediction="epsilon", weighting="none", reduction="mean", **options):
-    """weight (output - target)^2, target from x0 and noise. output, x0, noise: (B, ...); alpha, sigma: () or (B,).
-    reduction: "mean" over all elements, "none" for the mean of each sample (B,), "sum" for the sum of those means."""
+def denoising_loss(
+    output,
+    x0,
+    noise,
+    alpha,
+    sigma,
+    *,
+    prediction="epsilon",
+    weighting="none",
+    reduction="mean",
+    **options,
+):
+    """weight (output - target)^2, target from x0 and noise. output, x0, noise: (B, ...); alpha,
+    sigma: () or (B,).
+    reduction: "mean" over all elements, "none" for the mean of each sample (B,), "sum" for the sum
+        of those means."""
     dtype = _acc(output, x0, noise)
     out, x0, noise = output.to(dtype), x0.to(dtype), noise.to(dtype)
     a, s = _like(alpha, x0).to(dtype), _like(sigma, x0).to(dtype)
@@ -217,11 +264,17 @@ def denoising_loss(output, x0, noise, alpha, sigma, *, prediction="epsilon", wei
 
 
 def step_log_prob(sample, mean, std, *, reduction="mean"):
-    """log N(sample; mean, std^2), for policy gradients through a sampler (Black et al. 2023, eq. 10).
+    """log N(sample; mean, std^2), for policy gradients through a sampler (Black et al. 2023, eq.
+    10).
 
-    sample, mean: (B, ...), std: (), (B,) or like mean. reduction over all but the batch: "mean" or "sum"; returns (B,).
+    sample, mean: (B, ...), std: (), (B,) or like mean. reduction over all but the batch: "mean" or
+        "sum"; returns (B,).
     """
     dtype = _acc(sample, mean)
     std = _like(std, mean).to(dtype)
-    log_p = -0.5 * ((sample.to(dtype) - mean.to(dtype)) / std) ** 2 - torch.log(std) - 0.9189385332046727  # ln(2 pi)/2
+    log_p = (
+        -0.5 * ((sample.to(dtype) - mean.to(dtype)) / std) ** 2
+        - torch.log(std)
+        - 0.9189385332046727
+    )  # ln(2 pi)/2
     return getattr(log_p.flatten(1), reduction)(1)

@@ -132,7 +132,8 @@ def sincos_turn(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _box_muller(w: np.ndarray) -> np.ndarray:
     """(n, 4) words -> (n, 4) normals: words 0, 1 make values 0, 1; words 2, 3 make 2, 3."""
-    r = np.sqrt(np.maximum(log_positive(uniform_positive(w[:, 0::2])) * F(-2), F(0)))
+    square = log_positive(uniform_positive(w[:, 0::2])) * F(-2)
+    r = np.sqrt(np.where(square > 0, square, F(0)))  # +0 for u = 1, whose log gives -0
     s, c = sincos_turn(w[:, 1::2])
     return np.stack([r * c, r * s], -1).reshape(-1, 4)
 

@@ -59,7 +59,7 @@ def gumbel_softmax(logits: Tensor, gumbel: Tensor, tau, hard: bool = False) -> T
         return soft
     index = (logits + gumbel).argmax(-1, keepdim=True)
     one_hot = torch.zeros_like(soft).scatter(-1, index, 1.0)
-    return one_hot - soft.detach() + soft
+    return one_hot + (soft - soft.detach())  # + 0: exactly one-hot
 
 
 def relaxed_bernoulli(logits: Tensor, logistic: Tensor, tau, hard: bool = False) -> Tensor:
@@ -67,7 +67,7 @@ def relaxed_bernoulli(logits: Tensor, logistic: Tensor, tau, hard: bool = False)
     soft = torch.sigmoid((logits + logistic) / tau)
     if not hard:
         return soft
-    return (logits + logistic > 0).to(soft.dtype) - soft.detach() + soft
+    return (logits + logistic > 0).to(soft.dtype) + (soft - soft.detach())
 
 
 def filter_logits(logits: Tensor, top_k=None, top_p=None, min_p=None) -> Tensor:

@@ -1,4 +1,6 @@
-"""Argument checks of the schedulers: the message names the argument, what was expected and what came."""
+"""Argument checks of the schedulers: the message names the argument, what was expected and what
+came.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ def choice(name: str, value, table: dict):
     try:
         return table[value]
     except (KeyError, TypeError):
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, table))}, got {value!r}") from None
+        raise ValueError(
+            f"{name}: expected one of {', '.join(map(repr, table))}, got {value!r}"
+        ) from None
 
 
 def positive(name: str, value) -> int:

@@ -1,4 +1,6 @@
-"""The few special functions the planners need, in numpy float64 (scipy is not a dependency of the core)."""
+"""The few special functions the planners need, in numpy float64 (scipy is not a dependency of the
+core).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ import numpy as np
 
 def phi(k: int, h: float) -> float:
     """phi_k(h) = sum_n h^n / (n+k)!, the exponential-integrator functions: phi_1 = (e^h - 1)/h,
-    phi_{k+1} = (phi_k - 1/k!)/h. The recurrence loses k digits-worth of h below 1, the series does not."""
+    phi_{k+1} = (phi_k - 1/k!)/h. The recurrence loses k digits-worth of h below 1, the series does
+    not."""
     if abs(h) < 1.0:
         return math.fsum(h**n / math.factorial(n + k) for n in range(20))
     if math.isinf(h) and h < 0:
@@ -22,8 +25,8 @@ def phi(k: int, h: float) -> float:
 
 
 def _beta_cdf(x: np.ndarray, a: float, b: float) -> np.ndarray:
-    """Regularised incomplete beta I_x(a, b) for x <= 1/2: the power series of DLMF 8.17.7 (x^a/a 2F1(a, 1-b; a+1; x) / B),
-    whose terms fall at least as fast as 2^-n."""
+    """Regularised incomplete beta I_x(a, b) for x <= 1/2: the power series of DLMF 8.17.7 (x^a/a
+    2F1(a, 1-b; a+1; x) / B), whose terms fall at least as fast as 2^-n."""
     term = np.ones_like(x) / a
     total = term.copy()
     for n in range(1, 60):
@@ -35,7 +38,9 @@ def _beta_cdf(x: np.ndarray, a: float, b: float) -> np.ndarray:
 
 
 def beta_ppf(q, a: float, b: float) -> np.ndarray:
-    """Quantile function of Beta(a, b) for q in [0, 1] (any shape): bisection on the cdf, then Newton. Absolute error < 1e-15."""
+    """Quantile function of Beta(a, b) for q in [0, 1] (any shape): bisection on the cdf, then
+    Newton. Absolute error < 1e-15.
+    """
     q = np.asarray(q, np.float64)
     flip = q > _beta_cdf(np.array(0.5), a, b)
     if flip.any():  # work in the lower half, where the series is quick: I_x(a,b) = 1 - I_{1-x}(b,a)

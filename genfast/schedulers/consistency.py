@@ -9,11 +9,13 @@ import numpy as np
 from ._check import number, positive
 from .convert import vp
 from .plan import M, PlanBuilder, SolverPlan, X, Z
-from .schedules import AlphaGrid, SigmaGrid, alpha_grid, distilled_timesteps, karras_sigmas
+from .schedules import AlphaGrid, SigmaGrid, alpha_grid, distilled_timesteps
 
 
 def _grid(grid, chain) -> AlphaGrid:
-    return grid if isinstance(grid, AlphaGrid) else alpha_grid(distilled_timesteps(grid), chain=chain)
+    return (
+        grid if isinstance(grid, AlphaGrid) else alpha_grid(distilled_timesteps(grid), chain=chain)
+    )
 
 
 def lcm_plan(
@@ -26,8 +28,9 @@ def lcm_plan(
     threshold: tuple[float, float] | None = None,
     begin: int = 0,
 ) -> SolverPlan:
-    """Latent consistency models (Luo et al. 2023, eq. 9 and alg. 3): denoised = c_skip(t) x + c_out(t) x0, noised again to the next
-    timestep; the last step returns it. grid: steps (of 50 distilled ones), timesteps, or `AlphaGrid` with chain "repeat"."""
+    """Latent consistency models (Luo et al. 2023, eq. 9 and alg. 3): denoised = c_skip(t) x +
+    c_out(t) x0, noised again to the next timestep; the last step returns it. grid: steps (of 50
+    distilled ones), timesteps, or `AlphaGrid` with chain "repeat"."""
     grid = _grid(grid, "repeat")
     plan = PlanBuilder("lcm", clip=clip, threshold=threshold)
     for i in range(begin, len(grid)):
@@ -49,8 +52,9 @@ def tcd_plan(
     eta: float = 0.3,
     begin: int = 0,
 ) -> SolverPlan:
-    """Trajectory consistency (Zheng et al. 2024, alg. 4, strategic stochastic sampling): DDIM to s = floor((1 - eta) t_next), then
-    noise up to t_next. The "denoised" output is the sample at s. grid: as in `lcm_plan`, chain "zero"."""
+    """Trajectory consistency (Zheng et al. 2024, alg. 4, strategic stochastic sampling): DDIM to s
+    = floor((1 - eta) t_next), then noise up to t_next. The "denoised" output is the sample at s.
+    grid: as in `lcm_plan`, chain "zero"."""
     grid = _grid(grid, "zero")
     eta = number("eta", eta, 0.0, 1.0)
     plan = PlanBuilder("tcd")
@@ -65,7 +69,15 @@ def tcd_plan(
         prev = at_s
         if eta > 0 and not last:
             prev = math.sqrt(a_p / a_s) * at_s + math.sqrt(max(1 - a_p / a_s, 0.0)) * Z
-        plan.row(grid.timesteps[i], math.sqrt(1 - a_t), x0, prev, denoised=at_s, draws=eta > 0 and not last, step=i)
+        plan.row(
+            grid.timesteps[i],
+            math.sqrt(1 - a_t),
+            x0,
+            prev,
+            denoised=at_s,
+            draws=eta > 0 and not last,
+            step=i,
+        )
     return plan.build()
 
 
@@ -77,7 +89,9 @@ def consistency_grid(
     sigma_max: float = 80.0,
     rho: float = 7.0,
 ) -> SigmaGrid:
-    """Sigmas of the visited indices of a T-point Karras ramp; timesteps 250 ln sigma. steps: N <= T, or descending indices < T."""
+    """Sigmas of the visited indices of a T-point Karras ramp; timesteps 250 ln sigma. steps: N <=
+    T, or descending indices < T.
+    """
     if np.ndim(steps) == 0:
         index = np.arange(positive("steps", steps)) * (T // steps)
     else:
@@ -87,7 +101,12 @@ def consistency_grid(
     ramp = index / (T - 1)
     hi, lo = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     sigmas = (hi + ramp * (lo - hi)) ** rho
-    return SigmaGrid(250 * np.log(sigmas + 1e-44), np.append(sigmas, sigma_min), "edm", init_noise_sigma=sigma_max)
+    return SigmaGrid(
+        250 * np.log(sigmas + 1e-44),
+        np.append(sigmas, sigma_min),
+        "edm",
+        init_noise_sigma=sigma_max,
+    )
 
 
 def consistency_plan(
@@ -100,8 +119,14 @@ def consistency_plan(
     clip: float | None = 1.0,
     begin: int = 0,
 ) -> SolverPlan:
-    """Consistency models (Song et al. 2023, alg. 1; boundary scalings: app. C): denoise fully, noise again to the next sigma."""
-    grid = grid if isinstance(grid, SigmaGrid) else consistency_grid(grid, sigma_min=sigma_min, sigma_max=sigma_max)
+    """Consistency models (Song et al. 2023, alg. 1; boundary scalings: app. C): denoise fully,
+    noise again to the next sigma.
+    """
+    grid = (
+        grid
+        if isinstance(grid, SigmaGrid)
+        else consistency_grid(grid, sigma_min=sigma_min, sigma_max=sigma_max)
+    )
     plan = PlanBuilder("consistency", clip=clip)
     for i in range(begin, len(grid)):
         s = grid.sigmas[i]
@@ -111,6 +136,14 @@ def consistency_plan(
         D = plan.x0(form)
         s_hat = min(max(grid.sigmas[i + 1], sigma_min), sigma_max)
         noise = s_noise * math.sqrt(s_hat**2 - sigma_min**2) if len(grid) > 1 else 0.0
-        plan.row(grid.timesteps[i], s, form, D + noise * Z, denoised=D, draws=len(grid) > 1, step=i,
-                 input_scale=1 / math.hypot(s, sigma_data))  # fmt: skip
+        plan.row(
+            grid.timesteps[i],
+            s,
+            form,
+            D + noise * Z,
+            denoised=D,
+            draws=len(grid) > 1,
+            step=i,
+            input_scale=1 / math.hypot(s, sigma_data),
+        )
     return plan.build(init_noise_sigma=sigma_max, integer_timesteps=False)

@@ -4,8 +4,11 @@
 |-----------------|--------------------------|---------------------|
 | epsilon         | (x - sigma m) / alpha    | m                   |
 | sample          | m                        | (x - alpha m)/sigma |
-| v_prediction    | alpha x - sigma m        | alpha m + sigma x   |  alpha^2 + sigma^2 = 1 (Salimans & Ho 2022, app. D)
-| flow_prediction | x - sigma m              | x + (1 - sigma) m   |  alpha = 1 - sigma, m = eps - x0
+| v_prediction    | alpha x - sigma m        | alpha m + sigma x   |
+| flow_prediction | x - sigma m              | x + (1 - sigma) m   |
+
+v_prediction needs alpha^2 + sigma^2 = 1 (Salimans & Ho 2022, app. D); flow_prediction, where
+m = eps - x0, needs alpha = 1 - sigma.
 """
 
 from __future__ import annotations
@@ -48,10 +51,14 @@ def ve(prediction: str, sigma: float) -> Lin:
 def edm(prediction: str, sigma: float, sigma_data: float = 0.5) -> Lin:
     """x0 = c_skip x + c_out m."""
     r = math.hypot(sigma, sigma_data)
-    return (sigma_data / r) ** 2 * X + choice("prediction", prediction, _EDM) * sigma * sigma_data / r * M
+    return (sigma_data / r) ** 2 * X + choice(
+        "prediction", prediction, _EDM
+    ) * sigma * sigma_data / r * M
 
 
-def convert(kind: str, prediction: str, alpha: float, sigma: float, sigma_data: float = 0.5) -> tuple[Lin, Lin]:
+def convert(
+    kind: str, prediction: str, alpha: float, sigma: float, sigma_data: float = 0.5
+) -> tuple[Lin, Lin]:
     """(x0, eps) for a grid of this kind; alpha and sigma as in x = alpha x0 + sigma eps."""
     if kind == "edm":
         x0 = edm(prediction, sigma, sigma_data)
@@ -60,6 +67,6 @@ def convert(kind: str, prediction: str, alpha: float, sigma: float, sigma_data: 
 
 
 def input_scale(kind: str, sigma: float, sigma_data: float = 0.5) -> float:
-    """c_in: the model is given c_in x. "ve" is x = x0 + sigma eps with a variance-preserving model."""
+    """c_in: the model sees c_in x. "ve" is x = x0 + sigma eps with a variance-preserving model."""
     scale = {"ve": 1.0, "edm": sigma_data}
     return 1 / math.hypot(sigma, scale[kind]) if kind in scale else 1.0

@@ -11,8 +11,9 @@ from .convert import vp
 from .plan import X0, PlanBuilder, SolverPlan, X, Z
 from .schedules import AlphaGrid, NoiseSchedule, alpha_grid
 
-#: variance type -> (standard deviation or None when the model gives it, plan's variance mode) from (beta, beta_tilde).
-#: fixed_large_log is exp(log(beta) / 2); diffusers takes the root of log(beta), which is NaN.
+#: variance type -> (standard deviation or None when the model gives it, plan's variance mode) from
+#: (beta, beta_tilde). fixed_large_log is exp(log(beta) / 2); diffusers takes the root of log(beta),
+#: which is NaN.
 DDPM_VARIANCES = {
     "fixed_small": lambda beta, tilde: (math.sqrt(tilde), "fixed"),
     "fixed_small_log": lambda beta, tilde: (math.sqrt(tilde), "fixed"),
@@ -36,10 +37,13 @@ def ddpm_plan(
     threshold: tuple[float, float] | None = None,
     begin: int = 0,
 ) -> SolverPlan:
-    """Ho et al. 2020, eq. 6-7: the posterior mean of x_{t-1} given x_t and the predicted x0, plus beta_tilde noise.
+    """Ho et al. 2020, eq. 6-7: the posterior mean of x_{t-1} given x_t and the predicted x0, plus
+    beta_tilde noise.
 
-    grid: number of steps, descending timesteps, or an `AlphaGrid`. variance: a key of `DDPM_VARIANCES`. clip: |x0| bound.
-    threshold: (ratio, max) of dynamic thresholding (Saharia et al. 2022). begin: first step run (image to image).
+    grid: number of steps, descending timesteps, or an `AlphaGrid`. variance: a key of
+        `DDPM_VARIANCES`. clip: |x0| bound.
+    threshold: (ratio, max) of dynamic thresholding (Saharia et al. 2022). begin: first step run
+        (image to image).
     """
     grid = _grid(grid)
     std = choice("variance", variance, DDPM_VARIANCES)
@@ -105,8 +109,17 @@ def ddim_inverse_grid(
     offset: int = 0,
     initial_alpha_bar: float = 1.0,
 ) -> AlphaGrid:
-    """Ascending grid for `ddim_inverse_plan`: from alpha_bar at t - T // N (initial_alpha_bar below 0) to alpha_bar at t."""
-    up = alpha_grid(steps, schedule, spacing=spacing, offset=offset, chain="stride", final_alpha_bar=initial_alpha_bar)
+    """Ascending grid for `ddim_inverse_plan`: from alpha_bar at t - T // N (initial_alpha_bar below
+    0) to alpha_bar at t.
+    """
+    up = alpha_grid(
+        steps,
+        schedule,
+        spacing=spacing,
+        offset=offset,
+        chain="stride",
+        final_alpha_bar=initial_alpha_bar,
+    )
     return AlphaGrid(
         up.timesteps[::-1],
         up.alpha_bar_next[::-1],
@@ -120,7 +133,7 @@ def ddim_inverse_grid(
 def ddim_inverse_plan(
     grid: AlphaGrid, *, prediction: str = "epsilon", clip: float | None = None, begin: int = 0
 ) -> SolverPlan:
-    """DDIM run from data to noise (Mokady et al. 2022, sec. 3.2). grid: from `ddim_inverse_grid`."""
+    """DDIM from data to noise (Mokady et al. 2022, sec. 3.2). grid: from `ddim_inverse_grid`."""
     plan = PlanBuilder("ddim_inverse", clip=clip)
     for i in range(begin, len(grid)):
         a_t, a_p = grid.alpha_bar[i], grid.alpha_bar_next[i]

@@ -2,7 +2,8 @@
 
 lambda = ln(alpha / sigma), h = lambda_next - lambda. All variants are one formula,
 
-    x_next = c_x x + c_1 D0 + c_2 D1 + c_3 D2 + c_z z        ("midpoint" at order 2: c_1 (D0 + D1/2))
+    x_next = c_x x + c_1 D0 + c_2 D1 + c_3 D2 + c_z z        ("midpoint" at order 2: c_1 (D0 +
+    D1/2))
 
 where D0 is the newest x0 ("++") or eps and D1, D2 are its scaled differences in lambda.
 """
@@ -50,7 +51,9 @@ def history_entry(plan: PlanBuilder, x0, eps, data: bool, alpha: float, sigma: f
 
 
 def _weights(data, sde, a_t, s_t, a_s, s_s, h):
-    """(c_x, c_1, c_2, c_3, c_z) of the module's formula, from (alpha, sigma) = (a_s, s_s) to (a_t, s_t)."""
+    """(c_x, c_1, c_2, c_3, c_z) of the module's formula, from (alpha, sigma) = (a_s, s_s) to (a_t,
+    s_t).
+    """
     if data:
         u = 2 * h if sde else h
         c_x = s_t / s_s * (math.exp(-h) if sde else 1.0)
@@ -58,11 +61,21 @@ def _weights(data, sde, a_t, s_t, a_s, s_s, h):
         if math.isinf(u):
             return c_x, a_t, a_t, 0.5 * a_t, c_z
         return c_x, -a_t * math.expm1(-u), a_t * u * phi(2, -u), a_t * u * phi(3, -u), c_z
-    if s_t == 0:  # sigma_t e^h -> alpha_t sigma_s / alpha_s; a noise term of that size is left to the plan to refuse
+    if (
+        s_t == 0
+        # sigma_t e^h -> alpha_t sigma_s / alpha_s; a noise term of that size is left to the plan to
+        # refuse
+    ):
         return a_t / a_s, -a_t * s_s / a_s, 0.0, 0.0, math.inf if sde else 0.0
     k = 2.0 if sde else 1.0
     c_z = s_t * math.sqrt(math.expm1(2 * h)) if sde else 0.0
-    return a_t / a_s, -k * s_t * math.expm1(h), -k * s_t * h * phi(2, h), -k * s_t * h * phi(3, h), c_z
+    return (
+        a_t / a_s,
+        -k * s_t * math.expm1(h),
+        -k * s_t * h * phi(2, h),
+        -k * s_t * h * phi(3, h),
+        c_z,
+    )
 
 
 def dpm_solver_plan(
@@ -78,16 +91,18 @@ def dpm_solver_plan(
     clip: float | None = None,
     threshold: tuple[float, float] | None = None,
     peer_d2: bool = False,
-    variance: str = "fixed",
     begin: int = 0,
 ) -> SolverPlan:
     """Multistep DPM-Solver (Lu et al. 2022b, alg. 2; SDE: eq. 19 and sec. 5 of the same).
 
-    grid: number of steps or `SigmaGrid` of any kind ("edm" uses EDM preconditioning with sigma_data).
-    algorithm: a key of `ALGORITHMS`. order: 1..3, reached as the history fills. lower_order_final: with fewer than 15 steps
-    the last step is order 1 and the one before order 2. A step to sigma = 0 is always order 1 (exactly x0).
-    peer_d2: give the D2 term of sde-dpmsolver++ at order 3 diffusers' weight, which is alpha_t too low and does not vanish
-    with h; needed only to repeat its images. variance: "learned_range" ignores the model's variance channels.
+    grid: number of steps or `SigmaGrid` of any kind ("edm" uses EDM preconditioning with
+        sigma_data).
+    algorithm: a key of `ALGORITHMS`. order: 1..3, reached as the history fills.
+    lower_order_final: with fewer than 15 steps the last step is order 1 and the one before order 2.
+        A step to sigma = 0 is always order 1 (exactly x0).
+    peer_d2: give the D2 term of sde-dpmsolver++ at order 3 diffusers' weight, which is alpha_t too
+        low and does not vanish with h; needed only to repeat its images.
+    A model with variance channels is given here without them (m[:, :C]).
     """
     grid = dpm_grid(grid)
     data, sde = choice("algorithm", algorithm, ALGORITHMS)
@@ -117,18 +132,35 @@ def dpm_solver_plan(
                 d11 = (m1 - sym(f"D{i - 2}")) * (h / (lam[i - 1] - lam[i - 2]))
                 r0, r1 = (lam[i] - lam[i - 1]) / h, (lam[i - 1] - lam[i - 2]) / h
                 c_3 = c_3 - a[i + 1] if peer_d2 and data and sde else c_3
-                prev = prev + c_2 * (d10 + r0 / (r0 + r1) * (d10 - d11)) + c_3 / (r0 + r1) * (d10 - d11)
-        plan.row(grid.timesteps[i], grid.sigmas[i], x0, prev, save={f"D{i}": D0}, denoised=D, draws=sde, step=i,
-                 input_scale=input_scale(grid.kind, s[i], sigma_data))  # fmt: skip
+                prev = (
+                    prev
+                    + c_2 * (d10 + r0 / (r0 + r1) * (d10 - d11))
+                    + c_3 / (r0 + r1) * (d10 - d11)
+                )
+        plan.row(
+            grid.timesteps[i],
+            grid.sigmas[i],
+            x0,
+            prev,
+            save={f"D{i}": D0},
+            denoised=D,
+            draws=sde,
+            step=i,
+            input_scale=input_scale(grid.kind, s[i], sigma_data),
+        )
     return plan.build(init_noise_sigma=_init(grid), integer_timesteps=grid.kind != "edm")
 
 
 def _init(grid):
-    return grid.init_noise_sigma if grid.kind == "edm" else 1.0  # vp and flow start from unit variance
+    return (
+        grid.init_noise_sigma if grid.kind == "edm" else 1.0
+    )  # vp and flow start from unit variance
 
 
 def singlestep_orders(N: int, order: int, lower_order_final: bool, final_zero: bool) -> list[int]:
-    """Order of each of N evaluations: blocks 1, 2 .. order, the tail shortened (Lu et al. 2022a, sec. 3.3)."""
+    """Order of each of N evaluations: blocks 1, 2 .. order, the tail shortened (Lu et al. 2022a,
+    sec. 3.3).
+    """
     block = list(range(1, order + 1))
     if lower_order_final or N % order or final_zero:
         full = {1: N, 2: (N - 1) // 2, 3: N // 3 - (N % 3 == 0)}[order]
@@ -155,8 +187,9 @@ def dpm_solver_singlestep_plan(
     peer_d2: bool = False,
     begin: int = 0,
 ) -> SolverPlan:
-    """Singlestep DPM-Solver (Lu et al. 2022a, alg. 1-2; ++: 2022b, alg. 1): blocks of ``order`` evaluations that all start
-    from the x saved at the block's first one. Arguments as in `dpm_solver_plan`."""
+    """Singlestep DPM-Solver (Lu et al. 2022a, alg. 1-2; ++: 2022b, alg. 1): blocks of ``order``
+    evaluations that all start from the x saved at the block's first one. Arguments as in
+    `dpm_solver_plan`."""
     grid = dpm_grid(grid)
     data, sde = choice("algorithm", algorithm, ALGORITHMS)
     midpoint = choice("solver_type", solver_type, SOLVER_TYPES)
@@ -189,7 +222,11 @@ def dpm_solver_singlestep_plan(
                 r1 = (lam[i - 1] - lam[b]) / h
                 d0 = (sym(f"D{i - 1}") - m[b]) / r1
                 c_3 = c_3 - a[i + 1] if peer_d2 and data and sde else c_3
-                prev = prev + c_2 * (r0 * d0 - r1 * d1) / (r0 - r1) + c_3 * 2 * (d1 - d0) / (r0 - r1)
+                prev = (
+                    prev + c_2 * (r0 * d0 - r1 * d1) / (r0 - r1) + c_3 * 2 * (d1 - d0) / (r0 - r1)
+                )
         save = {f"D{i}": D0} | ({f"saved{i}": X} if p == 1 else {})
-        plan.row(grid.timesteps[i], grid.sigmas[i], x0, prev, save=save, denoised=D, draws=sde, step=i)
+        plan.row(
+            grid.timesteps[i], grid.sigmas[i], x0, prev, save=save, denoised=D, draws=sde, step=i
+        )
     return plan.build(init_noise_sigma=_init(grid))

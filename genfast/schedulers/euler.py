@@ -1,4 +1,5 @@
-"""First and second order solvers in sigma (x = x0 + sigma eps): Euler, Euler ancestral, Heun, KDPM2, LMS, and EDM Euler.
+"""First and second order solvers in sigma (x = x0 + sigma eps): Euler, Euler ancestral, Heun,
+KDPM2, LMS, and EDM Euler.
 
 All follow Karras et al. 2022: d = (x - x0) / sigma is dx/dsigma.
 """
@@ -45,7 +46,16 @@ def _euler_rows(plan, grid, x0_of, c_in, *, s_churn, s_tmin, s_tmax, s_noise, ch
         form = x0_of(s, s_hat)
         D = _substitute(plan.x0(form), x_hat) if sd else plan.x0(form)
         prev = x_hat + (x_hat - D) * ((s_next - s_hat) / s_hat)
-        plan.row(grid.timesteps[i], s, form, prev, denoised=D, input_scale=c_in(s), draws=s_hat > s, step=i)
+        plan.row(
+            grid.timesteps[i],
+            s,
+            form,
+            prev,
+            denoised=D,
+            input_scale=c_in(s),
+            draws=s_hat > s,
+            step=i,
+        )
 
 
 def euler_plan(
@@ -60,19 +70,33 @@ def euler_plan(
     clip: float | None = None,
     begin: int = 0,
 ) -> SolverPlan:
-    """Euler steps dx = d dsigma, with churn (Karras et al. 2022, alg. 2 without the 2nd order correction).
+    """Euler steps dx = d dsigma, with churn (Karras et al. 2022, alg. 2 without the 2nd order
+    correction).
 
-    As in diffusers the churn noise is added after the model was evaluated at sigma; epsilon models are then read at
-    sigma_hat, v models at sigma. grid: number of steps or `SigmaGrid`. churn_steps: N in gamma = s_churn / N.
+    As in diffusers the churn noise is added after the model was evaluated at sigma; epsilon models
+    are then read at sigma_hat, v models at sigma. grid: number of steps or `SigmaGrid`.
+    churn_steps: N in gamma = s_churn / N.
     """
     grid = _grid(grid)
-    plan = PlanBuilder("euler", clip=clip if not s_churn else None)
+    if clip is not None and s_churn:
+        raise ValueError(f"clip: expected None with churn (x0 then contains noise), got {clip}")
+    plan = PlanBuilder("euler", clip=clip)
 
     def x0_of(s, s_hat):
         return ve(prediction, s_hat if prediction == "epsilon" else s)
 
-    _euler_rows(plan, grid, x0_of, lambda s: input_scale("ve", s), s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax,
-                s_noise=s_noise, churn_steps=churn_steps, begin=begin)  # fmt: skip
+    _euler_rows(
+        plan,
+        grid,
+        x0_of,
+        lambda s: input_scale("ve", s),
+        s_churn=s_churn,
+        s_tmin=s_tmin,
+        s_tmax=s_tmax,
+        s_noise=s_noise,
+        churn_steps=churn_steps,
+        begin=begin,
+    )
     return _build(plan, grid)
 
 
@@ -87,23 +111,41 @@ def edm_euler_plan(
     s_noise: float = 1.0,
     begin: int = 0,
 ) -> SolverPlan:
-    """Euler with EDM preconditioning: x0 = c_skip x + c_out m at sigma_hat (Karras et al. 2022, table 1 and alg. 2)."""
+    """Euler with EDM preconditioning: x0 = c_skip x + c_out m at sigma_hat (Karras et al. 2022,
+    table 1 and alg. 2).
+    """
     grid = grid if isinstance(grid, SigmaGrid) else edm_grid(grid)
     plan = PlanBuilder("edm_euler")
-    _euler_rows(plan, grid, lambda s, s_hat: edm(prediction, s_hat, sigma_data),
-                lambda s: input_scale("edm", s, sigma_data), s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax,
-                s_noise=s_noise, churn_steps=None, begin=begin)  # fmt: skip
+    _euler_rows(
+        plan,
+        grid,
+        lambda s, s_hat: edm(prediction, s_hat, sigma_data),
+        lambda s: input_scale("edm", s, sigma_data),
+        s_churn=s_churn,
+        s_tmin=s_tmin,
+        s_tmax=s_tmax,
+        s_noise=s_noise,
+        churn_steps=None,
+        begin=begin,
+    )
     return _build(plan, grid)
 
 
 def ancestral(s: float, s_next: float, eta: float = 1.0) -> tuple[float, float]:
-    """(sigma_down, sigma_up) with sigma_down^2 + sigma_up^2 = sigma_next^2 (k-diffusion, get_ancestral_step)."""
+    """(sigma_down, sigma_up) with sigma_down^2 + sigma_up^2 = sigma_next^2 (k-diffusion,
+    get_ancestral_step).
+    """
     up = min(s_next, eta * math.sqrt(max(s_next**2 * (s**2 - s_next**2) / s**2, 0.0)))
     return math.sqrt(max(s_next**2 - up**2, 0.0)), up
 
 
 def euler_ancestral_plan(
-    grid, *, prediction: str = "epsilon", eta: float = 1.0, clip: float | None = None, begin: int = 0
+    grid,
+    *,
+    prediction: str = "epsilon",
+    eta: float = 1.0,
+    clip: float | None = None,
+    begin: int = 0,
 ) -> SolverPlan:
     """Euler to sigma_down, then noise sigma_up (k-diffusion, sample_euler_ancestral)."""
     grid = _grid(grid)
@@ -114,14 +156,24 @@ def euler_ancestral_plan(
         form = ve(prediction, s)
         D = plan.x0(form)
         prev = X + (X - D) * ((down - s) / s) + up * Z
-        plan.row(grid.timesteps[i], s, form, prev, denoised=D, input_scale=input_scale("ve", s), draws=True, step=i)
+        plan.row(
+            grid.timesteps[i],
+            s,
+            form,
+            prev,
+            denoised=D,
+            input_scale=input_scale("ve", s),
+            draws=True,
+            step=i,
+        )
     return _build(plan, grid)
 
 
 def heun_plan(
     grid, *, prediction: str = "epsilon", clip: float | None = None, begin: int = 0
 ) -> SolverPlan:
-    """Heun's second order (Karras et al. 2022, alg. 1): two rows a step, one for a last step to sigma = 0.
+    """Heun's second order (Karras et al. 2022, alg. 1): two rows a step, one for a last step to
+    sigma = 0.
 
     Row 1 keeps x + d dt/2, all that row 2 needs of it.
     """
@@ -132,59 +184,111 @@ def heun_plan(
         form = ve(prediction, s)
         D = plan.x0(form)
         d, dt = (X - D) / s, s_next - s
-        plan.row(grid.timesteps[i], s, form, X + d * dt, save={f"half{i}": X + d * (dt / 2)}, denoised=D,
-                 input_scale=input_scale("ve", s), step=i)  # fmt: skip
+        plan.row(
+            grid.timesteps[i],
+            s,
+            form,
+            X + d * dt,
+            save={f"half{i}": X + d * (dt / 2)},
+            denoised=D,
+            input_scale=input_scale("ve", s),
+            step=i,
+        )
         if i + 1 < len(grid):
             form = ve(prediction, s_next)
             D = plan.x0(form)
             prev = sym(f"half{i}") + (X - D) / s_next * (dt / 2)
-            plan.row(grid.timesteps[i + 1], s_next, form, prev, denoised=D, input_scale=input_scale("ve", s_next),
-                     step=i, stage=1)  # fmt: skip
+            plan.row(
+                grid.timesteps[i + 1],
+                s_next,
+                form,
+                prev,
+                denoised=D,
+                input_scale=input_scale("ve", s_next),
+                step=i,
+                stage=1,
+            )
     return _build(plan, grid)
 
 
 def _kdpm2(name, grid, prediction, clip, begin, target, noisy):
-    """KDPM2: Euler to the geometric middle of sigma and sigma_to, evaluate there, then the full step from the saved x."""
+    """KDPM2: Euler to the geometric middle of sigma and sigma_to, evaluate there, then the full
+    step from the saved x.
+    """
     grid = _grid(grid)
     plan = PlanBuilder(name, clip=clip)
     for i in range(begin, len(grid)):
         s, s_next = grid.sigmas[i], grid.sigmas[i + 1]
         s_to, up = target(s, s_next)
-        last = i + 1 == len(grid)
+        last = s_to == 0
         s_mid = 0.0 if last else math.exp((math.log(s) + math.log(s_to)) / 2)
         form = ve(prediction, s)
         D = plan.x0(form)
-        plan.row(grid.timesteps[i], s, form, X + (X - D) / s * (s_mid - s), save={f"saved{i}": X}, denoised=D,
-                 input_scale=input_scale("ve", s), step=i)  # fmt: skip
+        plan.row(
+            grid.timesteps[i],
+            s,
+            form,
+            X + (X - D) / s * (s_mid - s),
+            save={f"saved{i}": X},
+            denoised=D,
+            input_scale=input_scale("ve", s),
+            step=i,
+        )
         if not last:
             form = ve(prediction, s_mid)
             D = plan.x0(form)
             prev = sym(f"saved{i}") + (X - D) / s_mid * (s_to - s) + up * Z
             t_mid = sigma_to_t(s_mid, grid.table)
-            plan.row(t_mid, s_mid, form, prev, denoised=D, input_scale=input_scale("ve", s_mid), draws=noisy, step=i,
-                     stage=1)  # fmt: skip
+            plan.row(
+                t_mid,
+                s_mid,
+                form,
+                prev,
+                denoised=D,
+                input_scale=input_scale("ve", s_mid),
+                draws=noisy,
+                step=i,
+                stage=1,
+            )
     return _build(plan, grid)
 
 
 def kdpm2_plan(
     grid, *, prediction: str = "epsilon", clip: float | None = None, begin: int = 0
 ) -> SolverPlan:
-    """DPM-Solver-2 in sigma (k-diffusion, sample_dpm_2; Karras et al. 2022, app. C.3): two rows a step, one for the last."""
+    """DPM-Solver-2 in sigma (k-diffusion, sample_dpm_2; Karras et al. 2022, app. C.3): two rows a
+    step, one for the last.
+    """
     return _kdpm2("kdpm2", grid, prediction, clip, begin, lambda s, s_next: (s_next, 0.0), False)
 
 
 def kdpm2_ancestral_plan(
-    grid, *, prediction: str = "epsilon", eta: float = 1.0, clip: float | None = None, begin: int = 0
+    grid,
+    *,
+    prediction: str = "epsilon",
+    eta: float = 1.0,
+    clip: float | None = None,
+    begin: int = 0,
 ) -> SolverPlan:
     """DPM-Solver-2 to sigma_down, then noise sigma_up (k-diffusion, sample_dpm_2_ancestral)."""
-    return _kdpm2("kdpm2_ancestral", grid, prediction, clip, begin,
-                  lambda s, s_next: ancestral(s, s_next, eta), True)  # fmt: skip
+    return _kdpm2(
+        "kdpm2_ancestral",
+        grid,
+        prediction,
+        clip,
+        begin,
+        lambda s, s_next: ancestral(s, s_next, eta),
+        True,
+    )
+
+
+_GAUSS = np.polynomial.legendre.leggauss(4)
 
 
 def lms_coefficients(sigmas, i: int, order: int) -> list[float]:
-    """Integrals over [sigma_i, sigma_{i+1}] of the Lagrange basis at sigma_i, sigma_{i-1}, … ; Gauss-Legendre with 4 nodes
-    is exact up to degree 7, that is order 8."""
-    nodes, weights = np.polynomial.legendre.leggauss(4)
+    """Integrals over [sigma_i, sigma_{i+1}] of the Lagrange basis at sigma_i, sigma_{i-1}, … ;
+    Gauss-Legendre with 4 nodes is exact up to degree 7, that is order 8."""
+    nodes, weights = _GAUSS
     a, b = sigmas[i], sigmas[i + 1]
     tau = (a + b) / 2 + (b - a) / 2 * nodes
     past = [sigmas[i - k] for k in range(order)]
@@ -198,7 +302,9 @@ def lms_coefficients(sigmas, i: int, order: int) -> list[float]:
 def lms_plan(
     grid, *, prediction: str = "epsilon", order: int = 4, clip: float | None = None, begin: int = 0
 ) -> SolverPlan:
-    """Linear multistep (Adams-Bashforth) in sigma with unequal steps (k-diffusion, sample_lms). order: 1..7."""
+    """Linear multistep (Adams-Bashforth) in sigma with unequal steps (k-diffusion, sample_lms).
+    order: 1..7.
+    """
     grid = _grid(grid)
     if positive("order", order) > 7:
         raise ValueError(f"order: expected 1..7, got {order}")
@@ -210,5 +316,14 @@ def lms_plan(
         d = (X - D) / s
         c = lms_coefficients(grid.sigmas, i, min(i - begin + 1, order))
         prev = X + c[0] * d + sum(ck * sym(f"d{i - k}") for k, ck in enumerate(c) if k)
-        plan.row(grid.timesteps[i], s, form, prev, save={f"d{i}": d}, denoised=D, input_scale=input_scale("ve", s), step=i)
+        plan.row(
+            grid.timesteps[i],
+            s,
+            form,
+            prev,
+            save={f"d{i}": d},
+            denoised=D,
+            input_scale=input_scale("ve", s),
+            step=i,
+        )
     return _build(plan, grid)

@@ -1,4 +1,6 @@
-"""Flow-matching solvers: x = (1 - sigma) x0 + sigma eps and the model predicts eps - x0 (Lipman et al. 2023; Esser et al. 2024)."""
+"""Flow-matching solvers: x = (1 - sigma) x0 + sigma eps and the model predicts eps - x0 (Lipman et
+al. 2023; Esser et al. 2024).
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ def _grid(grid) -> SigmaGrid:
 def flow_match_euler_plan(
     grid, *, stochastic: bool = False, clip: float | None = None, begin: int = 0
 ) -> SolverPlan:
-    """x + (sigma_next - sigma) m; stochastic: (1 - sigma_next) x0 + sigma_next z. grid: number of steps or `flow_grid`."""
+    """x + (sigma_next - sigma) m; stochastic: (1 - sigma_next) x0 + sigma_next z. grid: number of
+    steps or `flow_grid`.
+    """
     grid = _grid(grid)
     plan = PlanBuilder("flow_match_euler", clip=clip)
     for i in range(begin, len(grid)):
@@ -44,7 +48,9 @@ def flow_match_heun_plan(
     s_noise: float = 1.0,
     begin: int = 0,
 ) -> SolverPlan:
-    """Heun's method with the churn of Karras et al. 2022, alg. 2: two rows a step, one for the last."""
+    """Heun's method with the churn of Karras et al. 2022, alg. 2: two rows a step, one for the
+    last.
+    """
     grid = _grid(grid)
     plan = PlanBuilder("flow_match_heun")
     for i in range(begin, len(grid)):
@@ -53,11 +59,27 @@ def flow_match_heun_plan(
         s_hat, sd = churn(s, 2 * len(grid) - 1, s_churn, s_tmin, s_tmax, s_noise)
         x_hat = X + sd * Z
         d, dt = s / s_hat * M, s_next - s_hat
-        plan.row(grid.timesteps[i], s, X - s * M, x_hat + dt * d, save={f"half{i}": x_hat + dt / 2 * d},
-                 denoised=x_hat - s * M, draws=s_hat > s, step=i)  # fmt: skip
+        plan.row(
+            grid.timesteps[i],
+            s,
+            X - s * M,
+            x_hat + dt * d,
+            save={f"half{i}": x_hat + dt / 2 * d},
+            denoised=x_hat - s * M,
+            draws=s_hat > s,
+            step=i,
+        )
         if i + 1 < len(grid):
-            plan.row(grid.timesteps[i + 1], s_next, X - s_next * M, sym(f"half{i}") + dt / 2 * M,
-                     denoised=X - s_next * M, draws=s_hat > s, step=i, stage=1)  # fmt: skip
+            plan.row(
+                grid.timesteps[i + 1],
+                s_next,
+                X - s_next * M,
+                sym(f"half{i}") + dt / 2 * M,
+                denoised=X - s_next * M,
+                draws=s_hat > s,
+                step=i,
+                stage=1,
+            )
     return plan.build(integer_timesteps=False)
 
 
@@ -76,16 +98,26 @@ def flow_match_lcm_plan(grid, *, clip: float | None = None, begin: int = 0) -> S
 def flow_match_token_table(sigmas, token_sigmas, *, stochastic: bool = False) -> np.ndarray:
     """Coefficient rows (B, L, 36) for one Euler step in which every token has its own noise level.
 
-    sigmas: (N+1,) of the grid. token_sigmas: (B, L); a token goes to the largest grid sigma more than 1e-6 below its own,
-    or to 0. dt = sigma_next - sigma, as for whole samples (diffusers has the opposite sign here).
+    sigmas: (N+1,) of the grid. token_sigmas: (B, L); a token goes to the largest grid sigma more
+    than 1e-6 below its own, or to 0. dt = sigma_next - sigma, as for whole samples (diffusers has
+    the opposite sign here).
     """
     grid, s = np.asarray(sigmas, np.float64), np.asarray(token_sigmas, np.float64)
     below = grid < s[..., None] - 1e-6
     s_next = np.where(below, grid, 0.0).max(-1)
     table = np.zeros((*s.shape, COLUMNS))
-    table[..., D_X], table[..., D_M], table[..., CLIP], table[..., INPUT_SCALE] = 1.0, -s, np.inf, 1.0
+    table[..., D_X], table[..., D_M], table[..., CLIP], table[..., INPUT_SCALE] = (
+        1.0,
+        -s,
+        np.inf,
+        1.0,
+    )
     if stochastic:
-        table[..., COEF], table[..., COEF + 1], table[..., COEF + 9] = 1 - s_next, -(1 - s_next) * s, s_next
+        table[..., COEF], table[..., COEF + 1], table[..., COEF + 9] = (
+            1 - s_next,
+            -(1 - s_next) * s,
+            s_next,
+        )
     else:
         table[..., COEF], table[..., COEF + 1] = 1.0, s_next - s
     denoised = COEF + 2 * (COLUMNS - COEF) // 3

@@ -18,14 +18,16 @@ from .plan import Lin, PlanBuilder, SolverPlan, X, Z, sym
 
 
 def lagrange_phi(nodes, y: float) -> list[float]:
-    """Integrals over [0, 1] of e^{(1-tau) y} L_k(tau) for the Lagrange basis at ``nodes`` (distinct), as
-    sum_n l_kn n! phi_{n+1}(y) with L_k = sum_n l_kn tau^n."""
+    """Integrals over [0, 1] of e^{(1-tau) y} L_k(tau) for the Lagrange basis at ``nodes``
+    (distinct), as sum_n l_kn n! phi_{n+1}(y) with L_k = sum_n l_kn tau^n."""
     # int_0^1 e^{(1-tau) y} tau^n dtau = n! phi_{n+1}(y)
     moments = [math.factorial(n) * phi(n + 1, y) for n in range(len(nodes))]
     out = []
     for k, node in enumerate(nodes):
         others = [n for j, n in enumerate(nodes) if j != k]
-        poly = np.atleast_1d(np.poly(others))[::-1] / np.prod([node - n for n in others])  # ascending powers
+        poly = np.atleast_1d(np.poly(others))[::-1] / np.prod(
+            [node - n for n in others]
+        )  # ascending powers
         out.append(float(np.dot(poly, moments)))
     return out
 
@@ -40,8 +42,10 @@ def deis_plan(
     threshold: tuple[float, float] | None = None,
     begin: int = 0,
 ) -> SolverPlan:
-    """DEIS, Adams-Bashforth in log rho, rho = sigma / alpha (Zhang & Chen 2023, tAB-DEIS): the eps history is extrapolated as a
-    polynomial in lambda and integrated exactly: x_next = (alpha_t/alpha_s) x - sigma_t h sum_k w_k eps_k."""
+    """DEIS, Adams-Bashforth in log rho, rho = sigma / alpha (Zhang & Chen 2023, tAB-DEIS): the eps
+    history is extrapolated as a
+    polynomial in lambda and integrated exactly: x_next = (alpha_t/alpha_s) x - sigma_t h sum_k w_k
+        eps_k."""
     grid = dpm_grid(grid)
     if positive("order", order) > 3:
         raise ValueError(f"order: expected 1, 2 or 3, got {order}")
@@ -64,7 +68,9 @@ def deis_plan(
             w = [s[i + 1] * h * wk for wk in w]
         past = sum(wk * sym(f"E{i - k}") for k, wk in enumerate(w) if k)
         prev = a[i + 1] / a[i] * X - w[0] * E0 + -1.0 * (past or Lin({}))
-        plan.row(grid.timesteps[i], grid.sigmas[i], x0, prev, save={f"E{i}": E0}, denoised=D, step=i)
+        plan.row(
+            grid.timesteps[i], grid.sigmas[i], x0, prev, save={f"E{i}": E0}, denoised=D, step=i
+        )
     return plan.build()
 
 
@@ -87,13 +93,19 @@ def sa_solver_plan(
 ) -> SolverPlan:
     """SA-Solver (Xue et al. 2023, eq. 14 and 17): stochastic Adams predictor and corrector.
 
-    tau: timestep -> stochasticity (0: ODE, 1: SDE). data: history of x0 (True) or eps. predictor_order: 1..3,
-    corrector_order: 1..4. The noise of a step returns in the next step's corrector; what that needs,
-    c_x x + c_z z, is one history entry here.
+    tau: timestep -> stochasticity (0: ODE, 1: SDE). data: history of x0 (True) or eps.
+    predictor_order: 1..3, corrector_order: 1..4. The noise of a step returns in the next step's
+    corrector; what that needs, c_x x + c_z z, is one history entry here.
     """
     grid = dpm_grid(grid)
-    if positive("predictor_order", predictor_order) > 3 or positive("corrector_order", corrector_order) > 4:
-        raise ValueError(f"predictor_order, corrector_order: expected up to 3 and 4, got {predictor_order}, {corrector_order}")
+    if (
+        positive("predictor_order", predictor_order) > 3
+        or positive("corrector_order", corrector_order) > 4
+    ):
+        raise ValueError(
+            f"predictor_order, corrector_order: expected up to 3 and 4, got {predictor_order}, "
+            f"{corrector_order}"
+        )
     a, s, lam = log_snr(grid)
     N, depth = len(grid), max(predictor_order, corrector_order - 1)
     plan = PlanBuilder("sa_solver", clip=clip, threshold=threshold)
@@ -109,7 +121,9 @@ def sa_solver_plan(
         if not data:
             return [-q * s[j + 1] * h * w for w in lagrange_phi(unit, h)]
         w = [q * a[j + 1] * h * w for w in lagrange_phi(unit, -q * h)]
-        if len(nodes) == 2:  # the paper's order-2 correction, O(h^3): makes both ends exact for tau = 0
+        if (
+            len(nodes) == 2
+        ):  # the paper's order-2 correction, O(h^3): makes both ends exact for tau = 0
             gap = 1.0 if nodes[0] > j else h / (lam[j] - lam[nodes[1]])
             shift = q * a[j + 1] * h * q * h * phi(3, -q * h) * gap
             w = [w[0] + shift, w[1] - shift]
@@ -124,7 +138,9 @@ def sa_solver_plan(
         if i > begin:  # correct x_i with the newest model output
             nodes = [i - k for k in range(order_c)]
             q = 1 + tau(grid.timesteps[i - 1]) ** 2
-            x = carried + sum(w * entry(k) for k, w in zip(nodes, weights(i - 1, nodes, q), strict=True))
+            x = carried + sum(
+                w * entry(k) for k, w in zip(nodes, weights(i - 1, nodes, q), strict=True)
+            )
         p, c = predictor_order, corrector_order
         if lower_order_final:
             p, c = min(p, N - i), min(c, N - i + 1)
@@ -142,10 +158,20 @@ def sa_solver_plan(
             c_z = math.sqrt(t2) * s[i + 1] * math.sqrt(math.expm1(2 * h)) if t2 else 0.0
         kept = c_x * x + c_z * Z
         nodes = [i - k for k in range(p)]
-        prev = kept + sum(w * entry(k) for k, w in zip(nodes, weights(i, nodes, 1 + t2), strict=True))
+        prev = kept + sum(
+            w * entry(k) for k, w in zip(nodes, weights(i, nodes, 1 + t2), strict=True)
+        )
         carried = sym(f"w{i}")
-        plan.row(grid.timesteps[i], grid.sigmas[i], x0, prev, save={f"D{i}": D0, f"w{i}": kept}, denoised=D,
-                 draws=True, step=i)  # fmt: skip
+        plan.row(
+            grid.timesteps[i],
+            grid.sigmas[i],
+            x0,
+            prev,
+            save={f"D{i}": D0, f"w{i}": kept},
+            denoised=D,
+            draws=True,
+            step=i,
+        )
     return plan.build()
 
 
@@ -166,9 +192,11 @@ def unipc_plan(
     threshold: tuple[float, float] | None = None,
     begin: int = 0,
 ) -> SolverPlan:
-    """UniPC (Zhao et al. 2023, alg. 1-2): each model output first corrects the x it was computed at (UniC), then predicts (UniP).
+    """UniPC (Zhao et al. 2023, alg. 1-2): each model output first corrects the x it was computed at
+    (UniC), then predicts (UniP).
 
-    order: 1 and more; a history of order + 1 tensors must fit the 6 slots. solver_type: "bh1" (B = h) or "bh2"
+    order: 1 and more; a history of order + 1 tensors must fit the 6 slots. solver_type: "bh1" (B =
+        h) or "bh2"
     (B = e^h - 1). disable_corrector: steps after which the corrector is skipped.
     """
     grid = dpm_grid(grid)
@@ -179,7 +207,9 @@ def unipc_plan(
     plan = PlanBuilder("unipc", clip=clip, threshold=threshold)
 
     def update(x, j, D_j, order, new=None):
-        """x at j moved to j+1: D_j the output at j, older ones from the history, ``new`` the output at j+1 (corrector)."""
+        """x at j moved to j+1: D_j the output at j, older ones from the history, ``new`` the output
+        at j+1 (corrector).
+        """
         h = lam[j + 1] - lam[j]
         hh = -h if predict_x0 else h
         c_x, c = (s[j + 1] / s[j], a[j + 1]) if predict_x0 else (a[j + 1] / a[j], s[j + 1])
@@ -212,5 +242,13 @@ def unipc_plan(
         p = min(order, N - i) if lower_order_final or s[-1] == 0 and i == N - 1 else order
         p = min(p, i - begin + 1)
         prev = update(x, i, D0, p)
-        plan.row(grid.timesteps[i], grid.sigmas[i], x0, prev, save={f"D{i}": D0, f"saved{i}": x}, denoised=D, step=i)
+        plan.row(
+            grid.timesteps[i],
+            grid.sigmas[i],
+            x0,
+            prev,
+            save={f"D{i}": D0, f"saved{i}": x},
+            denoised=D,
+            step=i,
+        )
     return plan.build()

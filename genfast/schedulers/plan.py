@@ -1,28 +1,33 @@
-"""SolverPlan: a diffusion solver as an immutable table of coefficients, one row per model evaluation.
+"""SolverPlan: a diffusion solver as an immutable table of coefficients, one row per model
+evaluation.
 
 Every row is the same affine step (m is the guidance-combined model output, z ~ N(0, 1)):
 
     x0    = clamp(d_x x + d_m m, -clip, clip)
     out_i = c_i . [x, m, x0, H_1 .. H_6, z]            i = 0, 1, 2
 
-out_0 is the next sample; out_1 and out_2 go to the history slots named in ``index`` and one of the three may be the
-denoised estimate. H_1..H_6 are fixed places: nothing is ever shifted, instead the plan maker decides which place holds
-what and permutes the coefficients. A slot may be read and overwritten in one row, so a kernel must load an element's
-sources before it stores that element's outputs.
+out_0 is the next sample; out_1 and out_2 go to the history slots named in ``index`` and one of the
+three may be the denoised estimate. H_1..H_6 are fixed places: nothing is ever shifted, instead the
+plan maker decides which place holds what and permutes the coefficients. A slot may be read and
+overwritten in one row, so a kernel must load an element's sources before it stores that element's
+outputs.
 
 Float table, float64 (rows, 36):
 
-    0 d_x | 1 d_m | 2 clip (inf: none) | 3 input_scale | 4 logvar_min | 5 logvar_max | 6.. c_0 | 16.. c_1 | 26.. c_2
+    0 d_x   1 d_m   2 clip (inf: none)   3 input_scale   4 logvar_min   5 logvar_max
+    6..15 c_0   16..25 c_1   26..35 c_2
 
 Index table, int32 (rows, 8):
 
-    0 slot of out_1 (0: none) | 1 slot of out_2 (0: none) | 2 output that is the denoised estimate (-1: none)
-    3 noise: 0 none, 1 used, 2 drawn by the peer though its coefficient is 0 | 4 variance: see VARIANCE
-    5 step | 6 stage within the step | 7 bit k set: source k is used by some output
+    0 slot of out_1 (0: none)   1 slot of out_2 (0: none)
+    2 which output is the denoised estimate (-1: none)
+    3 noise: 0 none, 1 used, 2 drawn by the peer although its coefficient is 0
+    4 variance: see VARIANCE   5 step   6 stage within the step
+    7 bit k set: source k is used by some output
 
-The model is called with (input_scale x, timestep). With a learned variance the model output has twice the channels of
-x; its second half v gives a per-element factor of the z column: exp(0.5 (f logvar_max + (1-f) logvar_min)),
-f = (v+1)/2 ("learned_range"), or sqrt(v) ("learned").
+The model is called with (input_scale x, timestep). With a learned variance the model output has
+twice the channels of x; its second half v gives a per-element factor of the z column:
+exp(0.5 (f logvar_max + (1-f) logvar_min)), f = (v+1)/2 ("learned_range"), or sqrt(v) ("learned").
 """
 
 from __future__ import annotations
@@ -46,7 +51,9 @@ VARIANCE = {"fixed": 0, "learned_range": 1, "learned": 2}
 
 
 class Lin:
-    """A linear form over named tensors: {"x": 0.9, "m": -0.1}. Lets a row-maker be written like the paper's equation."""
+    """A linear form over named tensors: {"x": 0.9, "m": -0.1}. Lets a row-maker be written like the
+    paper's equation.
+    """
 
     __slots__ = ("terms",)
     __array_ufunc__ = None  # numpy scalars on the left defer to __rmul__
@@ -68,7 +75,9 @@ class Lin:
     __rmul__ = __mul__
 
     def __truediv__(self, c):
-        with np.errstate(divide="ignore"):  # an infinite coefficient is reported by the plan, with its row
+        with np.errstate(
+            divide="ignore"
+        ):  # an infinite coefficient is reported by the plan, with its row
             return Lin({k: np.float64(v) / float(c) for k, v in self.terms.items()})
 
     def __neg__(self):
@@ -96,13 +105,16 @@ X, M, X0, Z = sym("x"), sym("m"), sym("x0"), sym("z")
 
 @dataclass(frozen=True, eq=False)
 class SolverPlan:
-    """See the module's head. Immutable; hash and equality by content; safe to share between threads and requests.
+    """See the module's head. Immutable; hash and equality by content; safe to share between threads
+    and requests.
 
     table: (R, 36) float64. index: (R, 8) int32. timesteps: (R,) float64, what the model is given.
     sigmas: (R,) float64, the noise level of each row in the solver's own convention.
     init_noise_sigma: the sampler starts from x = init_noise_sigma * N(0, 1).
-    slots: history tensors needed, 0..6. names: what each slot holds after each row, for inspection ("" when free).
-    integer_timesteps: the model expects ints. threshold: (ratio, max) for dynamic thresholding of x0, or None.
+    slots: history tensors needed, 0..6.
+    names: what each slot holds after each row, for inspection ("" when free).
+    integer_timesteps: the model expects ints.
+    threshold: (ratio, max) for dynamic thresholding of x0, or None.
     """
 
     name: str
@@ -133,8 +145,14 @@ class SolverPlan:
         object.__setattr__(self, "_digest", h.digest())
 
     def _meta(self):
-        return (self.name, float(self.init_noise_sigma), int(self.slots), self.names,
-                bool(self.integer_timesteps), self.threshold)  # fmt: skip
+        return (
+            self.name,
+            float(self.init_noise_sigma),
+            int(self.slots),
+            self.names,
+            bool(self.integer_timesteps),
+            self.threshold,
+        )
 
     def _validate(self):
         R = len(self.table)
@@ -150,23 +168,35 @@ class SolverPlan:
         if not finite.all():
             row, col = np.argwhere(~finite)[0]
             raise ValueError(
-                f"{self.name}: row {row} (timestep {self.timesteps[row]:g}) has coefficient {self.table[row, col]} in column "
-                f"{col}; an epsilon or sample model cannot start from (or end at) a noise level where it says nothing "
-                f"about x0: use v_prediction with zero terminal SNR, or another final sigma"
+                f"{self.name}: row {row} (timestep {self.timesteps[row]:g}) has coefficient "
+                f"{self.table[row, col]} in column {col}; an epsilon or sample model cannot start "
+                f"from (or end at) a noise level where it says nothing about x0: use v_prediction "
+                f"with zero terminal SNR, or another final sigma"
             )
         if not 0 <= self.slots <= SLOTS:
             raise ValueError(f"slots: expected 0..{SLOTS}, got {self.slots}")
-        for col, low, high in ((WRITE_1, 0, self.slots), (WRITE_2, 0, self.slots), (DENOISED, -1, OUTPUTS - 1),
-                               (NOISE, 0, 2), (VARIANCE_MODE, 0, 2)):  # fmt: skip
+        for col, low, high in (
+            (WRITE_1, 0, self.slots),
+            (WRITE_2, 0, self.slots),
+            (DENOISED, -1, OUTPUTS - 1),
+            (NOISE, 0, 2),
+            (VARIANCE_MODE, 0, 2),
+        ):
             if not ((self.index[:, col] >= low) & (self.index[:, col] <= high)).all():
-                raise ValueError(f"index: expected column {col} in [{low}, {high}], got {self.index[:, col]}")
+                raise ValueError(
+                    f"index: expected column {col} in [{low}, {high}], got {self.index[:, col]}"
+                )
         written, free = set(), 0
         for row in range(R):  # a slot is written before it is read, and never past `slots`
             reads = {s - 2 for s in self.sources(row) if 3 <= s <= 2 + SLOTS}
             if not reads <= written:
-                raise ValueError(f"index: row {row} reads slots {sorted(reads - written)} that no row wrote")
+                raise ValueError(
+                    f"index: row {row} reads slots {sorted(reads - written)} that no row wrote"
+                )
             if self.index[row, READS] != sum(1 << s for s in self.sources(row)):
-                raise ValueError(f"index: row {row} has a wrong mask of sources {self.index[row, READS]}")
+                raise ValueError(
+                    f"index: row {row} has a wrong mask of sources {self.index[row, READS]}"
+                )
             written |= set(self.index[row, [WRITE_1, WRITE_2]]) - {free}
 
     # ---- reading ---------------------------------------------------------------------------------
@@ -209,7 +239,10 @@ class SolverPlan:
         for k, name in enumerate(held, 1):
             named[2 + k] = name or named[2 + k]
         d = self.table[row]
-        lines = [f"x0 = {d[D_X]:+.6g} x {d[D_M]:+.6g} m" + (f", |x0| <= {d[CLIP]:g}" if np.isfinite(d[CLIP]) else "")]
+        lines = [
+            f"x0 = {d[D_X]:+.6g} x {d[D_M]:+.6g} m"
+            + (f", |x0| <= {d[CLIP]:g}" if np.isfinite(d[CLIP]) else "")
+        ]
         targets = ("x", *(f"H{s}" if s else "" for s in self.index[row, [WRITE_1, WRITE_2]]))
         for i, (c, to) in enumerate(zip(self.coefficients(row), targets, strict=True)):
             tag = " (denoised)" if self.index[row, DENOISED] == i else ""
@@ -229,7 +262,10 @@ class SolverPlan:
         """Plain lists and numbers (json.dumps keeps every bit; an absent clip is Infinity)."""
         keys = ("name", "init_noise_sigma", "slots", "names", "integer_timesteps", "threshold")
         arrays = ("table", "index", "timesteps", "sigmas")
-        return {**{k: getattr(self, k) for k in keys}, **{k: getattr(self, k).tolist() for k in arrays}}
+        return {
+            **{k: getattr(self, k) for k in keys},
+            **{k: getattr(self, k).tolist() for k in arrays},
+        }
 
     @classmethod
     def from_dict(cls, d: dict) -> SolverPlan:
@@ -243,11 +279,13 @@ class SolverPlan:
 class PlanBuilder:
     """Collects rows written with `Lin` and assigns history slots.
 
-    History entries are named by the row-maker ("D3", "x3"); a name is written once, and its slot is free again after
-    the last row that reads it. An entry that nobody reads is not stored.
+    History entries are named by the row-maker ("D3", "x3"); a name is written once, and its slot is
+    free again after the last row that reads it. An entry that nobody reads is not stored.
     """
 
-    def __init__(self, name: str, *, clip: float | None = None, threshold: tuple[float, float] | None = None):
+    def __init__(
+        self, name: str, *, clip: float | None = None, threshold: tuple[float, float] | None = None
+    ):
         if clip is not None and not clip > 0:
             raise ValueError(f"clip: expected a positive number or None, got {clip!r}")
         self.name, self.threshold = name, threshold
@@ -260,21 +298,52 @@ class PlanBuilder:
         return np.isfinite(self.clip) or self.threshold is not None
 
     def x0(self, form: Lin) -> Lin:
-        """The symbol to use for x0 = form: x0 itself when it is clamped, else its expansion (less rounding)."""
+        """The symbol to use for x0 = form: x0 itself when it is clamped, else its expansion (less
+        rounding).
+        """
         if self.opaque and set(form.terms) - {"x", "m"}:
-            raise ValueError("clip: cannot clamp an x0 that depends on more than the sample and the model output")
+            raise ValueError(
+                "clip: cannot clamp an x0 that depends on more than the sample and the model output"
+            )
         return X0 if self.opaque else form
 
-    def row(self, t, sigma, x0: Lin, prev: Lin, *, save: dict[str, Lin] | None = None, denoised: Lin | None = None,
-            input_scale=1.0, draws: bool = False, step: int = 0, stage: int = 0, variance="fixed",
-            logvar=(0.0, 0.0)):  # fmt: skip
-        """Add a row: x <- prev, history <- save, and ``denoised`` on demand where an output is free for it. ``x0`` is the
-        unclamped form in x and m.
+    def row(
+        self,
+        t,
+        sigma,
+        x0: Lin,
+        prev: Lin,
+        *,
+        save: dict[str, Lin] | None = None,
+        denoised: Lin | None = None,
+        input_scale=1.0,
+        draws: bool = False,
+        step: int = 0,
+        stage: int = 0,
+        variance="fixed",
+        logvar=(0.0, 0.0),
+    ):
+        """Add a row: x <- prev, history <- save, and ``denoised`` on demand where an output is free
+        for it. ``x0`` is the unclamped form in x and m.
         draws: the peer draws noise here even if the coefficient is 0."""
         if clash := set(save or {}) & set(SOURCES):
             raise ValueError(f"save: {sorted(clash)} are names of sources")
-        self.rows.append(dict(t=t, sigma=sigma, x0=x0, prev=prev, save=save, denoised=denoised, draws=draws, step=step,
-                              input_scale=input_scale, stage=stage, variance=variance, logvar=logvar))  # fmt: skip
+        self.rows.append(
+            dict(
+                t=t,
+                sigma=sigma,
+                x0=x0,
+                prev=prev,
+                save=save,
+                denoised=denoised,
+                draws=draws,
+                step=step,
+                input_scale=input_scale,
+                stage=stage,
+                variance=variance,
+                logvar=logvar,
+            )
+        )
 
     def build(self, *, init_noise_sigma=1.0, integer_timesteps=True) -> SolverPlan:
         R = len(self.rows)
@@ -291,11 +360,15 @@ class PlanBuilder:
             denoised = row["denoised"]
             outs = [row["prev"], *saves.values()]
             place = outs.index(denoised) if denoised in outs else -1
-            if denoised is not None and place < 0 and len(outs) < OUTPUTS:  # an output of its own: always the last one
+            if (
+                denoised is not None and place < 0 and len(outs) < OUTPUTS
+            ):  # an output of its own: always the last one
                 outs += [Lin({})] * (OUTPUTS - 1 - len(outs)) + [denoised]
                 place = OUTPUTS - 1
             if len(outs) > OUTPUTS:
-                raise ValueError(f"{self.name}: row {r} has {len(outs)} outputs, at most {OUTPUTS} fit")
+                raise ValueError(
+                    f"{self.name}: row {r} has {len(outs)} outputs, at most {OUTPUTS} fit"
+                )
             held = {n: s for n, s in held.items() if last_read[n] > r}
             for col, n in zip((WRITE_1, WRITE_2), saves, strict=False):
                 held[n] = next(s for s in range(1, SLOTS + 2) if s not in held.values())
@@ -307,27 +380,45 @@ class PlanBuilder:
                 for n, v in form.terms.items():
                     c[i, column[n]] += v
             form = row["x0"].terms
-            table[r, :COEF] = (form.get("x", 0.0), form.get("m", 0.0), self.clip, row["input_scale"], *row["logvar"])
+            table[r, :COEF] = (
+                form.get("x", 0.0),
+                form.get("m", 0.0),
+                self.clip,
+                row["input_scale"],
+                *row["logvar"],
+            )
             table[r, COEF:] = c.ravel()
             used = (c != 0).any(0)
             noise = NOISE_USED if used[-1] else NOISE_DRAWN if row["draws"] else NOISE_NONE
             index[r, DENOISED:] = (
-                place, noise, VARIANCE[row["variance"]],
-                row["step"], row["stage"], sum(1 << int(s) for s in np.flatnonzero(used)),
-            )  # fmt: skip
+                place,
+                noise,
+                VARIANCE[row["variance"]],
+                row["step"],
+                row["stage"],
+                sum(1 << int(s) for s in np.flatnonzero(used)),
+            )
             slot_names = [""] * max(held.values(), default=0)
             for n, s in held.items():
                 slot_names[s - 1] = n
             names.append(slot_names)
         return SolverPlan(
-            self.name, table, index, [row["t"] for row in self.rows], [row["sigma"] for row in self.rows],
-            float(init_noise_sigma), max((len(n) for n in names), default=0), names, integer_timesteps,
+            self.name,
+            table,
+            index,
+            [row["t"] for row in self.rows],
+            [row["sigma"] for row in self.rows],
+            float(init_noise_sigma),
+            max((len(n) for n in names), default=0),
+            names,
+            integer_timesteps,
             self.threshold,
-        )  # fmt: skip
+        )
 
 
 def stack_rows(plans: Iterable[SolverPlan], rows: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
-    """(table (B, 36), index (B, 8)) of one row per sample: requests at different steps, or even of different solvers,
-    share one batch and one kernel call. Their history tensors need max(plan.slots) places."""
+    """(table (B, 36), index (B, 8)) of one row per sample: requests at different steps, or even of
+    different solvers, share one batch and one kernel call. Their history tensors need
+    max(plan.slots) places."""
     pairs = list(zip(plans, rows, strict=True))
     return np.stack([p.table[r] for p, r in pairs]), np.stack([p.index[r] for p, r in pairs])

@@ -34,10 +34,12 @@ def _transfer(x: Lin, out: Lin, a_t: float, a_p: float, prediction: str) -> Lin:
 def pndm_plan(
     grid, *, prediction: str = "epsilon", skip_prk: bool = False, begin: int = 0
 ) -> SolverPlan:
-    """PNDM (Liu et al. 2022, alg. 2): PLMS, started by three pseudo Runge-Kutta steps (4 evaluations each) or, with skip_prk, by an
-    improved Euler step that evaluates the second timestep twice.
+    """PNDM (Liu et al. 2022, alg. 2): PLMS, started by three pseudo Runge-Kutta steps (4
+    evaluations each) or, with skip_prk, by an improved Euler step that evaluates the second
+    timestep twice.
 
-    grid: steps, timesteps or `AlphaGrid` (its stride is the step length). begin: first row run (skip_prk only).
+    grid: steps, timesteps or `AlphaGrid` (its stride is the step length). begin: first row run
+        (skip_prk only).
     """
     grid = grid if isinstance(grid, AlphaGrid) else alpha_grid(grid, chain="stride")
     t, stride = grid.timesteps, grid.stride
@@ -48,25 +50,41 @@ def pndm_plan(
         a_in, a_t, a_p = (float(v) for v in grid.at([t_in, t_from, t_to]))
         x0, _ = vp(prediction, math.sqrt(a_in), math.sqrt(1 - a_in))
         prev = _transfer(x, out, a_t, a_p, prediction)
-        plan.row(t_in, math.sqrt(1 - a_in), x0, prev, save=save, denoised=x0 if len(save) < 2 else None, step=step,
-                 stage=stage)  # fmt: skip
+        plan.row(
+            t_in,
+            math.sqrt(1 - a_in),
+            x0,
+            prev,
+            save=save,
+            denoised=x0 if len(save) < 2 else None,
+            step=step,
+            stage=stage,
+        )
 
     if skip_prk:
         for i in range(begin, len(t)):
             save = {f"e{i}": M} | ({"first": X} if i == begin else {})
             row(t[i], X, _combine([M, *ets[::-1][:3]]), t[i], t[i] - stride, save, i)
             ets.append(sym(f"e{i}"))
-            if i == begin and len(t) > begin + 1:  # the step just made, again with the mean of both ends
-                row(t[i + 1], sym("first"), (M + ets[-1]) * 0.5, t[i + 1] + stride, t[i + 1], {}, i, 1)
+            if i == begin and len(t) > begin + 1:
+                # the step just made, again with the mean of both ends
+                mean, end = (M + ets[-1]) * 0.5, t[i + 1]
+                row(end, sym("first"), mean, end + stride, end, {}, i, 1)
         return plan.build()
 
     if len(t) < 4:
-        raise ValueError(f"grid: PNDM with its Runge-Kutta start needs at least 4 steps, got {len(t)}; use skip_prk=True")
+        raise ValueError(
+            f"grid: PNDM with its Runge-Kutta start needs at least 4 steps, got {len(t)}; use "
+            f"skip_prk=True"
+        )
     if begin:
-        raise ValueError(f"begin: expected 0 with the Runge-Kutta start, got {begin}; use skip_prk=True")
+        raise ValueError(
+            f"begin: expected 0 with the Runge-Kutta start, got {begin}; use skip_prk=True"
+        )
     half = stride // 2
     for n in range(3):
-        # k1 at t, k2 and k3 in the middle, k4 at the next timestep: the middle is counted from the cleaner end
+        # k1 at t, k2 and k3 in the middle, k4 at the next timestep: the middle is counted from the
+        # cleaner end
         mid, end = t[n + 1] + half, t[n + 1]
         x, e, acc = sym(f"saved{n}"), sym(f"e{n}"), sym(f"acc{n}")
         row(t[n], X, M, t[n], t[n] - half, {f"e{n}": M, f"saved{n}": X}, n)
@@ -81,7 +99,8 @@ def pndm_plan(
 
 
 def ipndm_plan(steps: int, *, betas=None, begin: int = 0) -> SolverPlan:
-    """Improved PNDM with Adams-Bashforth up to order 4 on x = alpha x0 + beta eps, the model predicting v (crowsonkb/v-diffusion-pytorch).
+    """Improved PNDM with Adams-Bashforth up to order 4 on x = alpha x0 + beta eps, the model
+    predicting v (crowsonkb/v-diffusion-pytorch).
     betas: (steps + 1,) noise levels; by default sin^2 of equal steps from pi/2 to 0."""
     if betas is None:
         betas = np.sin(np.append(np.linspace(1, 0, steps + 1)[:-1], 0.0) * math.pi / 2) ** 2
@@ -95,6 +114,13 @@ def ipndm_plan(steps: int, *, betas=None, begin: int = 0) -> SolverPlan:
         e = b[i] * X + a[i] * M
         combo = _combine([e, *ets[::-1][:3]])
         prev = a[i + 1] / max(a[i], 1e-8) * (X - b[i] * combo) + b[i + 1] * combo
-        plan.row(math.atan2(b[i], a[i]) / math.pi * 2, b[i], a[i] * X - b[i] * M, prev, save={f"e{i}": e}, step=i)
+        plan.row(
+            math.atan2(b[i], a[i]) / math.pi * 2,
+            b[i],
+            a[i] * X - b[i] * M,
+            prev,
+            save={f"e{i}": e},
+            step=i,
+        )
         ets.append(sym(f"e{i}"))
     return plan.build(integer_timesteps=False)

@@ -1,11 +1,11 @@
 """Noise schedules and sampling grids, on the host, in numpy float64.
 
-Notation: ``x_t = alpha_t x0 + sigma_t eps``. A training schedule is ``alpha_bar`` of shape (T,), with
-``alpha_t = sqrt(alpha_bar_t)`` and ``sigma_t = sqrt(1 - alpha_bar_t)``. A grid is the part of it that a
-sampler visits:
+Notation: ``x_t = alpha_t x0 + sigma_t eps``. A training schedule is ``alpha_bar`` of shape (T,),
+with ``alpha_t = sqrt(alpha_bar_t)`` and ``sigma_t = sqrt(1 - alpha_bar_t)``. A grid is the part of
+it that a sampler visits:
 
 * `AlphaGrid` (DDPM, DDIM, PNDM, LCM, TCD): timesteps (N,), alpha_bar (N,) and alpha_bar_next (N,),
-* `SigmaGrid` (all others): timesteps (N,) and sigmas (N+1,), the last one being where sampling ends.
+* `SigmaGrid` (all others): timesteps (N,) and sigmas (N+1,), the last being where sampling ends.
   ``kind`` says what a sigma is: "vp" sigma_t / alpha_t, "flow" the flow time (alpha = 1 - sigma),
   "edm" the noise level of Karras et al. (alpha = 1).
 """
@@ -22,12 +22,12 @@ from ._special import beta_ppf
 
 
 def _frozen(a, dtype=np.float64) -> np.ndarray:
-    a = np.array(a, dtype=dtype)
+    a = np.asarray(a).astype(dtype)
     a.flags.writeable = False
     return a
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # training schedules
 
 
@@ -38,7 +38,9 @@ def _from_alpha_bar(f, T: int, max_beta: float = 0.999) -> np.ndarray:
 
 
 def _laplace_alpha_bar(t: float) -> float:
-    """Laplace schedule, mu = 0, b = 0.5 (Hang & Gu 2024); diffusers takes the root of alpha_bar here."""
+    """Laplace schedule, mu = 0, b = 0.5 (Hang & Gu 2024); diffusers takes the root of alpha_bar
+    here.
+    """
     log_snr = -0.5 * math.copysign(1, 0.5 - t) * math.log(1 - 2 * abs(0.5 - t) + 1e-6)
     snr = math.exp(log_snr)
     return math.sqrt(snr / (1 + snr))
@@ -66,7 +68,9 @@ BETA_SCHEDULES["cosine"] = BETA_SCHEDULES["squaredcos_cap_v2"]
 
 
 def zero_terminal_snr(alpha_bar) -> np.ndarray:
-    """Shift and scale sqrt(alpha_bar) (T,) so that its last entry is 0 and its first stays (Lin et al. 2023, alg. 1)."""
+    """Shift and scale sqrt(alpha_bar) (T,) so that its last entry is 0 and its first stays (Lin et
+    al. 2023, alg. 1).
+    """
     a = np.sqrt(np.asarray(alpha_bar, np.float64))
     return ((a - a[-1]) * (a[0] / (a[0] - a[-1]))) ** 2
 
@@ -79,7 +83,11 @@ class NoiseSchedule:
 
     def __post_init__(self):
         a = _frozen(self.alpha_bar)
-        if a.ndim != 1 or a.size == 0 or not (np.isfinite(a).all() and (a >= 0).all() and (a <= 1).all()):
+        if (
+            a.ndim != 1
+            or a.size == 0
+            or not (np.isfinite(a).all() and (a >= 0).all() and (a <= 1).all())
+        ):
             raise ValueError(
                 f"alpha_bar: expected a 1-D array of values in [0, 1], got shape {a.shape}, range "
                 f"[{a.min() if a.size else None}, {a.max() if a.size else None}]"
@@ -97,8 +105,8 @@ class NoiseSchedule:
 
     @property
     def sigmas(self) -> np.ndarray:
-        """sqrt((1 - alpha_bar) / alpha_bar) (T,). A zero alpha_bar counts as 2^-24 (sigma = 4096), as in
-        every public sampler: the solver coefficients need a finite sigma."""
+        """sqrt((1 - alpha_bar) / alpha_bar) (T,). A zero alpha_bar counts as 2^-24 (sigma = 4096),
+        as in every public sampler: the solver coefficients need a finite sigma."""
         a = np.where(self.alpha_bar > 0, self.alpha_bar, 2.0**-24)
         return np.sqrt((1 - a) / a)
 
@@ -111,18 +119,18 @@ def noise_schedule(
     *,
     zero_snr: bool = False,
 ) -> NoiseSchedule:
-    """The named training schedule, T steps. Names: the keys of `BETA_SCHEDULES`. The defaults are Stable
-    Diffusion's; ``linear, 1e-4, 0.02`` is DDPM's. Raises ValueError for an unknown name."""
+    """The named training schedule, T steps. Names: the keys of `BETA_SCHEDULES`. The defaults are
+    Stable Diffusion's; ``linear, 1e-4, 0.02`` is DDPM's. Raises ValueError for an unknown name."""
     betas = choice("name", name, BETA_SCHEDULES)(positive("T", T), beta_start, beta_end)
     return NoiseSchedule.from_betas(betas, zero_snr=zero_snr)
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # spacings: which timesteps are visited. Every function gives N descending values.
 
 
 def _trailing(T, N, last=None):
-    # i-th value round(last - i T/N) - 1; np.arange(last, 0, -T/N) could give N+1 of them by rounding
+    # np.arange(last, 0, -T/N) alone can give N+1 values by rounding
     t = np.arange(T if last is None else last, 0, -T / N)[:N]
     return np.round(t) - 1
 
@@ -134,7 +142,8 @@ SPACINGS = {
     "trailing": lambda T, N, offset: _trailing(T, N),
 }
 
-#: the same for DPM-Solver and its kin, which place N+1 points and drop the cleanest; last = T unless clipped
+#: the same for DPM-Solver and its kin, which place N+1 points and drop the cleanest; last = T
+#: unless clipped
 SPACINGS_DROP_LAST = {
     "linspace": lambda T, N, offset, last: np.round(np.linspace(0, last - 1, N + 1))[::-1][:-1],
     "leading": lambda T, N, offset, last: (
@@ -144,7 +153,7 @@ SPACINGS_DROP_LAST = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # sigma sequences: N descending noise levels from sigma_max to sigma_min
 
 
@@ -164,8 +173,9 @@ def beta_sigmas(sigma_max: float, sigma_min: float, N: int, alpha=0.6, beta=0.6)
     return sigma_min + beta_ppf(1 - np.linspace(0, 1, N), alpha, beta) * (sigma_max - sigma_min)
 
 
-#: name -> sigmas(sigma_max, sigma_min, N). "lu" is uniform in lambda = -log sigma (Lu et al. 2022), that is
-#: rho = 1 on log sigma, the same points as "exponential"; kept as a name of its own because models ask for it.
+#: name -> sigmas(sigma_max, sigma_min, N). "lu" is uniform in lambda = -log sigma (Lu et al. 2022),
+#: that is rho = 1 on log sigma, the same points as "exponential"; kept as a name of its own because
+#: models ask for it.
 SIGMA_KINDS = {
     "karras": karras_sigmas,
     "exponential": exponential_sigmas,
@@ -175,21 +185,24 @@ SIGMA_KINDS = {
 
 
 def sigma_to_t(sigma, sigmas) -> np.ndarray:
-    """Fractional timestep at which the ascending training table ``sigmas`` (T,) reaches sigma (any shape): linear in log sigma."""
+    """Fractional timestep at which the ascending training table ``sigmas`` (T,) reaches sigma (any
+    shape): linear in log sigma.
+    """
     log_sigma, table = np.log(np.maximum(sigma, 1e-10)), np.log(sigmas)
     low = np.clip(np.searchsorted(table, log_sigma, side="right") - 1, 0, len(table) - 2)
     w = np.clip((table[low] - log_sigma) / (table[low] - table[low + 1]), 0, 1)
     return (1 - w) * low + w * (low + 1)
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # grids
 
 
 @dataclass(frozen=True, eq=False)
 class AlphaGrid:
-    """timesteps (N,), alpha_bar at each and alpha_bar where each step goes (N,), ``final_alpha_bar`` for a step to x0,
-    and the whole training table ``schedule`` for solvers that look up other timesteps (PNDM, TCD)."""
+    """timesteps (N,), alpha_bar at each and alpha_bar where each step goes (N,),
+    ``final_alpha_bar`` for a step to x0, and the whole training table ``schedule`` for solvers that
+    look up other timesteps (PNDM, TCD)."""
 
     timesteps: np.ndarray
     alpha_bar: np.ndarray
@@ -223,8 +236,9 @@ def alpha_grid(
     """Grid of integer timesteps for `ddpm_plan`, `ddim_plan`, …
 
     steps: number of steps N, or the descending integer timesteps themselves.
-    chain: where a step goes. "visited": the next visited timestep, -1 after the last (DDPM); "stride": t - T // N (DDIM);
-        "repeat": the next visited one, the last goes to itself (LCM); "zero": the same but the last goes to 0 (TCD).
+    chain: where a step goes. "visited": the next visited timestep, -1 after the last (DDPM);
+        "stride": t - T // N (DDIM); "repeat": the next visited one, the last goes to itself (LCM);
+        "zero": the same but the last goes to 0 (TCD).
     final_alpha_bar: alpha_bar of a step to t < 0.
     """
     schedule = schedule or noise_schedule()
@@ -232,15 +246,20 @@ def alpha_grid(
     if np.ndim(steps) == 0:
         N = positive("steps", steps)
         if N > T:
-            raise ValueError(f"steps: expected at most {T}, the length of the training schedule, got {N}")
+            raise ValueError(
+                f"steps: expected at most {T}, the length of the training schedule, got {N}"
+            )
         t = np.round(choice("spacing", spacing, SPACINGS)(T, N, offset))
     else:
         t = np.asarray(steps, np.float64)
         if t.ndim != 1 or t.size == 0 or (np.diff(t) >= 0).any():
             raise ValueError(f"steps: expected descending timesteps, got {list(np.ravel(t))[:8]}")
     t = t.astype(np.int64)
-    if t[0] >= T:  # "leading" with an offset can pass the end: T=1000, N=3, offset=2 does not, T=4, N=4, offset=1 does
-        raise ValueError(f"steps: timestep {t[0]} is beyond the training schedule (0..{T - 1}); lower the offset")
+    # "leading" with an offset can pass the end: T = N = 4 with offset 1 does
+    if t[0] >= T:
+        raise ValueError(
+            f"steps: timestep {t[0]} is beyond the training schedule (0..{T - 1}); lower the offset"
+        )
     stride = T // len(t)
     tail = {"visited": -1, "repeat": t[-1], "zero": 0}
     t_next = t - stride if chain == "stride" else np.append(t[1:], choice("chain", chain, tail))
@@ -249,19 +268,25 @@ def alpha_grid(
 
 
 def distilled_timesteps(steps: int, T: int = 1000, original_steps: int = 50, strength: float = 1.0):
-    """The timesteps LCM and TCD visit: ``steps`` of the ``original_steps`` the teacher was distilled on; (steps,) int64."""
+    """The timesteps LCM and TCD visit: ``steps`` of the ``original_steps`` the teacher was
+    distilled on; (steps,) int64.
+    """
     origin = np.arange(1, int(original_steps * strength) + 1) * (T // original_steps) - 1
     if not 1 <= steps <= len(origin):
         raise ValueError(
-            f"steps: expected 1..{len(origin)} (original_steps {original_steps} x strength {strength}), got {steps}"
+            f"steps: expected 1..{len(origin)} (original_steps {original_steps} x strength "
+            f"{strength}), got {steps}"
         )
-    return origin[::-1][np.floor(np.linspace(0, len(origin), steps, endpoint=False)).astype(np.int64)]
+    return origin[::-1][
+        np.floor(np.linspace(0, len(origin), steps, endpoint=False)).astype(np.int64)
+    ]
 
 
 @dataclass(frozen=True, eq=False)
 class SigmaGrid:
-    """timesteps (N,) given to the model, sigmas (N+1,); ``kind`` "vp", "flow" or "edm"; see the module's head.
-    ``table``: the ascending training sigmas (T,), for solvers that need a timestep between two visited ones."""
+    """timesteps (N,) given to the model, sigmas (N+1,); ``kind`` "vp", "flow" or "edm"; see the
+    module's head. ``table``: the ascending training sigmas (T,), for solvers that need a timestep
+    between two visited ones."""
 
     timesteps: np.ndarray
     sigmas: np.ndarray
@@ -275,7 +300,9 @@ class SigmaGrid:
             object.__setattr__(self, name, _frozen(getattr(self, name)))
         t, s = self.timesteps, self.sigmas
         if t.ndim != 1 or s.shape != (len(t) + 1,):
-            raise ValueError(f"sigmas: expected shape ({t.size + 1},), one more than timesteps, got {s.shape}")
+            raise ValueError(
+                f"sigmas: expected shape ({t.size + 1},), one more than timesteps, got {s.shape}"
+            )
         if not (np.isfinite(s).all() and (s >= 0).all()):
             raise ValueError(f"sigmas: expected finite values >= 0, got {s}")
 
@@ -315,13 +342,17 @@ def sigma_grid(
     """Grid over a discrete training schedule, for the solvers in sigma.
 
     steps: N, or the descending timesteps themselves (floats allowed).
-    spacing: "linspace", "leading", "trailing". drop_last: place N+1 integer points and drop the cleanest (DPM-Solver).
-    kind: None (sigmas at the spaced timesteps) or a key of `SIGMA_KINDS`; then the timesteps follow the sigmas.
-    sigma_min, sigma_max: ends of the kind's range; by default those of the timesteps visited (range_of="visited") or
-        of the whole training table ("table").
+    spacing: "linspace", "leading", "trailing". drop_last: place N+1 integer points and drop the
+        cleanest (DPM-Solver).
+    kind: None (sigmas at the spaced timesteps) or a key of `SIGMA_KINDS`; then the timesteps follow
+        the sigmas.
+    sigma_min, sigma_max: ends of the kind's range; by default those of the timesteps visited
+        (range_of="visited") or of the whole training table ("table").
     interpolation: "linear" or "log_linear" (N+1 sigmas uniform in log over the table).
-    final: last sigma: "zero", "sigma_min" (the table's smallest), "repeat" (the last one again) or a number.
-    round_t: round the timesteps that follow from sigmas. lambda_min: forbid timesteps with lambda below it (cosine schedules).
+    final: last sigma: "zero", "sigma_min" (the table's smallest), "repeat" (the last one again) or
+        a number.
+    round_t: round the timesteps that follow from sigmas. lambda_min: forbid timesteps with lambda
+        below it (cosine schedules).
     """
     schedule = schedule or noise_schedule()
     T, table = len(schedule), schedule.sigmas
@@ -335,6 +366,10 @@ def sigma_grid(
             t = choice("spacing", spacing, SPACINGS)(T, N, offset)
     else:
         t, N = np.asarray(steps, np.float64), len(steps)
+        if t.ndim != 1 or N == 0 or not ((t >= 0) & (t <= T - 1)).all():
+            raise ValueError(
+                f"steps: expected timesteps in [0, {T - 1}], got {list(np.ravel(t))[:8]}"
+            )
     if interpolation == "log_linear":
         sigmas = np.exp(np.linspace(np.log(table[-1]), np.log(table[0]), N + 1))[:N]
     else:
@@ -343,7 +378,10 @@ def sigma_grid(
     if kind is not None:
         ends = {"visited": (sigmas[0], sigmas[-1]), "table": (table[-1], table[0])}
         hi, lo = choice("range_of", range_of, ends)
-        hi, lo = sigma_max if sigma_max is not None else hi, sigma_min if sigma_min is not None else lo
+        hi, lo = (
+            sigma_max if sigma_max is not None else hi,
+            sigma_min if sigma_min is not None else lo,
+        )
         sigmas = choice("kind", kind, SIGMA_KINDS)(hi, lo, N)
         t = sigma_to_t(sigmas, table)
         t = np.round(t) if round_t else t
@@ -361,20 +399,23 @@ def _final(final, sigmas, sigma_min):
 
 
 def _init_noise(sigma_max, spacing) -> float:
-    # "leading" starts below sigma_max of training, where x = x0 + sigma z still has unit-variance data in it
+    # "leading" starts below the sigma_max of training, where x still has unit-variance data in it
     return float(np.sqrt(sigma_max**2 + 1) if spacing == "leading" else sigma_max)
 
 
 def time_shift(t, shift: float | None = None, mu: float | None = None, form: str = "exponential"):
     """Move flow times t towards noise. shift: s t / (1 + (s-1) t) (Esser et al. 2024, eq. 23).
-    mu: resolution-dependent: e^mu / (e^mu + 1/t - 1) ("exponential") or mu / (mu + 1/t - 1) ("linear")."""
+    mu: resolution-dependent: e^mu / (e^mu + 1/t - 1) ("exponential") or mu / (mu + 1/t - 1)
+        ("linear")."""
     t = np.asarray(t, np.float64)
     if mu is not None:
         shift = choice("form", form, {"exponential": math.exp(mu), "linear": mu})
     return t if shift is None else shift * t / (1 + (shift - 1) * t)
 
 
-def dynamic_shift_mu(seq_len: int, base_len=256, max_len=4096, base_shift=0.5, max_shift=1.15) -> float:
+def dynamic_shift_mu(
+    seq_len: int, base_len=256, max_len=4096, base_shift=0.5, max_shift=1.15
+) -> float:
     """mu for `time_shift`, linear in the number of image tokens (Flux)."""
     return base_shift + (seq_len - base_len) * (max_shift - base_shift) / (max_len - base_len)
 
@@ -401,9 +442,11 @@ def flow_grid(
 
     steps: N, or the N sigmas before shifting. timesteps: given to the model instead of T sigma.
     shift / mu, form: see `time_shift` (mu replaces shift). terminal: see `stretch_to_terminal`.
-    kind: re-space the shifted range as "karras", "exponential" or "beta". invert: run from data to noise.
-    t_range: first and last sigma before shifting when steps is a number; by default 1 and 1/T, each shifted once
-        already as diffusers does (so that a static shift acts twice on the low end), or unshifted with mu.
+    kind: re-space the shifted range as "karras", "exponential" or "beta". invert: run from data to
+        noise.
+    t_range: first and last sigma before shifting when steps is a number; by default 1 and 1/T, each
+        shifted once already as diffusers does (so that a static shift acts twice on the low end),
+        or unshifted with mu.
     """
     if np.ndim(steps) == 0:
         hi, lo = t_range or time_shift(np.array([1.0, 1 / T]), None if mu is not None else shift)
@@ -432,7 +475,8 @@ def flow_sigma_grid(
     sigma_min: float = 0.0,
     truncate: bool = True,
 ) -> SigmaGrid:
-    """Flow sigmas as DPM-Solver, DEIS and SA-Solver use them: N of N+1 points of 1 - linspace(1, 1/T), shifted.
+    """Flow sigmas as DPM-Solver, DEIS and SA-Solver use them: N of N+1 points of 1 - linspace(1,
+    1/T), shifted.
     final: "zero", "repeat" or "sigma_min" (then the number ``sigma_min``)."""
     s = 1.0 - np.linspace(1, 1 / T, positive("steps", steps) + 1)
     s = (shift * s / (1 + (shift - 1) * s))[::-1][:-1]
@@ -449,7 +493,8 @@ def edm_grid(
     kind="karras",
     final: str | float = "zero",
 ) -> SigmaGrid:
-    """Karras et al. 2022, eq. 5: N sigmas from sigma_max to sigma_min, timesteps c_noise = log(sigma) / 4.
+    """Karras et al. 2022, eq. 5: N sigmas from sigma_max to sigma_min, timesteps c_noise =
+    log(sigma) / 4.
     steps: N, or ramp values in [0, 1]. final: "zero", "sigma_min" or a number."""
     N = steps if np.ndim(steps) == 0 else len(steps)
     if kind == "karras":

@@ -47,7 +47,9 @@ def build_simt(sanitize: str = "") -> Path:
     for command in (configure, [_tool("cmake"), "--build", str(folder)]):
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
-            pytest.fail(f"{' '.join(command)}\n{(done.stdout + done.stderr)[-4000:]}", pytrace=False)
+            pytest.fail(
+                f"{' '.join(command)}\n{(done.stdout + done.stderr)[-4000:]}", pytrace=False
+            )
     return next(folder.glob("_C.*.so"))
 
 
@@ -59,6 +61,7 @@ class Simt:
         self.module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self.module)
         self.module.init(torch)
+        self.module.enable_cuda(True)
         self.library = ctypes.CDLL(str(path))
         self.library.simt_launches.restype = ctypes.c_int64
 

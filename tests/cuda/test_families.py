@@ -85,8 +85,11 @@ def test_random_integers(cuda, shape, layout, seeds, offset):
     seed, rows = seeds_of(seeds, shape)
     for dtype, low, span in ((torch.int64, -5, 2**32), (torch.int32, -7, 13)):
         out = laid_out(torch.empty(shape, dtype=dtype), layout)
-        exact(both(cuda, "random", [0], out, DISTRIBUTIONS["integer"], seed, rows, 0, offset, low,
-                   span))  # fmt: skip
+        exact(
+            both(
+                cuda, "random", [0], out, DISTRIBUTIONS["integer"], seed, rows, 0, offset, low, span
+            )
+        )
     bits = torch.empty(shape, dtype=torch.int32)
     exact(both(cuda, "random", [0], bits, DISTRIBUTIONS["bits"], seed, rows, 0, offset, 0, 1))
 
@@ -113,8 +116,20 @@ def test_reparameterize(cuda, shape, layout, seeds, offset, per_row):
             side = torch.empty(shape[:1] if per_row else (), dtype=torch.float32)
             side = side if side_kind else None
             scratch = torch.full((n_side * parts,), torch.nan, dtype=torch.float64)
-            call = (mu, logvar, y, side, scratch if parts > 1 else None, seed, rows, 3, offset,
-                    transform, side_kind, 0.25)  # fmt: skip
+            call = (
+                mu,
+                logvar,
+                y,
+                side,
+                scratch if parts > 1 else None,
+                seed,
+                rows,
+                3,
+                offset,
+                transform,
+                side_kind,
+                0.25,
+            )
             pairs = both(cuda, "reparameterize", [2, 3] if side_kind else [2], *call)
             exact(pairs[:1])
             for gpu, cpu in pairs[1:]:
@@ -124,8 +139,26 @@ def test_reparameterize(cuda, shape, layout, seeds, offset, per_row):
             grad_side = data(side.shape, torch.float32, 5) if side_kind else None
             d_mu, d_logvar = torch.empty_like(mu), torch.empty_like(mu)
             for g in (grad_y, None) if side_kind else (grad_y,):
-                exact(both(cuda, "reparameterize_backward", [4, 5], g, grad_side, mu, logvar, d_mu,
-                           d_logvar, seed, rows, 3, offset, transform, side_kind, 0.25))  # fmt: skip
+                exact(
+                    both(
+                        cuda,
+                        "reparameterize_backward",
+                        [4, 5],
+                        g,
+                        grad_side,
+                        mu,
+                        logvar,
+                        d_mu,
+                        d_logvar,
+                        seed,
+                        rows,
+                        3,
+                        offset,
+                        transform,
+                        side_kind,
+                        0.25,
+                    )
+                )
 
 
 def test_side_alone_and_parts_agree(cuda):
@@ -135,8 +168,9 @@ def test_side_alone_and_parts_agree(cuda):
     for parts in (1, 2, 40):
         side = torch.empty(3)
         scratch = torch.empty(3 * parts, dtype=torch.float64)
-        sums += cuda.call("reparameterize", [side], mu, logvar, None, side, scratch, 0, None, 0, 0,
-                          0, 1, 1.0)  # fmt: skip
+        sums += cuda.call(
+            "reparameterize", [side], mu, logvar, None, side, scratch, 0, None, 0, 0, 0, 1, 1.0
+        )
     truth = 0.5 * (mu.double() ** 2 - 1 + logvar.double().exp() - logvar.double()).sum(1)
     for s in sums:
         torch.testing.assert_close(s.double(), truth, rtol=2e-7, atol=0)
@@ -198,8 +232,9 @@ def test_relaxed_bernoulli(cuda, shape, layout, seeds, offset):
         logits, grad = (data(shape, dtype, i, layout) for i in (1, 2))
         y, tau = torch.empty_like(logits), torch.tensor(0.4)
         for g, hard in ((None, False), (None, True), (grad, False)):
-            exact(both(cuda, "relaxed_bernoulli", [1], logits, y, tau, g, seed, rows, 1, offset,
-                       hard))  # fmt: skip
+            exact(
+                both(cuda, "relaxed_bernoulli", [1], logits, y, tau, g, seed, rows, 1, offset, hard)
+            )
 
 
 FILTERS = {
@@ -246,8 +281,12 @@ def test_nucleus_cuts_ties_by_column(cuda):
 def test_settings_per_row(cuda):
     logits = data((6, 100), torch.float32, 3)
     index = torch.empty(6, dtype=torch.int64)
-    filters = (torch.linspace(0, 2, 6), torch.tensor([0, 1, 2, 50, 100, 200]),
-               torch.linspace(0.1, 1, 6), torch.linspace(0, 0.5, 6))  # fmt: skip
+    filters = (
+        torch.linspace(0, 2, 6),
+        torch.tensor([0, 1, 2, 50, 100, 200]),
+        torch.linspace(0.1, 1, 6),
+        torch.linspace(0, 0.5, 6),
+    )
     for seed in range(8):
         pairs = both(cuda, "categorical", [1], logits, index, *filters, seed, None, 0, 0)
         assert torch.equal(*pairs[0])

@@ -1,4 +1,4 @@
-"""The SIMT machine itself: it computes what a GPU would, and refuses what a GPU would not forgive."""
+"""The SIMT machine itself: it computes what a GPU would and refuses what a GPU would not."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-FAULTS = ("none race uninitialised divergent_places missing_threads exited_lane divergent_shuffle "
-          "no_copy_wait shared_overrun global_overrun named_barriers sub_warps").split()  # fmt: skip
+FAULTS = (
+    "none race uninitialised divergent_places missing_threads exited_lane divergent_shuffle "
+    "no_copy_wait shared_overrun global_overrun named_barriers sub_warps"
+).split()
 
 
 def mirror(cuda, fault: str, order=0, poison=0xFF) -> tuple[str | None, torch.Tensor, torch.Tensor]:
@@ -21,8 +23,9 @@ def mirror(cuda, fault: str, order=0, poison=0xFF) -> tuple[str | None, torch.Te
     call = cuda.library.simt_mirror
     call.restype = ctypes.c_char_p
     cuda.library.simt_configure(order, poison)
-    error = call(ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(out.data_ptr()), 128,
-                 FAULTS.index(fault))  # fmt: skip
+    error = call(
+        ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(out.data_ptr()), 128, FAULTS.index(fault)
+    )
     cuda.library.simt_configure(0, 0xFF)
     truth = x.view(2, 64) + x.view(2, 64).flip(1)
     return error and error.decode(), out, truth.flatten()
@@ -92,8 +95,9 @@ def _child(*arguments: str, halt: bool = True) -> subprocess.CompletedProcess:
         "LD_PRELOAD": libasan,
         "ASAN_OPTIONS": f"detect_leaks=0:halt_on_error={int(halt)}",
     }
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True,
-                          env=environment)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=environment
+    )
 
 
 needs_child = pytest.mark.skipif(
@@ -105,16 +109,36 @@ _HERE = str(Path(__file__).parent)
 @needs_child
 def test_kernels_under_address_sanitizer():
     """Every kernel again, with shared arrays and tensors that end where they end."""
-    done = _child("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k",
-                  "not one_fault", f"{_HERE}/test_families.py", f"{_HERE}/test_simt.py")  # fmt: skip
+    done = _child(
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "not one_fault",
+        f"{_HERE}/test_families.py",
+        f"{_HERE}/test_simt.py",
+    )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert " passed" in done.stdout
 
 
 @needs_child
 def test_overruns_are_caught():
-    done = _child("-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-k", "test_one_fault",
-                  f"{_HERE}/test_simt.py", halt=False)  # fmt: skip
+    done = _child(
+        "-m",
+        "pytest",
+        "-q",
+        "-s",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "test_one_fault",
+        f"{_HERE}/test_simt.py",
+        halt=False,
+    )
     text = done.stdout + done.stderr
     for array in ("256-byte region", "512-byte region"):  # the shared one, the tensor
         assert "AddressSanitizer: heap-buffer-overflow" in text and array in text, text[-4000:]

@@ -36,7 +36,7 @@ void load_matrices(uint32_t (&r)[4], const void* row, simt::Site site) {
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) simt::fail("ldmatrix row is not 16-byte aligned");
   simt::meet(
       ~0u, &row, sizeof row, r, sizeof r,
-      [](const unsigned char(*in)[simt::kSlot], unsigned char(*out)[simt::kSlot], uint32_t,
+      [](const unsigned char (*in)[simt::kSlot], unsigned char (*out)[simt::kSlot], uint32_t,
          const void*) {
         for (int lane = 0; lane < 32; ++lane)
           for (int m = 0; m < 4; ++m)
@@ -53,7 +53,8 @@ void load_matrices(uint32_t (&r)[4], const void* row, simt::Site site) {
 inline void load_matrix(uint32_t (&r)[4], const void* row, simt::Site site = simt::Site::here()) {
   load_matrices<false>(r, row, site);
 }
-inline void load_matrix_transposed(uint32_t (&r)[4], const void* row, simt::Site site = simt::Site::here()) {
+inline void load_matrix_transposed(uint32_t (&r)[4], const void* row,
+                                   simt::Site site = simt::Site::here()) {
   load_matrices<true>(r, row, site);
 }
 
@@ -65,7 +66,7 @@ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, simt::
   } mine{{c[0], c[1], c[2], c[3]}, {a[0], a[1], a[2], a[3]}, {b0, b1}};
   simt::meet(
       ~0u, &mine, sizeof mine, c, sizeof c,
-      [](const unsigned char(*in)[simt::kSlot], unsigned char(*out)[simt::kSlot], uint32_t,
+      [](const unsigned char (*in)[simt::kSlot], unsigned char (*out)[simt::kSlot], uint32_t,
          const void*) {
         const auto value = [](uint32_t pair, int half) {
           const auto h = static_cast<uint16_t>(pair >> (16 * half));

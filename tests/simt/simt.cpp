@@ -253,8 +253,8 @@ void fail(const char* format, ...) {
   std::vsnprintf(text, sizeof text, format, args);
   va_end(args);
   char place[128];
-  std::snprintf(place, sizeof place, " [block (%u, %u, %u), thread %u]", blockIdx.x,
-                blockIdx.y, blockIdx.z, self->linear);
+  std::snprintf(place, sizeof place, " [block (%u, %u, %u), thread %u]", blockIdx.x, blockIdx.y,
+                blockIdx.z, self->linear);
   block.error = std::string(text) + place;
   to_host(true);
   std::abort();
@@ -300,8 +300,7 @@ void meet(uint32_t mask, const void* in, int in_size, void* out, int out_size, M
          lane, mask);
   for (unsigned other = 0; other < 32; ++other) {
     const unsigned thread = warp * 32 + other;
-    if ((mask >> other & 1) &&
-        (thread >= block.threads.size() || block.threads[thread].done))
+    if ((mask >> other & 1) && (thread >= block.threads.size() || block.threads[thread].done))
       fail("%s:%d: mask %08x names lane %u, which %s", name_of(site.file), site.line, mask, other,
            thread >= block.threads.size() ? "does not exist" : "has returned");
   }
@@ -358,7 +357,8 @@ void copy_async(void* to, const void* from, int bytes, int total) {
   Thread* t = self;
   if (t->n_copies == 256) fail("more than 256 cp.async copies in flight in one thread");
   if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) %
-          static_cast<uintptr_t>(total) != 0)
+          static_cast<uintptr_t>(total) !=
+      0)
     fail("cp.async of %d bytes at an address that is not a multiple of it", total);
   t->copies[t->n_copies++] = {to, from, bytes, total};
 }

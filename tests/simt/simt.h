@@ -83,8 +83,8 @@ const char* run(dim3 grid, dim3 block, size_t shared, void (*call)(const void*),
                 const void* context);
 
 struct Options {
-  int order = 0;       // 0: as numbered; 1: reversed; else: shuffled by this seed
-  int poison = 0xFF;   // byte that fills shared memory: 0xFF makes NaNs and -1
+  int order = 0;                      // 0: as numbered; 1: reversed; else: shuffled by this seed
+  int poison = 0xFF;                  // byte that fills shared memory: 0xFF makes NaNs and -1
   int64_t launches = 0, threads = 0;  // counted
 };
 extern Options options;
@@ -107,7 +107,7 @@ T shuffle(uint32_t mask, T value, int source(int lane, int operand, int width), 
   T result;
   meet(
       mask, &pack, sizeof pack, &result, sizeof result,
-      [](const unsigned char(*in)[kSlot], unsigned char(*out)[kSlot], uint32_t m, const void*) {
+      [](const unsigned char (*in)[kSlot], unsigned char (*out)[kSlot], uint32_t m, const void*) {
         for (int lane = 0; lane < 32; ++lane) {
           if (!(m >> lane & 1)) continue;
           Pack mine, other;
@@ -130,7 +130,7 @@ inline uint32_t ballot(uint32_t mask, bool predicate, Site site) {
   const unsigned char bit = predicate;
   meet(
       mask, &bit, 1, &result, sizeof result,
-      [](const unsigned char(*in)[kSlot], unsigned char(*out)[kSlot], uint32_t m, const void*) {
+      [](const unsigned char (*in)[kSlot], unsigned char (*out)[kSlot], uint32_t m, const void*) {
         uint32_t all = 0;
         for (int lane = 0; lane < 32; ++lane)
           if (m >> lane & 1) all |= static_cast<uint32_t>(in[lane][0]) << lane;

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from genfast.ops import _check, _noise
-from genfast.ops._backend import forced_reference
+from genfast.ops._backend import forced_reference, native_device
 from genfast.ops._road import (
     _C,
     DIRECT,
@@ -23,6 +23,7 @@ from genfast.ops._road import (
     differentiable_backward,
     gate,
     is_compiling,
+    plain,
     transforming,
     wants_graph,
 )
@@ -123,14 +124,15 @@ def _backward(
 
 def _composite(mu, logvar, seed, seeds, stream, offset, transform, side, reduction):
     name = _TRANSFORM_NAMES[transform]
-    like = mu if mu.dtype == logvar.dtype else mu.to(torch.promote_types(mu.dtype, logvar.dtype))
-    eps = noise_like(like, "normal", seed, seeds, stream, offset)
-    y = reference.reparameterize(mu, logvar, eps, name)
-    wide = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (mu, logvar))
+    dtype = torch.promote_types(mu.dtype, logvar.dtype)
+    wide = _side_dtype(mu, logvar)  # 16-bit inputs: fp32 inside, like the kernel
+    mu, logvar = mu.to(wide), logvar.to(wide)
+    eps = noise_like(mu, "normal", seed, seeds, stream, offset)
+    y = reference.reparameterize(mu, logvar, eps, name).to(dtype)
     if side == KL:
-        return y, reference.gaussian_kl(*wide, _REDUCTION_NAMES[reduction])
+        return y, reference.gaussian_kl(mu, logvar, _REDUCTION_NAMES[reduction])
     if side == LOG_PROB:
-        return y, reference.log_prob(*wide, eps, name)
+        return y, reference.log_prob(mu, logvar, eps, name)
     return y, None
 
 
@@ -163,7 +165,7 @@ def _fake(mu, logvar, seed, seeds, stream, offset, transform, side, reduction):
 
 
 def _backward_impl(grad_y, grad_side, mu, logvar, *args):
-    if mu.dtype in KERNEL_DTYPES and logvar.dtype in KERNEL_DTYPES and mu.device.type == "cpu":
+    if {mu.dtype, logvar.dtype} <= KERNEL_DTYPES and native_device(mu.device):
         return _backward(grad_y, grad_side, mu.detach(), logvar.detach(), *args)
     inputs = [x.detach().requires_grad_() for x in (mu, logvar)]
     composite = partial(_composite_of, args)
@@ -205,7 +207,7 @@ def _gradients(ctx, grad_y, grad_side, first_order):
         grad_side = None
     if grad_y is None and grad_side is None:
         return None, None
-    if wants_graph():
+    if wants_graph() or not (is_compiling() or plain(grad_y, grad_side)):
         grads = [grad_y, grad_side]
         return differentiable_backward(partial(_composite_of, args), (mu, logvar), grads)
     return first_order(grad_y, grad_side, mu, logvar, *args)
@@ -230,7 +232,10 @@ class _Reparameterize(Function):
     @staticmethod
     def forward(ctx, mu, logvar, seed, seeds, *rest):
         _save(ctx, (mu, logvar, seed, seeds, *rest), None)
-        return _forward(mu, logvar, seed, seeds, *rest)
+        found = _forward(mu, logvar, seed, seeds, *rest)
+        if found is None:
+            raise TypeError("genfast: the kernel does not take these tensors")
+        return found
 
     @staticmethod
     def backward(ctx, grad_y, grad_side):
@@ -257,7 +262,7 @@ def _sample(mu, logvar, seed, stream, offset, generator, transform, side, reduct
                 and logvar.dtype in KERNEL_DTYPES
                 and mu.shape == logvar.shape
                 and mu.device == logvar.device
-                and mu.device.type == "cpu"
+                and native_device(mu.device)
                 and (seeds is None or seeds.numel() == 1)
                 and offset >= 0
             ):
@@ -286,7 +291,7 @@ def _slow(mu, logvar, seed, stream, offset, generator, transform, side, reductio
     seed, seeds = _noise.resolve(seed, generator, mu.device)
     args = (_noise.signed(seed), seeds, _noise.signed(stream), offset, transform, side, reduction)
     wide = mu.dtype == torch.float64 or logvar.dtype == torch.float64
-    if forced_reference() or wide or (not is_compiling() and transforming()):
+    if forced_reference() or wide or transforming():
         return _composite(mu, logvar, *args)
     y, total = _op(mu, logvar, *args)
     return y, total if side else None
@@ -338,7 +343,8 @@ def gaussian_kl(mu: Tensor, logvar: Tensor, *, reduction: str = "batchmean") -> 
     if reduction not in REDUCTIONS:
         _check.choice("reduction", reduction, REDUCTIONS)
     code = REDUCTIONS[reduction]
-    if not is_compiling() and gate(mu, logvar) == DIRECT:
+    given = mu is not None and logvar is not None
+    if given and not is_compiling() and gate(mu, logvar) == DIRECT:
         found = _forward(mu, logvar, 0, None, 0, 0, 0, KL, code, want_y=False)
         if found is not None:
             return found[1]

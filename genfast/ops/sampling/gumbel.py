@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from genfast.ops import _check, _noise
-from genfast.ops._backend import forced_reference
+from genfast.ops._backend import forced_reference, native_device
 from genfast.ops._road import (
     _C,
     DIRECT,
@@ -21,6 +21,7 @@ from genfast.ops._road import (
     differentiable_backward,
     gate,
     is_compiling,
+    plain,
     transforming,
     wants_graph,
 )
@@ -72,12 +73,13 @@ def _native_backward(name, grad, y, logits, tau, seed, seeds, stream, offset):
 
 
 def _composite(name, seed, seeds, stream, offset, hard, logits, tau):
-    noise = noise_like(logits, FAMILY[name][3], seed, seeds, stream, offset)
-    return FAMILY[name][2](logits, noise, tau, hard)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))  # like the kernel
+    noise = noise_like(wide, FAMILY[name][3], seed, seeds, stream, offset)
+    return FAMILY[name][2](wide, noise, tau.to(wide.dtype), hard).to(logits.dtype)
 
 
 def _kernel_takes(logits: Tensor) -> bool:
-    return logits.dtype in KERNEL_DTYPES and logits.device.type == "cpu"
+    return logits.dtype in KERNEL_DTYPES and native_device(logits.device)
 
 
 def _save(name, ctx, inputs, output):
@@ -91,10 +93,9 @@ def _save(name, ctx, inputs, output):
 def _gradients(name, ctx, grad, first_order):
     logits, tau, seeds, y = ctx.saved_tensors
     seed, stream, offset, hard = ctx.rest
-    if wants_graph() or tau.requires_grad:
+    if wants_graph() or tau.requires_grad or not (is_compiling() or plain(grad)):
         composite = partial(_composite, name, seed, seeds, stream, offset, hard)
-        found = differentiable_backward(composite, (logits, tau), [grad])
-        return found if wants_graph() else tuple(g if g is None else g.detach() for g in found)
+        return differentiable_backward(composite, (logits, tau), [grad])
     return first_order(grad, y, logits, tau, seed, seeds, stream, offset), None
 
 
@@ -157,12 +158,10 @@ _REGISTERED = {name: _register(name) for name in FAMILY}
 _TAU_CACHE: dict[float, Tensor] = {}
 
 
-def _tau_tensor(tau, logits: Tensor) -> Tensor:
-    """tau as a 0-dim fp32 tensor; floats on the CPU are kept, to spare 1 us a call."""
-    if isinstance(tau, Tensor):
-        return tau.reshape(()) if tau.dim() else tau
-    if is_compiling() or logits.device.type != "cpu":
-        return torch.full((), float(tau), dtype=torch.float32, device=logits.device)
+def _tau_tensor(tau: float, device: torch.device) -> Tensor:
+    """tau as a 0-dim fp32 tensor; on the CPU kept, to spare 1 us a call. Plain roads only."""
+    if device.type != "cpu":  # filled by a kernel: no copy from the host, no sync
+        return torch.full((), float(tau), dtype=torch.float32, device=device)
     found = _TAU_CACHE.get(tau)
     if found is None:
         if len(_TAU_CACHE) >= 64:  # an annealed temperature: keep the dictionary small
@@ -178,36 +177,36 @@ def _relax(name, logits, tau, hard, seed, stream, offset, generator):
         road = gate(logits)
         if road and _kernel_takes(logits) and logits.dim() and not isinstance(seed, Tensor):
             try:
-                tau_tensor = _tau_tensor(tau, logits)
+                tau_tensor = _tau_tensor(tau, logits.device)
                 int_seed, seeds = _noise.resolve(seed, generator, logits.device)
                 args = (logits, tau_tensor, int_seed, seeds, stream, offset, bool(hard))
                 y = _native(name, *args) if road == DIRECT else road_function.apply(*args)
                 if y is not None:
                     return y
             except (TypeError, ValueError):
-                _validate(logits, tau, seed, stream, offset, generator)
+                _validate(name, logits, tau, seed, stream, offset, generator)
                 raise
-    _validate(logits, tau, seed, stream, offset, generator)
+    _validate(name, logits, tau, seed, stream, offset, generator)
     seed, seeds = _noise.resolve(seed, generator, logits.device)
     seed, stream = _noise.signed(seed), _noise.signed(stream)
-    tau = _tau_tensor(tau, logits)
-    if (
-        logits.dtype == torch.float64
-        or forced_reference()
-        or (not is_compiling() and transforming())
-    ):
-        tau = tau.to(logits.dtype) if tau.dim() == 0 else tau
+    if isinstance(tau, Tensor):
+        tau = tau.reshape(())
+    else:  # never the cache: a mode or transform in force would leak into it
+        tau = torch.full((), float(tau), dtype=torch.float32, device=logits.device)
+    if logits.dtype == torch.float64 or forced_reference() or transforming():
         return _composite(name, seed, seeds, stream, offset, hard, logits, tau)
     return op(logits, tau, seed, seeds, stream, offset, bool(hard))
 
 
-def _validate(logits, tau, seed, stream, offset, generator):
+def _validate(name, logits, tau, seed, stream, offset, generator):
     _check.tensor("logits", logits)
     _check.number("tau", tau, low=0.0, open_low=True)
     if isinstance(tau, Tensor):
         _check.tensor("tau", tau)
         _check.same_device(logits=logits, tau=tau)
-    _noise.check(seed, stream, offset, generator, logits.shape, logits.device)
+    # The softmax's samples are rows: dim 0 of a single row is no batch.
+    shape = logits.shape[:-1] if name == "gumbel_softmax" else logits.shape
+    _noise.check(seed, stream, offset, generator, shape, logits.device)
 
 
 def gumbel_softmax(

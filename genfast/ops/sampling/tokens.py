@@ -12,8 +12,17 @@ import torch
 from torch import Tensor
 
 from genfast.ops import _check, _noise
-from genfast.ops._backend import forced_reference
-from genfast.ops._road import _C, DIRECT, KERNEL_DTYPES, define, gate, is_compiling, transforming
+from genfast.ops._backend import forced_reference, native_device
+from genfast.ops._road import (
+    _C,
+    DIRECT,
+    KERNEL_DTYPES,
+    SLOW,
+    define,
+    gate,
+    is_compiling,
+    transforming,
+)
 from genfast.ops.rng import noise_like
 from genfast.reference import sampling as reference
 
@@ -31,12 +40,16 @@ def _native(logits, temperature, top_k, top_p, min_p, seed, seeds, stream, offse
     )
     if bad < 0:
         return None
+    _refuse(bad)
+    return index
+
+
+def _refuse(bad: int):
     if bad:
         raise ValueError(
             f"logits: expected a finite maximum in every row, got {bad} row(s) that hold NaN or "
             "+inf, or nothing but -inf; mask fewer entries or clean the model's output"
         )
-    return index
 
 
 def _per_row(x, rows):
@@ -44,6 +57,12 @@ def _per_row(x, rows):
 
 
 def _composite(logits, temperature, top_k, top_p, min_p, seed, seeds, stream, offset):
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # like the kernel
+    top = logits.amax(-1)
+    if type(logits) is Tensor and logits.device.type == "cpu" and not (
+        is_compiling() or transforming()
+    ):  # fmt: skip
+        _refuse(int((~torch.isfinite(top)).sum()))
     noise = noise_like(logits, "gumbel", seed, seeds, stream, offset)
     if temperature is None and top_k is None and top_p is None and min_p is None:
         return reference.sample_categorical(logits, noise)
@@ -55,7 +74,8 @@ def _composite(logits, temperature, top_k, top_p, min_p, seed, seeds, stream, of
         if temperature is None
         else _per_row(temperature, rows)
     )
-    greedy = t <= 0
+    t = t.to(logits.dtype)
+    greedy = (t <= 0) | ~torch.isfinite(top.reshape(-1) / t)  # logits / t would overflow
     scaled = flat / torch.where(greedy, torch.ones_like(t), t).to(flat.dtype)[:, None]
     kept = reference.filter_logits(scaled, *(_per_row(x, rows) for x in (top_k, top_p, min_p)))
     index = reference.sample_categorical(kept, noise)
@@ -64,7 +84,7 @@ def _composite(logits, temperature, top_k, top_p, min_p, seed, seeds, stream, of
 
 def _impl(logits, *args):
     found = None
-    if logits.dtype in KERNEL_DTYPES and logits.device.type == "cpu":
+    if logits.dtype in KERNEL_DTYPES and native_device(logits.device):
         found = _native(logits, *args)
     return _composite(logits, *args) if found is None else found
 
@@ -89,11 +109,11 @@ def _draw(logits, filters, seed, stream, offset, generator):
         except TypeError:
             pass  # the checks below name the argument
     _check.tensor("logits", logits)
-    _noise.check(seed, stream, offset, generator, logits.shape, logits.device)
+    _noise.check(seed, stream, offset, generator, logits.shape[:-1], logits.device)
     seed, seeds = _noise.resolve(seed, generator, logits.device)
     args = (*filters, _noise.signed(seed), seeds, _noise.signed(stream), offset)
     detached = logits.detach()
-    if forced_reference() or (not is_compiling() and transforming()):
+    if forced_reference() or transforming():
         return _composite(detached, *args)
     return _op(detached, *args)
 
@@ -120,13 +140,20 @@ def _filter_tensor(name, value, low, high, logits, rows):
                 f"{name}: expected a number or one per row ({rows}), got {_check.describe(value)}"
             )
         if value.is_floating_point() == (name == "top_k"):
-            raise TypeError(f"{name}: expected {dtype}, got {value.dtype}")
+            raise TypeError(f"{name}: expected {dtype}, got {value.dtype}; convert it with .to()")
+        _check.same_device(logits=logits, **{name: value})
+        if value.device.type == "cpu" and not is_compiling() and gate(value) != SLOW:
+            fits = (value >= low) & (value <= high)  # false for NaN; no sync on a CPU
+            if not bool(fits.all()):
+                raise ValueError(
+                    f"{name}: expected numbers in [{low}, {high}], got {value.tolist()}"
+                )
         return value.reshape(-1).to(dtype).contiguous()
     if name == "top_k":
         _check.integer(name, value, low=low)
     else:
         _check.number(name, value, low=low, high=high)
-    return torch.tensor([value], dtype=dtype, device=logits.device)
+    return torch.full((1,), value, dtype=dtype, device=logits.device)  # no copy from the host
 
 
 def sample_tokens(
@@ -144,7 +171,7 @@ def sample_tokens(
     """Next tokens: temperature, then top-k (ties kept), top-p, min-p, then Gumbel-max.
 
     logits: (B, V) or (..., V) float. Each filter is a number, or a tensor with one value per row;
-    None, top_k <= 0, top_p >= 1 and min_p <= 0 switch a filter off; temperature 0 is greedy.
+    None, top_k 0, top_p >= 1 and min_p 0 switch a filter off; temperature 0 is greedy.
     seed: int, or one int64 seed per sample of dim 0 (its draw then depends on nothing else).
     Returns int64 (...). Raises as `sample_categorical`, and for NaN or negative settings.
     top-p: Holtzman et al. 2020; min-p: Nguyen et al. 2024.

@@ -74,19 +74,22 @@ T __shfl_sync(uint32_t mask, T v, int lane, int width = 32, simt::Site site = si
       site);
 }
 template <class T>
-T __shfl_xor_sync(uint32_t mask, T v, int bits, int width = 32, simt::Site site = simt::Site::here()) {
+T __shfl_xor_sync(uint32_t mask, T v, int bits, int width = 32,
+                  simt::Site site = simt::Site::here()) {
   return simt::shuffle(
       mask, v, [](int me, int s, int w) { return (me ^ s) > (me | (w - 1)) ? me : me ^ s; }, bits,
       width, site);
 }
 template <class T>
-T __shfl_down_sync(uint32_t mask, T v, unsigned by, int width = 32, simt::Site site = simt::Site::here()) {
+T __shfl_down_sync(uint32_t mask, T v, unsigned by, int width = 32,
+                   simt::Site site = simt::Site::here()) {
   return simt::shuffle(
       mask, v, [](int me, int s, int w) { return me + s > (me | (w - 1)) ? me : me + s; },
       static_cast<int>(by), width, site);
 }
 template <class T>
-T __shfl_up_sync(uint32_t mask, T v, unsigned by, int width = 32, simt::Site site = simt::Site::here()) {
+T __shfl_up_sync(uint32_t mask, T v, unsigned by, int width = 32,
+                 simt::Site site = simt::Site::here()) {
   return simt::shuffle(
       mask, v, [](int me, int s, int w) { return me - s < (me & ~(w - 1)) ? me : me - s; },
       static_cast<int>(by), width, site);
@@ -147,8 +150,12 @@ inline float __uint_as_float(unsigned u) {
 
 // ---- runtime ----------------------------------------------------------------------------------
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorNoKernelImageForDevice = 209,
-                   cudaErrorLaunchFailure = 719 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorLaunchFailure = 719
+};
 using cudaStream_t = struct CUstream_st*;
 struct cudaLaunchAttribute {};
 struct cudaLaunchConfig_t {
@@ -170,8 +177,8 @@ inline const char* g_error = nullptr;  // of the last launch
 }
 inline const char* cudaGetErrorString(cudaError_t e) {
   return e == cudaErrorLaunchFailure && simt::g_error != nullptr ? simt::g_error
-         : e == cudaSuccess                                     ? "no error"
-                                                                : "invalid argument";
+         : e == cudaSuccess                                      ? "no error"
+                                                                 : "invalid argument";
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* d) {

@@ -1,0 +1,324 @@
+"""sampling: the fused draws against the PyTorch lines that they replace, eager and compiled."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+import genfast
+from genfast.benchmarks.harness import Case, Work, assert_bitwise, assert_judged
+from genfast.reference import rng as noise
+from genfast.reference import sampling as reference
+
+SEED = 1234
+
+
+def _inputs(count, shape, device):
+    return [
+        genfast.randn(shape, seed=SEED, stream=100 + i, device=device) * 0.5 for i in range(count)
+    ]
+
+
+def _first(shape, limit):
+    """Rows of dim 0 that a proof in float64 looks at: about `limit` elements."""
+    row = max(int(torch.Size(shape[1:]).numel()), 1)
+    return max(1, min(shape[0], limit // row))
+
+
+# ---- reparameterize ------------------------------------------------------------------------------
+
+
+def _eager_reparameterize(mu, logvar):
+    z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
+    kl = 0.5 * (mu.pow(2) + logvar.exp() - 1 - logvar).sum() / mu.shape[0]
+    return z, kl
+
+
+def _fused_reparameterize(mu, logvar, seed=None):
+    return genfast.reparameterize(mu, logvar, seed=seed, return_kl=True)
+
+
+def _step(forward, inputs, grads):
+    """A call that runs forward and backward."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+
+    def call():
+        return torch.autograd.grad(forward(*leaves), leaves, grads)
+
+    return call
+
+
+def _prove_reparameterize(mu, logvar, dz, dkl, backward):
+    n = _first(mu.shape, 2**16)
+    mu, logvar, dz = mu[:n], logvar[:n], dz[:n]
+    eps = noise.random(mu.shape, "normal", SEED).to(mu.device)
+
+    def plain(dtype):
+        x = [v.to(dtype).requires_grad_() for v in (mu, logvar)]
+        out = (
+            reference.reparameterize(*x, eps.to(dtype)),
+            reference.gaussian_kl(*x),
+        )
+        return (*out, *torch.autograd.grad(out, x, (dz.to(dtype), dkl.to(dtype))))
+
+    leaves = [v.detach().requires_grad_() for v in (mu, logvar)]
+    got = _fused_reparameterize(*leaves, SEED)
+    got = (*got, *torch.autograd.grad(got, leaves, (dz, dkl)))
+    names = ("z", "kl", "d_mu", "d_logvar")
+    for name, a, b, c in zip(names, got, plain(torch.float32), plain(torch.float64), strict=True):
+        assert_judged(name, a, b, c, 3.0 if name.startswith("d_") else 2.0)
+
+
+def _reparameterize(shape, backward, device):
+    mu, logvar, dz = _inputs(3, shape, device)
+    dkl = torch.tensor(0.7, device=device)
+    calls = {}
+    for name, make in (
+        ("ours", lambda: _fused_reparameterize),
+        ("eager", lambda: _eager_reparameterize),
+        ("compile", lambda: torch.compile(_eager_reparameterize, dynamic=False)),
+    ):
+        if backward:
+            calls[name] = lambda make=make: _step(make(), (mu, logvar), (dz, dkl))
+        else:
+            calls[name] = lambda make=make: partial(make(), mu, logvar)
+    return Work(
+        ours=calls["ours"](),
+        rivals={"eager": calls["eager"]()},
+        late={"compile": calls["compile"]},
+        proof=partial(_prove_reparameterize, mu, logvar, dz, dkl, backward),
+    )
+
+
+def _overhead(device):
+    """1,000 elements: a call must not cost more than two eager ops."""
+    mu, logvar, dz = _inputs(3, (1000,), device)
+
+    def two_ops():
+        torch.exp(logvar)
+        return mu + logvar
+
+    return Work(
+        ours=lambda: genfast.reparameterize(mu, logvar, seed=SEED),
+        rivals={
+            "two ops": two_ops,
+            "eager": lambda: mu + torch.exp(0.5 * logvar) * torch.randn_like(mu),
+        },
+        proof=partial(_prove_reparameterize, mu, logvar, dz, torch.tensor(0.7), False),
+    )
+
+
+def _gaussian(shape, backward, **more):
+    n = torch.Size(shape).numel()
+    # Forward: read mu, logvar, write z. Backward: read mu, logvar, dz, write d_mu, d_logvar.
+    name = "reparameterize+kl" + (" fwd+bwd" if backward else "")
+    return Case(
+        "sampling",
+        name,
+        shape,
+        partial(_reparameterize, shape, backward),
+        bytes=4 * n * (8 if backward else 3),
+        **more,
+    )
+
+
+# ---- the Gumbel family ---------------------------------------------------------------------------
+
+
+def _eager_gumbel(logits, hard=False):
+    return F.gumbel_softmax(logits, tau=0.7, hard=hard)
+
+
+def _eager_bernoulli(logits, hard=False):
+    u = torch.rand_like(logits).clamp_(1e-7, 1 - 1e-7)
+    soft = torch.sigmoid((logits + torch.log(u) - torch.log1p(-u)) / 0.7)
+    return (soft > 0.5).to(soft.dtype) - soft.detach() + soft if hard else soft
+
+
+# name -> public function, the usual PyTorch lines, reference, distribution of its noise.
+RELAXED = {
+    "gumbel_softmax": (
+        genfast.gumbel_softmax,
+        _eager_gumbel,
+        reference.gumbel_softmax,
+        "gumbel",
+    ),
+    "relaxed_bernoulli": (
+        genfast.relaxed_bernoulli,
+        _eager_bernoulli,
+        reference.relaxed_bernoulli,
+        "logistic",
+    ),
+}
+
+
+def _relaxed(name, shape, hard, backward, device):
+    ours, eager, plain, distribution = RELAXED[name]
+    logits, dy = _inputs(2, shape, device)
+
+    def proof():
+        n = _first(shape, 2**16)
+        g = noise.random((n, *shape[1:]), distribution, SEED).to(device)
+        found = []
+        for dtype, fused in ((torch.float32, True), (torch.float32, False), (torch.float64, False)):
+            x = logits[:n].to(dtype, copy=True).requires_grad_()
+            y = ours(x, 0.7, hard, seed=SEED) if fused else plain(x, g.to(dtype), 0.7, hard)
+            found.append((y.detach(), *torch.autograd.grad(y, x, dy[:n].to(dtype))))
+        (y, dx), (y32, dx32), (y64, dx64) = found
+        if hard:  # one-hot: the choice is exact
+            assert_bitwise("y", y.round(), y64.round().float())
+        else:
+            assert_judged("y", y, y32, y64)
+        assert_judged("d_logits", dx, dx32, dx64, 3.0)
+
+    calls = {}
+    for who, make in (
+        ("ours", lambda: lambda x: ours(x, 0.7, hard)),
+        ("eager", lambda: partial(eager, hard=hard)),
+        ("compile", lambda: torch.compile(partial(eager, hard=hard), dynamic=False)),
+    ):
+        if backward:
+            calls[who] = lambda make=make: _step(make(), (logits,), (dy,))
+        else:
+            calls[who] = lambda make=make: partial(make(), logits)
+    return Work(
+        ours=calls["ours"](),
+        rivals={"eager": calls["eager"]()},
+        late={"compile": calls["compile"]},
+        proof=proof,
+    )
+
+
+def _relax(name, shape, hard=False, backward=False, **more):
+    n = torch.Size(shape).numel()
+    label = name + (" hard" if hard else "") + (" fwd+bwd" if backward else "")
+    return Case(
+        "sampling",
+        label,
+        shape,
+        partial(_relaxed, name, shape, hard, backward),
+        bytes=4 * n * (5 if backward else 2),
+        **more,
+    )
+
+
+# ---- categorical and tokens ----------------------------------------------------------------------
+
+
+def _prove_draw(draw, filtered, logits):
+    """The draw is the argmax of the filtered logits + the contract's Gumbel noise, in float64;
+    rows whose two best candidates are within rounding are not judged (there are hardly any)."""
+    got = draw()
+    rows = min(got.numel(), 64)
+    gumbel = noise.random(logits.shape, "gumbel", SEED).double()[:rows]
+    keys = filtered(logits[:rows].cpu()).double() + gumbel
+    best = keys.topk(2, -1)
+    clear = best.values[:, 0] - best.values[:, 1] > 1e-4
+    if clear.sum() < 0.9 * rows:
+        raise AssertionError("too few clear rows: the proof would show nothing")
+    assert_bitwise("index", got[:rows].cpu()[clear], best.indices[clear, 0])
+
+
+def _categorical(shape, device):
+    (logits,) = _inputs(1, shape, device)
+    return Work(
+        ours=lambda: genfast.sample_categorical(logits),
+        rivals={"eager": lambda: torch.multinomial(torch.softmax(logits, -1), 1)},
+        late={
+            "compile": lambda: torch.compile(
+                lambda: torch.multinomial(torch.softmax(logits, -1), 1), dynamic=False
+            )
+        },
+        proof=partial(
+            _prove_draw,
+            lambda: genfast.sample_categorical(logits, seed=SEED),
+            lambda x: x,
+            logits,
+        ),
+    )
+
+
+def torch_sample_tokens(logits, temperature, top_k, top_p):
+    """The composition found in generation loops: top-k, sort, softmax, cumsum, multinomial."""
+    x = logits / temperature
+    if top_k:
+        x = x.masked_fill(x < torch.topk(x, top_k).values[..., -1:], -torch.inf)
+    if top_p is not None:
+        values, order = torch.sort(x, descending=True)
+        mass = torch.softmax(values, -1).cumsum(-1)
+        drop = mass - torch.softmax(values, -1) >= top_p
+        x = x.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
+    return torch.multinomial(torch.softmax(x, -1), 1)
+
+
+def _tokens(shape, temperature, top_k, top_p, device):
+    logits = _inputs(1, shape, device)[0] * 6  # peaked like a language model's
+    ours = partial(genfast.sample_tokens, logits, temperature, top_k, top_p)
+
+    def filtered(x):
+        rows = x.shape[0]
+        return reference.filter_logits(
+            x.float() / temperature,
+            [top_k or 0] * rows,
+            [1.0 if top_p is None else top_p] * rows,
+        )
+
+    return Work(
+        ours=ours,
+        rivals={"eager": partial(torch_sample_tokens, logits, temperature, top_k, top_p)},
+        late={
+            "compile": lambda: partial(
+                torch.compile(torch_sample_tokens, dynamic=False),
+                logits,
+                temperature,
+                top_k,
+                top_p,
+            )
+        },
+        proof=partial(_prove_draw, partial(ours, seed=SEED), filtered, logits),
+    )
+
+
+def _draw_tokens(name, top_k, top_p):
+    shape = (8, 50257)
+    return Case(
+        "sampling",
+        name,
+        shape,
+        partial(_tokens, shape, 0.8, top_k, top_p),
+        bytes=4 * 8 * 50257,
+    )
+
+
+CASES = [
+    _gaussian((16, 4, 64, 64), True, targets={"eager": 6.0, "compile": 4.0}),
+    _gaussian((64, 16, 128, 128), True, targets={"eager": 6.0, "compile": 4.0}),
+    _gaussian((128, 20), True, note="the latent of the 784-400-20 VAE"),
+    _gaussian((16, 4, 64, 64), False),
+    Case(
+        "sampling",
+        "reparameterize",
+        (1000,),
+        _overhead,
+        bytes=4 * 3000,
+        note="overhead of a call without gradients, against exp(logvar) and mu + logvar",
+    ),
+    _relax("gumbel_softmax", (4096, 1024), targets={"eager": 4.0}),
+    _relax("gumbel_softmax", (4096, 1024), backward=True),
+    _relax("gumbel_softmax", (4096, 1024), hard=True),
+    _relax("relaxed_bernoulli", (4096, 1024)),
+    _relax("relaxed_bernoulli", (4096, 1024), backward=True),
+    Case(
+        "sampling",
+        "sample_categorical",
+        (4096, 1024),
+        partial(_categorical, (4096, 1024)),
+        bytes=4 * 4096 * 1024,
+    ),
+    _draw_tokens("sample_tokens", None, None),
+    _draw_tokens("sample_tokens top_k=50", 50, None),
+    _draw_tokens("sample_tokens top_p=0.9", None, 0.9),
+    _draw_tokens("sample_tokens top_k=50 top_p=0.9", 50, 0.9),
+]

@@ -1,0 +1,343 @@
+"""One definition of a benchmark case, for `genfast bench` and for pytest-benchmark.
+
+A family file `bench_<family>.py` exposes `CASES`, a list of `Case`. `Case.setup(device)` builds the
+inputs once and returns a `Work`: our call, the rivals' calls, and a proof. Example:
+
+    def setup(device):
+        x = genfast.randn(1000, seed=1, device=device)
+
+        def proof():                       # raises AssertionError; runs before anything is timed
+            assert_bitwise("silu", genfast.silu(x), reference.silu(x))
+
+        return Work(
+            ours=lambda: genfast.silu(x),
+            rivals={"eager": lambda: F.silu(x)},
+            late={"compile": lambda: torch.compile(F.silu, dynamic=False) and ...},  # -> callable
+            proof=proof,
+        )
+
+    CASES = [Case("diffusion", "silu", (1000,), setup, bytes=8 * 1000, targets={"eager": 3.0})]
+
+What is measured: after the proof, every candidate is warmed up, its inner loop is sized so that one
+reading takes about a millisecond, then ours and the rivals are read in turn (the order rotates), so
+that a slow moment of the machine hits all of them. Reported: median and quartiles over the
+readings, GB/s and GFLOP/s from the case's `bytes` and `flops`, the share of a limit measured in
+the same run (copying a large buffer; a large matmul), and rival time / our time.
+Caches are as the interleaving leaves them; a case larger than the last-level cache is cold.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import importlib.util
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from statistics import quantiles
+
+import torch
+from torch import Tensor
+
+# Order of the table; a family appears when its file does.
+FAMILIES = ("rng", "sampling", "diffusion", "attention")
+
+Call = Callable[[], object]
+
+
+@dataclass
+class Work:
+    """What `Case.setup` returns. late: rivals that are slow to make or need a peer (torch.compile,
+    diffusers): functions that return the call; left out by --quick, and reported as skipped, with
+    the reason, when making or first running one raises.
+    """
+
+    ours: Call
+    rivals: dict[str, Call]
+    proof: Callable[[], None]
+    late: dict[str, Callable[[], Call]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Case:
+    """bytes: read and written once by an ideal kernel. flops: of the ideal algorithm.
+    targets: rival -> least rival time / our time; 1.0 for a rival not named.
+    """
+
+    family: str
+    name: str
+    shape: tuple[int, ...]
+    setup: Callable[[torch.device], Work]
+    dtype: torch.dtype = torch.float32
+    bytes: int = 0
+    flops: int = 0
+    targets: dict[str, float] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def id(self) -> str:
+        return f"{self.family}/{self.name}/{'x'.join(map(str, self.shape))}/{short(self.dtype)}"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """budget_s: measuring time of one case. device: "cpu" or "cuda"."""
+
+    threads: int = 2
+    quick: bool = False
+    device: str = "cpu"
+
+    @property
+    def budget_s(self) -> float:
+        return 0.25 if self.quick else 1.5
+
+
+class ProofFailed(AssertionError):
+    """A kernel's answer is wrong: nothing is timed and no table is shown."""
+
+
+class UnknownFamily(ValueError):
+    pass
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# ---- cases --------------------------------------------------------------------------------------
+
+
+def available_families() -> list[str]:
+    package = __name__.rpartition(".")[0]
+    return [f for f in FAMILIES if importlib.util.find_spec(f"{package}.bench_{f}")]
+
+
+def load_cases(families: Sequence[str] = ()) -> list[Case]:
+    """The cases of the named families, or of all (UnknownFamily otherwise)."""
+    known = available_families()
+    for family in families:
+        if family not in known:
+            raise UnknownFamily(f"family: expected one of {', '.join(known)}, got {family!r}")
+    package = __name__.rpartition(".")[0]
+    return [
+        case
+        for family in known
+        if not families or family in families
+        for case in importlib.import_module(f"{package}.bench_{family}").CASES
+    ]
+
+
+# ---- proofs -------------------------------------------------------------------------------------
+
+
+def assert_bitwise(name: str, got: Tensor, want: Tensor) -> None:
+    if got.dtype != want.dtype or got.shape != want.shape:
+        raise AssertionError(
+            f"{name}: expected {short(want.dtype)} {tuple(want.shape)}, "
+            f"got {short(got.dtype)} {tuple(got.shape)}"
+        )
+    wrong = int((got.cpu() != want.cpu()).sum())
+    if wrong:
+        raise AssertionError(f"{name}: {wrong} of {got.numel()} values differ from the reference")
+
+
+def assert_judged(
+    name: str, got: Tensor, yardstick: Tensor, truth: Tensor, factor: float = 2.0
+) -> None:
+    """Largest error of `got` <= factor x that of plain PyTorch in the same dtype, + 2 rounding
+    steps of the largest value. truth: the reference in float64.
+    """
+    if got.shape != truth.shape:
+        raise AssertionError(f"{name}: expected shape {tuple(truth.shape)}, got {tuple(got.shape)}")
+    truth = truth.double()
+    error = (got.double() - truth).abs().max().item()
+    allowed = (yardstick.double() - truth).abs().max().item() * factor
+    allowed += 2 * torch.finfo(got.dtype).eps * truth.abs().max().item()
+    if not error <= allowed:  # also catches NaN
+        raise AssertionError(f"{name}: error {error:.3g} against float64, allowed {allowed:.3g}")
+
+
+def prove(case: Case, work: Work) -> None:
+    try:
+        work.proof()
+    except AssertionError as error:
+        raise ProofFailed(f"{case.id}: {error}") from error
+
+
+# ---- timing -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call: median, quartiles and least of `repeats` readings of `inner` calls each."""
+
+    median: float
+    q1: float
+    q3: float
+    least: float
+    repeats: int
+    inner: int
+
+    @property
+    def spread(self) -> float:
+        """The quartile range over the median."""
+        return (self.q3 - self.q1) / self.median
+
+
+def _reading(call: Call, inner: int, sync: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    for _ in range(inner):
+        call()
+    sync()
+    return (time.perf_counter() - start) / inner
+
+
+def _no_sync() -> None:
+    pass
+
+
+def measure(calls: dict[str, Call], budget_s: float, device: str = "cpu") -> dict[str, Timing]:
+    """Interleaved readings of all calls for about budget_s seconds (at least 5 readings each)."""
+    sync = torch.cuda.synchronize if device == "cuda" else _no_sync
+    inner = {}
+    for name, call in calls.items():
+        once = min(_reading(call, 1, sync) for _ in range(3))  # warm-up
+        inner[name] = max(1, round(1e-3 / max(once, 1e-7)))
+        once = _reading(call, inner[name], sync)
+        inner[name] = max(1, round(1e-3 / max(once, 1e-7)))
+    names = list(calls)
+    readings: dict[str, list[float]] = {name: [] for name in names}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        start, turn = time.perf_counter(), 0
+        while turn < 5 or (turn < 200 and time.perf_counter() - start < budget_s):
+            for i in range(len(names)):
+                name = names[(i + turn) % len(names)]
+                readings[name].append(_reading(calls[name], inner[name], sync))
+            turn += 1
+    finally:
+        if collecting:
+            gc.enable()
+    found = {}
+    for name in names:
+        q1, median, q3 = quantiles(readings[name], n=4, method="inclusive")
+        found[name] = Timing(median, q1, q3, min(readings[name]), len(readings[name]), inner[name])
+    return found
+
+
+def measure_limits(settings: Settings) -> dict[str, float]:
+    """copy_gbps: read + written by copying 256 MiB; matmul_gflops: fp32, 1536 cubed."""
+    device = torch.device(settings.device)
+    a = torch.ones(64 * 2**20, device=device)
+    b = torch.empty_like(a)
+    n = 1536 if settings.device == "cpu" else 8192
+    x, y = torch.ones(n, n, device=device), torch.ones(n, n, device=device)
+    out = torch.empty_like(x)
+    calls: dict[str, Call] = {
+        "copy": lambda: b.copy_(a),
+        "matmul": lambda: torch.mm(x, y, out=out),
+    }
+    found = measure(calls, 2 * settings.budget_s, settings.device)
+    return {
+        "copy_gbps": 2 * a.numel() * 4 / found["copy"].median / 1e9,
+        "matmul_gflops": 2 * n**3 / found["matmul"].median / 1e9,
+    }
+
+
+# ---- one case -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    case: Case
+    ours: Timing
+    rivals: dict[str, Timing]
+    skipped: dict[str, str]
+    limits: dict[str, float]
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        return {name: t.median / self.ours.median for name, t in self.rivals.items()}
+
+    @property
+    def gbps(self) -> float:
+        return self.case.bytes / self.ours.median / 1e9
+
+    @property
+    def gflops(self) -> float:
+        return self.case.flops / self.ours.median / 1e9
+
+    @property
+    def share(self) -> tuple[float, str]:
+        """The nearer limit and how much of it was reached."""
+        return max(
+            (self.gbps / self.limits["copy_gbps"], "copy"),
+            (self.gflops / self.limits["matmul_gflops"], "matmul"),
+        )
+
+    @property
+    def missed(self) -> dict[str, float]:
+        """Rivals whose target was not reached: name -> target."""
+        wanted = {name: self.case.targets.get(name, 1.0) for name in self.rivals}
+        return {name: t for name, t in wanted.items() if self.ratios[name] < t}
+
+    def as_dict(self) -> dict:
+        share, limit = self.share
+        return {
+            "id": self.case.id,
+            "family": self.case.family,
+            "name": self.case.name,
+            "shape": list(self.case.shape),
+            "dtype": short(self.case.dtype),
+            "bytes": self.case.bytes,
+            "flops": self.case.flops,
+            "seconds": vars(self.ours),
+            "gbps": self.gbps,
+            "gflops": self.gflops,
+            "share": share,
+            "limit": limit,
+            "rivals": {
+                name: {
+                    "seconds": vars(t),
+                    "ratio": self.ratios[name],
+                    "target": self.case.targets.get(name, 1.0),
+                }
+                for name, t in self.rivals.items()
+            },
+            "skipped": self.skipped,
+        }
+
+
+def run_case(case: Case, settings: Settings, limits: dict[str, float]) -> Row:
+    """Setup, proof (ProofFailed), timing."""
+    work = case.setup(torch.device(settings.device))
+    prove(case, work)
+    rivals, skipped = dict(work.rivals), {}
+    for name, make in work.late.items():
+        if settings.quick:
+            skipped[name] = "--quick"
+            continue
+        try:
+            rivals[name] = make()
+            rivals[name]()
+        except Exception as error:  # a peer that is absent or fails is no failure of ours
+            rivals.pop(name, None)
+            skipped[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
+    found = measure({"ours": work.ours, **rivals}, settings.budget_s, settings.device)
+    return Row(case, found.pop("ours"), found, skipped, limits)
+
+
+def run(cases: Sequence[Case], settings: Settings) -> Iterator[Row | None]:
+    """First None (the limits are measured), then a row per case; restores torch's thread count."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(settings.threads)
+    try:
+        limits = measure_limits(settings)
+        yield None
+        for case in cases:
+            if not settings.quick:
+                torch.compiler.reset()  # no rival falls back for the recompiles of earlier cases
+            yield run_case(case, settings, limits)
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,45 @@
+"""The `genfast` command: info, bench, train, generate.
+
+Exit codes: 0 done; 1 a proof or a run failed; 2 wrong input or a missing package, with a message
+that says what to do. Each subcommand is one module with `add(subparsers)`, which sets `run`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from genfast import __version__
+from genfast._extras import MissingExtra
+from genfast.cli import bench, generate, info, train
+
+COMMANDS = (info, bench, train, generate)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="genfast",
+        description="Fast native kernels for generative models in PyTorch.",
+        epilog="`genfast COMMAND --help` lists the options of a command.",
+    )
+    top.add_argument("--version", action="version", version=f"genfast {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add(commands)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except (MissingExtra, ValueError, OSError) as error:
+        print(f"genfast {args.command}: {error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, AssertionError) as error:
+        print(f"genfast {args.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"genfast {args.command}: interrupted", file=sys.stderr)
+        return 130

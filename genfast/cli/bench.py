@@ -1,0 +1,80 @@
+"""`genfast bench`: proofs, then a table against PyTorch."""
+
+from __future__ import annotations
+
+import sys
+
+from genfast._extras import need
+from genfast.cli._args import output_file, positive
+
+
+def add(commands) -> None:
+    p = commands.add_parser(
+        "bench", help="time the kernels against PyTorch on this machine, each proved first"
+    )
+    p.add_argument("family", nargs="*", help="rng, sampling, ... (default: all)")
+    p.add_argument("--quick", action="store_true", help="short readings, no torch.compile")
+    p.add_argument("--only", metavar="TEXT", help="cases whose id contains TEXT")
+    p.add_argument("--list", action="store_true", help="print the ids of the cases and stop")
+    p.add_argument("--threads", type=positive, default=2, metavar="N", help="default: 2")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    p.add_argument("--json", type=output_file(".json"), metavar="F.json")
+    p.add_argument("--plot", type=output_file(".png"), metavar="F.png")
+    p.add_argument("--check", action="store_true", help="exit 1 when a target is missed")
+    p.set_defaults(run=run)
+
+
+def run(args) -> int:
+    from genfast.benchmarks import harness
+
+    cases = harness.load_cases(args.family)
+    if args.only:
+        chosen = [case for case in cases if args.only in case.id]
+        if not chosen:
+            raise ValueError(
+                f"--only: no case id contains {args.only!r}; the ids are: "
+                f"{', '.join(case.id for case in cases)}"
+            )
+        cases = chosen
+    if args.list:
+        print("\n".join(case.id for case in cases))
+        return 0
+    need("rich", *(["matplotlib"] if args.plot else []))
+    if args.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch sees no GPU here; `genfast info` says why")
+    return measure(cases, harness.Settings(args.threads, args.quick, args.device), args)
+
+
+def measure(cases, settings, args) -> int:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    from genfast.benchmarks import harness, report
+
+    errors = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=errors,
+        transient=True, disable=not sys.stderr.isatty(),
+    )  # fmt: skip
+    rows = []
+    try:
+        with bar:
+            task = bar.add_task("limits of this machine", total=len(cases) + 1)
+            for row in harness.run(cases, settings):
+                if row is not None:
+                    rows.append(row)
+                upcoming = cases[len(rows)].id if len(rows) < len(cases) else "done"
+                bar.update(task, advance=1, description=upcoming)
+    except harness.ProofFailed as failure:
+        errors.print(f"proof failed: {failure}", style="bold red", markup=False, highlight=False)
+        errors.print("no times are shown after a wrong answer", style="red")
+        return 1
+    report.show(rows, settings)
+    if args.json:
+        report.write_json(args.json, rows, settings)
+    if args.plot:
+        report.plot(args.plot, rows, settings)
+    return int(args.check and any(row.missed for row in rows))

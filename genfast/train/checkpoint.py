@@ -1,0 +1,77 @@
+"""Checkpoints: one safetensors file, the model's name and configuration in its metadata."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from genfast._extras import need
+from genfast._files import write_atomic
+from genfast.models import MODELS
+
+CHECKPOINT = "model.safetensors"
+FORMAT = 1
+
+
+class BadCheckpoint(ValueError):
+    pass
+
+
+def save(folder: Path, name: str, model: nn.Module, notes: dict) -> Path:
+    """Writes folder/model.safetensors. notes: JSON values kept beside the configuration."""
+    need("safetensors")
+    from safetensors.torch import save_file
+
+    about = {"format": FORMAT, "model": name, "config": model.config, **notes}
+    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    path = folder / CHECKPOINT
+    write_atomic(
+        path, lambda p: save_file(tensors, p, {"format": "pt", "genfast": json.dumps(about)})
+    )
+    return path
+
+
+def load(folder: Path) -> tuple[nn.Module, dict]:
+    """The model in eval mode, and what `save` was told; BadCheckpoint otherwise."""
+    need("safetensors")
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / CHECKPOINT
+    if not path.is_file():
+        raise BadCheckpoint(
+            f"{folder}: expected a folder that holds {CHECKPOINT}, as `genfast train` writes it"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get("genfast", "null"))
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise BadCheckpoint(f"{path}: not a readable safetensors file ({error})") from None
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        raise BadCheckpoint(f"{path}: not a genfast checkpoint of format {FORMAT}")
+    if about["model"] not in MODELS:
+        known = ", ".join(MODELS)
+        raise BadCheckpoint(f"{path}: model: expected one of {known}, got {about['model']!r}")
+    model = MODELS[about["model"]](**about["config"])
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise BadCheckpoint(f"{path}: {error}") from None
+    return model.eval(), about
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file, hex."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def initialised(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """build() with torch's default initialisation from `seed`; torch's generator is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()

@@ -1,0 +1,43 @@
+"""PNG grids."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from genfast._extras import need
+from genfast._files import write_atomic
+
+
+def to_bytes(x: Tensor) -> Tensor:
+    """[0, 1] -> uint8, rounded to nearest."""
+    return (x.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tensor:
+    """images: (N, H, W) in [0, 1] -> (rows, columns) of them with gaps, uint8."""
+    n, h, w = images.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    canvas = torch.zeros(rows * (h + gap) + gap, columns * (w + gap) + gap, dtype=torch.uint8)
+    for i, image in enumerate(to_bytes(images)):
+        top, left = gap + i // columns * (h + gap), gap + i % columns * (w + gap)
+        canvas[top : top + h, left : left + w] = image
+    return canvas
+
+
+def save_png(path: Path, picture: Tensor, about: dict | None = None) -> None:
+    """picture: (H, W) uint8. about: kept as JSON in the PNG text field `genfast`."""
+    need("PIL")
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    text = PngInfo()
+    if about is not None:
+        text.add_text("genfast", json.dumps(about))
+    image = Image.fromarray(picture.numpy())
+    write_atomic(path, lambda p: image.save(p, format="PNG", pnginfo=text))
