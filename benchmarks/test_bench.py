@@ -19,8 +19,8 @@ def test_case(case, who, benchmark):
         prove(case, work)
         call = work.ours
     else:
-        if not work.rivals:
-            pytest.skip("no rival")
-        call = next(iter(work.rivals.values()))
+        if who not in work.rivals:
+            pytest.skip(f"no rival of this name; {', '.join(work.rivals) or 'none at all'}")
+        call = work.rivals[who]
     benchmark.group = case.id
     benchmark(call)

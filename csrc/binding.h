@@ -120,7 +120,7 @@ struct OnCuda {  // keeps the null pointer below out of the deduction
 };
 template <class Params, class Result>
 bool run(const Params& p, const TensorView& like, Result (*cpu::Kernels::*on_cpu)(const Params&),
-         typename OnCuda<Params>::Function on_cuda) {
+         typename OnCuda<Params>::Function on_cuda = nullptr) {
   if (like.is_cuda() && on_cuda != nullptr) {
     const char* error;
     {

@@ -46,9 +46,9 @@ bool row_seeds(const TensorView& seeds, const TensorView& t) {
 }
 
 bool reparameterize(TensorArgument& mu, TensorArgument& logvar, TensorArgument& y,
-                    TensorArgument& side, TensorArgument& scratch, py::handle seed,
-                    TensorArgument& seeds, py::handle stream, int64_t offset, int transform,
-                    int side_kind, float side_scale) {
+                    TensorArgument& side, py::handle seed, TensorArgument& seeds, py::handle stream,
+                    int64_t offset, int transform, int side_kind, float side_scale,
+                    TensorArgument& scratch) {
   if (!given({&mu, &logvar}) || !known(transform, side_kind) ||
       !same_device({&mu, &logvar, &y, &side, &scratch, &seeds}) || !floats({&mu, &logvar, &y}) ||
       !same_shapes({&mu, &logvar, &y}))
@@ -183,6 +183,10 @@ py::dict build_info() {
 }  // namespace
 }  // namespace genfast
 
+namespace genfast {
+void register_diffusion(py::module_& m);  // bindings_diffusion.cpp
+}
+
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   using namespace genfast;
   m.doc() = "Native kernels of genfast. Arguments are positional; use the Python functions.";
@@ -201,10 +205,14 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("enable_cuda", [](bool on) { g_cuda_enabled = on; });
   m.def("build_info", &build_info);
   m.def("random", &genfast::random);
-  m.def("reparameterize", &reparameterize);
+  m.def("reparameterize", &reparameterize, py::arg("mu"), py::arg("logvar"), py::arg("y"),
+        py::arg("side"), py::arg("seed"), py::arg("seeds"), py::arg("stream"), py::arg("offset"),
+        py::arg("transform"), py::arg("side_kind"), py::arg("side_scale"),
+        py::arg("scratch") = py::none());
   m.def("reparameterize_backward", &reparameterize_backward);
   m.def("gumbel_softmax", &gumbel_softmax);
   m.def("gumbel_softmax_backward", &gumbel_softmax_backward);
   m.def("relaxed_bernoulli", &relaxed_bernoulli);
   m.def("categorical", &categorical);
+  register_diffusion(m);
 }

@@ -3,6 +3,18 @@
 from importlib.metadata import version as _version
 
 from genfast.ops._backend import backend, get_backend, set_backend
+from genfast.ops.diffusion import (
+    add_noise,
+    denoising_loss,
+    diffusion_step,
+    dynamic_threshold,
+    guidance_weights,
+    guide,
+    scale_model_input,
+    scale_noise,
+    step_log_prob,
+    velocity,
+)
 from genfast.ops.rng import NOISE_VERSION, rand, rand_like, randint, randn, randn_like
 from genfast.ops.sampling import (
     gaussian_kl,
@@ -19,9 +31,15 @@ __version__ = _version("genfast")
 
 __all__ = [
     "NOISE_VERSION",
+    "add_noise",
     "backend",
+    "denoising_loss",
+    "diffusion_step",
+    "dynamic_threshold",
     "gaussian_kl",
     "get_backend",
+    "guidance_weights",
+    "guide",
     "gumbel_softmax",
     "log_normal",
     "rand",
@@ -33,6 +51,10 @@ __all__ = [
     "reparameterize",
     "sample_categorical",
     "sample_tokens",
+    "scale_model_input",
+    "scale_noise",
     "set_backend",
+    "step_log_prob",
     "tanh_normal",
+    "velocity",
 ]

@@ -1,5 +1,7 @@
 // The CPU kernels of one ISA level, and the choice of the level.
 #pragma once
+#include "api/attention.h"
+#include "api/diffusion.h"
 #include "api/rng.h"
 #include "api/sampling.h"
 
@@ -13,6 +15,15 @@ struct Kernels {
   void (*gumbel_softmax_backward)(const GumbelSoftmaxBackwardParams&);
   void (*relaxed_bernoulli)(const RelaxedBernoulliParams&);
   int64_t (*categorical)(const CategoricalParams&);
+  void (*diffusion_step)(const StepParams&);
+  void (*diffusion_step_backward)(const StepBackwardParams&);
+  void (*diffusion_mix)(const MixParams&);
+  void (*guidance_weights)(const GuidanceParams&);
+  void (*dynamic_threshold)(const ThresholdParams&);
+  void (*denoising_loss)(const LossParams&);
+  void (*attention_forward)(const AttentionParams&);
+  void (*attention_backward)(const AttentionGradParams&);
+  void (*attention_append)(const AttentionAppendParams&);
 };
 
 // The best level this processor runs, or the one that GENFAST_ISA names; fixed at the first call.
@@ -33,6 +44,15 @@ void gumbel_softmax(const GumbelSoftmaxParams&);
 void gumbel_softmax_backward(const GumbelSoftmaxBackwardParams&);
 void relaxed_bernoulli(const RelaxedBernoulliParams&);
 int64_t categorical(const CategoricalParams&);
+void diffusion_step(const StepParams&);
+void diffusion_step_backward(const StepBackwardParams&);
+void diffusion_mix(const MixParams&);
+void guidance_weights(const GuidanceParams&);
+void dynamic_threshold(const ThresholdParams&);
+void denoising_loss(const LossParams&);
+void attention_forward(const AttentionParams&);
+void attention_backward(const AttentionGradParams&);
+void attention_append(const AttentionAppendParams&);
 extern const Kernels table;
 }  // namespace genfast::cpu::GENFAST_ISA
 #endif

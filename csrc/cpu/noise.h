@@ -9,8 +9,10 @@
 namespace genfast::cpu {
 namespace {
 
+constexpr int kGroup = 4 * lane<f32p>::width;  // values of one turn
+
 struct alignas(64) NoiseChunk {
-  float data[kChunk + 128];
+  float data[kChunk + kGroup];
 };
 
 inline uint64_t seed_of_row(const Noise& noise, int64_t row) {
@@ -18,56 +20,57 @@ inline uint64_t seed_of_row(const Noise& noise, int64_t row) {
   return static_cast<uint64_t>(noise.seeds[noise.n_seeds > 1 ? row : 0]);
 }
 
-// One Philox block per lane, starting at block `first`.
-inline Words<u32v> philox_blocks(uint64_t seed, uint64_t stream, uint64_t first) {
-  u32v iota;
-  for (int i = 0; i < W; ++i) iota[i] = i;
-  const u32v low = static_cast<uint32_t>(first) + iota;
-  const u32v carry = as_unsigned(low < iota) & 1u;
-  return philox4x32_10<u32v>(low, static_cast<uint32_t>(first >> 32) + carry,
-                             splat(static_cast<uint32_t>(stream)),
-                             splat(static_cast<uint32_t>(stream >> 32)),
+// One Philox block per lane of a pair, starting at block `first`.
+inline Words<u32p> philox_blocks(uint64_t seed, uint64_t stream, uint64_t first) {
+  u32p iota;
+  for (int i = 0; i < W; ++i) iota.a[i] = i, iota.b[i] = i + W;
+  const u32p low = static_cast<uint32_t>(first) + iota;
+  const u32p carry = as_unsigned(low < iota) & 1u;
+  const u32p zero{};
+  return philox4x32_10<u32p>(low, static_cast<uint32_t>(first >> 32) + carry,
+                             zero + static_cast<uint32_t>(stream),
+                             zero + static_cast<uint32_t>(stream >> 32),
                              static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
 }
 
 // How the four words of a block become four values.
 struct UniformMap {
-  static void map(const Words<u32v>& w, f32v* v) {
-    v[0] = uniform<f32v>(w.w0), v[1] = uniform<f32v>(w.w1);
-    v[2] = uniform<f32v>(w.w2), v[3] = uniform<f32v>(w.w3);
+  static void map(const Words<u32p>& w, f32p* v) {
+    v[0] = uniform<f32p>(w.w0), v[1] = uniform<f32p>(w.w1);
+    v[2] = uniform<f32p>(w.w2), v[3] = uniform<f32p>(w.w3);
   }
 };
 struct NormalMap {
-  static void map(const Words<u32v>& w, f32v* v) {
-    box_muller<f32v>(w.w0, w.w1, v[0], v[1]);
-    box_muller<f32v>(w.w2, w.w3, v[2], v[3]);
+  static void map(const Words<u32p>& w, f32p* v) {
+    box_muller<f32p>(w.w0, w.w1, v[0], v[1]);
+    box_muller<f32p>(w.w2, w.w3, v[2], v[3]);
   }
 };
-template <f32v (*value)(u32v)>
+template <f32p (*value)(u32p)>
 struct EachMap {
-  static void map(const Words<u32v>& w, f32v* v) {
+  static void map(const Words<u32p>& w, f32p* v) {
     v[0] = value(w.w0), v[1] = value(w.w1), v[2] = value(w.w2), v[3] = value(w.w3);
   }
 };
-inline f32v exponential_lane(u32v w) { return exponential_noise<f32v>(w); }
-inline f32v gumbel_lane(u32v w) { return gumbel_noise<f32v>(w); }
-inline f32v logistic_lane(u32v w) { return logistic_noise<f32v>(w); }
-inline f32v bits_lane(u32v w) { return from_bits(w); }
+inline f32p exponential_lane(u32p w) { return exponential_noise<f32p>(w); }
+inline f32p gumbel_lane(u32p w) { return gumbel_noise<f32p>(w); }
+inline f32p logistic_lane(u32p w) { return logistic_noise<f32p>(w); }
+inline f32p bits_lane(u32p w) { return from_bits(w); }
 using ExponentialMap = EachMap<exponential_lane>;
 using GumbelMap = EachMap<gumbel_lane>;
 using LogisticMap = EachMap<logistic_lane>;
 using BitsMap = EachMap<bits_lane>;
 
 // Values of elements [first, first + n), n <= kChunk, written to `to` when the range starts at a
-// block boundary and fills it, else to `buffer`; returns where they are. 4 W values a turn.
+// block boundary and fills it, else to `buffer`; returns where they are.
 template <class Map>
 const float* noise_values(uint64_t seed, uint64_t stream, uint64_t first, int n, NoiseChunk& buffer,
                           float* to = nullptr) {
   const int skip = static_cast<int>(first & 3);
-  float* out = to != nullptr && skip == 0 && n % (4 * W) == 0 ? to : buffer.data;
+  float* out = to != nullptr && skip == 0 && n % kGroup == 0 ? to : buffer.data;
   uint64_t block = first >> 2;
-  for (int i = 0; i < skip + n; i += 4 * W, block += W) {
-    f32v v[4];
+  for (int i = 0; i < skip + n; i += kGroup, block += kGroup / 4) {
+    f32p v[4];
     Map::map(philox_blocks(seed, stream, block), v);
     store_interleaved(out + i, v[0], v[1], v[2], v[3]);
   }
@@ -97,6 +100,22 @@ void for_chunks(int64_t rows, int64_t cols, int threads, Fn&& fn) {
 inline int64_t noise_rows(const Noise& noise, const TensorView& t) {
   return noise.seeds != nullptr && noise.n_seeds > 1 && t.ndim > 0 ? t.shape[0] : 1;
 }
+
+// Element index of the noise, and its key, for element `first` of row `row`.
+struct NoiseAt {
+  const Noise& noise;
+  int64_t noise_cols;  // elements that share a seed: numel / noise rows
+
+  NoiseAt(const Noise& n, const TensorView& t)
+      : noise(n), noise_cols(t.numel / (noise_rows(n, t) > 1 ? noise_rows(n, t) : 1)) {}
+  template <class Map>
+  const float* values(int64_t at, int n, NoiseChunk& buffer) const {  // range within one seed row
+    const int64_t row = noise.n_seeds > 1 ? at / noise_cols : 0;
+    return noise_values<Map>(seed_of_row(noise, row), noise.stream,
+                             static_cast<uint64_t>(noise.offset + at - row * noise_cols), n,
+                             buffer);
+  }
+};
 
 }  // namespace
 }  // namespace genfast::cpu

@@ -25,26 +25,31 @@ void with_transform(Transform t, Fn&& fn) {
   }
 }
 
-inline float lane_sum(f32v v) {
+constexpr int kStep = lane<f32p>::width;  // elements of one turn: two vectors in flight
+
+inline float lane_sum(f32p v) {
   float s = 0;
-  for (int i = 0; i < W; ++i) s += v[i];
+  for (int i = 0; i < W; ++i) s += v.a[i] + v.b[i];
   return s;
 }
 
-// Element index of the noise, and its key, for element `first` of row `row`.
-struct NoiseAt {
-  const Noise& noise;
-  int64_t noise_cols;  // elements that share a seed: numel / noise rows
-
-  NoiseAt(const Noise& n, const TensorView& t)
-      : noise(n), noise_cols(t.numel / std::max<int64_t>(noise_rows(n, t), 1)) {}
-  template <class Map>
-  const float* values(int64_t at, int n, NoiseChunk& buffer) const {  // range within one seed row
-    const int64_t row = noise.n_seeds > 1 ? at / noise_cols : 0;
-    return noise_values<Map>(seed_of_row(noise, row), noise.stream,
-                             static_cast<uint64_t>(noise.offset + at - row * noise_cols), n,
-                             buffer);
+// Sum over the first n elements of a chunk, whatever the padding of the last turn holds.
+class Sum {
+ public:
+  void add(f32p term, int left) {
+    if (left >= kStep) {
+      lanes_ += term;
+      return;
+    }
+    float t[kStep];
+    store(t, term);
+    for (int j = 0; j < left; ++j) tail_ += t[j];
   }
+  double total() const { return static_cast<double>(lane_sum(lanes_)) + tail_; }
+
+ private:
+  f32p lanes_{};
+  float tail_ = 0;
 };
 
 // Rows so that no chunk crosses a side row or a seed row.
@@ -76,22 +81,17 @@ void reparameterize(const ReparameterizeParams& p) {
       const float* e =
           need_noise ? noise.values<NormalMap>(at, n, noise_buffer) : noise_buffer.data;
       float* to = want_y ? y.target(at, n, staged) : staged.data;
-      f32v sum{};
-      for (int i = 0; i < n; i += W) {
-        const f32v mi = load(m + i), li = load(l + i), ei = load(e + i);
-        const Draw<f32v> d = draw(mi, li, ei);
-        const f32v yi = T::template value<f32v>(d.z);
+      Sum sum;
+      for (int i = 0; i < n; i += kStep) {
+        const f32p mi = load_pair(m + i), li = load_pair(l + i), ei = load_pair(e + i);
+        const Draw<f32p> d = draw(mi, li, ei);
+        const f32p yi = T::template value<f32p>(d.z);
         store(to + i, yi);
-        f32v term{};
-        if (p.side_kind == Side::kl) term = gaussian_kl(mi, li, d.sigma);
+        if (p.side_kind == Side::kl) sum.add(gaussian_kl(mi, li, d.sigma), n - i);
         if (p.side_kind == Side::log_prob)
-          term = log_density(ei, li, T::template log_slope<f32v>(d.z, yi));
-        if (i + W <= n)
-          sum += term;
-        else  // the padding of the last vector does not count
-          for (int j = 0; j < n - i; ++j) sum[j] += term[j];
+          sum.add(log_density(ei, li, T::template log_slope<f32p>(d.z, yi)), n - i);
       }
-      if (partial) partial[c] = lane_sum(sum);
+      if (partial) partial[c] = sum.total();
       if (want_y) y.store(at, n, to);
     });
   });
@@ -131,16 +131,16 @@ void reparameterize_backward(const ReparameterizeBackwardParams& p) {
       const float gs = have_side ? grad_side[row / split] * p.side_scale : 0.0f;
       float* to_mu = d_mu.target(at, n, staged_mu);
       float* to_logvar = d_logvar.target(at, n, staged_logvar);
-      for (int i = 0; i < n; i += W) {
-        const f32v mi = load(m + i), li = load(l + i), ei = load(e + i);
-        const Draw<f32v> d = draw(mi, li, ei);
-        f32v gz{}, g_logvar{};
+      for (int i = 0; i < n; i += kStep) {
+        const f32p mi = load_pair(m + i), li = load_pair(l + i), ei = load_pair(e + i);
+        const Draw<f32p> d = draw(mi, li, ei);
+        f32p gz{}, g_logvar{};
         if (have_y || is_log_prob) {
-          const f32v yi = T::template value<f32v>(d.z);
-          if (have_y) gz = load(gy + i) * T::template slope<f32v>(yi);
+          const f32p yi = T::template value<f32p>(d.z);
+          if (have_y) gz = load_pair(gy + i) * T::template slope<f32p>(yi);
           if (is_log_prob) {
-            gz -= T::template log_slope_gradient<f32v>(yi) * gs;
-            g_logvar = splat(gs * -0.5f);
+            gz -= T::template log_slope_gradient<f32p>(yi) * gs;
+            g_logvar = f32p{} + gs * -0.5f;
           }
           g_logvar += (gz * (d.sigma * ei)) * 0.5f;
         }
@@ -201,8 +201,8 @@ float perturb(const Stage& logits, const Noise& noise, const RowShape& s, int64_
   const int64_t seed_row = noise.n_seeds > 1 ? row / s.per_seed : 0;
   const uint64_t seed = seed_of_row(noise, seed_row);
   const int64_t element = noise.offset + (row - seed_row * s.per_seed) * s.cols;
-  f32v top = splat(-INFINITY);
-  i32v nan{};
+  float top = -INFINITY;
+  bool nan = false;
   for (int64_t c = 0; c < s.cols; c += kChunk) {
     Chunk staged;
     NoiseChunk buffer;
@@ -210,21 +210,28 @@ float perturb(const Stage& logits, const Noise& noise, const RowShape& s, int64_
     const float* l = logits.load(row * s.cols + c, n, staged);
     const float* g =
         noise_values<Map>(seed, noise.stream, static_cast<uint64_t>(element + c), n, buffer);
-    for (int i = 0; i < n; i += W) {
-      f32v v = (load(l + i) + load(g + i)) * inv_tau;
-      if (i + W > n)
-        for (int j = n - i; j < W; ++j) v[j] = -INFINITY;
-      store(to + c + i, v);
-      top = maximum<f32v>(v, top);
-      nan |= v != v;
+    float* v = to + c;
+    int i = 0;
+    f32p most = f32p{} - INFINITY;
+    i32p strange{};
+    for (; i < n; i += kStep) {
+      const f32p x = (load_pair(l + i) + load_pair(g + i)) * inv_tau;
+      store(v + i, x);
+      if (i + kStep > n) break;
+      most = maximum<f32p>(x, most);
+      strange |= x != x;
     }
+    for (int j = 0; j < W; ++j) {
+      top = std::max(top, std::max(most.a[j], most.b[j]));
+      nan |= (strange.a[j] | strange.b[j]) != 0;
+    }
+    for (int j = i; j < n; ++j) {
+      top = std::max(top, v[j]);
+      nan |= v[j] != v[j];
+    }
+    for (int j = n; j < i + kStep && i < n; ++j) v[j] = -INFINITY;  // padding: e^-inf adds 0
   }
-  float m = top[0];
-  for (int j = 0; j < W; ++j) {
-    m = std::max(m, top[j]);
-    if (nan[j] != 0) return NAN;
-  }
-  return m;
+  return nan ? NAN : top;
 }
 
 // Row of softmax((logits + g) / tau), in place of scratch.
@@ -233,17 +240,17 @@ void soft_row(const Stage& logits, const Noise& noise, const RowShape& s, int64_
   const float m = perturb<GumbelMap>(logits, noise, s, row, inv_tau, y);
   double total = 0;
   for (int64_t c = 0; c < s.cols; c += kChunk) {
-    f32v sum{};
+    f32p sum{};
     const int64_t end = std::min<int64_t>(s.cols, c + kChunk);
-    for (int64_t i = c; i < end; i += W) {  // padding is -inf: its exponential adds 0
-      const f32v e = exp_of<f32v>(load(y + i) - m);
+    for (int64_t i = c; i < end; i += kStep) {
+      const f32p e = exp_of<f32p>(load_pair(y + i) - m);
       store(y + i, e);
       sum += e;
     }
     total += lane_sum(sum);
   }
   const float scale = static_cast<float>(1.0 / total);
-  for (int64_t i = 0; i < s.cols; i += W) store(y + i, load(y + i) * scale);
+  for (int64_t i = 0; i < s.cols; i += kStep) store(y + i, load_pair(y + i) * scale);
 }
 
 void store_row(const Stage& out, int64_t row, int64_t cols, const float* from) {
@@ -302,16 +309,14 @@ void gumbel_softmax_backward(const GumbelSoftmaxBackwardParams& p) {
         const float* g = grad.load(at, n, a);
         const float* yc = have_y ? soft.load(at, n, b) : y + c;
         if (pass == 0) {
-          f32v sum{};
-          int i = 0;
-          for (; i + W <= n; i += W) sum += load(g + i) * load(yc + i);
-          for (; i < n; ++i) sum[0] += g[i] * yc[i];
-          dot += lane_sum(sum);
+          Sum sum;
+          for (int i = 0; i < n; i += kStep) sum.add(load_pair(g + i) * load_pair(yc + i), n - i);
+          dot += sum.total();
         } else {
           float* to = d_logits.target(at, n, staged);
           const float d = static_cast<float>(dot);
-          for (int i = 0; i < n; i += W)
-            store(to + i, (load(yc + i) * (load(g + i) - d)) * inv_tau);
+          for (int i = 0; i < n; i += kStep)
+            store(to + i, (load_pair(yc + i) * (load_pair(g + i) - d)) * inv_tau);
           d_logits.store(at, n, to);
         }
       }
@@ -332,13 +337,13 @@ void relaxed_bernoulli(const RelaxedBernoulliParams& p) {
     const float* e = noise.values<LogisticMap>(at, n, noise_buffer);
     const float* gy = p.backward ? grad.load(at, n, g) : nullptr;
     float* to = y.target(at, n, staged);
-    for (int i = 0; i < n; i += W) {
-      const f32v x = (load(l + i) + load(e + i)) * inv_tau;
-      f32v v = sigmoid_of<f32v>(x);
+    for (int i = 0; i < n; i += kStep) {
+      const f32p x = (load_pair(l + i) + load_pair(e + i)) * inv_tau;
+      f32p v = sigmoid_of<f32p>(x);
       if (p.backward)
-        v = (load(gy + i) * (v * sigmoid_of<f32v>(-x))) * inv_tau;
+        v = (load_pair(gy + i) * (v * sigmoid_of<f32p>(-x))) * inv_tau;
       else if (p.hard)
-        v = select(x > 0.0f, splat(1.0f), select(x == x, f32v{}, x));
+        v = select(x > 0.0f, f32p{} + 1.0f, select(x == x, f32p{}, x));
       store(to + i, v);
     }
     y.store(at, n, to);

@@ -3,9 +3,12 @@
 namespace genfast::cpu::GENFAST_ISA {
 
 extern const Kernels table = {
-    random,         reparameterize,          reparameterize_backward,
-    gumbel_softmax, gumbel_softmax_backward, relaxed_bernoulli,
-    categorical,
+    random,           reparameterize,          reparameterize_backward,
+    gumbel_softmax,   gumbel_softmax_backward, relaxed_bernoulli,
+    categorical,      diffusion_step,          diffusion_step_backward,
+    diffusion_mix,    guidance_weights,        dynamic_threshold,
+    denoising_loss,   attention_forward,       attention_backward,
+    attention_append,
 };
 
 }  // namespace genfast::cpu::GENFAST_ISA

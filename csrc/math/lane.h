@@ -102,7 +102,7 @@ GENFAST_FN i32v to_int(f32v x) { return __builtin_convertvector(x, i32v); }
 GENFAST_FN i32v as_signed(u32v u) { return (i32v)u; }
 GENFAST_FN u32v as_unsigned(i32v i) { return (u32v)i; }
 GENFAST_FN f32v select(i32v m, f32v a, f32v b) { return m ? a : b; }
-GENFAST_FN f32v splat(float x) { return f32v{} + x; }
+GENFAST_FN f32v splat(float x) { return x - f32v{}; }  // x - 0 is x; 0 + x is not for -0: an add
 GENFAST_FN u32v splat(uint32_t x) { return u32v{} + x; }
 
 GENFAST_FN f32v load(const float* p) {
@@ -185,6 +185,106 @@ GENFAST_FN void store_interleaved(float* p, f32v v0, f32v v1, f32v v2, f32v v3) 
   store(p + W, o1);
   store(p + 2 * W, o2);
   store(p + 3 * W, o3);
+}
+// One instruction with the meaning of the templates below (b when either is NaN); from the
+// vector comparison GCC 12 makes two.
+#if defined(__SSE2__)
+#if defined(__AVX512F__)
+GENFAST_FN f32v minimum(f32v a, f32v b) { return (f32v)_mm512_min_ps((__m512)a, (__m512)b); }
+GENFAST_FN f32v maximum(f32v a, f32v b) { return (f32v)_mm512_max_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+GENFAST_FN f32v minimum(f32v a, f32v b) { return (f32v)_mm256_min_ps((__m256)a, (__m256)b); }
+GENFAST_FN f32v maximum(f32v a, f32v b) { return (f32v)_mm256_max_ps((__m256)a, (__m256)b); }
+#else
+GENFAST_FN f32v minimum(f32v a, f32v b) { return (f32v)_mm_min_ps((__m128)a, (__m128)b); }
+GENFAST_FN f32v maximum(f32v a, f32v b) { return (f32v)_mm_max_ps((__m128)a, (__m128)b); }
+#endif
+#endif
+
+// ---- two vectors side by side -------------------------------------------------------------------
+// The polynomials are chains of dependent operations; two chains in flight fill the pipeline that
+// one leaves half empty (normals 1.7 -> 1.2 ns on AVX2, measured). Same operations, same bits.
+
+template <class V>
+struct Pair {
+  V a, b;
+};
+using f32p = Pair<f32v>;
+using u32p = Pair<u32v>;
+using i32p = Pair<i32v>;
+
+template <>
+struct lane<f32p> {
+  using U = u32p;
+  using I = i32p;
+  static constexpr int width = 2 * W;
+};
+
+#define GENFAST_PAIR_OPERATOR(op)                              \
+  template <class V>                                           \
+  GENFAST_FN auto operator op(Pair<V> x, Pair<V> y) {          \
+    return Pair<decltype(x.a op y.a)>{x.a op y.a, x.b op y.b}; \
+  }                                                            \
+  template <class V, class S, class = decltype(V {} op S{})>   \
+  GENFAST_FN auto operator op(Pair<V> x, S y) {                \
+    return Pair<decltype(x.a op y)>{x.a op y, x.b op y};       \
+  }                                                            \
+  template <class V, class S, class = decltype(S {} op V{})>   \
+  GENFAST_FN auto operator op(S x, Pair<V> y) {                \
+    return Pair<decltype(x op y.a)>{x op y.a, x op y.b};       \
+  }
+GENFAST_PAIR_OPERATOR(+)
+GENFAST_PAIR_OPERATOR(-)
+GENFAST_PAIR_OPERATOR(*)
+GENFAST_PAIR_OPERATOR(/)
+GENFAST_PAIR_OPERATOR(&)
+GENFAST_PAIR_OPERATOR(|)
+GENFAST_PAIR_OPERATOR(^)
+GENFAST_PAIR_OPERATOR(<<)
+GENFAST_PAIR_OPERATOR(>>)
+GENFAST_PAIR_OPERATOR(<)
+GENFAST_PAIR_OPERATOR(>)
+GENFAST_PAIR_OPERATOR(==)
+GENFAST_PAIR_OPERATOR(!=)
+#undef GENFAST_PAIR_OPERATOR
+template <class V>
+GENFAST_FN Pair<V> operator-(Pair<V> x) {
+  return {-x.a, -x.b};
+}
+template <class V, class T>
+GENFAST_FN Pair<V>& operator+=(Pair<V>& x, T y) {
+  return x = x + y;
+}
+template <class V, class T>
+GENFAST_FN Pair<V>& operator-=(Pair<V>& x, T y) {
+  return x = x - y;
+}
+template <class V, class T>
+GENFAST_FN Pair<V>& operator|=(Pair<V>& x, T y) {
+  return x = x | y;
+}
+
+GENFAST_FN u32p bits(f32p x) { return {bits(x.a), bits(x.b)}; }
+GENFAST_FN f32p from_bits(u32p u) { return {from_bits(u.a), from_bits(u.b)}; }
+GENFAST_FN f32p to_float(i32p i) { return {to_float(i.a), to_float(i.b)}; }
+GENFAST_FN i32p to_int(f32p x) { return {to_int(x.a), to_int(x.b)}; }
+GENFAST_FN i32p as_signed(u32p u) { return {as_signed(u.a), as_signed(u.b)}; }
+GENFAST_FN u32p as_unsigned(i32p i) { return {as_unsigned(i.a), as_unsigned(i.b)}; }
+GENFAST_FN f32p select(i32p m, f32p x, f32p y) {
+  return {select(m.a, x.a, y.a), select(m.b, x.b, y.b)};
+}
+GENFAST_FN f32p square_root(f32p x) { return {square_root(x.a), square_root(x.b)}; }
+GENFAST_FN u32p multiply_high(u32p x, uint32_t y) {
+  return {multiply_high(x.a, y), multiply_high(x.b, y)};
+}
+GENFAST_FN f32p load_pair(const float* p) { return {load(p), load(p + W)}; }
+GENFAST_FN void store(float* p, f32p v) {
+  store(p, v.a);
+  store(p + W, v.b);
+}
+GENFAST_FN void store_interleaved(float* p, f32p v0, f32p v1, f32p v2, f32p v3) {
+  store_interleaved(p, v0.a, v1.a, v2.a, v3.a);
+  store_interleaved(p + 4 * W, v0.b, v1.b, v2.b, v3.b);
 }
 #endif  // GENFAST_VECTOR_LANES
 

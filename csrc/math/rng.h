@@ -67,7 +67,7 @@ GENFAST_FN F log_of_parts(F e, F f) {
   return e * 0.693359375f + (f + y);
 }
 
-// ln x for normal x in [2^-126, 2^128): error ≤ 1.0 ulp for x < 0.7 or x > 1.42, 1.5 ulp between.
+// ln x for normal x in [2^-126, 2^128): error <= 0.9 ulp (0.86 over all x in [0.7, 1.42]).
 template <class F>
 GENFAST_FN F log_positive(F x) {
   const auto b = bits(x);
@@ -77,7 +77,8 @@ GENFAST_FN F log_positive(F x) {
 }
 
 // -ln(1 - v) for v in [2^-33, 1]: exact in the small v that make the large Gumbel values;
-// v = 1 counts as 1 - 2^-25.
+// v = 1 counts as 1 - 2^-25. Error <= 0.8 ulp below 0.29 and above 0.6, 2.5 ulp between, where
+// 1 - v is rounded.
 template <class F>
 GENFAST_FN F exponential(F v) {
   const F rest = maximum<F>(1.0f - v, F{} + 0x1p-25f);
@@ -105,6 +106,7 @@ GENFAST_FN F logistic_noise(U w) {
 }
 
 // sin and cos of 2 pi w / 2^32. The quadrant is split off in integers, so nothing is lost.
+// Error <= 2.5 ulp, 1.1e-7 absolute.
 template <class F, class U>
 GENFAST_FN void sincos_turn(U w, F& s, F& c) {
   const U q = (w + 0x20000000u) >> 30;                        // nearest quadrant

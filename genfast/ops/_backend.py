@@ -1,12 +1,14 @@
 """Which implementation runs. `auto`: the native kernel where one exists and PyTorch is not faster,
-else the composite; `reference`: plain PyTorch for everything (the noise stays the contract's);
-`cuda`: as `auto`, and CUDA tensors take the CUDA C++ kernels, which `auto` does not choose before
-benchmarks/results holds a run of them on a GPU.
+then on a GPU the Triton kernel, else the composite; `cuda`: as `auto`, but CUDA tensors take the
+CUDA C++ kernels first, which `auto` does not choose before benchmarks/results holds a run of them
+on a GPU; `triton`: Triton kernels, else the composite; `reference`: plain PyTorch for everything
+(the noise stays the contract's).
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 from collections.abc import Iterator
 
@@ -14,15 +16,77 @@ import torch
 
 from genfast._native import _C
 
-BACKENDS = ("auto", "reference", "cuda")
+BACKENDS = ("auto", "cuda", "triton", "reference")
 _HAVE_CUDA = _C.build_info()["cuda"]
+_HAVE_TRITON = importlib.util.find_spec("triton") is not None
+# Decides at the first import of the kernels, for good: they then run on the CPU, for tests.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _state = {"name": "auto"}
+
+# Native entry point -> module of its Triton twin, which takes the same arguments.
+_TRITON = {
+    "random": "rng",
+    "reparameterize": "sampling",
+    "reparameterize_backward": "sampling",
+    "gumbel_softmax": "sampling",
+    "gumbel_softmax_backward": "sampling",
+    "relaxed_bernoulli": "sampling",
+    "categorical": "sampling",
+}
+_REFUSED = {"categorical": -1}  # what "not handled" is; False elsewhere
+
+
+class _Kernels:
+    """The entry points as the ops call them. On a torch without GPU support they are the native
+    functions themselves, so that the choice costs nothing."""
+
+
+kernels = _Kernels()
+
+
+def triton_runs(device: torch.device) -> bool:
+    """Triton kernels can run on tensors of `device`."""
+    if device.type == "cpu":
+        return _INTERPRETED and _HAVE_TRITON
+    return _HAVE_TRITON and device.type == "cuda"
+
+
+def _triton(name: str):
+    def run(*args):
+        x = next(a for a in args if isinstance(a, torch.Tensor))
+        if not triton_runs(x.device):
+            return _REFUSED.get(name, False)
+        module = importlib.import_module(f"genfast.kernels.{_TRITON[name]}")
+        return getattr(module, name)(*args)
+
+    return run
+
+
+def _both(name: str):
+    native, portable, refused = getattr(_C, name), _triton(name), _REFUSED.get(name, False)
+
+    def run(*args):
+        done = native(*args)
+        return done if done != refused else portable(*args)
+
+    return run
+
+
+def _choose(name: str) -> None:
+    gpu = torch.version.cuda is not None or torch.version.hip is not None
+    make = _triton if name == "triton" else _both if gpu and _HAVE_TRITON else None
+    for entry in _TRITON:
+        setattr(kernels, entry, make(entry) if make else getattr(_C, entry))
+
+
+_choose("auto")
 
 
 def set_backend(name: str) -> None:
-    """Forces every genfast function to one backend: "auto", "reference" or "cuda".
+    """Forces every genfast function to one backend: "auto", "cuda", "triton" or "reference".
 
-    ValueError for another name, and for "cuda" where the package was built without CUDA.
+    ValueError for another name, for "cuda" where the package was built without CUDA, and for
+    "triton" where that package is missing.
 
     The environment variable GENFAST_BACKEND sets the same at import.
     """
@@ -33,8 +97,12 @@ def set_backend(name: str) -> None:
             'backend: "cuda" needs a package built with CUDA, and this one is for the CPU; '
             "rebuild it with GENFAST_CUDA=ON and nvcc on the PATH"
         )
+    if name == "triton" and not _HAVE_TRITON:
+        raise ValueError("backend: triton is not installed; pip install genfast[triton]")
     _state["name"] = name
-    _C.force_slow_road(name == "reference")  # so that the fast roads never have to look
+    _choose(name)
+    # So that the fast roads never have to look.
+    _C.force_slow_road(name in ("triton", "reference"))
     _C.enable_cuda(name == "cuda")
 
 
@@ -57,9 +125,13 @@ def forced_reference() -> bool:
     return _state["name"] == "reference"
 
 
-def native_device(device: torch.device) -> bool:
-    """Tensors on `device` take this binary's kernels."""
-    return device.type == "cpu" or (device.type == "cuda" and _state["name"] == "cuda")
+def has_kernels(device: torch.device) -> bool:
+    """There are kernels, native or Triton, for tensors on `device`."""
+    if _state["name"] == "triton":
+        return triton_runs(device)
+    return device.type == "cpu" or (
+        device.type == "cuda" and (_HAVE_TRITON or _state["name"] == "cuda")
+    )
 
 
 if os.environ.get("GENFAST_BACKEND"):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from genfast.ops import _check, _noise
-from genfast.ops._backend import native_device
+from genfast.ops._backend import has_kernels, kernels
 from genfast.ops._road import _C, DIRECT, define, gate, is_compiling
 from genfast.reference import rng as reference
 
@@ -26,9 +26,9 @@ def _fill(out: Tensor, distribution: int, seed, seeds, stream, offset, low=0, sp
     """Writes contract values into `out` on whatever device it lives."""
     if out.numel() == 0 or out.device.type == "meta":
         return out
-    if _C.random(out, distribution, seed, seeds, stream, offset, low, span):
+    if kernels.random(out, distribution, seed, seeds, stream, offset, low, span):
         return out
-    # A device without native kernels, or a layout the kernel refuses: draw on the CPU and copy.
+    # A device without kernels, or a layout the kernel refuses: draw on the CPU and copy.
     host = torch.empty(out.shape, dtype=out.dtype)
     host_seeds = None if seeds is None else seeds.cpu().contiguous()
     if not _C.random(host, distribution, seed, host_seeds, stream, offset, low, span):
@@ -92,7 +92,7 @@ def _draw(
             kind = torch.int64 if dtype is None and distribution == _INTEGER else dtype
             result = torch.empty(size, dtype=kind, device=device)
             int_seed, seeds = _noise.resolve(seed, None, result.device)
-            if _C.random(result, distribution, int_seed, seeds, stream, offset, low, span):
+            if kernels.random(result, distribution, int_seed, seeds, stream, offset, low, span):
                 return result
         except (TypeError, ValueError, RuntimeError):
             pass  # the checks below name the argument
@@ -109,16 +109,20 @@ def _draw(
         if device is not None and out.device != torch.device(device):
             raise ValueError(f"out: expected it on {device}, got {out.device}")
         size, dtype, device = out.shape, out.dtype, out.device
-    dtype = dtype or (torch.int64 if integers else torch.get_default_dtype())
+    if dtype is None:
+        dtype = torch.int64 if integers else torch.get_default_dtype()
     allowed = _INTEGERS if integers else _check.FLOATS
     if dtype not in allowed:
         raise TypeError(f"dtype: expected one of {', '.join(map(str, allowed))}, got {dtype}")
-    device = torch.device(device) if device is not None else torch.get_default_device()
+    if device is not None:
+        device = torch.device(device)
+    else:  # dynamo cannot trace get_default_device
+        device = torch.empty(0).device if is_compiling() else torch.get_default_device()
     _noise.check(
         seed, stream, offset, generator, size, seed.device if isinstance(seed, Tensor) else device
     )
     seed, seeds = _noise.resolve(seed, generator, device)
-    if seeds is not None and seeds.device != device and native_device(device):
+    if seeds is not None and seeds.device != device and has_kernels(device):
         seeds = seeds.to(device)
     if out is not None and plain:
         if not out.is_inference():
@@ -177,8 +181,8 @@ def _like(x, distribution, seed, stream, offset, generator, dtype, device):
         stream,
         offset,
         generator,
-        dtype or x.dtype,
-        device or x.device,
+        x.dtype if dtype is None else dtype,
+        x.device if device is None else device,
         None,
     )
 

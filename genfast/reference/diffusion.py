@@ -69,6 +69,15 @@ def diffusion_step(x, m, coef, *, history=(), noise=None, threshold=None, varian
     return tuple(outs)
 
 
+def blend(generated, mask, known, noise=None, alpha=None, sigma=None):
+    """Inpainting (RePaint, Lugmayr et al. 2022, eq. 8): mask generated + (1 - mask) (alpha known +
+    sigma noise). All like generated (B, ...); alpha, sigma: () or (B,), None for a clean known.
+    """
+    if alpha is not None:
+        known = add_noise(known, torch.zeros_like(known) if noise is None else noise, alpha, sigma)
+    return mask * generated + (1 - mask) * known
+
+
 def _like(c, x):
     """c (), (B,) or (B, L) to broadcast against x."""
     c = torch.as_tensor(c, device=x.device)
@@ -176,6 +185,46 @@ GUIDANCE = {
     "mag": mag,
     "tcfg": tcfg,
 }
+
+
+def guidance_weights(cond, uncond, scale, *, method, original, options, average=False):
+    """(B, 2) weights of (cond, uncond) that repeat the methods above from five sums per sample, in
+    fp64: what the kernels compute. options: (rescale, -), (eta, norm_threshold) or (alpha, -).
+    average: `uncond` is the running average; (B, 3) weights of (cond, uncond, average) then.
+    """
+    c, u = cond.flatten(1).double(), uncond.flatten(1).double()
+    n, w = c.shape[1], scale.double().expand(c.shape[0])
+    cc, uu, cu = (c * c).sum(1), (u * u).sum(1), (c * u).sum(1)
+    one = torch.ones_like(w)
+    w_c, w_u = (1 + w, -w) if original else (w, 1 - w)
+    if method == "rescale":
+        var_c, var_u = cc - c.sum(1) ** 2 / n, uu - u.sum(1) ** 2 / n
+        var_g = w_c**2 * var_c + w_u**2 * var_u + 2 * w_c * w_u * (cu - c.sum(1) * u.sum(1) / n)
+        factor = options[0] * torch.sqrt(var_c / var_g) + (1 - options[0])
+        w_c, w_u = w_c * factor, w_u * factor
+    elif method == "cfg_zero_star":
+        w_u = w_u * cu / (uu + 1e-8)
+    elif method == "apg":
+        dd, dc = (uu, cu) if average else (cc + uu - 2 * cu, cc - cu)
+        shrink = one
+        if options[1] > 0:
+            shrink = torch.clamp(options[1] / dd.clamp(min=0).sqrt(), max=1.0)
+        along = (1 - options[0]) * shrink * dc / cc
+        w_c, w_u = (one - w * along, 0 * one) if original else (-w * along, one)
+        if average:
+            return torch.stack([w_c, w_u, w * shrink], -1)
+        w_c, w_u = w_c + w * shrink, w_u - w * shrink
+    elif method == "mag":
+        damp = torch.exp(-options[0] * torch.sqrt((cc + uu - 2 * cu).clamp(min=0)) / uu.sqrt())
+        w = w * damp if original else 1 + (w - 1) * damp
+        w_c, w_u = (1 + w, -w) if original else (w, 1 - w)
+    elif method == "tcfg":
+        top = (cc + uu) / 2 + torch.sqrt(((cc - uu) / 2) ** 2 + cu**2)
+        first = cc >= uu
+        p, q = torch.where(first, top - uu, cu), torch.where(first, cu, top - cc)
+        r = (p * cu + q * uu) / (p * p * cc + q * q * uu + 2 * p * q * cu)
+        w_c, w_u = w_c + w_u * r * p, w_u * r * q
+    return torch.stack([w_c, w_u], -1)
 
 
 def guide(cond, uncond=None, scale=1.0, *, method="cfg", **options):

@@ -55,7 +55,7 @@ def gumbel_softmax(logits: Tensor, gumbel: Tensor, tau, hard: bool = False) -> T
     Jang et al. 2017; Maddison et al. 2017.
     """
     soft = torch.softmax((logits + gumbel) / tau, -1)
-    if not hard:
+    if not hard or not soft.numel():
         return soft
     index = (logits + gumbel).argmax(-1, keepdim=True)
     one_hot = torch.zeros_like(soft).scatter(-1, index, 1.0)

@@ -121,7 +121,6 @@ def test_reparameterize(cuda, shape, layout, seeds, offset, per_row):
                 logvar,
                 y,
                 side,
-                scratch if parts > 1 else None,
                 seed,
                 rows,
                 3,
@@ -129,6 +128,7 @@ def test_reparameterize(cuda, shape, layout, seeds, offset, per_row):
                 transform,
                 side_kind,
                 0.25,
+                scratch if parts > 1 else None,
             )
             pairs = both(cuda, "reparameterize", [2, 3] if side_kind else [2], *call)
             exact(pairs[:1])
@@ -169,7 +169,7 @@ def test_side_alone_and_parts_agree(cuda):
         side = torch.empty(3)
         scratch = torch.empty(3 * parts, dtype=torch.float64)
         sums += cuda.call(
-            "reparameterize", [side], mu, logvar, None, side, scratch, 0, None, 0, 0, 0, 1, 1.0
+            "reparameterize", [side], mu, logvar, None, side, 0, None, 0, 0, 0, 1, 1.0, scratch
         )
     truth = 0.5 * (mu.double() ** 2 - 1 + logvar.double().exp() - logvar.double()).sum(1)
     for s in sums:

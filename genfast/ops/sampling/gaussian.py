@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from genfast.ops import _check, _noise
-from genfast.ops._backend import forced_reference, native_device
+from genfast.ops._backend import forced_reference, has_kernels, kernels
 from genfast.ops._road import (
-    _C,
     DIRECT,
     GRAD,
     KERNEL_DTYPES,
@@ -74,12 +73,11 @@ def _forward(mu, logvar, seed, seeds, stream, offset, transform, side, reduction
         total = mu.new_empty(_side_shape(mu.shape, reduction), dtype=torch.float32)
         if mu.is_cuda:
             scratch = mu.new_empty(_scratch_size(mu.shape, reduction), dtype=torch.float64)
-    if _C.reparameterize(
+    if kernels.reparameterize(
         mu,
         logvar,
         y,
         total,
-        scratch,
         seed,
         seeds,
         stream,
@@ -87,6 +85,7 @@ def _forward(mu, logvar, seed, seeds, stream, offset, transform, side, reduction
         transform,
         side,
         _scale(mu.shape, reduction) if side else 1.0,
+        scratch,
     ):
         return y, total
     return None
@@ -100,7 +99,7 @@ def _backward(
     d_mu, d_logvar = torch.empty_like(mu), torch.empty_like(logvar)
     if grad_side is not None:
         grad_side = grad_side.to(torch.float32).contiguous()
-    if not _C.reparameterize_backward(
+    if not kernels.reparameterize_backward(
         grad_y,
         grad_side,
         mu,
@@ -165,7 +164,7 @@ def _fake(mu, logvar, seed, seeds, stream, offset, transform, side, reduction):
 
 
 def _backward_impl(grad_y, grad_side, mu, logvar, *args):
-    if {mu.dtype, logvar.dtype} <= KERNEL_DTYPES and native_device(mu.device):
+    if mu.dtype in KERNEL_DTYPES and logvar.dtype in KERNEL_DTYPES and has_kernels(mu.device):
         return _backward(grad_y, grad_side, mu.detach(), logvar.detach(), *args)
     inputs = [x.detach().requires_grad_() for x in (mu, logvar)]
     composite = partial(_composite_of, args)
@@ -262,7 +261,7 @@ def _sample(mu, logvar, seed, stream, offset, generator, transform, side, reduct
                 and logvar.dtype in KERNEL_DTYPES
                 and mu.shape == logvar.shape
                 and mu.device == logvar.device
-                and native_device(mu.device)
+                and has_kernels(mu.device)
                 and (seeds is None or seeds.numel() == 1)
                 and offset >= 0
             ):

@@ -1,6 +1,6 @@
 """Gumbel-softmax and the relaxed Bernoulli (Jang et al. 2017; Maddison et al. 2017).
 
-Saved for backward: the soft sample, or for hard samples the logits and the seed.
+Saved for backward: the logits and the seed, and the soft sample unless it is hard: never noise.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from genfast.ops import _check, _noise
-from genfast.ops._backend import forced_reference, native_device
+from genfast.ops._backend import forced_reference, has_kernels, kernels
 from genfast.ops._road import (
-    _C,
     DIRECT,
     KERNEL_DTYPES,
     define,
@@ -32,21 +31,23 @@ from genfast.reference import sampling as reference
 
 
 def _softmax_forward(logits, y, tau, seed, seeds, stream, offset, hard):
-    return _C.gumbel_softmax(logits, y, tau, seed, seeds, stream, offset, hard)
+    return kernels.gumbel_softmax(logits, y, tau, seed, seeds, stream, offset, hard)
 
 
 def _softmax_backward(grad, y, logits, tau, d_logits, seed, seeds, stream, offset):
-    return _C.gumbel_softmax_backward(
+    return kernels.gumbel_softmax_backward(
         grad, y, None if y is not None else logits, tau, d_logits, seed, seeds, stream, offset
     )
 
 
 def _bernoulli_forward(logits, y, tau, seed, seeds, stream, offset, hard):
-    return _C.relaxed_bernoulli(logits, y, tau, None, seed, seeds, stream, offset, hard)
+    return kernels.relaxed_bernoulli(logits, y, tau, None, seed, seeds, stream, offset, hard)
 
 
 def _bernoulli_backward(grad, y, logits, tau, d_logits, seed, seeds, stream, offset):
-    return _C.relaxed_bernoulli(logits, d_logits, tau, grad, seed, seeds, stream, offset, False)
+    return kernels.relaxed_bernoulli(
+        logits, d_logits, tau, grad, seed, seeds, stream, offset, False
+    )
 
 
 FAMILY = {
@@ -79,7 +80,7 @@ def _composite(name, seed, seeds, stream, offset, hard, logits, tau):
 
 
 def _kernel_takes(logits: Tensor) -> bool:
-    return logits.dtype in KERNEL_DTYPES and native_device(logits.device)
+    return logits.dtype in KERNEL_DTYPES and has_kernels(logits.device)
 
 
 def _save(name, ctx, inputs, output):
@@ -158,10 +159,8 @@ _REGISTERED = {name: _register(name) for name in FAMILY}
 _TAU_CACHE: dict[float, Tensor] = {}
 
 
-def _tau_tensor(tau: float, device: torch.device) -> Tensor:
-    """tau as a 0-dim fp32 tensor; on the CPU kept, to spare 1 us a call. Plain roads only."""
-    if device.type != "cpu":  # filled by a kernel: no copy from the host, no sync
-        return torch.full((), float(tau), dtype=torch.float32, device=device)
+def _tau_tensor(tau: float) -> Tensor:
+    """tau as a 0-dim fp32 tensor on the CPU, kept to spare 1 us a call. Plain roads only."""
     found = _TAU_CACHE.get(tau)
     if found is None:
         if len(_TAU_CACHE) >= 64:  # an annealed temperature: keep the dictionary small
@@ -173,20 +172,30 @@ def _tau_tensor(tau: float, device: torch.device) -> Tensor:
 
 def _relax(name, logits, tau, hard, seed, stream, offset, generator):
     op, road_function = _REGISTERED[name]
-    if not is_compiling() and type(tau) is float and 0 < tau < float("inf"):
+    if not is_compiling() and type(tau) is float and type(hard) is bool and 0 < tau < float("inf"):
         road = gate(logits)
-        if road and _kernel_takes(logits) and logits.dim() and not isinstance(seed, Tensor):
+        if (
+            road
+            and logits is not None
+            and _kernel_takes(logits)
+            and logits.dim()
+            and not isinstance(seed, Tensor)
+        ):
             try:
-                tau_tensor = _tau_tensor(tau, logits.device)
+                tau_tensor = (
+                    _tau_tensor(tau)
+                    if logits.is_cpu
+                    else torch.full((), tau, dtype=torch.float32, device=logits.device)
+                )
                 int_seed, seeds = _noise.resolve(seed, generator, logits.device)
                 args = (logits, tau_tensor, int_seed, seeds, stream, offset, bool(hard))
                 y = _native(name, *args) if road == DIRECT else road_function.apply(*args)
                 if y is not None:
                     return y
             except (TypeError, ValueError):
-                _validate(name, logits, tau, seed, stream, offset, generator)
+                _validate(name, logits, tau, hard, seed, stream, offset, generator)
                 raise
-    _validate(name, logits, tau, seed, stream, offset, generator)
+    _validate(name, logits, tau, hard, seed, stream, offset, generator)
     seed, seeds = _noise.resolve(seed, generator, logits.device)
     seed, stream = _noise.signed(seed), _noise.signed(stream)
     if isinstance(tau, Tensor):
@@ -198,9 +207,11 @@ def _relax(name, logits, tau, hard, seed, stream, offset, generator):
     return op(logits, tau, seed, seeds, stream, offset, bool(hard))
 
 
-def _validate(name, logits, tau, seed, stream, offset, generator):
+def _validate(name, logits, tau, hard, seed, stream, offset, generator):
     _check.tensor("logits", logits)
     _check.number("tau", tau, low=0.0, open_low=True)
+    if not isinstance(hard, int):
+        raise TypeError(f"hard: expected a bool, got {_check.describe(hard)}")
     if isinstance(tau, Tensor):
         _check.tensor("tau", tau)
         _check.same_device(logits=logits, tau=tau)
@@ -227,7 +238,7 @@ def gumbel_softmax(
     counted in the logical order of logits.movedim(dim, -1). Returns the dtype of logits.
     Raises TypeError / ValueError naming the argument. Jang et al. 2017; Maddison et al. 2017.
     """
-    if dim != -1:
+    if type(dim) is not int or dim != -1:
         _check.tensor("logits", logits)
         _check.integer("dim", dim, low=-max(logits.dim(), 1), high=max(logits.dim(), 1) - 1)
         if logits.dim() and dim % logits.dim() != logits.dim() - 1:

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from genfast.ops import _check, _noise
-from genfast.ops._backend import forced_reference, native_device
+from genfast.ops._backend import forced_reference, has_kernels, kernels
 from genfast.ops._road import (
-    _C,
     DIRECT,
     KERNEL_DTYPES,
     SLOW,
@@ -35,7 +34,7 @@ _ARGS = (
 
 def _native(logits, temperature, top_k, top_p, min_p, seed, seeds, stream, offset):
     index = torch.empty(logits.shape[:-1], dtype=torch.int64, device=logits.device)
-    bad = _C.categorical(
+    bad = kernels.categorical(
         logits, index, temperature, top_k, top_p, min_p, seed, seeds, stream, offset
     )
     if bad < 0:
@@ -84,7 +83,7 @@ def _composite(logits, temperature, top_k, top_p, min_p, seed, seeds, stream, of
 
 def _impl(logits, *args):
     found = None
-    if logits.dtype in KERNEL_DTYPES and native_device(logits.device):
+    if logits.dtype in KERNEL_DTYPES and has_kernels(logits.device):
         found = _native(logits, *args)
     return _composite(logits, *args) if found is None else found
 

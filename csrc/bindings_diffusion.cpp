@@ -1,0 +1,336 @@
+// Native entry points of the diffusion family; bindings.cpp has the rest and the rules.
+#include "api/diffusion.h"
+#include "binding.h"
+
+namespace genfast {
+namespace {
+
+// Tensors of a Python tuple (None: no tensor at all) into an array.
+template <int N>
+bool read_tuple(py::handle source, TensorArgument (&to)[N]) {
+  if (source.is_none()) return true;
+  if (!PyTuple_Check(source.ptr()) || PyTuple_GET_SIZE(source.ptr()) > N) return false;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(source.ptr()); ++i) {
+    PyObject* item = PyTuple_GET_ITEM(source.ptr(), i);
+    if (item != Py_None && !to[i].read(item)) return false;
+  }
+  return true;
+}
+
+bool prefix_of(const TensorView& t, const TensorView& like) {
+  if (t.ndim > like.ndim || !is_contiguous(t)) return false;
+  for (int i = 0; i < t.ndim; ++i)
+    if (t.shape[i] != like.shape[i]) return false;
+  return true;
+}
+
+struct Range {
+  uintptr_t begin = 0, end = 0;
+  explicit Range(const TensorView& t) {
+    constexpr int bytes[] = {4, 2, 2, 8, 8, 4, 1, 1};
+    if (!t.defined() || t.numel == 0) return;
+    int64_t last = 0;
+    for (int i = 0; i < t.ndim; ++i) last += (t.shape[i] - 1) * t.strides[i];
+    begin = reinterpret_cast<uintptr_t>(t.data);
+    end = begin + (last + 1) * bytes[static_cast<int>(t.dtype)];
+  }
+  bool meets(const Range& o) const { return begin < o.end && o.begin < end; }
+};
+
+// An output may be a source's very memory, element for element, but not overlap it otherwise.
+bool overlap_is_safe(const TensorView& out, const TensorView& source) {
+  if (!out.defined() || !source.defined() || !Range(out).meets(Range(source))) return true;
+  if (out.data != source.data || out.dtype != source.dtype) return false;
+  for (int i = 0; i < out.ndim; ++i)
+    if (out.shape[i] > 1 && out.strides[i] != source.strides[i]) return false;
+  return true;
+}
+
+// Every element has memory of its own (sufficient test: strides sorted by size do not fold).
+bool writable(const TensorView& t) {
+  for (int i = 0; i < t.ndim; ++i)
+    if (t.shape[i] > 1 && t.strides[i] == 0) return false;
+  return true;
+}
+
+bool valid_table(const TensorView& table, const TensorView& index, int64_t row,
+                 const TensorView& x) {
+  if (!table.defined() || table.dtype != Dtype::f32 || table.ndim != 2 ||
+      table.shape[1] != kRowColumns || !is_contiguous(table))
+    return false;
+  const int64_t rows = table.shape[0];
+  if (!index.defined()) return row >= 0 && row < rows;
+  if (index.dtype != Dtype::i64 || !prefix_of(index, x)) return false;
+  if (!index.is_cpu()) return true;  // the device clamps
+  const int64_t* at = static_cast<const int64_t*>(index.data);
+  for (int64_t i = 0; i < index.numel; ++i)
+    if (at[i] < 0 || at[i] >= rows) return false;
+  return true;
+}
+
+// Sources with a nonzero coefficient are there (where the host can see the table).
+bool sources_given(const StepParams& p, int outputs) {
+  if (!p.table.is_cpu()) return true;
+  const float* table = static_cast<const float*>(p.table.data);
+  const int64_t* index = p.index.defined() ? static_cast<const int64_t*>(p.index.data) : nullptr;
+  const int64_t count = index != nullptr ? p.index.numel : 1;
+  const bool noisy = p.z.defined() || p.draws;
+  for (int64_t i = 0; i < count; ++i) {
+    const float* row =
+        table + (index != nullptr ? index[i] : p.row) * kRowColumns + kRowCoefficients;
+    for (int o = 0; o < outputs; ++o, row += kSources) {
+      for (int h = 0; h < kHistory; ++h)
+        if (row[kH1 + h] != 0.0f && !p.history[h].defined()) return false;
+      if (row[kZ] != 0.0f && !noisy && !(p.sample.defined() && o == 0)) return false;
+      if (p.log_prob.defined() && o == 0 && row[kZ] == 0.0f) return false;
+    }
+  }
+  return true;
+}
+
+// extras: None, or (variance, threshold, mask, known, known_z, level, sample, log_prob).
+struct Extras {
+  int variance = 0;
+  TensorArgument tensors[7];
+
+  bool read(py::handle source) {
+    if (source.is_none()) return true;
+    PyObject* t = source.ptr();
+    if (!PyTuple_Check(t) || PyTuple_GET_SIZE(t) != 8) return false;
+    variance = static_cast<int>(PyLong_AsLong(PyTuple_GET_ITEM(t, 0)));
+    if (variance < 0 || variance > 2) {
+      PyErr_Clear();
+      return false;
+    }
+    for (int i = 0; i < 7; ++i) {
+      PyObject* item = PyTuple_GET_ITEM(t, i + 1);
+      if (item != Py_None && !tensors[i].read(item)) return false;
+    }
+    return true;
+  }
+};
+
+bool per_sample_vector(const TensorView& t, int64_t width, const TensorView& x) {
+  const int64_t batch = x.ndim > 0 ? x.shape[0] : 1;
+  return vector_of(t, Dtype::f32, width) || vector_of(t, Dtype::f32, width * batch);
+}
+
+bool diffusion_step(py::handle outs, TensorArgument& x, py::handle model_outputs,
+                    TensorArgument& weights, TensorArgument& table, TensorArgument& index,
+                    int64_t row, py::handle past, TensorArgument& z, py::handle seed,
+                    TensorArgument& seeds, py::handle stream, int64_t offset, bool draws,
+                    py::handle extras) {
+  TensorArgument out[kOutputs], model[kModels], history[kHistory];
+  Extras e;
+  if (!read_tuple(outs, out) || !read_tuple(model_outputs, model) || !read_tuple(past, history) ||
+      !e.read(extras) || !given({&x, &model[0], &out[0]}))
+    return false;
+  auto& [threshold, mask, known, known_z, level, sample, log_prob] = e.tensors;
+  if (!same_device({&x, &model[0], &model[1], &model[2], &weights, &table, &index, &z, &seeds,
+                    &out[0], &out[1], &out[2], &threshold, &mask, &known, &known_z, &level, &sample,
+                    &log_prob}) ||
+      !same_device(
+          {&x, &history[0], &history[1], &history[2], &history[3], &history[4], &history[5]}))
+    return false;
+  StepParams p;
+  if (e.variance != 0) {  // the channels' second half is the variance
+    if (x.ndim < 2) return false;
+    for (TensorArgument& m : model) {
+      if (!m.defined()) continue;
+      if (m.ndim != x.ndim || m.shape[1] != 2 * x.shape[1]) return false;
+      m.shape[1] = x.shape[1];
+      m.numel /= 2;
+    }
+    p.log_variance = model[0];
+    p.log_variance.data = static_cast<char*>(model[0].data) +
+                          model[0].strides[1] * x.shape[1] * (model[0].dtype == Dtype::f32 ? 4 : 2);
+    p.variance = static_cast<Variance>(e.variance);
+  }
+  const Views like_x = {&x,          &model[0],   &model[1],   &model[2],   &history[0],
+                        &history[1], &history[2], &history[3], &history[4], &history[5],
+                        &z,          &mask,       &known,      &known_z,    &sample,
+                        &out[0],     &out[1],     &out[2]};
+  if (!same_shapes(like_x) || !floats(like_x) || !valid_table(table, index, row, x)) return false;
+  int models = 0, outputs = 0;
+  while (models < kModels && model[models].defined()) ++models;
+  while (outputs < kOutputs && out[outputs].defined()) ++outputs;
+  for (int i = models; i < kModels; ++i)
+    if (model[i].defined()) return false;
+  if ((models > 1 && !weights.defined()) || !per_sample_vector(weights, models, x) ||
+      !per_sample_vector(threshold, 1, x) || !per_sample_vector(level, 2, x))
+    return false;
+  if (mask.defined() != known.defined() || (log_prob.defined() && p.variance != Variance::fixed))
+    return false;
+  const int64_t batch = x.ndim > 0 ? x.shape[0] : 1;
+  if (!vector_of(log_prob, Dtype::f32, batch)) return false;
+  for (int o = 0; o < outputs; ++o) {
+    if (!writable(out[o])) return false;
+    for (const TensorView* source : like_x)
+      if (source != &out[o] && !overlap_is_safe(out[o], *source)) return false;
+    for (int k = o + 1; k < outputs; ++k)
+      if (Range(out[o]).meets(Range(out[k]))) return false;
+  }
+  if (!NoiseArgument(seed, stream, offset).fill(p.noise, seeds, x)) return false;
+  p.x = x, p.weights = weights, p.table = table, p.index = index, p.row = row, p.z = z;
+  for (int i = 0; i < kModels; ++i) p.models[i] = model[i];
+  for (int i = 0; i < kHistory; ++i) p.history[i] = history[i];
+  for (int i = 0; i < kOutputs; ++i) p.out[i] = out[i];
+  p.draws = draws && !z.defined();
+  p.threshold = threshold, p.mask = mask, p.known = known, p.known_z = known_z;
+  p.level = level, p.sample = sample, p.log_prob = log_prob;
+  if (!sources_given(p, outputs)) return false;
+  if (known.defined() && !known_z.defined() && !draws && level.defined()) return false;
+  p.threads = g_gate.threads();
+  return run(p, x, &cpu::Kernels::diffusion_step);
+}
+
+// wanted: (d_x, (d_models), (d_history), d_z), None where not wanted.
+bool diffusion_step_backward(py::handle gradients, TensorArgument& x, py::handle model_outputs,
+                             TensorArgument& weights, TensorArgument& table, TensorArgument& index,
+                             int64_t row, TensorArgument& threshold, TensorArgument& mask,
+                             TensorArgument& d_x, py::handle d_models, py::handle d_history,
+                             TensorArgument& d_z) {
+  TensorArgument grad[kOutputs], model[kModels], dm[kModels], dh[kHistory];
+  if (!read_tuple(gradients, grad) || !read_tuple(model_outputs, model) ||
+      !read_tuple(d_models, dm) || !read_tuple(d_history, dh) || !given({&x, &model[0]}))
+    return false;
+  const Views like_x = {&x,     &model[0], &model[1], &model[2], &grad[0], &grad[1], &grad[2],
+                        &dm[0], &dm[1],    &dm[2],    &dh[0],    &dh[1],   &dh[2],   &dh[3],
+                        &dh[4], &dh[5],    &d_x,      &d_z,      &mask};
+  if (!same_device(like_x) || !same_device({&x, &weights, &table, &index, &threshold}) ||
+      !same_shapes(like_x) || !floats(like_x) || !valid_table(table, index, row, x))
+    return false;
+  int models = 0;
+  while (models < kModels && model[models].defined()) ++models;
+  if (!per_sample_vector(weights, models, x) || !per_sample_vector(threshold, 1, x)) return false;
+  StepBackwardParams p;
+  p.x = x, p.weights = weights, p.table = table, p.index = index, p.row = row;
+  p.threshold = threshold, p.mask = mask, p.d_x = d_x, p.d_z = d_z;
+  for (int i = 0; i < kOutputs; ++i) p.grad[i] = grad[i];
+  for (int i = 0; i < kModels; ++i) p.models[i] = model[i], p.d_models[i] = dm[i];
+  for (int i = 0; i < kHistory; ++i) p.d_history[i] = dh[i];
+  p.threads = g_gate.threads();
+  return run(p, x, &cpu::Kernels::diffusion_step_backward);
+}
+
+// A number or a tensor (f32 or f64) over leading dimensions of `like`; the tensor's view lives in
+// `view` as long as the call.
+struct CoefficientArgument : Coefficient {
+  TensorArgument view;
+
+  bool read(py::handle source, const TensorView& like, bool batch_only = false) {
+    if (source.is_none()) return true;
+    if (PyFloat_Check(source.ptr())) {
+      value = PyFloat_AS_DOUBLE(source.ptr());
+      return true;
+    }
+    if (!view.read(source.ptr()) || (view.dtype != Dtype::f32 && view.dtype != Dtype::f64) ||
+        view.device_type != like.device_type || view.device != like.device)
+      return false;
+    wide = view.dtype == Dtype::f64;
+    if (view.numel == 1 && view.is_cpu()) {
+      value = wide ? *static_cast<double*>(view.data) : *static_cast<float*>(view.data);
+      return true;
+    }
+    data = view.data;
+    return prefix_of(view, like) && !(batch_only && view.ndim != 1);
+  }
+};
+
+bool diffusion_mix(TensorArgument& out, TensorArgument& from, TensorArgument& other,
+                   py::handle seed, TensorArgument& seeds, py::handle stream, int64_t offset,
+                   bool draws, py::handle a, py::handle b, float a_sign, float b_sign,
+                   bool a_is_one_minus_b) {
+  if (!given({&out, &from}) || !same_device({&out, &from, &other, &seeds}) ||
+      !floats({&out, &from, &other}) || !same_shapes({&out, &from, &other}) || !writable(out) ||
+      !overlap_is_safe(out, from) || !overlap_is_safe(out, other))
+    return false;
+  MixParams p;
+  CoefficientArgument ca, cb;
+  if (!ca.read(a, from) || !cb.read(b, from)) return false;
+  if (ca.data != nullptr && cb.data != nullptr && ca.view.numel != cb.view.numel) return false;
+  if (!NoiseArgument(seed, stream, offset).fill(p.noise, seeds, from)) return false;
+  p.out = out, p.p = from, p.q = other, p.draws = draws && !other.defined();
+  p.a = ca, p.b = cb, p.a_sign = a_sign, p.b_sign = b_sign;
+  p.a_is_one_minus_b = a_is_one_minus_b;
+  p.groups = ca.data != nullptr ? ca.view.numel : cb.data != nullptr ? cb.view.numel : 1;
+  p.threads = g_gate.threads();
+  return run(p, from, &cpu::Kernels::diffusion_mix);
+}
+
+bool guidance_weights(TensorArgument& cond, TensorArgument& uncond, TensorArgument& average,
+                      TensorArgument& scale, TensorArgument& weights, int method, bool original,
+                      double option_0, double option_1) {
+  if (!given({&cond, &uncond, &scale, &weights}) || cond.ndim == 0 || method < 0 ||
+      method > static_cast<int>(Guidance::tcfg) ||
+      !same_device({&cond, &uncond, &average, &scale, &weights}) ||
+      !floats({&cond, &uncond, &average}) || !same_shapes({&cond, &uncond, &average}) ||
+      !per_sample_vector(scale, 1, cond) ||
+      !vector_of(weights, Dtype::f32, cond.shape[0] * (average.defined() ? 3 : 2)))
+    return false;
+  GuidanceParams p;
+  p.cond = cond, p.uncond = uncond, p.average = average, p.scale = scale, p.weights = weights;
+  p.method = static_cast<Guidance>(method), p.original = original;
+  p.option[0] = option_0, p.option[1] = option_1;
+  p.threads = g_gate.threads();
+  return run(p, cond, &cpu::Kernels::guidance_weights);
+}
+
+bool dynamic_threshold(TensorArgument& x, TensorArgument& m, TensorArgument& s,
+                       TensorArgument& table, TensorArgument& index, int64_t row, double ratio,
+                       double max) {
+  if (!given({&x, &s}) || x.ndim == 0 || x.numel == 0 ||
+      !same_device({&x, &m, &s, &table, &index}) || !floats({&x, &m}) || !same_shapes({&x, &m}) ||
+      !vector_of(s, Dtype::f32, x.shape[0]) || !(ratio >= 0 && ratio <= 1))
+    return false;
+  if (m.defined() && (!valid_table(table, index, row, x) || index.ndim > 1)) return false;
+  ThresholdParams p;
+  p.x = x, p.m = m, p.s = s, p.table = table, p.index = index, p.row = row;
+  p.ratio = ratio, p.max = max, p.threads = g_gate.threads();
+  return run(p, x, &cpu::Kernels::dynamic_threshold);
+}
+
+bool denoising_loss(TensorArgument& output, TensorArgument& x0, TensorArgument& z, py::handle seed,
+                    TensorArgument& seeds, py::handle stream, int64_t offset, py::handle alpha,
+                    py::handle sigma, py::handle weight, int prediction, int weighting,
+                    double gamma, double k, TensorArgument& per_sample, TensorArgument& total,
+                    double total_scale, TensorArgument& grad, TensorArgument& d_output) {
+  if (!given({&output, &x0}) || output.ndim == 0 || output.numel == 0 ||
+      !same_device({&output, &x0, &z, &seeds, &per_sample, &total, &grad, &d_output}) ||
+      !floats({&output, &x0, &z, &d_output}) || !same_shapes({&output, &x0, &z, &d_output}) ||
+      prediction < 0 || prediction > static_cast<int>(Prediction::flow) || weighting < 0 ||
+      weighting > static_cast<int>(Weighting::given))
+    return false;
+  const int64_t batch = output.shape[0];
+  LossParams p;
+  CoefficientArgument ca, cs, cw;
+  if (!ca.read(alpha, output, true) || !cs.read(sigma, output, true) ||
+      !cw.read(weight, output, true))
+    return false;
+  if (d_output.defined() ? !grad.defined() : !per_sample.defined()) return false;
+  if (!vector_of(per_sample, Dtype::f32, batch) || !vector_of(total, Dtype::f32, 1) ||
+      !(vector_of(grad, Dtype::f32, 1) || vector_of(grad, Dtype::f32, batch)))
+    return false;
+  if (!NoiseArgument(seed, stream, offset).fill(p.noise, seeds, output)) return false;
+  p.output = output, p.x0 = x0, p.z = z, p.alpha = ca, p.sigma = cs, p.weight = cw;
+  p.flow_alpha = alpha.is_none();
+  p.prediction = static_cast<Prediction>(prediction);
+  p.weighting = static_cast<Weighting>(weighting);
+  p.gamma = gamma, p.k = k, p.per_sample = per_sample, p.total = total;
+  p.total_scale = total_scale, p.grad = grad, p.d_output = d_output;
+  p.threads = g_gate.threads();
+  return run(p, output, &cpu::Kernels::denoising_loss);
+}
+
+}  // namespace
+
+void register_diffusion(py::module_& m) {
+  m.def("diffusion_step", &diffusion_step);
+  m.def("diffusion_step_backward", &diffusion_step_backward);
+  m.def("diffusion_mix", &diffusion_mix);
+  m.def("guidance_weights", &guidance_weights);
+  m.def("dynamic_threshold", &dynamic_threshold);
+  m.def("denoising_loss", &denoising_loss);
+}
+
+}  // namespace genfast

@@ -1,0 +1,411 @@
+// Backward: P is recomputed from LSE, five products per tile and block.
+//
+//   S = Q K^T,  P = 2^(S - LSE),  dP = dO V^T,  dS = P (dP - delta),  delta = rowsum(dO O) - dLSE
+//   dV += P^T dO,  dK += dS^T Q,  dQ += dS K
+//
+// A task owns a range of key blocks of one key/value head: dK and dV of a block are complete when
+// all query rows of the group have passed, dQ is kept in fp32 for all those rows (O(S) memory). One
+// range when there are heads enough; else fixed ranges, whose dQ are added in order afterwards. So
+// there are five products, not the seven of separate dQ and dK/dV passes, and no atomics.
+// With dropout D (0 or 1/(1-p)): dV uses P D, dS = P (D dP - delta). Softcap multiplies dS by its
+// derivative. The sink's logit sees P_sink = 2^(sink - LSE): dsink = -sum P_sink delta.
+#pragma once
+#include "cpu/attention/score.h"
+
+namespace genfast::cpu {
+namespace {
+
+// Key rows of a block: a multiple of MR and NR (6, 12 and 8, 16, 32).
+constexpr int BK = 96;
+
+struct BackwardScratch {
+  const char** rows;
+  Tile* tile;
+  float *kt, *vt, *kp;       // K and V by columns, K by panels
+  float *q, *dout;           // rows of a tile; q times scale * log2(e)
+  float *P, *dS, *slope;     // [BR][lds]; slope: derivative of the softcap
+  float *dk, *dv, *dq;       // [BK][ldq], [BK][ldo], [rows][ldq]
+  float *sums;               // mask gradient: [Sq or 1][BK]
+};
+
+struct Backward {
+  const AttentionGradParams& g;
+  const AttentionParams& p;
+  int64_t ldq, ldo, lds;
+  int64_t longest_q = 0, longest_k = 0;
+  int64_t splits = 1, split_keys = 0;
+  bool options, row_pass;
+  float *lse2 = nullptr, *delta = nullptr;  // [B][Hq][longest_q]
+  float* part_dq = nullptr;                 // [splits][B][Hkv][group * longest_q][ldq]
+
+  explicit Backward(const AttentionGradParams& params) : g(params), p(params.p) {
+    ldq = odd_lines(p.D);
+    ldo = odd_lines(p.Dv);
+    lds = odd_lines(BK);
+    options = has_score_options(p);
+    row_pass = options || p.dropout;
+    for (int64_t b = 0; b < p.B; ++b) {
+      const Sequence s = sequence_of(p, b);
+      if (s.Sq > longest_q) longest_q = s.Sq;
+      if (s.Sk > longest_k) longest_k = s.Sk;
+    }
+    constexpr int64_t kWantedTasks = 32, kLeastKeys = 2 * BK;
+    const int64_t heads = p.B * p.Hkv > 0 ? p.B * p.Hkv : 1;
+    const int64_t wanted = (kWantedTasks + heads - 1) / heads;
+    split_keys = round_up((longest_k + wanted - 1) / wanted, BK);
+    if (split_keys < kLeastKeys) split_keys = kLeastKeys;
+    splits = longest_k > split_keys ? (longest_k + split_keys - 1) / split_keys : 1;
+  }
+
+  int64_t group() const { return p.Hq / p.Hkv; }
+  int64_t group_rows() const { return group() * longest_q; }
+  int64_t stat_index(int64_t b, int64_t head, int64_t i) const {
+    return (b * p.Hq + head) * longest_q + i;
+  }
+  float* part_of(int64_t split, int64_t b, int64_t kv_head) const {
+    return part_dq + ((split * p.B + b) * p.Hkv + kv_head) * group_rows() * ldq;
+  }
+
+  BackwardScratch lay_out(Arena& a, bool for_mask) const {
+    BackwardScratch x;
+    const int64_t rows = group_rows() < BR ? group_rows() : BR;
+    const int64_t keys = longest_k < BK ? round_up(longest_k, NR) : BK;
+    x.rows = a.take<const char*>(BR > BK ? BR : BK);
+    x.tile = a.take<Tile>(1);
+    x.kt = a.take<float>(keys * round_up(p.D, W));
+    x.vt = a.take<float>(keys * round_up(p.Dv, W));
+    x.kp = a.take<float>(for_mask ? 0 : BK * round_up(p.D, NR));
+    x.q = a.take<float>(rows * ldq);
+    x.dout = a.take<float>(rows * ldo);
+    x.P = a.take<float>(rows * lds);
+    x.dS = a.take<float>(rows * lds);
+    x.slope = a.take<float>(p.softcap > 0.0f ? rows * lds : 0);
+    x.dk = a.take<float>(for_mask ? 0 : BK * ldq);
+    x.dv = a.take<float>(for_mask ? 0 : BK * ldo);
+    x.dq = a.take<float>(for_mask || splits > 1 ? 0 : group_rows() * ldq);
+    x.sums = a.take<float>(for_mask ? mask_rows() * (BK + W) : 0);
+    return x;
+  }
+
+  // Per row: LSE in units of log2 (+inf for a row that sees nothing, so that P = 0) and delta.
+  void prepare_rows(int64_t b, int64_t head) const {
+    const Sequence s = sequence_of(p, b);
+    RowBuffer out, dout;
+    for (int64_t i = 0; i < s.Sq; ++i) {
+      const float* o = row_f32(row_at(p.out, p.out_dtype, b, head, s.q_row + i), p.out_dtype,
+                               static_cast<int>(p.Dv), out.data);
+      const float* d = row_f32(row_at(g.dout, p.out_dtype, b, head, s.q_row + i), p.out_dtype,
+                               static_cast<int>(p.Dv), dout.data);
+      f32v sum = f32v{};
+      for (int64_t c = 0; c < p.Dv; c += W) sum = fused_multiply_add(load(o + c), load(d + c), sum);
+      const float lse = stat_at(p.lse, b, head, s.q_row + i);
+      const int64_t at = stat_index(b, head, i);
+      lse2[at] = lse == -kInf ? kInf : lse * kLog2e;
+      delta[at] = horizontal_sum(sum);
+      if (g.dlse.data != nullptr) delta[at] -= stat_at(g.dlse, b, head, s.q_row + i);
+    }
+  }
+
+  void load_tile(const Sequence& s, const BackwardScratch& x) const {
+    const Tile& t = *x.tile;
+    for (int r = 0; r < t.n; ++r)
+      x.rows[r] = row_at(p.q, p.dtype, s.b, t.head[r], s.q_row + t.position[r]);
+    pack_rows(x.rows, t.n, p.dtype, static_cast<int>(p.D), p.scale * kLog2e, x.q, ldq);
+    for (int r = 0; r < t.n; ++r)
+      x.rows[r] = row_at(g.dout, p.out_dtype, s.b, t.head[r], s.q_row + t.position[r]);
+    pack_rows(x.rows, t.n, p.out_dtype, static_cast<int>(p.Dv), 1.0f, x.dout, ldo);
+  }
+
+  // Weights P (times the dropout factor) and dS of the tile in x and the block [first, first + n).
+  // dS is the gradient of the scores after the softcap when `after_softcap`, else before it.
+  void weights(const Sequence& s, ScoreOptions& mods, const BackwardScratch& x, const Span* spans,
+               int64_t first, int n, bool after_softcap) const {
+    const Tile& t = *x.tile;
+    float row_lse[BR], row_delta[BR];
+    for (int r = 0; r < t.n; ++r) {
+      const int64_t at = stat_index(s.b, t.head[r], t.position[r]);
+      row_lse[r] = lse2[at];
+      row_delta[r] = delta[at];
+    }
+    const int row_blocks = (t.n + MR - 1) / MR;
+    for (int j = 0; j < n; j += NR) {
+      const int columns = n - j < NR ? n - j : NR;
+      for (int rb = 0; rb < row_blocks; ++rb) {
+        if (j < spans[rb].lo || j >= spans[rb].hi) continue;
+        const int r0 = rb * MR, m = t.n - r0 < MR ? t.n - r0 : MR;
+        const bool plain = !options && spans[rb].full, ragged = columns % W != 0;
+        multiply<false>(m, columns, p.D, x.q + r0 * ldq, ldq, x.kt + j * round_up(p.D, W), NR,
+                        [&](int row0, auto& acc) {
+                          constexpr int M = sizeof(acc) / sizeof(acc[0]);
+                          constexpr int N = sizeof(acc[0]) / sizeof(f32v);
+                          float* to = x.P + (r0 + row0) * lds + j;
+                          if (ragged)
+#pragma GCC unroll 16
+                            for (int i = 0; i < M; ++i) acc[i][N - 1] += past_end(columns);
+#pragma GCC unroll 16
+                          for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+                            for (int c = 0; c < N; ++c) store(to + i * lds + c * W, acc[i][c]);
+                          if (!plain) return;
+                          for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+                            for (int c = 0; c < N; ++c) {
+                              float* e = to + i * lds + c * W;
+                              store(e, exp2_nonpositive<f32v>(load(e) - row_lse[r0 + row0 + i]));
+                            }
+                        });
+      }
+    }
+    for (int r = 0; r < t.n; ++r) {
+      const Span& span = spans[r / MR];
+      if (span.lo >= span.hi || (!options && span.full)) continue;
+      float* row = x.P + r * lds;
+      if (options)
+        mods.apply(t.head[r], t.position[r], first, span.lo, span.hi, row,
+                   p.softcap > 0.0f ? x.slope + r * lds : nullptr);
+      mask_edges(t.keys[r], first, span.lo, span.hi, row);
+      for (int j = span.lo; j < span.hi; j += W)
+        store(row + j, exp2_nonpositive<f32v>(load(row + j) - row_lse[r]));
+    }
+    for (int j = 0; j < n; j += NR) {
+      const int columns = n - j < NR ? n - j : NR;
+      for (int rb = 0; rb < row_blocks; ++rb) {
+        if (j < spans[rb].lo || j >= spans[rb].hi) continue;
+        const int r0 = rb * MR, m = t.n - r0 < MR ? t.n - r0 : MR;
+        multiply<false>(m, columns, p.Dv, x.dout + r0 * ldo, ldo, x.vt + j * round_up(p.Dv, W), NR,
+                        [&](int row0, auto& acc) {
+                          constexpr int M = sizeof(acc) / sizeof(acc[0]);
+                          constexpr int N = sizeof(acc[0]) / sizeof(f32v);
+                          const int64_t at = (r0 + row0) * lds + j;
+#pragma GCC unroll 16
+                          for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+                            for (int c = 0; c < N; ++c) {
+                              f32v d = acc[i][c];
+                              if (!row_pass)
+                                d = load(x.P + at + i * lds + c * W) *
+                                    (d - row_delta[r0 + row0 + i]);
+                              store(x.dS + at + i * lds + c * W, d);
+                            }
+                        });
+      }
+    }
+    if (!row_pass) return;
+    for (int r = 0; r < t.n; ++r) {
+      const Span& span = spans[r / MR];
+      if (span.lo >= span.hi) continue;
+      float *P = x.P + r * lds, *dS = x.dS + r * lds;
+      alignas(64) float keep[BK + W];
+      if (p.dropout)
+        keep_factors(p, s.b, t.head[r], t.position[r], first, span.lo, span.hi, p.dropout_scale,
+                     keep);
+      for (int j = span.lo; j < span.hi; j += W) {
+        f32v w = load(P + j), d = load(dS + j);
+        if (p.dropout) {
+          const f32v k = load(keep + j);
+          d = d * k;
+          store(P + j, w * k);
+        }
+        d = w * (d - row_delta[r]);
+        if (p.softcap > 0.0f && !after_softcap) d = d * load(x.slope + r * lds + j);
+        store(dS + j, d);
+      }
+    }
+  }
+
+  // to[key][:] += sum over query rows of w[row][key] * from[row][:], for the rows that see the key.
+  void add_transposed(const Tile& t, const Span* spans, int n, const float* w, const float* from,
+                      int64_t ld, int64_t dim, float* to) const {
+    const int row_blocks = (t.n + MR - 1) / MR;
+    for (int k0 = 0; k0 < n; k0 += BK / 4) {  // a multiple of 12 keys
+      const int m = n - k0 < BK / 4 ? n - k0 : BK / 4;
+      int begin = row_blocks, end = 0;
+      for (int rb = 0; rb < row_blocks; ++rb)
+        if (spans[rb].lo < k0 + m && spans[rb].hi > k0) {
+          if (rb < begin) begin = rb;
+          end = rb + 1;
+        }
+      if (begin >= end) continue;
+      const int r0 = begin * MR, depth = (end * MR < t.n ? end * MR : t.n) - r0;
+      for (int64_t d = 0; d < dim; d += NR)
+        multiply<true>(m, static_cast<int>(dim - d < NR ? dim - d : NR), depth, w + r0 * lds + k0,
+                       lds, from + r0 * ld + d, ld, [&](int row0, auto& acc) {
+                         constexpr int M = sizeof(acc) / sizeof(acc[0]);
+                         constexpr int N = sizeof(acc[0]) / sizeof(f32v);
+                         float* o = to + (k0 + row0) * ld + d;
+#pragma GCC unroll 16
+                         for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+                           for (int c = 0; c < N; ++c)
+                             store(o + i * ld + c * W, load(o + i * ld + c * W) + acc[i][c]);
+                       });
+    }
+  }
+
+  void add_dq(const Tile& t, const Span* spans, const BackwardScratch& x, float* dq) const {
+    for (int64_t d = 0; d < p.D; d += NR)
+      for (int rb = 0; rb * MR < t.n; ++rb) {
+        const Span& span = spans[rb];
+        if (span.lo >= span.hi) continue;
+        const int r0 = rb * MR, m = t.n - r0 < MR ? t.n - r0 : MR;
+        multiply<false>(m, static_cast<int>(p.D - d < NR ? p.D - d : NR), span.hi - span.lo,
+                        x.dS + r0 * lds + span.lo, lds, x.kp + d * BK + span.lo * NR, NR,
+                        [&](int row0, auto& acc) {
+                          constexpr int M = sizeof(acc) / sizeof(acc[0]);
+                          constexpr int N = sizeof(acc[0]) / sizeof(f32v);
+                          float* o = dq + (r0 + row0) * ldq + d;
+#pragma GCC unroll 16
+                          for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+                            for (int c = 0; c < N; ++c)
+                              store(o + i * ldq + c * W, load(o + i * ldq + c * W) + acc[i][c]);
+                        });
+      }
+  }
+
+  // Spans of all row blocks; weights outside them are cleared when some row block has a part only,
+  // since the transposed products run over rectangles.
+  bool spans_of(const BackwardScratch& x, int64_t first, int n, Span* spans) const {
+    const Tile& t = *x.tile;
+    bool dense = true, some = false;
+    for (int rb = 0; rb * MR < t.n; ++rb) {
+      spans[rb] = span_of(t, rb, first, n);
+      dense &= spans[rb].lo == 0 && spans[rb].hi == n;
+      some |= spans[rb].lo < spans[rb].hi;
+    }
+    if (some && !dense) {
+      __builtin_memset(x.P, 0, sizeof(float) * t.n * lds);
+      __builtin_memset(x.dS, 0, sizeof(float) * t.n * lds);
+    }
+    return some;
+  }
+
+  void run_task(int64_t task, const BackwardScratch& x) const {
+    const int64_t split = task % splits;
+    const int64_t kv_head = task / splits % p.Hkv, b = task / splits / p.Hkv;
+    const Sequence s = sequence_of(p, b);
+    ScoreOptions mods(p, s);
+    const int64_t rows = s.Sq * group();
+    float* dq = splits > 1 ? part_of(split, b, kv_head) : x.dq;
+    __builtin_memset(dq, 0, sizeof(float) * rows * ldq);
+    const int64_t last = (split + 1) * split_keys < s.Sk ? (split + 1) * split_keys : s.Sk;
+    float ones[BK], ln2s[BK];
+    for (int j = 0; j < BK; ++j) ones[j] = 1.0f, ln2s[j] = kLn2;  // q carries scale * log2(e)
+    for (int64_t first = split * split_keys; first < last; first += BK) {
+      const int n = static_cast<int>(last - first < BK ? last - first : BK);
+      key_rows(p, p.k, s, kv_head, first, n, x.rows);
+      pack_columns(x.rows, n, p.dtype, static_cast<int>(p.D), x.kt);
+      pack_panels(x.rows, n, p.dtype, static_cast<int>(p.D), BK, x.kp);
+      key_rows(p, p.v, s, kv_head, first, n, x.rows);
+      pack_columns(x.rows, n, p.dtype, static_cast<int>(p.Dv), x.vt);
+      __builtin_memset(x.dk, 0, sizeof(float) * n * ldq);
+      __builtin_memset(x.dv, 0, sizeof(float) * n * ldo);
+      for (int64_t index = 0; index < tile_count(rows); ++index) {
+        make_tile(p, s, kv_head * group(), group(), index, *x.tile);
+        const Tile& t = *x.tile;
+        Span spans[BR / MR];
+        if (t.seen.lo >= first + n || t.seen.hi <= first || !spans_of(x, first, n, spans)) continue;
+        load_tile(s, x);
+        weights(s, mods, x, spans, first, n, false);
+        add_transposed(t, spans, n, x.P, x.dout, ldo, p.Dv, x.dv);
+        add_transposed(t, spans, n, x.dS, x.q, ldq, p.D, x.dk);
+        add_dq(t, spans, x, dq + index * BR * ldq);
+      }
+      key_rows(p, g.dk, s, kv_head, first, n, x.rows);
+      unpack_rows(x.dk, ldq, n, static_cast<int>(p.D), ln2s, const_cast<char* const*>(x.rows),
+                  p.dtype);
+      key_rows(p, g.dv, s, kv_head, first, n, x.rows);
+      unpack_rows(x.dv, ldo, n, static_cast<int>(p.Dv), ones, const_cast<char* const*>(x.rows),
+                  p.dtype);
+    }
+    if (splits == 1) store_dq(s, kv_head, dq);
+  }
+
+  void store_dq(const Sequence& s, int64_t kv_head, const float* dq) const {
+    const float factor = p.scale;
+    for (int64_t r = 0; r < s.Sq * group(); ++r) {
+      char* row = row_at(g.dq, p.dtype, s.b, kv_head * group() + r / s.Sq, s.q_row + r % s.Sq);
+      unpack_rows(dq + r * ldq, ldq, 1, static_cast<int>(p.D), &factor, &row, p.dtype);
+    }
+  }
+
+  void merge_dq(int64_t b, int64_t kv_head) const {
+    const Sequence s = sequence_of(p, b);
+    float* total = part_of(0, b, kv_head);
+    const int64_t count = s.Sq * group() * ldq;
+    for (int64_t k = 1; k < splits; ++k) {
+      const float* part = part_of(k, b, kv_head);
+      for (int64_t c = 0; c < count; c += W) store(total + c, load(total + c) + load(part + c));
+    }
+    store_dq(s, kv_head, total);
+  }
+
+  void sink_gradient(int64_t head) const {
+    double sum = 0.0;
+    for (int64_t b = 0; b < p.B; ++b) {
+      const Sequence s = sequence_of(p, b);
+      for (int64_t i = 0; i < s.Sq; ++i) {
+        const int64_t at = stat_index(b, head, i);
+        sum -= static_cast<double>(__builtin_exp2f(p.sinks[head] * kLog2e - lse2[at])) * delta[at];
+      }
+    }
+    g.dsinks[head] = static_cast<float>(sum);
+  }
+
+  // ---- gradient of the mask --------------------------------------------------------------------
+  // A pass of its own (two more products) in which one task owns the elements it writes, so that
+  // sums over broadcast dimensions run in a fixed order.
+  int64_t mask_rows() const { return g.dmask.i_stride != 0 ? longest_q : 1; }
+  int64_t mask_batches() const { return g.dmask.b_stride != 0 ? p.B : 1; }
+  int64_t mask_heads() const { return g.dmask.h_stride != 0 ? p.Hq : 1; }
+  int64_t mask_blocks() const { return g.dmask.j_stride != 0 ? (longest_k + BK - 1) / BK : 1; }
+
+  void mask_task(int64_t task, const BackwardScratch& x) const {
+    const int64_t block = task % mask_blocks();
+    const int64_t mh = task / mask_blocks() % mask_heads();
+    const int64_t mb = task / mask_blocks() / mask_heads();
+    const bool every_j = g.dmask.j_stride == 0, every_i = g.dmask.i_stride == 0;
+    __builtin_memset(x.sums, 0, sizeof(float) * mask_rows() * (BK + W));
+    for (int64_t b = mb; b < (mask_batches() == 1 ? p.B : mb + 1); ++b) {
+      const Sequence s = sequence_of(p, b);
+      ScoreOptions mods(p, s);
+      for (int64_t head = mh; head < (mask_heads() == 1 ? p.Hq : mh + 1); ++head) {
+        const int64_t end = every_j ? s.Sk : (block + 1) * BK < s.Sk ? (block + 1) * BK : s.Sk;
+        for (int64_t first = block * BK; first < end; first += BK) {
+          const int n = static_cast<int>(end - first < BK ? end - first : BK);
+          key_rows(p, p.k, s, head / group(), first, n, x.rows);
+          pack_columns(x.rows, n, p.dtype, static_cast<int>(p.D), x.kt);
+          key_rows(p, p.v, s, head / group(), first, n, x.rows);
+          pack_columns(x.rows, n, p.dtype, static_cast<int>(p.Dv), x.vt);
+          for (int64_t index = 0; index < tile_count(s.Sq); ++index) {
+            make_tile(p, s, head, 1, index, *x.tile);
+            Span spans[BR / MR];
+            if (!spans_of(x, first, n, spans)) continue;
+            load_tile(s, x);
+            weights(s, mods, x, spans, first, n, true);
+            const Tile& t = *x.tile;
+            for (int r = 0; r < t.n; ++r) {
+              const Span& span = spans[r / MR];
+              float* to = x.sums + (every_i ? 0 : t.position[r] * (BK + W));
+              const float* dS = x.dS + r * lds;
+              for (int j = span.lo; j < span.hi; ++j) to[every_j ? 0 : j] += dS[j];
+            }
+          }
+        }
+      }
+    }
+    const AttentionMask& m = g.dmask;
+    const int64_t left = p.Sk - block * BK;
+    const int n = every_j ? 1 : static_cast<int>(left < BK ? left : BK);
+    for (int64_t i = 0; i < mask_rows(); ++i)
+      scatter_f32(x.sums + i * (BK + W), n,
+                  static_cast<char*>(m.data) +
+                      (mb * m.b_stride + mh * m.h_stride + i * m.i_stride +
+                       block * BK * m.j_stride) *
+                          dtype_bytes(m.dtype),
+                  m.dtype, m.j_stride);
+  }
+};
+
+}  // namespace
+}  // namespace genfast::cpu

@@ -1,0 +1,82 @@
+// The one matrix product of attention: C (m x N W) = sum_k a(row, k) * b(k, column), accumulated in
+// registers and handed to an epilogue. a is read by broadcast, b by vectors.
+//   AVX2: 6 rows x 2 vectors = 12 accumulators of 16 registers, 8 loads for 12 FMAs.
+//   AVX-512 and NEON: 12 x 2 = 24 of 32.
+#pragma once
+#include "math/lane.h"
+
+namespace genfast::cpu {
+namespace {
+
+#if defined(__AVX512F__) || defined(__ARM_NEON)
+constexpr int MR = 12;
+#else
+constexpr int MR = 6;
+#endif
+constexpr int NV = 2;
+constexpr int NR = NV * W;  // columns of a packed panel
+
+#define GENFAST_INLINE inline __attribute__((always_inline))
+
+// a(row, k) = a[row * lda + k], or a[k * lda + row] when Transposed; b(k, :) = b + k * ldb.
+// epilogue(row0, accumulators[M][N]).
+template <int M, int N, bool Transposed, class Epilogue>
+GENFAST_INLINE void micro(int row0, int64_t depth, const float* a, int64_t lda, const float* b,
+                          int64_t ldb, Epilogue&& epilogue) {
+  f32v acc[M][N];
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) acc[i][n] = f32v{};
+  const float* row[Transposed ? 1 : M];
+  if constexpr (!Transposed) {
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) row[i] = a + (row0 + i) * lda;
+  } else {
+    row[0] = a + row0;
+  }
+#pragma GCC unroll 4
+  for (int64_t k = 0; k < depth; ++k) {
+    f32v y[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) y[n] = load(b + n * W);
+    b += ldb;
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) {
+      const f32v x = splat(Transposed ? row[0][i] : row[i][k]);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) acc[i][n] = fused_multiply_add(x, y[n], acc[i][n]);
+    }
+    if constexpr (Transposed) row[0] += lda;
+  }
+  epilogue(row0, acc);
+}
+
+// m rows (any number) by one panel of nv vectors.
+template <int N, bool Transposed, class Epilogue>
+GENFAST_INLINE void panel_rows(int m, int64_t depth, const float* a, int64_t lda, const float* b,
+                               int64_t ldb, Epilogue&& epilogue) {
+  int r = 0;
+  for (; r + MR <= m; r += MR)
+    micro<MR, N, Transposed>(r, depth, a, lda, b, ldb, epilogue);
+  if constexpr (MR > 8)
+    for (; r + 8 <= m; r += 8) micro<8, N, Transposed>(r, depth, a, lda, b, ldb, epilogue);
+  for (; r + 4 <= m; r += 4) micro<4, N, Transposed>(r, depth, a, lda, b, ldb, epilogue);
+  if (r + 2 <= m) {
+    micro<2, N, Transposed>(r, depth, a, lda, b, ldb, epilogue);
+    r += 2;
+  }
+  if (r < m) micro<1, N, Transposed>(r, depth, a, lda, b, ldb, epilogue);
+}
+
+template <bool Transposed, class Epilogue>
+GENFAST_INLINE void multiply(int m, int columns, int64_t depth, const float* a, int64_t lda,
+                             const float* b, int64_t ldb, Epilogue&& epilogue) {
+  if (columns > W)
+    panel_rows<2, Transposed>(m, depth, a, lda, b, ldb, epilogue);
+  else
+    panel_rows<1, Transposed>(m, depth, a, lda, b, ldb, epilogue);
+}
+
+}  // namespace
+}  // namespace genfast::cpu

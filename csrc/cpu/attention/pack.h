@@ -1,0 +1,119 @@
+// Operands of any dtype and stride into the aligned fp32 layouts that the microkernel reads.
+//   rows:    [row][ld], ld an odd number of cache lines, so that a column of rows spreads over all
+//            L1 sets (with ld = 128 floats, 96 rows would share 8 of the 64 sets)
+//   columns: [panel][depth][NR], the transpose of rows: panel p holds rows p NR ... p NR + NR - 1
+//   panels:  [panel][row][NR], columns p NR ... of every row
+#pragma once
+#include "cpu/attention/microkernel.h"
+#include "cpu/convert.h"
+
+namespace genfast::cpu {
+namespace {
+
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Leading dimension of n floats: whole vectors, an odd number of 64-byte lines.
+constexpr int64_t odd_lines(int64_t n) {
+  const int64_t lines = round_up(n, 16) / 16;
+  return 16 * (lines % 2 ? lines : lines + 1);
+}
+
+constexpr int kMaxDim = 512;
+
+struct alignas(64) RowBuffer {
+  float data[W * kMaxDim];
+};
+
+// W x W transpose in registers.
+GENFAST_INLINE void transpose(f32v (&v)[W]) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  f32v t[8];  // 24 shuffles instead of the 48 of three interleavings
+  for (int i = 0; i < 4; ++i) {
+    t[2 * i] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    t[2 * i + 1] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  f32v u[8];
+  for (int i = 0; i < 2; ++i)
+    for (int h = 0; h < 2; ++h) {
+      u[4 * i + 2 * h] =
+          __builtin_shufflevector(t[4 * i + h], t[4 * i + 2 + h], 0, 1, 8, 9, 4, 5, 12, 13);
+      u[4 * i + 2 * h + 1] =
+          __builtin_shufflevector(t[4 * i + h], t[4 * i + 2 + h], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  for (int i = 0; i < 4; ++i) {
+    v[i] = __builtin_shufflevector(u[i], u[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    v[i + 4] = __builtin_shufflevector(u[i], u[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+#else
+  for (int half = 1; half < W; half *= 2) {  // log2 W perfect shuffles
+    f32v t[W];
+#pragma GCC unroll 8
+    for (int i = 0; i < W / 2; ++i) interleave(v[i], v[i + W / 2], t[2 * i], t[2 * i + 1]);
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) v[i] = t[i];
+  }
+#endif
+}
+
+// One row as fp32, zero up to a whole vector: the row itself where it already is that.
+inline const float* row_f32(const char* row, Dtype dtype, int dim, float* buffer) {
+  if (dtype == Dtype::f32 && dim % W == 0) return reinterpret_cast<const float*>(row);
+  to_f32(row, dtype, dim, buffer);
+  for (int d = dim; d < round_up(dim, W); ++d) buffer[d] = 0.0f;
+  return buffer;
+}
+
+inline void pack_rows(const char* const* rows, int n, Dtype dtype, int dim, float factor, float* to,
+                      int64_t ld) {
+  RowBuffer buffer;
+  for (int r = 0; r < n; ++r) {
+    const float* from = row_f32(rows[r], dtype, dim, buffer.data);
+    for (int d = 0; d < dim; d += W) store(to + r * ld + d, load(from + d) * factor);
+  }
+}
+
+inline void pack_columns(const char* const* rows, int n, Dtype dtype, int dim, float* to) {
+  RowBuffer buffer;
+  const int64_t depth = round_up(dim, W);
+  for (int j = 0; j < n; j += W) {
+    const int count = n - j < W ? n - j : W;
+    const float* from[W];
+    for (int r = 0; r < count; ++r)
+      from[r] = row_f32(rows[j + r], dtype, dim, buffer.data + r * depth);
+    float* panel = to + (j / NR) * depth * NR + j % NR;
+    for (int d = 0; d < depth; d += W) {
+      f32v v[W];
+#pragma GCC unroll 16
+      for (int r = 0; r < W; ++r) v[r] = r < count ? load(from[r] + d) : f32v{};
+      transpose(v);
+#pragma GCC unroll 16
+      for (int t = 0; t < W; ++t) store(panel + (d + t) * NR, v[t]);
+    }
+  }
+}
+
+// `capacity` rows are laid out per panel, n of them filled.
+inline void pack_panels(const char* const* rows, int n, Dtype dtype, int dim, int64_t capacity,
+                        float* to) {
+  RowBuffer buffer;
+  for (int r = 0; r < n; ++r) {
+    const float* from = row_f32(rows[r], dtype, dim, buffer.data);
+    for (int d = 0; d < dim; d += W)
+      store(to + (d / NR) * capacity * NR + r * NR + d % NR, load(from + d));
+  }
+}
+
+// Rows of fp32 times factor[r] to memory.
+inline void unpack_rows(const float* from, int64_t ld, int n, int dim, const float* factor,
+                        char* const* rows, Dtype dtype) {
+  RowBuffer buffer;
+  for (int r = 0; r < n; ++r) {
+    const bool direct = dtype == Dtype::f32 && dim % W == 0;
+    float* to = direct ? reinterpret_cast<float*>(rows[r]) : buffer.data;
+    for (int d = 0; d < dim; d += W) store(to + d, load(from + r * ld + d) * factor[r]);
+    if (!direct) from_f32(to, dim, rows[r], dtype);
+  }
+}
+
+}  // namespace
+}  // namespace genfast::cpu

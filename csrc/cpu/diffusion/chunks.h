@@ -1,0 +1,76 @@
+// What the diffusion kernels share: sums of scaled chunks, coefficients per group, exact sums.
+#pragma once
+#include <algorithm>
+#include <memory>
+
+#include "cpu/kernels.h"
+#include "cpu/noise.h"
+#include "math/diffusion.h"
+
+namespace genfast::cpu::GENFAST_ISA {
+namespace {
+
+// to = c_0 s_0 + c_1 s_1 + ..., added in this order; the loop is compiled once per number of terms.
+template <int K>
+void sum_of(const float* const* s, const float* c, int n, float* to) {
+  for (int i = 0; i < n; i += W) {
+    f32v a = load(s[0] + i) * c[0];
+#pragma GCC unroll 12
+    for (int k = 1; k < K; ++k) a = a + load(s[k] + i) * c[k];
+    store(to + i, a);
+  }
+}
+
+struct Terms {
+  int n = 0;
+  const float* source[kSources + 2];
+  float c[kSources + 2];
+
+  void add(const float* s, float coefficient) {
+    if (coefficient == 0.0f || s == nullptr) return;  // never read what does not count
+    source[n] = s;
+    c[n++] = coefficient;
+  }
+  void sum(int count, float* to) const {
+    using Sum = void (*)(const float* const*, const float*, int, float*);
+    static constexpr Sum sums[] = {nullptr,    sum_of<1>,  sum_of<2>, sum_of<3>, sum_of<4>,
+                                   sum_of<5>,  sum_of<6>,  sum_of<7>, sum_of<8>, sum_of<9>,
+                                   sum_of<10>, sum_of<11>, sum_of<12>};
+    if (n > 0) return sums[n](source, c, count, to);
+    for (int i = 0; i < count; i += W) store(to + i, f32v{});
+  }
+};
+
+// Eight double lanes whatever the vector width: the same sum on every ISA level.
+typedef double f64x8 __attribute__((vector_size(64)));
+typedef float f32x8 __attribute__((vector_size(32)));
+
+GENFAST_FN f64x8 widen(const float* p) {
+  f32x8 v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, f64x8);
+}
+GENFAST_FN double total(const f64x8& v) {
+  return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
+}
+
+// Value of a coefficient for one group.
+inline double value_of(const Coefficient& c, int64_t group) {
+  if (c.data == nullptr) return c.value;
+  return c.wide ? static_cast<const double*>(c.data)[group]
+                : static_cast<const float*>(c.data)[group];
+}
+
+inline int64_t batch_of(const TensorView& t) { return t.ndim > 0 ? t.shape[0] : 1; }
+
+// A second thread costs ~2 us: too much for a pass over a small latent that draws no noise.
+inline int threads_for(const TensorView& t, bool draws, int threads) {
+  return !draws && t.numel < 64 * kChunk ? 1 : threads;
+}
+
+inline void advise(const TensorView& t) {
+  if (t.defined()) advise_huge_pages(t.data, t.numel * dtype_bytes(t.dtype));
+}
+
+}  // namespace
+}  // namespace genfast::cpu::GENFAST_ISA

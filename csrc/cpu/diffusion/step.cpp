@@ -1,0 +1,317 @@
+// The affine step on the CPU, its log-probability and its gradients. One pass: every source that
+// some output needs is read once, in chunks that stay in L1.
+#include <cmath>
+
+#include "cpu/diffusion/chunks.h"
+
+namespace genfast::cpu::GENFAST_ISA {
+namespace {
+
+// Groups of elements that share a row of the table, and rows of elements that share everything
+// (group, seed, sample): no chunk crosses the border of such a row.
+struct Layout {
+  int64_t groups, rows, cols, batch;
+  const float* table;
+  const int64_t* index;
+  int64_t row;
+
+  Layout(const TensorView& x, const TensorView& t, const TensorView& i, int64_t r, int64_t least)
+      : table(static_cast<const float*>(t.data)),
+        index(i.defined() ? static_cast<const int64_t*>(i.data) : nullptr),
+        row(r) {
+    groups = index != nullptr ? i.numel : 1;
+    batch = batch_of(x);
+    rows = std::max(groups, least);
+    cols = rows > 0 ? x.numel / rows : 0;
+  }
+  const float* coefficients(int64_t r) const {
+    const int64_t at = index == nullptr ? row : index[groups == rows ? r : r * groups / rows];
+    return table + at * kRowColumns;
+  }
+  int64_t sample(int64_t r) const { return rows == batch ? r : r * batch / rows; }
+};
+
+const float* output_row(const float* row, int output) {
+  return row + kRowCoefficients + output * kSources;
+}
+
+// Bit s: source s is used by one of the outputs; x0 brings what it is made of.
+unsigned reads_of(const float* row, int outputs) {
+  unsigned reads = 0;
+  for (int o = 0; o < outputs; ++o)
+    for (int s = 0; s < kSources; ++s)
+      if (output_row(row, o)[s] != 0.0f) reads |= 1u << s;
+  if (reads & 1u << kX0) reads |= (row[0] != 0.0f) << kX | (row[1] != 0.0f) << kM;
+  return reads;
+}
+
+// A value per sample, or one for all.
+float per_sample(const TensorView& t, int64_t b, int64_t width, int64_t at, float otherwise) {
+  if (!t.defined()) return otherwise;
+  const float* p = static_cast<const float*>(t.data);
+  return p[(t.numel > width ? b * width : 0) + at];
+}
+
+// m of one chunk: the model output where it lies, or the guided combination in `buffer`.
+struct Guided {
+  Stage stage[kModels];
+  int count = 0;
+  const TensorView& weights;
+
+  Guided(const TensorView* models, const TensorView& w)
+      : stage{Stage(models[0]), Stage(models[1]), Stage(models[2])}, weights(w) {
+    while (count < kModels && models[count].defined()) ++count;
+  }
+  float weight(int64_t sample, int j) const { return per_sample(weights, sample, count, j, 1.0f); }
+  const float* load(int64_t at, int n, int64_t sample, Chunk* buffers) const {
+    if (count == 1 && !weights.defined()) return stage[0].load(at, n, buffers[0]);
+    Terms terms;
+    for (int j = 0; j < count; ++j) {
+      const float w = weight(sample, j);
+      if (w != 0.0f) terms.add(stage[j].load(at, n, buffers[j]), w);
+    }
+    terms.sum(n, buffers[kModels].data);
+    return buffers[kModels].data;
+  }
+};
+
+bool overlaps_a_source(const StepParams& p) {
+  const auto begins = [](const TensorView& a, const TensorView& b) {
+    return a.defined() && b.defined() && a.data == b.data;
+  };
+  for (int o = 0; o < kOutputs; ++o) {
+    if (begins(p.out[o], p.x) || begins(p.out[o], p.z) || begins(p.out[o], p.known)) return true;
+    for (const TensorView& m : p.models)
+      if (begins(p.out[o], m)) return true;
+    for (const TensorView& h : p.history)
+      if (begins(p.out[o], h)) return true;
+  }
+  return false;
+}
+
+}  // namespace
+
+void diffusion_step(const StepParams& p) {
+  const bool judge = p.log_prob.defined(), blend = p.mask.defined();
+  const bool dynamic = p.threshold.defined(), learned = p.variance != Variance::fixed;
+  int outputs = 0;
+  while (outputs < kOutputs && p.out[outputs].defined()) ++outputs;
+  const Stage x(p.x), z(p.z), v(p.log_variance), mask(p.mask), known(p.known), known_z(p.known_z);
+  const Stage given_sample(p.sample);
+  const Stage history[kHistory] = {Stage(p.history[0]), Stage(p.history[1]), Stage(p.history[2]),
+                                   Stage(p.history[3]), Stage(p.history[4]), Stage(p.history[5])};
+  const Stage out[kOutputs] = {Stage(p.out[0]), Stage(p.out[1]), Stage(p.out[2])};
+  for (int o = 0; o < outputs; ++o) advise(p.out[o]);
+  const Guided guided(p.models, p.weights);
+  const NoiseAt noise(p.noise, p.x);
+
+  const bool per_sample_rows =
+      judge || dynamic || p.weights.numel > guided.count || p.level.numel > 2;
+  const Layout layout(
+      p.x, p.table, p.index, p.row,
+      std::max(noise_rows(p.noise, p.x), per_sample_rows ? batch_of(p.x) : int64_t{1}));
+  // Outputs may lie on top of sources (in place): with several of them, one must not be stored
+  // before the others have read.
+  const bool in_place = outputs > 1 && overlaps_a_source(p);
+  const int64_t per_row = (layout.cols + kChunk - 1) / kChunk;
+  std::unique_ptr<double[]> partial;
+  if (judge) partial.reset(new double[layout.rows * per_row + 1]);
+  const int threads = threads_for(p.x, p.draws, p.threads);
+
+  for_chunks(layout.rows, layout.cols, threads, [&](int64_t c, int64_t r, int64_t first, int n) {
+    const int64_t at = r * layout.cols + first, sample = layout.sample(r);
+    const float* row = layout.coefficients(r);
+    const unsigned reads = reads_of(row, outputs);
+    Chunk xb, mb[kModels + 1], x0b, hb[kHistory], zb, vb, staged[kOutputs], extra[3];
+    NoiseChunk noise_buffer, known_buffer;
+    const float* source[kSources] = {};
+
+    if (reads & 1u << kX) source[kX] = x.load(at, n, xb);
+    if (reads & 1u << kM) source[kM] = guided.load(at, n, sample, mb);
+    if (reads & 1u << kX0) {
+      // a source with coefficient 0 is not read: any chunk stands in for it
+      const float* any = source[kX] != nullptr ? source[kX] : source[kM];
+      const float* xs = source[kX] != nullptr ? source[kX] : any;
+      const float* ms = source[kM] != nullptr ? source[kM] : any;
+      const float d_x = row[0], d_m = row[1], clip = row[2];
+      const float s = per_sample(p.threshold, sample, 1, 0, 1.0f);
+      for (int i = 0; i < n && any != nullptr; i += W) {
+        f32v v0 = source[kX] == nullptr   ? load(ms + i) * d_m
+                  : source[kM] == nullptr ? load(xs + i) * d_x
+                                          : load(xs + i) * d_x + load(ms + i) * d_m;
+        v0 = clamp_symmetric<f32v>(v0, splat(clip));
+        if (dynamic) v0 = clamp_symmetric<f32v>(v0, splat(s)) / s;
+        store(x0b.data + i, v0);
+      }
+      source[kX0] = any != nullptr ? x0b.data : nullptr;
+    }
+    for (int h = 0; h < kHistory; ++h)
+      if (reads & 1u << (kH1 + h) && p.history[h].defined())
+        source[kH1 + h] = history[h].load(at, n, hb[h]);
+    if (reads & 1u << kZ) {
+      if (p.z.defined())
+        source[kZ] = z.load(at, n, zb);
+      else if (p.draws)
+        source[kZ] = noise.values<NormalMap>(at, n, noise_buffer);
+      if (learned && source[kZ] != nullptr) {
+        const float* from = source[kZ];
+        const float* vs = v.load(at, n, vb);
+        const f32v low = splat(row[4]), high = splat(row[5]);
+        for (int i = 0; i < n; i += W) {
+          const f32v vi = load(vs + i);
+          const f32v std = p.variance == Variance::learned ? std_learned<f32v>(vi)
+                                                           : std_learned_range<f32v>(vi, low, high);
+          store(zb.data + i, load(from + i) * std);
+        }
+        source[kZ] = zb.data;
+      }
+    }
+
+    float* to[kOutputs];
+    for (int o = 0; o < outputs; ++o) {
+      const bool first_of_many = o == 0 && (judge || blend);
+      to[o] = in_place || first_of_many ? staged[o].data : out[o].target(at, n, staged[o]);
+      const float* coefficient = output_row(row, o);
+      Terms terms;
+      for (int s = 0; s < kSources; ++s)
+        if (!(judge && o == 0 && s == kZ)) terms.add(source[s], coefficient[s]);
+      terms.sum(n, to[o]);
+    }
+
+    if (judge) {  // to[0] is the mean
+      const float std = output_row(row, 0)[kZ], inverse = 1.0f / std;
+      const float* s;
+      if (p.sample.defined()) {
+        s = given_sample.load(at, n, extra[0]);
+      } else {
+        for (int i = 0; i < n; i += W)
+          store(extra[0].data + i, load(to[0] + i) + load(source[kZ] + i) * std);
+        from_f32(extra[0].data, n, reinterpret_cast<char*>(extra[1].data), p.out[0].dtype);
+        to_f32(reinterpret_cast<const char*>(extra[1].data), p.out[0].dtype, n, extra[0].data);
+        s = extra[0].data;  // as the caller will see it, so that a replay gives the same number
+      }
+      for (int i = 0; i < n; i += W) {
+        const f32v d = (load(s + i) - load(to[0] + i)) * inverse;
+        store(extra[2].data + i, d * d);
+      }
+      for (int i = n; i < ((n + 7) & ~7); ++i) extra[2].data[i] = 0.0f;
+      f64x8 sum{};
+      for (int i = 0; i < n; i += 8) sum += widen(extra[2].data + i);
+      partial[c] = -0.5 * total(sum) -
+                   n * (std::log(std::fabs(static_cast<double>(std))) + 0.91893853320467274);
+      __builtin_memcpy(staged[0].data, s, n * sizeof(float));
+    }
+    if (blend) {
+      const float a = per_sample(p.level, sample, 2, 0, 1.0f);
+      const float b = per_sample(p.level, sample, 2, 1, 0.0f);
+      const float* k = known.load(at, n, extra[0]);
+      const float* e = p.known_z.defined()    ? known_z.load(at, n, extra[1])
+                       : b != 0.0f && p.draws ? noise.values<NormalMap>(at, n, known_buffer)
+                                              : nullptr;
+      const float* w = mask.load(at, n, extra[2]);
+      for (int i = 0; i < n; i += W) {
+        f32v target = load(k + i) * a;
+        if (e != nullptr) target = target + load(e + i) * b;
+        const f32v wi = load(w + i);
+        store(to[0] + i, load(to[0] + i) * wi + target * (1.0f - wi));
+      }
+    }
+    for (int o = 0; o < outputs; ++o) {
+      float* home = out[o].target(at, n, staged[o]);
+      if (home != to[o]) __builtin_memcpy(home, to[o], n * sizeof(float));
+      out[o].store(at, n, home);
+    }
+  });
+
+  if (!judge) return;
+  float* log_prob = static_cast<float*>(p.log_prob.data);
+  const int64_t chunks = layout.batch > 0 ? layout.rows * per_row / layout.batch : 0;
+  for (int64_t b = 0; b < layout.batch; ++b) {
+    double sum = 0;
+    for (int64_t c = b * chunks; c < (b + 1) * chunks; ++c) sum += partial[c];
+    log_prob[b] = static_cast<float>(sum);
+  }
+}
+
+void diffusion_step_backward(const StepBackwardParams& p) {
+  const Stage grad[kOutputs] = {Stage(p.grad[0]), Stage(p.grad[1]), Stage(p.grad[2])};
+  const Stage x(p.x), mask(p.mask), d_x(p.d_x), d_z(p.d_z);
+  const Stage d_models[kModels] = {Stage(p.d_models[0]), Stage(p.d_models[1]),
+                                   Stage(p.d_models[2])};
+  const Stage d_history[kHistory] = {Stage(p.d_history[0]), Stage(p.d_history[1]),
+                                     Stage(p.d_history[2]), Stage(p.d_history[3]),
+                                     Stage(p.d_history[4]), Stage(p.d_history[5])};
+  const Guided guided(p.models, p.weights);
+  const bool dynamic = p.threshold.defined();
+  const bool per_sample_rows = dynamic || p.weights.numel > guided.count;
+  const Layout layout(p.x, p.table, p.index, p.row, per_sample_rows ? batch_of(p.x) : 1);
+  bool want_m = false;
+  for (const TensorView& t : p.d_models) want_m |= t.defined();
+  advise(p.d_x);
+  for (const TensorView& t : p.d_models) advise(t);
+  const int threads = threads_for(p.x, false, p.threads);
+
+  for_chunks(layout.rows, layout.cols, threads, [&](int64_t, int64_t r, int64_t first, int n) {
+    const int64_t at = r * layout.cols + first, sample = layout.sample(r);
+    const float* row = layout.coefficients(r);
+    Chunk gb[kOutputs], xb, mb[kModels + 1], x0b, gmb, staged;
+    const float* g[kOutputs] = {};
+    for (int o = 0; o < kOutputs; ++o)
+      if (p.grad[o].defined()) g[o] = grad[o].load(at, n, gb[o]);
+    if (p.mask.defined() && g[0] != nullptr) {  // of the blend: only the generated part counts
+      const float* w = mask.load(at, n, xb);
+      for (int i = 0; i < n; i += W) store(gb[0].data + i, load(g[0] + i) * load(w + i));
+      g[0] = gb[0].data;
+    }
+    const auto into = [&](int source) {
+      Terms terms;
+      for (int o = 0; o < kOutputs; ++o) terms.add(g[o], output_row(row, o)[source]);
+      return terms;
+    };
+    const auto write = [&](const Terms& terms, const Stage& stage) {
+      float* to = stage.target(at, n, staged);
+      terms.sum(n, to);
+      stage.store(at, n, to);
+    };
+
+    const float* g0 = nullptr;  // gradient of the unclamped x0
+    Terms of_x0 = into(kX0);
+    if (of_x0.n > 0 && (p.d_x.defined() || want_m)) {
+      of_x0.sum(n, x0b.data);
+      g0 = x0b.data;
+      const float s = per_sample(p.threshold, sample, 1, 0, 1.0f);
+      const float bound = dynamic ? std::min(s, row[2]) : row[2];
+      if (bound < INFINITY) {
+        const float* xs = x.load(at, n, xb);
+        const float* ms = guided.load(at, n, sample, mb);
+        for (int i = 0; i < n; i += W) {
+          const f32v raw = load(xs + i) * row[0] + load(ms + i) * row[1];
+          const f32v size = select(raw < 0.0f, -raw, raw);
+          const f32v kept = select(size > bound, f32v{}, load(g0 + i));
+          store(x0b.data + i, dynamic ? kept / s : kept);
+        }
+      }
+    }
+    if (p.d_x.defined()) {
+      Terms terms = into(kX);
+      terms.add(g0, row[0]);
+      write(terms, d_x);
+    }
+    if (want_m) {
+      Terms terms = into(kM);
+      terms.add(g0, row[1]);
+      terms.sum(n, gmb.data);
+      for (int j = 0; j < guided.count; ++j) {
+        if (!p.d_models[j].defined()) continue;
+        Terms scaled;
+        scaled.add(gmb.data, guided.weight(sample, j));
+        write(scaled, d_models[j]);
+      }
+    }
+    for (int h = 0; h < kHistory; ++h)
+      if (p.d_history[h].defined()) write(into(kH1 + h), d_history[h]);
+    if (p.d_z.defined()) write(into(kZ), d_z);
+  });
+}
+
+}  // namespace genfast::cpu::GENFAST_ISA

@@ -1,0 +1,107 @@
+"""What the functions of the family share: coefficients as tensors, checks, noise for composites."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from genfast.ops import _check
+from genfast.ops._road import KERNEL_DTYPES
+from genfast.ops.rng import noise_like
+
+_CACHE: dict[tuple, Tensor] = {}
+
+
+def cached(values: tuple[float, ...]) -> Tensor:
+    """fp32 tensor of these numbers on the CPU, kept to spare 1 us a call. Plain roads only."""
+    found = _CACHE.get(values)
+    if found is None:
+        if len(_CACHE) >= 256:  # an annealed scale: keep the dictionary small
+            _CACHE.clear()
+        with torch.inference_mode(False), torch.no_grad():
+            found = _CACHE[values] = torch.tensor(values, device="cpu")
+    return found
+
+
+def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """fp64 if any is, else fp32: what composites compute in, like the kernel."""
+    given = (t.dtype for t in tensors if t is not None)
+    return torch.float64 if torch.float64 in given else torch.float32
+
+
+def on_kernel(*tensors: Tensor | None) -> bool:
+    return all(t is None or (t.dtype in KERNEL_DTYPES and t.device.type == "cpu") for t in tensors)
+
+
+def drawn(x: Tensor, dtype, seed, seeds, stream, offset) -> Tensor:
+    """Contract normals of x's shape, not rounded to 16 bit."""
+    return noise_like(x.to(dtype), "normal", seed, seeds, stream, offset)
+
+
+def like(c: Tensor, x: Tensor) -> Tensor:
+    """c over leading dimensions of x, to broadcast against x."""
+    return c.reshape(c.shape + (1,) * (x.dim() - c.dim()))
+
+
+def coefficient(name: str, value, x: Tensor, *, batch_only: bool = False) -> Tensor:
+    """A number, or a tensor over leading dimensions of x (() / (B,) / (B, L)), as fp32 or fp64."""
+    if isinstance(value, Tensor):
+        _check.tensor(name, value)
+        _check.same_device(**({"x": x, name: value} if value.dim() else {}))
+        most = 1 if batch_only else x.dim()
+        if value.dim() > most or value.shape != x.shape[: value.dim()]:
+            if value.numel() == 1:
+                return value.reshape(())
+            raise ValueError(
+                f"{name}: expected one number, or one per leading dimension of {tuple(x.shape)} "
+                f"({'(B,)' if batch_only else '(B,) or (B, L)'}), got shape {tuple(value.shape)}; "
+                "reshape it"
+            )
+        wide = value if value.dtype == torch.float64 else value.to(torch.float32)
+        return wide.to(x.device).contiguous()
+    _check.number(name, value)
+    # a number keeps its 53 bits
+    return torch.full((), float(value), dtype=torch.float64, device=x.device)
+
+
+def weight_tensor(weights, count: int, x: Tensor) -> Tensor | None:
+    """(count,) or (B, count) fp32 of `weights`: None, a guidance scale, a sequence or a tensor."""
+    if weights is None:
+        if count == 1:
+            return None
+        raise ValueError(
+            f"weights: expected {count} numbers for {count} model outputs, got None; pass a "
+            "guidance scale or one weight per output"
+        )
+    if isinstance(weights, Tensor):
+        _check.tensor("weights", weights)
+        _check.same_device(x=x, weights=weights)
+        batch = x.shape[0] if x.dim() else 1
+        if tuple(weights.shape) not in ((count,), (batch, count)):
+            raise ValueError(
+                f"weights: expected shape ({count},) or ({batch}, {count}), got "
+                f"{tuple(weights.shape)}"
+            )
+        return weights.to(torch.float32).contiguous()
+    values = weight_values(weights, count)
+    return torch.tensor(values, dtype=torch.float32, device=x.device)
+
+
+def weight_values(weights, count: int) -> tuple[float, ...]:
+    if isinstance(weights, Sequence) and not isinstance(weights, str):
+        for w in weights:
+            _check.number("weights", w)
+        if len(weights) != count:
+            raise ValueError(f"weights: expected {count} numbers, got {len(weights)}")
+        return tuple(float(w) for w in weights)
+    _check.number("weights", weights)
+    if count == 2:  # u + w (c - u)
+        return (float(weights), 1.0 - float(weights))
+    if count == 1:
+        return (float(weights),)
+    raise ValueError(
+        f"weights: a single scale serves two model outputs, got {count} outputs; pass {count} "
+        "weights"
+    )

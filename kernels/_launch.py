@@ -1,0 +1,128 @@
+"""The one way to start a kernel, and how tensors of any strides become rows of dense columns."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+def launch(kernel: Any, programs: int, on: torch.Tensor, *args: Any, **options: Any) -> None:
+    """Starts `programs` programs on the device of `on`. No FP fusion unless asked for: the noise
+    contract needs every product rounded."""
+    options.setdefault("enable_fp_fusion", False)
+    if on.is_cuda and on.device.index != torch.cuda.current_device():
+        with torch.cuda.device(on.device):
+            kernel[(programs,)](*args, **options)
+    else:
+        kernel[(programs,)](*args, **options)
+
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def takes(*tensors: torch.Tensor | None, seeds=None, small=(), offset=0, rows=False) -> bool:
+    """The kernels can run: float tensors of one shape, seeds that fit, all on one device.
+
+    small: (tensor or None, dtype, count) of the settings. rows: samples are rows of the last dim.
+    """
+    present = [t for t in tensors if t is not None]
+    x = present[0]
+    if any(t.dtype not in FLOATS or t.shape != x.shape or t.device != x.device for t in present):
+        return False
+    if any(
+        t is not None and (t.dtype != dtype or t.numel() not in (1, n) or t.device != x.device)
+        for t, dtype, n in small
+    ):
+        return False
+    return (not rows or x.dim() > 0) and fits_seeds(x, seeds, x.dim() - rows) and offset >= 0
+
+
+def fits_seeds(x: torch.Tensor, seeds: torch.Tensor | None, sample_dims: int) -> bool:
+    if seeds is None or seeds.numel() == 1:
+        return seeds is None or seeds.device == x.device
+    fits = sample_dims > 0 and seeds.numel() == x.shape[0] and seeds.is_contiguous()
+    return fits and seeds.device == x.device
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def row_stride(x: torch.Tensor, first: int) -> int | None:
+    """Elements between rows if dims [first:] are dense and dims [:first] step evenly, else None."""
+    step = 1
+    for size, stride in zip(reversed(x.shape[first:]), reversed(x.stride()[first:]), strict=True):
+        if size != 1 and stride != step:
+            return None
+        step *= size
+    even = None
+    for size, stride in zip(reversed(x.shape[:first]), reversed(x.stride()[:first]), strict=True):
+        if size == 1:
+            continue
+        if even is not None and stride != even:
+            return None
+        step = stride if even is None else step
+        even = stride * size
+    return step
+
+
+@dataclass
+class Rows:
+    """`rows` x `cols` elements in logical order; strides[i] elements between rows of tensor i."""
+
+    rows: int
+    cols: int
+    tensors: list[torch.Tensor | None]
+    strides: list[int]
+    copies: list[tuple[torch.Tensor, torch.Tensor]]  # (output asked for, dense one written instead)
+    aligned: bool  # every row of every tensor starts at a multiple of 8 elements and 16 bytes
+
+    def finish(self) -> bool:
+        for wanted, written in self.copies:
+            wanted.copy_(written)
+        return True
+
+
+def as_rows(
+    inputs: list[torch.Tensor | None],
+    outputs: list[torch.Tensor | None],
+    first: int | None = None,
+    split: bool = False,
+) -> Rows:
+    """Views tensors of one shape as rows of dense columns, copying those that cannot be seen so.
+
+    first: the first dim of the columns; None: the fewest rows that fit all tensors. split: dim 0
+    must be among the rows (one seed or one sum per sample).
+    """
+    tensors = [*inputs, *outputs]
+    present = [t for t in tensors if t is not None]
+    shape = present[0].shape
+    low = min(1 if split else 0, len(shape))
+    if first is None:
+        fits = (
+            d
+            for d in range(low, max(len(shape), low + 1))
+            if all(row_stride(t, d) is not None for t in present)
+        )
+        first = next(fits, low)
+    strides, copies = [], []
+    for i, t in enumerate(tensors):
+        stride = 0 if t is None else row_stride(t, first)
+        if stride is None:
+            dense = torch.contiguous_format
+            if i < len(inputs):
+                tensors[i] = t.contiguous()
+            else:
+                tensors[i] = torch.empty_like(t, memory_format=dense)
+                copies.append((t, tensors[i]))
+            stride = row_stride(tensors[i], first)
+        strides.append(stride)
+    rows, cols = math.prod(shape[:first]), math.prod(shape[first:])
+    if rows == 1:
+        strides = [0] * len(strides)
+    aligned = cols % 8 == 0 and all(s % 8 == 0 for s in strides)
+    aligned = aligned and all(t.data_ptr() % 16 == 0 for t in tensors if t is not None)
+    return Rows(rows, cols, tensors, strides, copies, aligned)

@@ -1,0 +1,216 @@
+"""Registers, spills and shared memory of every Triton kernel, for GPUs that are not here.
+
+Kernels are compiled exactly as their launchers would start them: `record(target)` puts a driver
+without a device in place of the real one, so that a launcher called with CPU tensors compiles (its
+own signature, constants and options) and launches nothing. Run as a script to print the table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Bytes of shared memory that a block may ask for.
+SHARED_LIMIT = {
+    "sm_80": 163 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "sm_120": 99 << 10,
+    "gfx942": 64 << 10,
+}
+
+
+class _NoDevice:
+    """The part of a Triton driver that compilation asks for."""
+
+    def __init__(self, target: GPUTarget):
+        self.target = target
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_device_capability(self, device=0):
+        return divmod(self.target.arch, 10) if self.target.backend == "cuda" else (9, 4)
+
+
+@dataclass
+class Resources:
+    kernel: str
+    target: str
+    registers: int
+    spills: int  # bytes of local memory (NVIDIA) or spilled vector registers (AMD)
+    shared: int
+    text: str  # PTX or AMD assembly
+
+    def count(self, pattern: str) -> int:
+        return len(re.findall(pattern, self.text, re.M))
+
+
+def _nvidia(kernel) -> tuple[int, int]:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(kernel.asm["cubin"])
+        f.flush()
+        run = [tool, "--dump-resource-usage", f.name]
+        said = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+    used = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
+    return used["REG"], used["STACK"] + used["LOCAL"]
+
+
+def _amd(kernel) -> tuple[int, int]:
+    text = kernel.asm["amdgcn"]
+
+    def number(name):
+        found = re.findall(rf"^\s*\.{name}:\s*(\d+)", text, re.M)
+        return int(found[0]) if found else 0
+
+    return number("vgpr_count"), number("vgpr_spill_count") + number("sgpr_spill_count")
+
+
+def _measure(name: str, target: str, kernel) -> Resources:
+    nvidia = "ptx" in kernel.asm
+    registers, spills = (_nvidia if nvidia else _amd)(kernel)
+    text = kernel.asm["ptx" if nvidia else "amdgcn"]
+    return Resources(name, target, registers, spills, kernel.metadata.shared, text)
+
+
+@contextlib.contextmanager
+def record(target: str) -> Iterator[list[Resources]]:
+    """Kernels compiled inside the block for a key of TARGETS, each variant once."""
+    found, seen = [], set()
+    real_run = JITFunction.run
+    driver = triton.runtime.driver
+    previous, driver._active = driver._active, _NoDevice(TARGETS[target])
+
+    def run(self, *args, grid, warmup, **options):
+        self.device_caches.pop(0, None)  # of another target
+        kernel = real_run(self, *args, grid=grid, warmup=True, **options)
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
+            found.append(_measure(self.__name__, target, kernel))
+        return kernel
+
+    JITFunction.run = run
+    try:
+        yield found
+    finally:
+        JITFunction.run = real_run
+        driver._active = previous
+
+
+# ---- every kernel, in its heaviest variant -------------------------------------------------------
+
+
+def launch_rng():
+    from genfast.kernels import rng
+
+    rng.random(torch.empty(4096), 1, 1, None, 0, 0)
+    half = torch.empty(8, 1023, dtype=torch.bfloat16)
+    rng.random(half, 4, 1, torch.arange(8), 0, 3)
+    rng.random(torch.empty(64, dtype=torch.int64), 5, 1, None, 0, 0, 0, 9)
+
+
+def launch_sampling():
+    from genfast.kernels import sampling
+
+    x, sums, tau = torch.empty(8, 2048, dtype=torch.bfloat16), torch.empty(8), torch.ones(1)
+    noise = (1, None, 0, 0)
+    for transform, side in ((0, 1), (1, 2)):
+        sampling.reparameterize(x, x, x, sums, *noise, transform, side, 1.0)
+    sampling.reparameterize_backward(x, sums, x, x, x, x, 1, torch.arange(8), 0, 1, 1, 2, 1.0)
+    sampling.relaxed_bernoulli(x, x, tau, x, *noise, False)
+    for v, hard in ((1000, True), (8192, False)):
+        x, index = torch.empty(4, v), torch.empty(4, dtype=torch.int64)
+        sampling.gumbel_softmax(x, x, tau, *noise, hard)
+        sampling.gumbel_softmax_backward(x, None, x, tau, x, *noise)
+        sampling.categorical(x, index, None, None, None, None, *noise)
+    sampling.categorical(x, index, tau, index, tau, tau, *noise)
+
+
+FAMILIES = {"rng": launch_rng, "sampling": launch_sampling}
+
+# (kernel, target): bytes that may spill, and why. Anything else must not spill at all.
+SPILLS: dict[tuple[str, str], int] = {}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_resources(family, target):
+    with record(target) as found:
+        FAMILIES[family]()
+    assert found
+    for r in found:
+        assert r.spills <= SPILLS.get((r.kernel, target), 0), r
+        assert r.shared <= SHARED_LIMIT[target], r
+        if target.startswith("sm_"):  # products must be rounded: the noise contract
+            assert r.count(r"^\s*fma\.") == 0, r.kernel
+            assert r.count(r"sqrt\.approx|div\.(full|approx)|\.ftz") == 0, r.kernel
+
+
+def test_aligned_noise_is_stored_16_bytes_at_a_time():
+    from genfast.kernels import rng
+
+    with record("sm_90") as found:
+        rng.random(torch.empty(4096), 1, 1, None, 0, 0)
+    assert found[0].count(r"st\.global\.v4") and not found[0].count(r"st\.global\.b32")
+
+
+@pytest.mark.parametrize("axis", ["rows", "cols", "seed"])
+def test_new_values_compile_nothing_new(axis):
+    from genfast.kernels import rng
+
+    with record("sm_90") as found:
+        for n in (1, 16, 2**31 + 7):
+            rows, cols, seed = (n if axis == k else 2048 for k in ("rows", "cols", "seed"))
+            if axis == "seed":
+                rng.random(torch.empty(2048), 1, seed, None, seed, 0)
+            else:
+                out = torch.empty(1).expand(1)
+                kernel_args(rng, out, rows, cols)
+    assert len(found) == 1
+
+
+def kernel_args(rng, out, rows, cols):
+    flags = {"KIND": 1, "SEEDS": 0, "ALIGNED": False, "BR": 1, "BC": 1024}
+    scalars = (cols, None, 1, 0, 0, rows, rows, cols, 1, 0, 1)
+    rng.launch(rng.random_kernel, 1, out, out, *scalars, **flags)
+
+
+def main():
+    print(f"triton {triton.__version__}")
+    print(f"{'kernel':28} {'target':8} registers spills shared")
+    for target in TARGETS:
+        for launch in FAMILIES.values():
+            with record(target) as found:
+                launch()
+            for r in found:
+                print(f"{r.kernel:28} {r.target:8} {r.registers:9} {r.spills:6} {r.shared:6}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,288 @@
+"""The command line and the benchmark harness behind it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import genfast
+from genfast import cli
+from genfast.benchmarks import harness, report
+from genfast.cli import bench
+from genfast.info import collect
+
+TINY = "rng/rand/1000"
+
+
+def run(*args: str) -> int:
+    """Exit code of `genfast ARGS`."""
+    try:
+        return cli.main(args)
+    except SystemExit as stop:  # argparse
+        return stop.code
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """Readings of 10 ms and no machine-wide limits: these tests are about the harness."""
+    monkeypatch.setattr(harness.Settings, "budget_s", 0.01)
+    limits = {"copy_gbps": 10.0, "matmul_gflops": 100.0}
+    monkeypatch.setattr(harness, "measure_limits", lambda settings: limits)
+
+
+def case(**work) -> harness.Case:
+    x = torch.ones(100)
+    given = {"ours": x.exp, "rivals": {"eager": x.exp}, "proof": lambda: None, **work}
+    return harness.Case("rng", "made up", (100,), lambda _: harness.Work(**given), bytes=800)
+
+
+# ---- info ----------------------------------------------------------------------------------------
+
+
+def test_the_installed_command_runs():
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys, genfast.cli; sys.exit(genfast.cli.main())", "info"],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"{genfast.__version__}, noise contract" in done.stdout
+
+
+def test_info_json(capsys):
+    assert run("info", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["genfast"] == genfast.__version__ and facts["versions"]["torch"]
+    assert facts["isa"] in facts["isa_usable"] and "base" in facts["isa_usable"]
+    names = {b["name"]: b for b in facts["backends"]}
+    assert names["cpu"]["usable"] and names["reference"]["usable"]
+    assert all(b["why"] for b in facts["backends"])
+    assert names["cuda"]["usable"] == (facts["cuda"]["built"] and torch.cuda.is_available())
+
+
+def test_info_says_why_not_and_what_to_do(monkeypatch):
+    monkeypatch.setattr("genfast.info.installed", lambda package: False)
+    monkeypatch.setattr("genfast.info.pkgutil.iter_modules", lambda path: [1])
+    backends = {b["name"]: b for b in collect()["backends"]}
+    assert backends["triton"]["why"] == 'not installed: pip install "genfast[triton]"'
+    monkeypatch.setattr("genfast.info._C.build_info", lambda: {**BUILD, "cuda": False})
+    assert "GENFAST_CUDA=ON" in collect()["backends"][1]["why"]
+    monkeypatch.setattr("genfast.info._C.build_info", lambda: {**BUILD, "cuda": True})
+    monkeypatch.setattr("genfast.info._gpus", lambda: [])
+    cuda = collect()["backends"][1]
+    assert not cuda["usable"] and cuda["why"]
+    monkeypatch.setattr("genfast.info._gpus", lambda: ["Card (sm_90)"])
+    assert collect()["backends"][1] == {
+        "name": "cuda", "usable": True, "why": "architectures 90-real; Card (sm_90)",
+    }  # fmt: skip
+
+
+BUILD = {
+    "isa": "base", "isa_usable": ["base"], "threads": "gomp", "compiler": "GNU 12",
+    "cuda": True, "cuda_archs": "90-real", "exchange_api": True,
+}  # fmt: skip
+
+
+# ---- bench ---------------------------------------------------------------------------------------
+
+
+def test_every_family_file_has_cases_with_unique_ids():
+    families = harness.available_families()
+    assert {"rng", "sampling"} <= set(families)
+    ids = [c.id for c in harness.load_cases()]
+    assert len(set(ids)) == len(ids)
+    assert {c.family for c in harness.load_cases()} == set(families)
+    assert all(c.bytes or c.flops for c in harness.load_cases())
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in harness.load_cases(["rng", "sampling"])
+             if torch.Size(c.shape).numel() <= 2**18], ids=lambda c: c.id,
+)  # fmt: skip
+def test_small_cases_pass_their_proofs(case):
+    work = case.setup(torch.device("cpu"))
+    harness.prove(case, work)
+    for name, call in {"ours": work.ours, **work.rivals}.items():
+        assert call() is not None, name
+
+
+def test_bench_json_and_plot(tmp_path, capsys, fast):
+    files = tmp_path / "rows.json", tmp_path / "rows.png"
+    threads = torch.get_num_threads()
+    done = run("bench", "rng", "--only", TINY, "--quick", "--threads", "1",
+               "--json", str(files[0]), "--plot", str(files[1]))  # fmt: skip
+    assert done == 0 and torch.get_num_threads() == threads
+    shown = capsys.readouterr().out
+    assert "rand" in shown and "vs eager" in shown and "1 threads" in shown
+    found = json.loads(files[0].read_text())
+    assert found["schema"] == report.SCHEMA and found["machine"]["threads"] == 1
+    assert found["machine"]["cpu"] and found["machine"]["isa"] == collect()["isa"]
+    assert found["versions"]["torch"] == torch.__version__ and "commit" in found["versions"]
+    assert found["limits"] == {"copy_gbps": 10.0, "matmul_gflops": 100.0}
+    (row,) = found["rows"]
+    assert row["id"] == "rng/rand/1000/float32" and row["shape"] == [1000]
+    ours, eager = row["seconds"], row["rivals"]["eager"]
+    assert 0 < ours["least"] <= ours["q1"] <= ours["median"] <= ours["q3"]
+    assert eager["ratio"] == pytest.approx(eager["seconds"]["median"] / ours["median"])
+    assert row["gbps"] == pytest.approx(4000 / ours["median"] / 1e9)
+    assert row["share"] == pytest.approx(row["gbps"] / 10) and row["limit"] == "copy"
+    assert files[1].read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def wrong():
+    raise AssertionError("y: error 1 against float64, allowed 1e-06")
+
+
+def test_a_failed_proof_shows_no_time(tmp_path, capsys, fast, monkeypatch):
+    timed = []
+    cases = [case(), case(proof=wrong, ours=lambda: timed.append(1))]
+    monkeypatch.setattr(harness, "load_cases", lambda families: cases)
+    out = tmp_path / "rows.json"
+    assert run("bench", "--threads", "1", "--json", str(out)) == 1
+    shown = capsys.readouterr()
+    assert shown.out == "" and not out.exists() and not timed
+    said = " ".join(shown.err.split())
+    assert "proof failed" in said and "error 1 against float64, allowed 1e-06" in said
+
+
+def test_proof_helpers_catch_wrong_answers():
+    truth = torch.linspace(-1, 1, 9, dtype=torch.float64)
+    good = truth.float()
+    harness.assert_bitwise("y", good, good.clone())
+    harness.assert_judged("y", good, good, truth)
+    nan = good.clone().index_fill_(0, torch.tensor([3]), torch.nan)
+    for bad in (good + 1e-5, nan):
+        with pytest.raises(AssertionError, match="y: "):
+            harness.assert_judged("y", bad, good, truth)
+        with pytest.raises(AssertionError, match="y: "):
+            harness.assert_bitwise("y", bad, good)
+    with pytest.raises(AssertionError, match="expected shape"):
+        harness.assert_judged("y", good[:3], good, truth)
+    with pytest.raises(AssertionError, match="expected float32"):
+        harness.assert_bitwise("y", good.double(), good)
+
+
+def test_readings_are_interleaved_and_ordered(monkeypatch):
+    clock, order = [0.0], []
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: clock[0])
+
+    def call(name, cost):
+        def go():
+            order.append(name)
+            clock[0] += cost
+
+        return go
+
+    found = harness.measure({"a": call("a", 2e-3), "b": call("b", 6e-3)}, 0.04)
+    assert found["a"].median == pytest.approx(2e-3) and found["b"].median == pytest.approx(6e-3)
+    assert found["a"].spread == pytest.approx(0, abs=1e-9) and found["a"].inner == 1
+    assert found["a"].repeats == found["b"].repeats == 5
+    assert order[-4:] == ["b", "a", "a", "b"]  # the order rotates
+
+
+def test_a_rival_that_fails_is_skipped_with_its_reason(fast, capsys):
+    def absent():
+        raise ImportError("diffusers is not installed")
+
+    (_, row) = harness.run([case(late={"diffusers": absent})], harness.Settings(threads=1))
+    assert row.skipped == {"diffusers": "diffusers is not installed"} and "eager" in row.ratios
+    report.show([row], harness.Settings(threads=1))
+    assert "skipped diffusers: diffusers is not installed" in capsys.readouterr().out
+    (_, row) = harness.run([case(late={"diffusers": absent})], harness.Settings(quick=True))
+    assert row.skipped == {"diffusers": "--quick"}
+
+
+def test_a_missed_target_is_named_and_fails_only_on_request(fast, capsys, monkeypatch):
+    missed = harness.Case("rng", "slow", (100,), case().setup, bytes=8, targets={"eager": 1e9})
+    monkeypatch.setattr(harness, "load_cases", lambda families: [missed])
+    assert run("bench", "--quick", "--threads", "1") == 0
+    assert "below target: rng/slow/100/float32" in capsys.readouterr().out
+    assert run("bench", "--quick", "--check") == 1
+
+
+def test_bench_list_times_nothing(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "measure", None)
+    assert run("bench", "rng", "--list") == 0
+    assert capsys.readouterr().out.splitlines() == [c.id for c in harness.load_cases(["rng"])]
+
+
+# ---- train and generate --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vae")
+    threads = torch.get_num_threads()
+    assert run("train", "vae", "--data", "mnist5k", "--out", str(folder), "--epochs", "1",
+               "--batch-size", "256", "--seed", "3", "--threads", "1") == 0  # fmt: skip
+    torch.set_num_threads(threads)
+    return folder
+
+
+def pixels(path):
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.size, image.tobytes(), json.loads(image.text.get("genfast", "null"))
+
+
+def test_train_writes_its_files(trained):
+    assert {p.name for p in trained.iterdir()} >= {
+        "model.safetensors", "log.jsonl", "samples.png", "reconstructions.png",
+    }  # fmt: skip
+    (record,) = map(json.loads, (trained / "log.jsonl").read_text().splitlines())
+    assert record["step"] == 16 and record["validation_loss"] < 350  # nats; 544 before training
+    assert pixels(trained / "samples.png")[0] == (8 * 30 + 2, 8 * 30 + 2)
+
+
+def test_generate_gives_the_same_pixels_for_any_batch_size(trained, tmp_path):
+    found = []
+    for batch in (1, 7, 64, 100):
+        out = tmp_path / f"{batch}.png"
+        assert run("generate", "--from", str(trained), "--seed", "5", "--count", "70",
+                   "--batch-size", str(batch), "--out", str(out)) == 0  # fmt: skip
+        found.append(out.read_bytes())
+    assert len(set(found)) == 1
+    size, first, about = pixels(tmp_path / "7.png")
+    assert size == (9 * 30 + 2, 8 * 30 + 2) and about["seed"] == 5 and about["model"] == "vae"
+    assert run("generate", "--from", str(trained), "--seed", "6", "--count", "70") == 0
+    assert pixels(trained / "generated-6.png")[1] != first
+
+
+# ---- wrong input ---------------------------------------------------------------------------------
+
+WRONG = {
+    "no command": ([], "COMMAND"),
+    "unknown command": (["fly"], "fly"),
+    "unknown family": (["bench", "rgn"], "expected one of rng, sampling"),
+    "no such case": (["bench", "--only", "zzz"], "no case id contains 'zzz'"),
+    "threads": (["bench", "--threads", "0"], "expected an int >= 1, got '0'"),
+    "json name": (["bench", "--json", "rows.txt"], "expected a file name in .json"),
+    "json folder": (["bench", "--json", "no/such/rows.json"], "does not exist"),
+    "unknown model": (["train", "vea", "--data", "mnist5k", "--out", "."], "expected one of vae"),
+    "unknown data": (["train", "vae", "--data", "mnist", "--out", "."], "expected one of mnist5k"),
+    "learning rate": (
+        ["train", "vae", "--data", "mnist5k", "--out", ".", "--lr", "-1"],
+        "lr: expected a number > 0",
+    ),
+    "no checkpoint": (["generate", "--from", "/nowhere", "--seed", "1"], "model.safetensors"),
+    "seed": (["generate", "--from", ".", "--seed", "x"], "expected an int in [0, 2**63), got 'x'"),
+    "count": (["generate", "--from", ".", "--seed", "1", "--count", "-3"], "expected an int >= 1"),
+}
+
+
+@pytest.mark.parametrize(("args", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_input_says_what_was_expected(args, message, capsys):
+    assert run(*args) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_package_names_the_install_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("genfast._extras.installed", lambda package: package != "rich")
+    assert run("bench", "--quick") == 2
+    assert 'needs rich, which is not installed: pip install "genfast[cli]"' in (
+        capsys.readouterr().err
+    )
+    assert run("train", "vae", "--data", "mnist5k", "--out", str(tmp_path)) == 2
+    assert 'pip install "genfast[cli]"' in capsys.readouterr().err
