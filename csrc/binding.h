@@ -140,4 +140,6 @@ bool run(const Params& p, const TensorView& like, Result (*cpu::Kernels::*on_cpu
   return true;
 }
 
+void register_attention(py::module_& m);  // bindings_attention.cpp
+
 }  // namespace genfast

@@ -214,5 +214,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("gumbel_softmax_backward", &gumbel_softmax_backward);
   m.def("relaxed_bernoulli", &relaxed_bernoulli);
   m.def("categorical", &categorical);
+  register_attention(m);
   register_diffusion(m);
 }

@@ -1,4 +1,6 @@
 // Native entry points of the diffusion family; bindings.cpp has the rest and the rules.
+#include <cmath>
+
 #include "api/diffusion.h"
 #include "binding.h"
 
@@ -222,7 +224,7 @@ struct CoefficientArgument : Coefficient {
     if (source.is_none()) return true;
     if (PyFloat_Check(source.ptr())) {
       value = PyFloat_AS_DOUBLE(source.ptr());
-      return true;
+      return std::isfinite(value);
     }
     if (!view.read(source.ptr()) || (view.dtype != Dtype::f32 && view.dtype != Dtype::f64) ||
         view.device_type != like.device_type || view.device != like.device)
@@ -304,7 +306,7 @@ bool denoising_loss(TensorArgument& output, TensorArgument& x0, TensorArgument& 
   const int64_t batch = output.shape[0];
   LossParams p;
   CoefficientArgument ca, cs, cw;
-  if (!ca.read(alpha, output, true) || !cs.read(sigma, output, true) ||
+  if (sigma.is_none() || !ca.read(alpha, output, true) || !cs.read(sigma, output, true) ||
       !cw.read(weight, output, true))
     return false;
   if (d_output.defined() ? !grad.defined() : !per_sample.defined()) return false;

@@ -2,7 +2,14 @@
 
 from importlib.metadata import version as _version
 
+from genfast.accelerate import accelerate, restore
 from genfast.ops._backend import backend, get_backend, set_backend
+from genfast.ops.attention import (
+    attention,
+    attention_varlen,
+    attention_with_kvcache,
+    scaled_dot_product_attention,
+)
 from genfast.ops.diffusion import (
     add_noise,
     denoising_loss,
@@ -31,6 +38,10 @@ __version__ = _version("genfast")
 
 __all__ = [
     "NOISE_VERSION",
+    "accelerate",
+    "attention",
+    "attention_varlen",
+    "attention_with_kvcache",
     "add_noise",
     "backend",
     "denoising_loss",
@@ -49,8 +60,10 @@ __all__ = [
     "randn_like",
     "relaxed_bernoulli",
     "reparameterize",
+    "restore",
     "sample_categorical",
     "sample_tokens",
+    "scaled_dot_product_attention",
     "scale_model_input",
     "scale_noise",
     "set_backend",

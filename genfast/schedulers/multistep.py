@@ -14,7 +14,7 @@ from ._check import choice, positive
 from ._special import phi
 from .convert import convert
 from .dpm import dpm_grid, history_entry, log_snr
-from .plan import Lin, PlanBuilder, SolverPlan, X, Z, sym
+from .plan import Lin, PlanBuilder, SolverPlan, X, Z, is_symbolic, sym
 
 
 def lagrange_phi(nodes, y: float) -> list[float]:
@@ -161,13 +161,16 @@ def sa_solver_plan(
         prev = kept + sum(
             w * entry(k) for k, w in zip(nodes, weights(i, nodes, 1 + t2), strict=True)
         )
-        carried = sym(f"w{i}")
+        carried, save = sym(f"w{i}"), {f"w{i}": kept}
+        if is_symbolic():  # whoever keeps the history keeps its two parts
+            carried = c_x * sym(f"saved{i}") + c_z * sym(f"z{i}")
+            save = {f"saved{i}": x, f"z{i}": Z}
         plan.row(
             grid.timesteps[i],
             grid.sigmas[i],
             x0,
             prev,
-            save={f"D{i}": D0, f"w{i}": kept},
+            save={f"D{i}": D0, **save},
             denoised=D,
             draws=True,
             step=i,

@@ -32,8 +32,10 @@ exp(0.5 (f logvar_max + (1-f) logvar_min)), f = (v+1)/2 ("learned_range"), or sq
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -276,6 +278,27 @@ class SolverPlan:
         return (SolverPlan.from_dict, (self.to_dict(),))
 
 
+_local = threading.local()
+
+
+@contextlib.contextmanager
+def symbolic() -> Iterator[None]:
+    """Inside, plan makers return their `PlanBuilder`: every row as linear forms over named history
+    entries, before slots are assigned and before infinite coefficients are refused. For callers
+    that keep the history elsewhere (the attributes of a diffusers scheduler).
+    """
+    before = is_symbolic()
+    _local.symbolic = True
+    try:
+        yield
+    finally:
+        _local.symbolic = before
+
+
+def is_symbolic() -> bool:
+    return getattr(_local, "symbolic", False)
+
+
 class PlanBuilder:
     """Collects rows written with `Lin` and assigns history slots.
 
@@ -346,6 +369,8 @@ class PlanBuilder:
         )
 
     def build(self, *, init_noise_sigma=1.0, integer_timesteps=True) -> SolverPlan:
+        if is_symbolic():
+            return self
         R = len(self.rows)
         last_read: dict[str, int] = {}
         for r, row in enumerate(self.rows):

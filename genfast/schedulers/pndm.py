@@ -20,11 +20,12 @@ ADAMS_BASHFORTH = {
 }
 
 
-def _combine(entries) -> Lin:
+def adams_bashforth(entries) -> Lin:
+    """Combination of 1 to 4 outputs, newest first."""
     return sum(w * e for w, e in zip(ADAMS_BASHFORTH[len(entries)], entries, strict=True))
 
 
-def _transfer(x: Lin, out: Lin, a_t: float, a_p: float, prediction: str) -> Lin:
+def transfer(x: Lin, out: Lin, a_t: float, a_p: float, prediction: str) -> Lin:
     """phi(x, eps, t, t_prev), Liu et al. 2022, eq. 11: the deterministic DDIM step."""
     eps = {"epsilon": out, "v_prediction": math.sqrt(a_t) * out + math.sqrt(1 - a_t) * x}
     denom = a_t * math.sqrt(1 - a_p) + math.sqrt(a_t * (1 - a_t) * a_p)
@@ -49,7 +50,7 @@ def pndm_plan(
     def row(t_in, x, out, t_from, t_to, save, step, stage=0):
         a_in, a_t, a_p = (float(v) for v in grid.at([t_in, t_from, t_to]))
         x0, _ = vp(prediction, math.sqrt(a_in), math.sqrt(1 - a_in))
-        prev = _transfer(x, out, a_t, a_p, prediction)
+        prev = transfer(x, out, a_t, a_p, prediction)
         plan.row(
             t_in,
             math.sqrt(1 - a_in),
@@ -64,7 +65,7 @@ def pndm_plan(
     if skip_prk:
         for i in range(begin, len(t)):
             save = {f"e{i}": M} | ({"first": X} if i == begin else {})
-            row(t[i], X, _combine([M, *ets[::-1][:3]]), t[i], t[i] - stride, save, i)
+            row(t[i], X, adams_bashforth([M, *ets[::-1][:3]]), t[i], t[i] - stride, save, i)
             ets.append(sym(f"e{i}"))
             if i == begin and len(t) > begin + 1:
                 # the step just made, again with the mean of both ends
@@ -93,7 +94,7 @@ def pndm_plan(
         row(end, x, sym(f"acc{n}b") + M / 6, t[n], end, {}, n, 3)
         ets.append(e)
     for n in range(3, len(t)):
-        row(t[n], X, _combine([M, *ets[::-1][:3]]), t[n], t[n] - stride, {f"e{n}": M}, n)
+        row(t[n], X, adams_bashforth([M, *ets[::-1][:3]]), t[n], t[n] - stride, {f"e{n}": M}, n)
         ets.append(sym(f"e{n}"))
     return plan.build()
 
@@ -112,7 +113,7 @@ def ipndm_plan(steps: int, *, betas=None, begin: int = 0) -> SolverPlan:
     ets: list[Lin] = []
     for i in range(begin, steps):
         e = b[i] * X + a[i] * M
-        combo = _combine([e, *ets[::-1][:3]])
+        combo = adams_bashforth([e, *ets[::-1][:3]])
         prev = a[i + 1] / max(a[i], 1e-8) * (X - b[i] * combo) + b[i + 1] * combo
         plan.row(
             math.atan2(b[i], a[i]) / math.pi * 2,

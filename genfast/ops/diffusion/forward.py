@@ -134,7 +134,7 @@ def _mix(
             ) == DIRECT and (out is None or gate(out) == DIRECT):  # fmt: skip
                 int_seed, seeds = _noise.resolve(seed, generator, p.device) if draws else (0, None)
                 y = _native(p, q, a, b, seeds, int_seed, stream, offset, draws, a_sign, b_sign, out)
-                if y is not None:
+                if y is not None and (draws or (seed is None and generator is None)):
                     if out is not None and not out.is_inference():
                         torch.autograd.graph.increment_version(out)
                     return y

@@ -130,7 +130,8 @@ def guidance_weights(
     """
     o_0, o_1 = _options(method, options)
     code = _CODES[method]
-    if isinstance(cond, Tensor) and not is_compiling() and isinstance(scale, (int, float)):
+    plain = isinstance(cond, Tensor) and not is_compiling() and isinstance(scale, (int, float))
+    if plain and scale - scale == 0 and (average is None or method == "apg"):
         with torch.no_grad():
             if gate(cond, uncond, average) == DIRECT and cond.dim():
                 found = _native(
@@ -171,7 +172,7 @@ def guide(
         return cond
     models = (cond, uncond) if average is None else (cond, uncond, average)
     road = gate(*models) if not is_compiling() and isinstance(cond, Tensor) else 0
-    if road == DIRECT and isinstance(scale, (int, float)):
+    if road == DIRECT and isinstance(scale, (int, float)) and method in METHODS:
         weights = guidance_weights(
             cond, uncond, scale, method=method, original=original, average=average, **options
         )

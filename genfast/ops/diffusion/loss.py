@@ -219,7 +219,7 @@ def denoising_loss(
     reduced = _code("reduction", reduction, REDUCTIONS)
     found = None
     numbers = (prediction, code, gamma, k, reduced)
-    if not is_compiling() and (noise is not None or seed is not None):
+    if not is_compiling() and (noise is None) != (seed is None):
         try:
             road = gate(
                 model_output, x0, noise, weight,

@@ -321,25 +321,24 @@ def diffusion_step(
             scale = weights
             if scale is not None and not isinstance(scale, Tensor):
                 scale = _common.cached(_common.weight_values(scale, len(models)))
+            draws = seed is not None or generator is not None
             road = gate(x, *models, scale, noise, *history, table)
-            if road != SLOW:
-                draws = noise is None and (seed is not None or generator is not None)
+            if road == DIRECT and not (draws and noise is not None):
                 int_seed, seeds = _noise.resolve(seed, generator, x.device) if draws else (0, None)
-                if road == DIRECT:
-                    outs = out if out is None or type(out) is tuple else (out,)
-                    if outs is None:
-                        outs = tuple([torch.empty_like(x) for _ in range(outputs)])
-                    elif len(outs) != outputs or gate(*outs) != DIRECT:
-                        outs = ()
-                    code = VARIANCE[variance]
-                    extras = (code, *[None] * 7) if code else None
-                    if _C.diffusion_step(
-                        outs, x, models, scale, table, None, row, history, noise, int_seed, seeds,
-                        stream, offset, draws, extras,
-                    ):  # fmt: skip
-                        if out is not None:
-                            _bump(outs)
-                        return outs[0] if outputs == 1 else outs
+                outs = out if out is None or type(out) is tuple else (out,)
+                if outs is None:
+                    outs = tuple([torch.empty_like(x) for _ in range(outputs)])
+                elif len(outs) != outputs or gate(*outs) != DIRECT:
+                    outs = ()
+                code = VARIANCE[variance]
+                extras = (code, *[None] * 7) if code else None
+                if _C.diffusion_step(
+                    outs, x, models, scale, table, None, row, history, noise, int_seed, seeds,
+                    stream, offset, draws, extras,
+                ):  # fmt: skip
+                    if out is not None:
+                        _bump(outs)
+                    return outs[0] if outputs == 1 else outs
         except (TypeError, ValueError, RuntimeError, AttributeError, KeyError):
             pass  # the checks below name the argument
     return _slow(

@@ -1,0 +1,97 @@
+"""One line switches a whole model over to genfast, one line switches it back.
+
+    genfast.accelerate(model)
+    genfast.restore(model)
+
+Every row of SWAPS turns one kind of module over in place and returns what undoes it. Parameters,
+buffers, hooks and state dicts are never touched, so optimisers and checkpoints do not notice.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch import nn
+
+from genfast.integrations import torch_sdpa
+from genfast.nn.attention import MultiheadAttention
+from genfast.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
+
+Undo = Callable[[], None]
+Model = TypeVar("Model")
+
+# Exact types (a subclass may have its own forward) and the classes that take their place.
+CLASSES = {
+    nn.MultiheadAttention: MultiheadAttention,
+    nn.TransformerEncoderLayer: TransformerEncoderLayer,
+    nn.TransformerDecoderLayer: TransformerDecoderLayer,
+}
+
+
+def _swap_classes(model) -> list[Undo]:
+    undo = []
+    for module in model.modules():
+        own = type(module)
+        if own in CLASSES:
+            module.__class__ = CLASSES[own]
+            undo.append(lambda m=module, c=own: setattr(m, "__class__", c))
+    return undo
+
+
+def _swap_transformers(model) -> list[Undo]:
+    """Hugging Face models: attn_implementation, where it was "sdpa" or "eager"."""
+    library = sys.modules.get("transformers")
+    if library is None or not isinstance(model, library.PreTrainedModel):
+        return []
+    from genfast.integrations import transformers as door
+
+    before = model.config._attn_implementation
+    if before not in ("sdpa", "eager", None) or not getattr(model, "_supports_sdpa", False):
+        return []
+    door.register()
+    model.set_attn_implementation(door.NAME)
+    return [lambda: model.set_attn_implementation(before)]
+
+
+def _swap_functional(model) -> list[Undo]:
+    """Models that call F.scaled_dot_product_attention: rerouted while they run."""
+    enter = model.register_forward_pre_hook(lambda *_: torch_sdpa.enable(), prepend=True)
+    leave = model.register_forward_hook(lambda *_: torch_sdpa.disable(), always_call=True)
+    return [enter.remove, leave.remove]
+
+
+# In this order; a row that does not know the model returns nothing.
+SWAPS: list[Callable[[nn.Module], list[Undo]]] = [
+    _swap_classes,
+    _swap_transformers,
+    _swap_functional,
+]
+
+_undo: weakref.WeakKeyDictionary[nn.Module, list[Undo]] = weakref.WeakKeyDictionary()
+
+
+def accelerate(model: Model) -> Model:
+    """Switches `model` (a torch.nn.Module) over in place and returns it; twice is once.
+
+    torch.nn.MultiheadAttention and Transformer layers take genfast's forward, Hugging Face models
+    attn_implementation="genfast", other calls of F.scaled_dot_product_attention are rerouted while
+    the model runs. TypeError for anything that is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if model not in _undo:
+        done: list[Undo] = []
+        for swap in SWAPS:
+            done.extend(swap(model))
+        _undo[model] = done
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undoes `accelerate`; a model that was not accelerated stays as it is. Returns it."""
+    for undo in reversed(_undo.pop(model, [])):
+        undo()
+    return model

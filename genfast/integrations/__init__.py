@@ -1,0 +1,1 @@
+"""Other libraries' doors into genfast; each imports its peer lazily."""

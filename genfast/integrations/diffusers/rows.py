@@ -1,0 +1,205 @@
+"""One solver step as a row of 36 coefficients, and the one place where it is executed.
+
+A `Row` is what genfast/schedulers/plan.py calls a row, with one difference: its history entries are
+not slots of a plan but named places, filled at each step from the public attributes of a diffusers
+scheduler (`model_outputs`, `ets`, ...). What a row stores is a tensor it computes, or, where the
+solver keeps the sample, the model output or the noise as they came, a reference to that tensor.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+
+import numpy as np
+import torch
+
+from genfast.ops import _road
+from genfast.reference import diffusion as reference
+from genfast.schedulers.plan import CLIP, COEF, COLUMNS, D_M, D_X, INPUT_SCALE, Lin, M, X, Z
+from genfast.schedulers.plan import VARIANCE as VARIANCE_MODES
+
+#: where a stored or returned tensor comes from when it is not an output
+FROM_X, FROM_M, FROM_Z = -1, -2, -3
+_REFERENCES = ((X, FROM_X), (M, FROM_M), (Z, FROM_Z))
+
+_empty_like = torch.empty_like
+_float32 = torch.float32
+_gate, _DIRECT = _road.gate, _road.DIRECT
+_kernel = getattr(_road._C, "diffusion_step", None)
+
+
+class Row:
+    """See the module's head. Immutable but for the tables on other devices.
+
+    table: (1, 36) float32; exact: (36,) float64. n_out: 1..3 tensors are computed.
+    reads: names of the history entries H1, H2, ... in this order.
+    prev, denoised, saves: index of an output or FROM_*; saves is one per name given to `compile`.
+    draws: the peer draws noise here; noisy: it has a nonzero coefficient.
+    note: whatever else the solver's step needs (an order, a scale).
+    """
+
+    __slots__ = (
+        "table",
+        "exact",
+        "n_out",
+        "reads",
+        "prev",
+        "denoised",
+        "saves",
+        "draws",
+        "noisy",
+        "variance",
+        "threshold",
+        "plain",
+        "note",
+        "_elsewhere",
+    )
+
+    def table_on(self, device):
+        if device.type == "cpu":
+            return self.table
+        if device not in self._elsewhere:
+            self._elsewhere[device] = self.table.to(device)
+        return self._elsewhere[device]
+
+
+def compile_row(
+    x0: Lin,
+    prev: Lin,
+    saves=(),
+    *,
+    denoised: Lin | None = None,
+    clip: float = np.inf,
+    threshold=None,
+    variance: str = "fixed",
+    logvar=(0.0, 0.0),
+    draws: bool = False,
+    refer: bool = True,
+    note=None,
+) -> Row:
+    """x0: unclamped form in x and m. prev: next sample. saves: forms to store. Names in the forms
+    beyond x, m, x0, z are history entries. Raises ValueError where no row can express it.
+    refer: store a model output as it came by reference. Not where the peer stores a copy: a model
+        in a CUDA graph overwrites its output.
+    """
+    row = Row()
+    outs, held = [], []
+
+    def place(form, refer=True):
+        for known, code in _REFERENCES:
+            # with a learned variance m has twice the channels
+            if form == known and not (code == FROM_M and (variance != "fixed" or not refer)):
+                return code
+        if form not in outs:
+            outs.append(form)
+        return outs.index(form)
+
+    outs.append(prev)
+    row.prev = 0
+    row.saves = tuple(place(f, refer) for f in saves)
+    row.denoised = None if denoised is None else place(denoised)
+    if len(outs) > 3:
+        raise ValueError(f"a row has at most 3 outputs, this one needs {len(outs)}")
+    exact = np.zeros(COLUMNS)
+    exact[[D_X, D_M]] = x0.terms.get("x", 0.0), x0.terms.get("m", 0.0)
+    exact[CLIP], exact[INPUT_SCALE] = clip, 1.0
+    exact[INPUT_SCALE + 1 : COEF] = logvar
+    fixed = {"x": 0, "m": 1, "x0": 2, "z": 9}
+    for i, form in enumerate(outs):
+        for name, c in form.terms.items():
+            if name not in fixed and name not in held:
+                held.append(name)
+            exact[COEF + 10 * i + fixed.get(name, 3 + held.index(name) if name in held else 0)] = c
+    if len(held) > 6:
+        raise ValueError(f"a row reads at most 6 history entries, this one needs {len(held)}")
+    if not np.isfinite(np.delete(exact, CLIP)).all():
+        raise ValueError("a coefficient is not finite: this noise level says nothing about x0")
+    row.exact, row.n_out, row.reads = exact, len(outs), tuple(held)
+    row.table = torch.from_numpy(exact.astype(np.float32).reshape(1, COLUMNS))
+    row.noisy = any("z" in f.terms for f in outs)
+    row.draws = draws or row.noisy
+    row.variance, row.threshold, row.note = VARIANCE_MODES[variance], threshold, note
+    row.plain = row.variance == 0 and threshold is None
+    row._elsewhere = {}
+    return row
+
+
+def step(row: Row, x, m, held=(), z=None, upcast=False):
+    """Executes a row: the tuple of its outputs.
+
+    x: sample. m: model output. held: one tensor per name in row.reads. z: noise, or None.
+    upcast: output 0 in m's dtype and the others in float32 (Euler and its kin compute so), else all
+        in the dtype x and m promote to.
+    """
+    if row.plain and _kernel is not None:
+        road = _gate(x, m, *held) if z is None else _gate(x, m, z, *held)
+        if road == _DIRECT:
+            dtype, n = x.dtype, row.n_out
+            if dtype is m.dtype and (n == 1 or not upcast or dtype is _float32):
+                if n == 1:
+                    outs = (_empty_like(x),)
+                elif n == 2:
+                    outs = (_empty_like(x), _empty_like(x))
+                else:
+                    outs = (_empty_like(x), _empty_like(x), _empty_like(x))
+            else:
+                first, rest = _out_dtypes(x, m, upcast)
+                outs = (_empty_like(x, dtype=first),)
+                outs += tuple(_empty_like(x, dtype=rest) for _ in range(n - 1))
+            table = row.table if x.is_cpu else row.table_on(x.device)
+            if _kernel(outs, x, (m,), None, table, None, 0, held, z, 0, None, 0, 0, False, None):
+                return outs
+    return _composite(row, x, m, held, z, upcast)
+
+
+def _out_dtypes(x, m, upcast):
+    """(dtype of output 0, of the others)."""
+    promoted = torch.promote_types(x.dtype, m.dtype)
+    if upcast:
+        return m.dtype, torch.promote_types(promoted, _float32)
+    return promoted, promoted
+
+
+def _composite(row, x, m, held, z, upcast):
+    """Any dtypes, dynamic thresholds, learned variances, autograd."""
+    first, rest = _out_dtypes(x, m, upcast)
+    wide = any(t is not None and t.dtype == torch.float64 for t in (x, m, z, *held))
+    dtype = torch.float64 if wide else torch.float32
+    x, m = x.to(dtype), m.to(dtype)
+    threshold = None
+    if row.threshold is not None:
+        raw = m[:, : x.shape[1]] if row.variance else m
+        raw = float(row.exact[D_X]) * x + float(row.exact[D_M]) * raw
+        threshold = reference.dynamic_threshold(raw, *row.threshold)
+    outs = reference.diffusion_step(
+        x,
+        m,
+        torch.from_numpy(row.exact),
+        history=[h.to(dtype) for h in held],
+        noise=None if z is None else z.to(dtype),
+        threshold=threshold,
+        variance_mode=row.variance,
+        n_out=row.n_out,
+    )
+    return tuple(o.to(rest if i else first) for i, o in enumerate(outs))
+
+
+# --------------------------------------------------------------------------------------------------
+# rows are functions of a config and a grid: kept across runs, as pipelines set timesteps every call
+
+_KEPT = 64
+_rows: OrderedDict = OrderedDict()
+_lock = threading.Lock()
+
+
+def rows_of(key) -> dict:
+    """The rows already made for this key (class, config, grid, options); least recently used keys
+    go first.
+    """
+    with _lock:
+        found = _rows.setdefault(key, {})
+        _rows.move_to_end(key)
+        while len(_rows) > _KEPT:
+            _rows.popitem(last=False)
+        return found

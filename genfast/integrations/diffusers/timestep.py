@@ -1,0 +1,265 @@
+"""Schedulers without state, whose row is found by the timestep: DDPM, DDIM, DDIM inversion."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from diffusers.schedulers import scheduling_ddim, scheduling_ddim_inverse, scheduling_ddpm
+
+from genfast.schedulers.from_config import plan_from_config
+from genfast.schedulers.plan import symbolic
+from genfast.schedulers.schedules import AlphaGrid, NoiseSchedule
+
+from .base import AlphaVelocity, Dropin, compile_row, pair, step
+
+_X0 = ("prev_sample", "pred_original_sample")
+
+
+class _ByTimestep(Dropin):
+    _watched = ("alphas_cumprod", "timesteps")
+    _final: str  # attribute: alpha_bar beyond the first timestep
+
+    def _genfast_fresh(self, e):
+        a, b = self.alphas_cumprod, self.timesteps
+        return (
+            a is e.a
+            and b is e.b
+            and a._version == e.av
+            and b._version == e.bv
+            and self._internal_dict is e.config
+            and self.num_inference_steps == e.rest[0]
+            and getattr(self, self._final) is e.rest[1]
+        )
+
+    def _genfast_rest(self):
+        return self.num_inference_steps, getattr(self, self._final)
+
+    def _genfast_data(self):
+        return dict(
+            alpha_bar=self._genfast_alphas(),
+            timesteps=self.timesteps.detach().cpu().double().numpy(),
+            steps=self.num_inference_steps,
+            final=float(getattr(self, self._final)),
+        )
+
+    def _genfast_t(self, e, timestep):
+        """timestep as an int; one of `timesteps` on another device is known by its address, without
+        waiting for that device.
+        """
+        if timestep.__class__ is int:
+            return timestep
+        if timestep.__class__ is torch.Tensor and not timestep.is_cpu and e.b.is_contiguous():
+            i, odd = divmod(timestep.data_ptr() - e.b.data_ptr(), e.b.element_size())
+            if not odd and 0 <= i < e.b.numel() and timestep.dtype is e.b.dtype:
+                return int(e.data["timesteps"][i])
+        return int(timestep)
+
+    def _genfast_next(self, e, t):
+        """alpha_bar (at t, where the step goes) for timesteps t (n,)."""
+        stride = e.config["num_train_timesteps"] // e.data["steps"]
+        return self._genfast_at(e, t), self._genfast_at(e, t - stride)
+
+    def _genfast_at(self, e, t):
+        table = e.data["alpha_bar"]
+        return np.where(t >= 0, table[np.clip(t, 0, len(table) - 1)], e.data["final"])
+
+    def _genfast_forms(self, e, t, **options):
+        """Form of the row at timestep t; those of all of `timesteps` are made together."""
+        source = e.source.setdefault(tuple(options.items()), {})
+        if t not in source:
+            ts = e.data["timesteps"].astype(np.int64)
+            ts = ts if t in ts else np.array([t])
+            if not 0 <= t < len(e.data["alpha_bar"]):
+                raise ValueError(f"timestep {t} is not one of training")
+            ts = ts[(ts >= 0) & (ts < len(e.data["alpha_bar"]))]
+            now, to = self._genfast_next(e, ts)
+            grid = AlphaGrid(ts, now, to, NoiseSchedule(e.data["alpha_bar"]), e.data["final"])
+            with symbolic():
+                plan = plan_from_config(
+                    type(self).__name__,
+                    {**e.config, **self._genfast_config()},
+                    grid=grid,
+                    alphas_cumprod=e.data["alpha_bar"],
+                    **options,
+                )
+            source.update((int(s), (plan, row)) for s, row in zip(ts, plan.rows, strict=True))
+        return source[t]
+
+    def _genfast_make(self, e, key):
+        t, options = (key, ()) if key.__class__ is int else (key[0], key[1:])
+        plan, row = self._genfast_forms(e, t, **dict(options))
+        return compile_row(
+            row["x0"],
+            row["prev"],
+            denoised=row["denoised"],
+            clip=plan.clip,
+            threshold=plan.threshold,
+            variance=row["variance"],
+            logvar=row["logvar"],
+            draws=row["draws"],
+        )
+
+    def _genfast_stream(self, e, t):
+        """The noise stream of timestep t: its position in `timesteps`, or t."""
+        at = np.flatnonzero(e.data["timesteps"] == t)
+        return int(at[0]) if len(at) else t
+
+
+class DDPMScheduler(AlphaVelocity, _ByTimestep, scheduling_ddpm.DDPMScheduler):
+    __doc__ = scheduling_ddpm.DDPMScheduler.__doc__
+    _final = "one"
+
+    def _genfast_rest(self):
+        return self.num_inference_steps, self.one, self.custom_timesteps, self.variance_type
+
+    def _genfast_fresh(self, e):
+        return (
+            super()._genfast_fresh(e)
+            and self.custom_timesteps == e.rest[2]
+            and self.variance_type == e.rest[3]
+        )
+
+    def _genfast_data(self):
+        return dict(super()._genfast_data(), custom=self.custom_timesteps, kind=self.variance_type)
+
+    def _genfast_config(self):
+        return dict(variance_type=self.variance_type)
+
+    def _genfast_next(self, e, t):
+        if not (e.data["custom"] or e.data["steps"]):
+            return self._genfast_at(e, t), self._genfast_at(e, t - 1)
+        known = e.data["timesteps"].astype(np.int64)
+        following = np.append(known[1:], -1)
+        to = []
+        for one in t:
+            at = np.flatnonzero(known == one)
+            if not len(at):
+                raise ValueError(f"timestep {one} is not in the schedule")
+            to.append(following[at[0]])
+        return self._genfast_at(e, t), self._genfast_at(e, np.array(to))
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seed=None):
+        e = self._genfast
+        if e is None or not self._genfast_fresh(e):
+            e = self._genfast_engine()
+        t = self._genfast_t(e, timestep)
+        try:
+            row = e.rows[t]
+        except KeyError:
+            row = self._genfast_row(e, t)
+        m_channels = sample.shape[1] * 2 if row is not None and row.variance else sample.shape[1]
+        if row is None or model_output.shape[1] != m_channels:
+            self._genfast_why(e, t, "the model output has not the channels the variance type needs")
+            return super().step(model_output, timestep, sample, generator, return_dict)
+        z = None
+        if row.draws or seed is not None:
+            z = self._genfast_noise(
+                row,
+                sample,
+                sample.shape,
+                model_output.dtype,
+                generator,
+                seed,
+                0 if seed is None and self.genfast_seed is None else self._genfast_stream(e, t),
+            )
+        outs = step(row, sample, model_output, (), z)
+        x0 = outs[row.denoised] if row.denoised >= 0 else model_output
+        if return_dict:
+            return pair(scheduling_ddpm.DDPMSchedulerOutput, _X0, outs[0], x0)
+        return (outs[0], x0)
+
+
+class DDIMScheduler(AlphaVelocity, _ByTimestep, scheduling_ddim.DDIMScheduler):
+    __doc__ = scheduling_ddim.DDIMScheduler.__doc__
+    _final = "final_alpha_cumprod"
+
+    def step(
+        self,
+        model_output,
+        timestep,
+        sample,
+        eta=0.0,
+        use_clipped_model_output=False,
+        generator=None,
+        variance_noise=None,
+        return_dict=True,
+        *,
+        seed=None,
+    ):
+        e = self._genfast
+        if e is None or not self._genfast_fresh(e):
+            # without set_timesteps diffusers has its own message
+            e = None if self.num_inference_steps is None else self._genfast_engine()
+        row = key = None
+        if e is not None and not (eta > 0 and generator is not None and variance_noise is not None):
+            key = t = self._genfast_t(e, timestep)
+            if eta or use_clipped_model_output:
+                clipped = bool(use_clipped_model_output)
+                key = (t, ("eta", float(eta)), ("use_clipped_model_output", clipped))
+            try:
+                row = e.rows[key]
+            except KeyError:
+                row = self._genfast_row(e, key)
+        if row is None:
+            self._genfast_why(e, key, "set_timesteps was not called, or two noises were given")
+            return super().step(
+                model_output,
+                timestep,
+                sample,
+                eta,
+                use_clipped_model_output,
+                generator,
+                variance_noise,
+                return_dict,
+            )
+        z = None
+        if row.draws:
+            z = variance_noise
+            if z is None:
+                seeded = seed is not None or self.genfast_seed is not None
+                z = self._genfast_noise(
+                    row,
+                    sample,
+                    model_output.shape,
+                    model_output.dtype,
+                    generator,
+                    seed,
+                    self._genfast_stream(e, t) if seeded else 0,
+                )
+            elif not row.noisy:
+                z = None
+        outs = step(row, sample, model_output, (), z)
+        x0 = outs[row.denoised] if row.denoised >= 0 else model_output
+        if return_dict:
+            return pair(scheduling_ddim.DDIMSchedulerOutput, _X0, outs[0], x0)
+        return (outs[0], x0)
+
+
+class DDIMInverseScheduler(_ByTimestep, scheduling_ddim_inverse.DDIMInverseScheduler):
+    __doc__ = scheduling_ddim_inverse.DDIMInverseScheduler.__doc__
+    _final = "initial_alpha_cumprod"
+
+    def _genfast_next(self, e, t):
+        T = e.config["num_train_timesteps"]
+        came = np.minimum(t - T // e.data["steps"], T - 1)
+        return self._genfast_at(e, came), self._genfast_at(e, t)
+
+    def step(self, model_output, timestep, sample, return_dict=True):
+        e = self._genfast
+        if e is None or not self._genfast_fresh(e):
+            e = None if self.num_inference_steps is None else self._genfast_engine()
+        row = t = None
+        if e is not None:
+            t = self._genfast_t(e, timestep)
+            try:
+                row = e.rows[t]
+            except KeyError:
+                row = self._genfast_row(e, t)
+        if row is None:
+            self._genfast_why(e, t, "set_timesteps was not called")
+            return super().step(model_output, timestep, sample, return_dict)
+        outs = step(row, sample, model_output)
+        x0 = outs[row.denoised] if row.denoised >= 0 else model_output
+        if return_dict:
+            return pair(scheduling_ddim_inverse.DDIMSchedulerOutput, _X0, outs[0], x0)
+        return (outs[0], x0)

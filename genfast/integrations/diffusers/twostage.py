@@ -1,0 +1,306 @@
+"""Solvers that evaluate the model twice a step: Heun, KDPM2, ancestral KDPM2 and flow-match Heun.
+
+Which stage a step is, and what it starts from, is read from the public attributes (`sample`,
+`prev_derivative`, `dt`).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from diffusers.schedulers import (
+    scheduling_flow_match_heun_discrete,
+    scheduling_heun_discrete,
+    scheduling_k_dpm_2_ancestral_discrete,
+    scheduling_k_dpm_2_discrete,
+)
+
+from genfast.schedulers.convert import ve
+from genfast.schedulers.euler import churn
+from genfast.schedulers.plan import X0, M, X, Z, sym
+
+from .base import Dropin, SigmaForward, compile_row, is_integer, mix, pair, single, step
+from .sigma import ScaledInput, _churn
+
+_NO_CHURN = dict(s_churn=0.0, s_tmin=0.0, s_tmax=math.inf, s_noise=1.0)
+_X0 = ("prev_sample", "pred_original_sample")
+
+
+class _TwoStage(Dropin):
+    _genfast_dt = (None, 0.0)  # the dt the first stage left, as the public tensor and as a number
+
+    def _genfast_at(self, timestep):
+        e = self._genfast
+        if e is None or not self._genfast_fresh(e):
+            e = self._genfast_engine()
+        i = self._step_index
+        if i is None:
+            self._init_step_index(timestep)
+            i = self._step_index
+        return e, i
+
+    def _genfast_get(self, e, key):
+        try:
+            row = e.rows[key]
+        except KeyError:
+            row = self._genfast_row(e, key)
+        if row is None:
+            self._genfast_why(e, key)
+        return row
+
+
+def _clipped(c, form):
+    """(x0 form to use, bound) for a config with clip_sample."""
+    return (X0, c["clip_sample_range"]) if c.get("clip_sample") else (form, np.inf)
+
+
+class HeunDiscreteScheduler(ScaledInput, _TwoStage, scheduling_heun_discrete.HeunDiscreteScheduler):
+    __doc__ = scheduling_heun_discrete.HeunDiscreteScheduler.__doc__
+
+    def _genfast_make(self, e, key):
+        s, c = e.data["sigmas"], e.config
+        if key.__class__ is int:
+            i = key
+            sigma, sigma_next = s[i], s[i + 1]
+            form = ve(c["prediction_type"], sigma)
+            D, clip = _clipped(c, form)
+            d, dt = (X - D) / sigma, sigma_next - sigma
+            prev, saves = X + d * dt, (d,)
+            note = self.sigmas[i + 1] - self.sigmas[i], dt
+        else:
+            i, dt = key
+            form = ve(c["prediction_type"], s[i])
+            D, clip = _clipped(c, form)
+            d = (X - D) / s[i]
+            prev, saves, note = sym("sample") + (sym("d") + d) * (dt / 2), (), None
+        return compile_row(form, prev, saves, denoised=D, clip=clip, refer=False, note=note)
+
+    def step(self, model_output, timestep, sample, return_dict=True):
+        e, i = self._genfast_at(timestep)
+        dt = self.dt
+        if dt is None:
+            row = self._genfast_get(e, i)
+            if row is None:
+                return super().step(model_output, timestep, sample, return_dict)
+            outs = step(row, sample, model_output)
+            self.prev_derivative = outs[row.saves[0]]
+            self._genfast_dt = row.note
+            self.dt = row.note[0]
+            self.sample = sample
+        else:
+            mine, number = self._genfast_dt
+            row = self._genfast_get(e, (i, number)) if dt is mine else None
+            if row is None:
+                return super().step(model_output, timestep, sample, return_dict)
+            named = {"sample": self.sample, "d": self.prev_derivative}
+            outs = step(row, sample, model_output, tuple([named[n] for n in row.reads]))
+            self.prev_derivative = self.dt = self.sample = None
+        self._step_index = i + 1
+        x0 = outs[row.denoised] if row.denoised >= 0 else model_output
+        if return_dict:
+            return pair(scheduling_heun_discrete.HeunDiscreteSchedulerOutput, _X0, outs[0], x0)
+        return (outs[0], x0)
+
+
+class _KDPM2(SigmaForward, _TwoStage):
+    _more = ("sigmas_interpol",)
+    _late = 0  # the second stage reads sigmas_interpol[step_index - _late]
+
+    def _genfast_fresh(self, e):
+        return super()._genfast_fresh(e) and all(
+            getattr(self, name) is t and t._version == version
+            for name, (t, version) in zip(self._more, e.rest, strict=True)
+        )
+
+    def _genfast_rest(self):
+        with torch.inference_mode(False):
+            for name in self._more:
+                if getattr(self, name).is_inference():
+                    setattr(self, name, getattr(self, name).clone())
+        return [(getattr(self, n), getattr(self, n)._version) for n in self._more]
+
+    def _genfast_data(self):
+        more = {n: getattr(self, n).detach().cpu().double().numpy() for n in self._more}
+        return dict(super()._genfast_data(), **more)
+
+    def _genfast_engine(self):
+        e = super()._genfast_engine()
+        e.scale = (
+            np.sqrt(e.data["sigmas"] ** 2 + 1).tolist(),
+            np.sqrt(e.data["sigmas_interpol"] ** 2 + 1).tolist(),
+        )
+        return e
+
+    def scale_model_input(self, sample, timestep):
+        e, i = self._genfast_at(timestep)
+        if self.sample is None:
+            return sample / e.scale[0][i]
+        return sample / e.scale[1][i - self._late]
+
+    def _genfast_make(self, e, key):
+        first, i = (True, key) if key >= 0 else (False, ~key)
+        prediction = e.config["prediction_type"]
+        if prediction == "sample":
+            raise ValueError("diffusers refuses this prediction type here")
+        sigma, middle, to, up = self._genfast_sigmas(e.data, first, i)
+        form = ve(prediction, sigma if first else middle)
+        if first:
+            prev = X + (X - form) / sigma * (middle - sigma)
+        else:
+            prev = sym("sample") + (X - form) / middle * (to - sigma) + up * Z
+        return compile_row(form, prev, denoised=form, draws=not first and self._draws)
+
+
+class KDPM2DiscreteScheduler(_KDPM2, scheduling_k_dpm_2_discrete.KDPM2DiscreteScheduler):
+    __doc__ = scheduling_k_dpm_2_discrete.KDPM2DiscreteScheduler.__doc__
+    _draws = False
+
+    def _genfast_sigmas(self, data, first, i):
+        """sigma, the middle one, the one stepped to, the noise's."""
+        s, middle = data["sigmas"], data["sigmas_interpol"]
+        return (s[i], middle[i + 1], s[i + 1], 0) if first else (s[i - 1], middle[i], s[i], 0)
+
+    def step(self, model_output, timestep, sample, return_dict=True):
+        e, i = self._genfast_at(timestep)
+        saved = self.sample
+        row = self._genfast_get(e, i if saved is None else ~i)
+        if row is None:
+            return super().step(model_output, timestep, sample, return_dict)
+        if saved is None:
+            outs = step(row, sample, model_output)
+            self.sample = sample
+        else:
+            outs = step(row, sample, model_output, (saved,))
+            self.sample = None
+        self._step_index = i + 1
+        x0 = outs[row.denoised]
+        if return_dict:
+            kind = scheduling_k_dpm_2_discrete.KDPM2DiscreteSchedulerOutput
+            return pair(kind, _X0, outs[0], x0)
+        return (outs[0], x0)
+
+
+class KDPM2AncestralDiscreteScheduler(
+    _KDPM2, scheduling_k_dpm_2_ancestral_discrete.KDPM2AncestralDiscreteScheduler
+):
+    __doc__ = scheduling_k_dpm_2_ancestral_discrete.KDPM2AncestralDiscreteScheduler.__doc__
+    _more = ("sigmas_interpol", "sigmas_up", "sigmas_down")
+    _late = 1
+    _draws = True
+
+    def _genfast_sigmas(self, data, first, i):
+        j = i if first else i - 1
+        middle, down, up = (data[n][j] for n in ("sigmas_interpol", "sigmas_down", "sigmas_up"))
+        return data["sigmas"][j], middle, down, up
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seed=None):
+        e, i = self._genfast_at(timestep)
+        saved = self.sample
+        row = self._genfast_get(e, i if saved is None else ~i)
+        if row is None:
+            return super().step(model_output, timestep, sample, generator, return_dict)
+        if saved is None:
+            outs = step(row, sample, model_output)
+            self.sample = sample
+            self.dt = self.sigmas_interpol[i] - self.sigmas[i]
+        else:
+            z = self._genfast_noise(
+                row, sample, model_output.shape, model_output.dtype, generator, seed, i
+            )
+            outs = step(row, sample, model_output, (saved,), z)
+            self.sample = None
+        self._step_index = i + 1
+        x0 = outs[row.denoised]
+        if return_dict:
+            kind = scheduling_k_dpm_2_ancestral_discrete.KDPM2AncestralDiscreteSchedulerOutput
+            return pair(kind, _X0, outs[0], x0)
+        return (outs[0], x0)
+
+
+class FlowMatchHeunDiscreteScheduler(
+    _TwoStage, scheduling_flow_match_heun_discrete.FlowMatchHeunDiscreteScheduler
+):
+    __doc__ = scheduling_flow_match_heun_discrete.FlowMatchHeunDiscreteScheduler.__doc__
+
+    def _genfast_make(self, e, key):
+        s = e.data["sigmas"]
+        stage, i, dt, options = key
+        options = dict(_NO_CHURN, **dict(options))
+        sigma = s[i] if stage == 0 else s[i - 1]
+        sigma_hat, sd = churn(sigma, len(s) - 1, **options)
+        if stage == 0:
+            x_hat, d, dt = X + sd * Z, sigma / sigma_hat * M, s[i + 1] - sigma_hat
+            note = self.sigmas[i + 1] - torch.tensor(sigma_hat, dtype=self.sigmas.dtype), dt
+            prev, saves = x_hat + dt * d, (d, x_hat)
+        else:
+            note, saves = None, ()
+            prev = sym("sample") + dt / 2 * (sym("d") + M)
+        return compile_row(
+            X - sigma * M, prev, saves, draws=sigma_hat > sigma, refer=False, note=note
+        )
+
+    def step(
+        self,
+        model_output,
+        timestep,
+        sample,
+        s_churn=0.0,
+        s_tmin=0.0,
+        s_tmax=float("inf"),
+        s_noise=1.0,
+        generator=None,
+        return_dict=True,
+        *,
+        seed=None,
+    ):
+        row = None
+        if not is_integer(timestep):
+            e, i = self._genfast_at(timestep)
+            options = _churn(s_churn, s_tmin, s_tmax, s_noise) if s_churn else ()
+            dt = self.dt
+            if dt is None:
+                row = self._genfast_get(e, (0, i, 0.0, options))
+            elif dt is self._genfast_dt[0]:
+                row = self._genfast_get(e, (1, i, self._genfast_dt[1], options))
+        if row is None:
+            return super().step(
+                model_output,
+                timestep,
+                sample,
+                s_churn,
+                s_tmin,
+                s_tmax,
+                s_noise,
+                generator,
+                return_dict,
+            )
+        z = None
+        if row.draws:
+            z = self._genfast_noise(
+                row, sample, model_output.shape, model_output.dtype, generator, seed, i
+            )
+        if dt is None:
+            outs = step(row, sample, model_output, (), z, True)
+            derivative, kept = row.saves
+            self.prev_derivative = outs[derivative]
+            self._genfast_dt = row.note
+            self.dt = row.note[0]
+            self.sample = outs[kept] if kept >= 0 else sample.to(torch.float32)
+        else:
+            named = {"sample": self.sample, "d": self.prev_derivative}
+            held = tuple([named[n] for n in row.reads])
+            outs = step(row, sample, model_output, held, z, True)
+            self.prev_derivative = self.dt = self.sample = None
+        self._step_index = i + 1
+        if return_dict:
+            kind = scheduling_flow_match_heun_discrete.FlowMatchHeunDiscreteSchedulerOutput
+            return single(kind, outs[0])
+        return (outs[0],)
+
+    def scale_noise(self, sample, timestep, noise):
+        if self._step_index is None:
+            self._init_step_index(timestep)
+        sigma = self.sigmas[self._step_index]
+        return mix(sample, noise, 1.0 - sigma, sigma)

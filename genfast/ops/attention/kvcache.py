@@ -1,0 +1,266 @@
+"""Attention over a key/value cache: append, rotate, attend. No backward: this is for generation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from genfast.ops import _check
+from genfast.ops._backend import forced_reference
+from genfast.ops._road import _C, DIRECT, GRAD, KERNEL_DTYPES, define, gate, is_compiling
+from genfast.ops.attention.core import (
+    MAX_HEAD_DIM,
+    Options,
+    check_operands,
+    check_options,
+    empty_out,
+    windows,
+)
+from genfast.reference import attention as reference
+
+_INT32 = torch.int32
+
+
+def _native(
+    q, k_cache, v_cache, k, v, lengths, cos, sin, interleaved, batch_idx, leftpad, block_table,
+    scale, softcap, alibi, sinks, left, right, want_lse,
+):  # fmt: skip
+    """(out, lse or None), or None when the kernels do not take these tensors. Cache in place."""
+    rotated = q
+    added = 0 if k is None else k.shape[2]
+    if k is not None or cos is not None:
+        if cos is not None:
+            rotated = torch.empty_like(q, memory_format=torch.contiguous_format)
+        if not _C.attention_append(
+            q, None if cos is None else rotated, k, v, k_cache, v_cache, lengths, leftpad,
+            batch_idx, block_table, cos, sin, interleaved, left < 0 and right < 0,
+        ):  # fmt: skip
+            return None
+    out = empty_out(q, v_cache.shape[-1])
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32) if want_lse else None
+    if _C.attention_cached(
+        rotated, k_cache, v_cache, out, lse, lengths, added, leftpad, batch_idx, block_table, alibi,
+        sinks, scale, softcap, left, right,
+    ):  # fmt: skip
+        return out, lse
+    if k is not None or cos is not None:
+        raise RuntimeError("genfast: the cache kernel refused what the append kernel took")
+    return None
+
+
+def _composite(
+    q, k_cache, v_cache, k, v, lengths, cos, sin, interleaved, batch_idx, leftpad, block_table,
+    scale, softcap, alibi, sinks, left, right,
+):  # fmt: skip
+    out, lse = reference.attention_with_kvcache(
+        q, k_cache, v_cache, k, v, cos=cos, sin=sin, interleaved=interleaved,
+        cache_seqlens=lengths, cache_batch_idx=batch_idx, leftpad=leftpad,
+        block_table=block_table, window=(left, right), alibi_slopes=alibi, scale=scale,
+        softcap=softcap, sinks=sinks,
+    )  # fmt: skip
+    return empty_out(q, v_cache.shape[-1]).copy_(out), lse.contiguous()
+
+
+def _impl(q, k_cache, v_cache, *args):
+    with torch.no_grad():
+        if not forced_reference() and _takes(q, k_cache, v_cache, args[11], args[12], args[10]):
+            found = _native(q, k_cache, v_cache, *args, True)
+            if found is not None:
+                return found
+        return _composite(q, k_cache, v_cache, *args)
+
+
+def _fake(q, k_cache, v_cache, *args):
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return empty_out(q, v_cache.shape[-1]), q.new_empty(q.shape[:3], dtype=dtype)
+
+
+_op = define(
+    "attention_with_kvcache(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k, Tensor? v,"
+    " Tensor cache_seqlens, Tensor? cos, Tensor? sin, bool interleaved, Tensor? cache_batch_idx,"
+    " Tensor? cache_leftpad, Tensor? block_table, float? scale, float softcap,"
+    " Tensor? alibi_slopes, Tensor? sinks, SymInt left, SymInt right) -> (Tensor, Tensor)",
+    _impl,
+    _fake,
+)
+
+_LETTERS = {
+    "q": "(B, Hq, Sq, D)",
+    "k": "(B, Hkv, Snew, D)",
+    "v": "(B, Hkv, Snew, Dv)",
+    "k_cache": "(entries, Hkv, capacity, D)",
+    "v_cache": "(entries, Hkv, capacity, Dv)",
+}
+
+
+def _vector(name: str, x, n: int) -> None:
+    if x is None:
+        return
+    _check.tensor(name, x, (_INT32,))
+    if tuple(x.shape) != (n,) or not x.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous int32 vector of {n}, one per batch row, "
+                         f"got shape {tuple(x.shape)}")  # fmt: skip
+
+
+def _validate(
+    q, k_cache, v_cache, k, v, lengths, cos, sin, interleaved, batch_idx, leftpad, block_table,
+    scale, softcap, alibi, sinks, left, right,
+):  # fmt: skip
+    operands = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
+    if (k is None) != (v is None):
+        raise ValueError("k, v: expected both new keys and new values, or neither")
+    if k is not None:
+        operands |= {"k": k, "v": v}
+    check_operands({name: _LETTERS[name] for name in operands}, operands)
+    B, Hq, Sq, D = q.shape
+    _vector("cache_seqlens", lengths, B)
+    _vector("cache_batch_idx", batch_idx, B)
+    _vector("cache_leftpad", leftpad, B)
+    if block_table is not None:
+        _check.tensor("block_table", block_table, (_INT32,))
+        if block_table.dim() != 2 or block_table.shape[0] != B:
+            raise ValueError(
+                f"block_table: expected (B, blocks) with B = {B}, got {tuple(block_table.shape)}"
+            )
+        if batch_idx is not None:
+            raise ValueError("cache_batch_idx: has no meaning beside block_table; pass only one")
+    elif batch_idx is None and k_cache.shape[0] < B:
+        raise ValueError(
+            f"k_cache: expected at least one entry per batch row ({B}), got {k_cache.shape[0]}"
+        )
+    if (cos is None) != (sin is None):
+        raise ValueError("rotary_cos, rotary_sin: expected both, or neither")
+    if cos is not None:
+        _check.tensor("rotary_cos", cos)
+        _check.tensor("rotary_sin", sin)
+        _check.same_shape("rotary_sin", sin, "rotary_cos", cos)
+        if cos.dim() != 2 or 2 * cos.shape[1] > D:
+            raise ValueError(
+                f"rotary_cos: expected (positions, R) with 2 R <= the head dimension {D}, "
+                f"got {tuple(cos.shape)}"
+            )
+    check_options(B, Hq, alibi, sinks, Options(scale=scale, softcap=softcap))
+    _check.same_device(q=q, cache_seqlens=lengths, rotary_cos=cos, rotary_sin=sin,
+                       cache_batch_idx=batch_idx, cache_leftpad=leftpad, block_table=block_table,
+                       alibi_slopes=alibi, sinks=sinks)  # fmt: skip
+    if q.device.type == "cpu" and not is_compiling():
+        _check_rows(k_cache, k, lengths, batch_idx, leftpad, block_table)
+        turned = Sq if left >= 0 or right >= 0 else 1
+        _check_positions(cos, lengths, leftpad, max(turned, 0 if k is None else k.shape[2]))
+
+
+def _check_positions(cos, lengths, leftpad, turned: int) -> None:
+    if cos is None or not lengths.numel():
+        return
+    last = int((lengths if leftpad is None else lengths - leftpad).max()) + turned
+    if last > cos.shape[0]:
+        raise ValueError(
+            f"rotary_cos: expected at least {last} positions (rows), got shape {tuple(cos.shape)}"
+        )
+
+
+def _check_rows(k_cache, k, lengths, batch_idx, leftpad, block_table) -> None:
+    """The composite indexes by these values; the kernels check them again in C++."""
+    page, added = k_cache.shape[2], 0 if k is None else k.shape[2]
+    capacity = page if block_table is None else page * block_table.shape[1]
+    if lengths.numel() and (int(lengths.min()) < 0 or int(lengths.max()) + added > capacity):
+        raise ValueError(
+            f"cache_seqlens: expected 0 <= length, and length + {added} new rows <= the capacity "
+            f"of {capacity}, got {lengths.tolist()}"
+        )
+    if block_table is not None:
+        used = torch.arange(block_table.shape[1]) * page < (lengths + added)[:, None]
+        if bool((used & ((block_table < 0) | (block_table >= k_cache.shape[0]))).any()):
+            raise ValueError(
+                f"block_table: expected pages below {k_cache.shape[0]} for the rows in use, "
+                f"got {block_table.tolist()}"
+            )
+    if leftpad is not None and bool(((leftpad < 0) | (leftpad > lengths)).any()):
+        raise ValueError(
+            f"cache_leftpad: expected 0 <= padding <= cache_seqlens, got {leftpad.tolist()}"
+        )
+    if batch_idx is not None and bool(((batch_idx < 0) | (batch_idx >= k_cache.shape[0])).any()):
+        raise ValueError(
+            f"cache_batch_idx: expected entries of the cache of {k_cache.shape[0]}, "
+            f"got {batch_idx.tolist()}"
+        )
+
+
+def attention_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    cache_seqlens: Tensor | int | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_interleaved: bool = True,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+):
+    """Appends k, v to the cache in place, then attends to it, in one call.
+
+    q: (B, Hq, Sq, D). k_cache, v_cache: (entries, Hkv, capacity, D | Dv), or with block_table
+    (B, blocks) int32 pages (pages, Hkv, page_size, D | Dv). k, v: (B, Hkv, S_new, D | Dv), written
+    at rows cache_seqlens[b] ... of the cache. One dtype for all.
+    cache_seqlens: rows already valid, int or (B) int32; None: the whole cache (then k must be
+    None). cache_batch_idx: (B) int32 entry of each batch row. cache_leftpad: (B) int32 first valid
+    row. rotary_cos, rotary_sin: (positions, R), 2 R <= D: new keys are rotated at positions
+    cache_seqlens[b] - leftpad[b] + i, q likewise when causal or windowed, else all at i = 0;
+    interleaved: pairs (0, 1), (2, 3) ..., else (0, R), (1, R + 1) ... (Su et al. 2021).
+    causal, window, scale, softcap, alibi_slopes, sinks: as in `attention`, diagonal at the bottom
+    right. Returns (B, Hq, Sq, Dv), and lse (B, Hq, Sq) on request. No gradient flows: it runs as
+    under torch.no_grad(). Raises TypeError / ValueError naming the argument.
+    """
+    left, right = windows(causal, window)
+    _check.tensor("q", q)
+    _check.tensor("k_cache", k_cache)
+    if not isinstance(cache_seqlens, Tensor):
+        full = k_cache.shape[2] if block_table is None else k_cache.shape[2] * block_table.shape[1]
+        if cache_seqlens is None and k is not None:
+            raise ValueError("cache_seqlens: expected with k, to know where the new rows go")
+        if cache_seqlens is not None:
+            _check.integer("cache_seqlens", cache_seqlens, low=0)
+        n = full if cache_seqlens is None else cache_seqlens
+        cache_seqlens = torch.full((q.shape[0],), n, dtype=_INT32, device=q.device)
+    args = (
+        k, v, cache_seqlens, rotary_cos, rotary_sin, rotary_interleaved, cache_batch_idx,
+        cache_leftpad, block_table, scale, softcap, alibi_slopes, sinks, left, right,
+    )  # fmt: skip
+    if not is_compiling() and gate(q, k_cache, v_cache, k, v) in (DIRECT, GRAD):
+        found = None
+        if _takes(q, k_cache, v_cache, alibi_slopes, sinks, softcap):
+            found = _native(q, k_cache, v_cache, *args, return_lse)
+        if found is not None:
+            return found if return_lse else found[0]
+    _validate(q, k_cache, v_cache, *args)
+    q, k, v = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    args = (k, v, *args[2:])
+    with torch.no_grad():
+        out, lse = _op(*(x.detach() for x in (q, k_cache, v_cache)), *args)
+    return (out, lse) if return_lse else out
+
+
+def _takes(q, k_cache, v_cache, alibi, sinks, softcap) -> bool:
+    """Nothing is appended before it is sure that the rest of the call will run."""
+    return (
+        q.dtype in KERNEL_DTYPES
+        and all(x.dim() == 4 and x.stride(-1) == 1 for x in (q, k_cache, v_cache))
+        and all(1 <= x.shape[-1] <= MAX_HEAD_DIM for x in (q, v_cache))
+        and k_cache.shape[1] > 0
+        and q.shape[1] % k_cache.shape[1] == 0
+        and all(
+            x is None or (x.dtype is torch.float32 and x.is_contiguous()) for x in (alibi, sinks)
+        )
+        and softcap >= 0
+    )

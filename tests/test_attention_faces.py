@@ -1,0 +1,373 @@
+"""attention's drop-in faces: torch.nn modules, flash-attn's functions, reroute, accelerate."""
+
+import inspect
+import itertools
+import math
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerances import REORDERED
+from torch import nn
+
+import genfast
+import genfast.nn as gnn
+from genfast.integrations import flash_attn as fa
+from genfast.integrations import torch_sdpa
+
+CLOSE = REORDERED[torch.float32]
+
+# ---- MultiheadAttention -------------------------------------------------------------------------
+
+L, S, N, E, H = 5, 7, 3, 24, 4
+MASKS = ("none", "padding", "2-D", "3-D", "both", "float", "bool and float", "causal")
+
+
+def pair(batch_first, other_dims, bias_kv, zero, bias):
+    more = {"kdim": 10, "vdim": 14} if other_dims else {}
+    made = [
+        cls(
+            E,
+            H,
+            batch_first=batch_first,
+            add_bias_kv=bias_kv,
+            add_zero_attn=zero,
+            bias=bias,
+            **more,
+        )
+        for cls in (nn.MultiheadAttention, gnn.MultiheadAttention)
+    ]
+    assert list(made[0].state_dict()) == list(made[1].state_dict())
+    made[1].load_state_dict(made[0].state_dict())
+    return made
+
+
+def mha_inputs(kind, batch_first, other_dims, batched):
+    keys = L if kind == "causal" else S
+    q = torch.randn(N, L, E)
+    k, v = (
+        torch.randn(N, keys, 10 if other_dims else E),
+        torch.randn(N, keys, 14 if other_dims else E),
+    )
+    padding = torch.rand(N, keys) > 0.7
+    mask2, mask3 = torch.rand(L, keys) > 0.7, torch.rand(N * H, L, keys) > 0.7
+    for m in (padding, mask2, mask3):
+        m[..., 0] = False  # every row sees something: PyTorch gives NaN otherwise
+    kpm, am = {
+        "none": (None, None), "padding": (padding, None), "2-D": (None, mask2),
+        "3-D": (None, mask3), "both": (padding, mask2),
+        "float": (torch.randn(N, keys), torch.randn(L, keys)),
+        "bool and float": (padding.float().masked_fill(padding, -math.inf), mask3),
+        "causal": (None, nn.Transformer.generate_square_subsequent_mask(L)),
+    }[kind]  # fmt: skip
+    if not batched:
+        q, k, v = q[0], k[0], v[0]
+        kpm = None if kpm is None else kpm[0]
+        am = am[:H] if am is not None and am.dim() == 3 else am
+    elif not batch_first:
+        q, k, v = (x.transpose(0, 1).contiguous() for x in (q, k, v))
+    return (q, k, v), {"key_padding_mask": kpm, "attn_mask": am, "is_causal": kind == "causal"}
+
+
+@pytest.mark.filterwarnings("ignore:Support for mismatched")
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize(
+    "flags", list(itertools.product((False, True), repeat=5)),
+    ids=lambda f: "".join(str(int(x)) for x in f),
+)  # fmt: skip
+def test_mha_equals_torch(flags, kind):
+    torch.set_num_threads(1)  # 4096 tiny calls: waking a second thread costs more than they do
+    batch_first, other_dims = flags[:2]
+    theirs, ours = pair(*flags)
+    for batched, weights, average, training in itertools.product((True, False), repeat=4):
+        args, masks = mha_inputs(kind, batch_first, other_dims, batched)
+        theirs.train(training), ours.train(training)
+        masks |= {"need_weights": weights, "average_attn_weights": average}
+        want, want_weights = theirs(*args, **masks)
+        got, got_weights = ours(*args, **masks)
+        torch.testing.assert_close(got, want, **CLOSE)
+        assert (got_weights is None) == (want_weights is None)
+        if weights:
+            torch.testing.assert_close(got_weights, want_weights, **CLOSE)
+
+
+@pytest.mark.parametrize("same", ["self", "key is value", "all differ"])
+@pytest.mark.parametrize("weights", [True, False])
+def test_mha_gradients(same, weights):
+    theirs, ours = pair(True, False, True, True, True)
+    x, y, z = (torch.randn(N, L, E, requires_grad=True) for _ in range(3))
+    args = {"self": (x, x, x), "key is value": (x, y, y), "all differ": (x, y, z)}[same]
+    mask = torch.randn(N * H, L, L, requires_grad=True)
+    found = []
+    for module in (theirs, ours):
+        leaves = [*dict.fromkeys(args), mask, *module.parameters()]
+        out, w = module(*args, attn_mask=mask, need_weights=weights)
+        loss = out.square().sum() + (w.square().sum() if weights else 0)
+        found.append(torch.autograd.grad(loss, leaves))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_mha_masked_rows_are_not_nan(weights, training):
+    module = gnn.MultiheadAttention(E, H, batch_first=True).train(training)
+    x = torch.randn(N, L, E, requires_grad=True)
+    padding = torch.zeros(N, L, dtype=torch.bool)
+    padding[1] = True
+    out, w = module(x, x, x, key_padding_mask=padding, need_weights=weights)
+    torch.testing.assert_close(out[1], module.out_proj.bias.expand(L, E))
+    assert out.isfinite().all() and (w is None or (w[1] == 0).all())
+    out.square().sum().backward()
+    assert x.grad.isfinite().all() and (x.grad[1] == 0).all()
+
+
+def test_mha_dropout():
+    module = gnn.MultiheadAttention(E, H, dropout=0.5, batch_first=True)
+    x = torch.randn(N, 40, E)
+    torch.manual_seed(1)
+    a = module(x, x, x, need_weights=False)[0]
+    torch.manual_seed(1)
+    assert torch.equal(a, module(x, x, x, need_weights=False)[0])
+    w = module(x, x, x, average_attn_weights=False)[1]
+    assert 0.4 < (w == 0).float().mean() < 0.6
+    module.eval()
+    assert torch.equal(module(x, x, x)[0], module(x, x, x)[0])
+
+
+def test_mha_messages():
+    module = gnn.MultiheadAttention(E, H)
+    x = torch.zeros(L, N, E)
+    with pytest.raises(ValueError, match="attn_mask: expected shape"):
+        module(x, x, x, attn_mask=torch.zeros(L, L + 1), need_weights=False)
+    with pytest.raises(TypeError, match="attn_mask: expected a bool"):
+        module(x, x, x, attn_mask=torch.zeros(L, L, dtype=torch.int32))
+    with pytest.raises(ValueError, match="key_padding_mask: expected shape"):
+        module(x, x, x, key_padding_mask=torch.zeros(N, L + 1, dtype=torch.bool))
+    with pytest.raises(ValueError, match="expected embeddings of 24"):
+        module(x[..., :20], x[..., :20], x[..., :20])
+
+
+# ---- transformer layers -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_encoder_layer(norm_first, training):
+    options = {"batch_first": True, "norm_first": norm_first, "dropout": 0.0}
+    theirs, ours = (
+        cls(E, H, 48, **options).train(training)
+        for cls in (nn.TransformerEncoderLayer, gnn.TransformerEncoderLayer)
+    )
+    assert list(theirs.state_dict()) == list(ours.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(N, L, E)
+    mask = nn.Transformer.generate_square_subsequent_mask(L)
+    padding = torch.zeros(N, L, dtype=torch.bool)
+    padding[1, 3:] = True
+    for more in ({}, {"src_mask": mask, "is_causal": True}, {"src_key_padding_mask": padding}):
+        torch.testing.assert_close(ours(x, **more), theirs(x, **more), **CLOSE)
+    stacks = [nn.TransformerEncoder(layer, 2).eval() for layer in (theirs, ours)]
+    stacks[1].load_state_dict(stacks[0].state_dict())
+    with torch.no_grad():  # PyTorch turns padding into nested tensors here
+        a, b = (stack(x, src_key_padding_mask=padding) for stack in stacks)
+    torch.testing.assert_close(b, a, **CLOSE)
+
+
+def test_decoder_layer():
+    theirs, ours = (
+        cls(E, H, 48, dropout=0.0)
+        for cls in (nn.TransformerDecoderLayer, gnn.TransformerDecoderLayer)
+    )
+    ours.load_state_dict(theirs.state_dict())
+    x, memory = torch.randn(L, N, E), torch.randn(S, N, E)
+    mask = nn.Transformer.generate_square_subsequent_mask(L)
+    found = [m(x, memory, tgt_mask=mask, tgt_is_causal=True) for m in (theirs, ours)]
+    torch.testing.assert_close(found[1], found[0], **CLOSE)
+
+
+# ---- flash-attn's functions ---------------------------------------------------------------------
+
+# Parameter names and defaults of flash-attn 2.8.4, in order.
+TAIL = (
+    "dropout_p=0.0 softmax_scale=None causal=False window_size=(-1,-1) softcap=0.0 "
+    "alibi_slopes=None deterministic=False return_attn_probs=False"
+)
+CU = "cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k"
+SIGNATURES = {
+    "flash_attn_func": f"q k v {TAIL}",
+    "flash_attn_kvpacked_func": f"q kv {TAIL}",
+    "flash_attn_qkvpacked_func": f"qkv {TAIL}",
+    "flash_attn_varlen_func": f"q k v {CU} {TAIL} block_table=None",
+    "flash_attn_varlen_kvpacked_func": f"q kv {CU} {TAIL}",
+    "flash_attn_varlen_qkvpacked_func": f"qkv cu_seqlens max_seqlen {TAIL}",
+    "flash_attn_with_kvcache": (
+        "q k_cache v_cache k=None v=None rotary_cos=None rotary_sin=None cache_seqlens=None "
+        "cache_batch_idx=None cache_leftpad=None block_table=None softmax_scale=None causal=False "
+        "window_size=(-1,-1) softcap=0.0 rotary_interleaved=True alibi_slopes=None num_splits=0 "
+        "return_softmax_lse=False"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_flash_signature(name):
+    parameters = inspect.signature(getattr(fa, name)).parameters.values()
+    found = [str(p).replace(" ", "") for p in parameters]
+    assert found == SIGNATURES[name].split()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (4, 0)},
+                                     {"softcap": 5.0, "softmax_scale": 0.3}], ids=str)  # fmt: skip
+def test_flash_dense(dtype, options):
+    q = torch.randn(2, 9, 4, 16).to(dtype)
+    kv = torch.randn(2, 13, 2, 2, 16).to(dtype)
+    out, lse, dmask = fa.flash_attn_kvpacked_func(q, kv, return_attn_probs=True, **options)
+    k, v = kv.unbind(2)
+    names = {"softmax_scale": "scale", "window_size": "window"}
+    same = {names.get(name, name): x for name, x in options.items()}
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    want, want_lse = genfast.attention(*heads_first, align="bottom_right", return_lse=True, **same)
+    assert dmask is None and out.shape == q.shape and out.is_contiguous()
+    assert torch.equal(out, want.transpose(1, 2)) and torch.equal(lse, want_lse)
+    assert torch.equal(out, fa.flash_attn_func(q, k, v, **options))
+    qkv = torch.randn(2, 9, 3, 4, 16).to(dtype)
+    packed = fa.flash_attn_qkvpacked_func(qkv, **options)
+    assert torch.equal(packed, fa.flash_attn_func(*qkv.unbind(2), **options))
+
+
+def test_flash_varlen_and_pages():
+    lengths = torch.tensor([5, 0, 20, 3])
+    cu = F.pad(lengths.cumsum(0), (1, 0)).int()
+    qkv = torch.randn(28, 3, 4, 16)
+    out, lse, _ = fa.flash_attn_varlen_qkvpacked_func(
+        qkv, cu, 20, causal=True, return_attn_probs=True
+    )
+    assert out.shape == (28, 4, 16) and lse.shape == (4, 28)
+    for a, b in itertools.pairwise(cu.tolist()):
+        alone = fa.flash_attn_qkvpacked_func(qkv[None, a:b], causal=True)
+        torch.testing.assert_close(out[a:b], alone[0], **CLOSE)
+    q, k, v = qkv.unbind(1)
+    packed = fa.flash_attn_varlen_kvpacked_func(q, qkv[:, 1:], cu, cu, 20, 20, causal=True)
+    assert torch.equal(out, packed)
+    table = torch.tensor([[3, 0], [1, 1], [4, 2], [5, 5]], dtype=torch.int32)
+    pages = torch.zeros(2, 6, 16, 4, 16)
+    for (a, b), (first, second) in zip(
+        itertools.pairwise(cu.tolist()), table.tolist(), strict=True
+    ):
+        for x, to in ((k, pages[0]), (v, pages[1])):
+            rows = F.pad(x[a:b], (0, 0, 0, 0, 0, 32 - (b - a)))
+            if b > a:
+                to[first] = rows[:16]
+            if b > a + 16:
+                to[second] = rows[16:]
+    paged = fa.flash_attn_varlen_func(q, *pages, cu, cu, 20, 20, causal=True, block_table=table)
+    torch.testing.assert_close(paged, out, **CLOSE)
+
+
+def test_flash_dropout_mask():
+    """The sign of S_dmask is the dropout pattern: applying it by hand gives the output."""
+    q, k, v = (torch.randn(2, n, 3, 16) for n in (20, 30, 30))
+    torch.manual_seed(3)
+    out, _, dmask = fa.flash_attn_func(q, k, v, 0.3, causal=True, return_attn_probs=True)
+    weights = dmask.clamp(min=0) / 0.7
+    torch.testing.assert_close(torch.einsum("bhqk,bkhd->bqhd", weights, v), out, **CLOSE)
+    assert 0.25 < (dmask < 0).sum() / (dmask != 0).sum() < 0.35
+
+
+def test_flash_kvcache():
+    q, k, v = (torch.randn(2, 1, h, 16) for h in (4, 2, 2))
+    k_cache, v_cache = torch.randn(2, 2, 32, 2, 16)
+    n = torch.tensor([5, 31], dtype=torch.int32)
+    out, lse = fa.flash_attn_with_kvcache(
+        q, k_cache, v_cache, k, v, cache_seqlens=n, causal=True, return_softmax_lse=True
+    )
+    for b, length in enumerate(n.tolist()):
+        assert torch.equal(k_cache[b, length], k[b, 0]) and torch.equal(v_cache[b, length], v[b, 0])
+        rows = slice(0, length + 1)
+        alone, alone_lse, _ = fa.flash_attn_func(
+            q[b : b + 1], k_cache[b : b + 1, rows], v_cache[b : b + 1, rows], return_attn_probs=True
+        )
+        torch.testing.assert_close(out[b : b + 1], alone, **CLOSE)
+        torch.testing.assert_close(lse[b : b + 1], alone_lse, **CLOSE)
+
+
+# ---- reroute and accelerate ---------------------------------------------------------------------
+
+
+def test_reroute_restores_exactly():
+    before = F.scaled_dot_product_attention
+    q = torch.randn(1, 2, 5, 8, requires_grad=True)
+    want = before(q, q, q, is_causal=True)
+    with torch_sdpa.enabled():
+        assert F.scaled_dot_product_attention is not before and torch_sdpa.is_enabled()
+        with torch_sdpa.enabled():
+            pass
+        got = F.scaled_dot_product_attention(q, q, q, is_causal=True)
+        assert "Attention" in type(got.grad_fn).__name__ or got.grad_fn is not None
+        wide = F.scaled_dot_product_attention(*(x.double() for x in (q, q, q)))
+        assert wide.dtype == torch.float64
+    assert F.scaled_dot_product_attention is before and not torch_sdpa.is_enabled()
+    torch_sdpa.disable()  # one too many does nothing
+    torch.testing.assert_close(got, want, **CLOSE)
+
+
+def test_reroute_from_many_threads():
+    before = F.scaled_dot_product_attention
+    q = torch.randn(1, 2, 5, 8)
+    wrong = []
+
+    def work():
+        for _ in range(50):
+            with torch_sdpa.enabled():
+                if F.scaled_dot_product_attention is before:
+                    wrong.append("not enabled")
+                F.scaled_dot_product_attention(q, q, q)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    [t.start() for t in threads], [t.join() for t in threads]
+    assert not wrong and F.scaled_dot_product_attention is before
+
+
+class Block(nn.Module):
+    """A model with all that accelerate() knows: layers, and a plain call of F.sdpa."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(E, H, 48, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.decoder = nn.TransformerDecoderLayer(E, H, 48, dropout=0.0, batch_first=True)
+        self.mha = nn.MultiheadAttention(E, H, batch_first=True)
+        self.used = None
+
+    def forward(self, x):
+        x = self.decoder(x, self.encoder(x))
+        x = x + self.mha(x, x, x)[0]
+        self.used = F.scaled_dot_product_attention
+        return F.scaled_dot_product_attention(x, x, x)
+
+
+def test_accelerate_and_restore():
+    model, x = Block(), torch.randn(N, L, E)
+    types = [type(m) for m in model.modules()]
+    state = {k: v.data_ptr() for k, v in model.state_dict().items()}
+    own = F.scaled_dot_product_attention
+    want = model(x)
+    assert genfast.accelerate(model) is model and genfast.accelerate(model) is model
+    assert isinstance(model.encoder.layers[1], gnn.TransformerEncoderLayer)
+    assert isinstance(model.decoder.multihead_attn, gnn.MultiheadAttention)
+    torch.testing.assert_close(model(x), want, **CLOSE)
+    assert model.used is torch_sdpa.scaled_dot_product_attention
+    assert F.scaled_dot_product_attention is own
+    with pytest.raises((RuntimeError, ValueError)):
+        model(torch.zeros(N, L, E + 1))
+    assert F.scaled_dot_product_attention is own  # also after an exception
+    assert {k: v.data_ptr() for k, v in model.state_dict().items()} == state
+    genfast.restore(model)
+    assert [type(m) for m in model.modules()] == types
+    assert torch.equal(model(x), want) and model.used is own
+    genfast.restore(model)
+    with pytest.raises(TypeError, match="model: expected a torch.nn.Module"):
+        genfast.accelerate(lambda x: x)
