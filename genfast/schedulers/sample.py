@@ -87,9 +87,7 @@ def step(
         for output, slot in row.writes:
             history[slot] = outs[output]
     place = row.denoised
-    return SolverState(
-        outs[0], history, r + 1, outs[place] if denoised and place >= 0 else None
-    )
+    return SolverState(outs[0], history, r + 1, outs[place] if denoised and place >= 0 else None)
 
 
 def _direct(plan, r, row, x, m, read, noise, seed, stream, outputs):
@@ -168,7 +166,9 @@ def step_batch(
     sizes = [s.x.shape[0] for s in states]
     x = torch.cat([s.x for s in states])
     if m.shape[0] != x.shape[0]:
-        raise ValueError(f"m: expected {x.shape[0]} samples for {len(states)} requests, got {m.shape[0]}")
+        raise ValueError(
+            f"m: expected {x.shape[0]} samples for {len(states)} requests, got {m.shape[0]}"
+        )
     table = torch.cat(
         [p.table_on(x.device)[s.row : s.row + 1] for p, s in zip(plans, states, strict=True)]
     )
@@ -267,7 +267,9 @@ def sample(
     for r in rows:
         row = plan.steps[r]
         x = state.x
-        m = model(x if row.input_scale == 1.0 else scale_model_input(x, row.input_scale), row.timestep)
+        m = model(
+            x if row.input_scale == 1.0 else scale_model_input(x, row.input_scale), row.timestep
+        )
         weights = None
         if guidance is not None:
             if not (isinstance(m, (tuple, list)) and len(m) == 2):
@@ -297,7 +299,9 @@ def _weights(m, x, row, options):
     variance only the first half of the channels is guided.
     """
     scale = options.get("scale", 1.0)
-    plain = set(options) <= {"scale", "method", "original"} and options.get("method", "cfg") == "cfg"
+    plain = (
+        set(options) <= {"scale", "method", "original"} and options.get("method", "cfg") == "cfg"
+    )
     if plain and isinstance(scale, (int, float)):
         w = float(scale)
         return (1.0 + w, -w) if options.get("original") else (w, 1.0 - w)

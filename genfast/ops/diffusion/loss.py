@@ -263,7 +263,8 @@ def _slow(output, x0, alpha, sigma, noise, seed, stream, offset, weight, predict
             raise ValueError("noise: expected it alone, got a seed too; pass only one")
     elif seed is None:
         raise ValueError(
-            "seed: expected the seed (or noise) that add_noise was given, got None; the loss cannot "
+            "seed: expected the seed (or noise) that add_noise was given, got None; the loss "
+            "cannot "
             "know the noise otherwise"
         )
     _check.same_device(model_output=output, x0=x0, noise=noise, weighting=weight)
