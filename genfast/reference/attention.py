@@ -174,8 +174,7 @@ def attention_with_kvcache(
     **options,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Append k, v (B, Hkv, S_new, D) to the cache **in place**, then attend with the diagonal at
-    the
-    bottom right.
+    the bottom right.
 
     k_cache (B_cache, Hkv, capacity, D), or pages (pages, Hkv, page_size, D) with block_table
     (B, blocks). New rows go to cache_seqlens[b] + 0, 1, …; keys are rows leftpad[b] …

@@ -78,7 +78,8 @@ DTYPES = [torch.float32, torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_step_against_float64(name, monkeypatch):
-    """Both outputs and every stored tensor within 2 ulp, over the pairwise-covering grid of options,
+    """Both outputs and every stored tensor within 2 ulp, over the pairwise-covering grid of
+    options,
     walking through dtypes, shapes and strides."""
     mine = [c for c in itertools.chain(extra_cases(), cases()) if c[0] == name]
     drawn, asked = [], []
@@ -205,7 +206,7 @@ def test_draw_dtype_in_half_precision(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_output_and_state_dtypes(name):
-    """Sample and model output of different dtypes: dtypes of outputs and history as in diffusers."""
+    """Sample and model output of different dtypes: dtypes as in diffusers."""
     for dtypes in itertools.product([torch.float32, torch.bfloat16], repeat=2):
         schedulers = [started(make(name, library=lib), 4) for lib in (dropin, diffusers)]
         for t in schedulers[0].timesteps[:3]:

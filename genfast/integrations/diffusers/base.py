@@ -255,8 +255,7 @@ def mix(x, noise, a, s):
 
 def alpha_sigma(scheduler, x, timesteps):
     """(sqrt(alpha_bar), sqrt(1 - alpha_bar)) at timesteps, (n,) each, float32 (fp64 for fp64
-    x); the
-    table moves to x's device, as in diffusers.
+    x); the table moves to x's device, as in diffusers.
     """
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device=x.device)
     table = scheduler.alphas_cumprod

@@ -264,8 +264,7 @@ def _slow(output, x0, alpha, sigma, noise, seed, stream, offset, weight, predict
     elif seed is None:
         raise ValueError(
             "seed: expected the seed (or noise) that add_noise was given, got None; the loss "
-            "cannot "
-            "know the noise otherwise"
+            "cannot know the noise otherwise"
         )
     _check.same_device(model_output=output, x0=x0, noise=noise, weighting=weight)
     _noise.check(seed, stream, offset, None, output.shape, output.device)

@@ -312,8 +312,8 @@ def diffusion_step(
         default; noise is known_noise, or the step's own.
     outputs: 1 to 3. out: tensor(s) to write, x itself included.
     Returns out_0, or a tuple. Differentiable in x, m, history and noise, twice too. On the CPU a
-    row
-    that needs a tensor that is not given raises ValueError; on other devices the term is left out.
+    row that needs a tensor that is not given raises ValueError; on other devices the term is left
+    out.
     Raises TypeError / ValueError naming the argument.
     """
     if not is_compiling() and type(row) is int and mask is None and threshold is None:
@@ -502,9 +502,9 @@ def pack(
                 "known_level=(1, 0) without noise"
             )
     int_seed, seeds = _noise.resolve(seed, generator, x.device) if draws else (0, None)
-    return
-    (
-        x, *models, *[None] * (MODELS - len(models)), _common.weight_tensor(weights, len(models), x),
+    return (
+        x, *models, *[None] * (MODELS - len(models)),
+        _common.weight_tensor(weights, len(models), x),
         table, index, *history, noise, seeds, threshold, mask, known, known_noise, level,
         row, _noise.signed(int_seed), _noise.signed(stream), offset, draws, VARIANCE[variance],
         outputs,
