@@ -121,6 +121,7 @@ class Step(NamedTuple):
     needs_noise: bool
     input_scale: float
     timestep: int | float
+    table: torch.Tensor  # plan.table_on("cpu")
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,6 +295,7 @@ class SolverPlan:
             needs_noise=index[NOISE] == NOISE_USED,
             input_scale=float(self.table[row, INPUT_SCALE]),
             timestep=self.timestep(row),
+            table=self.table_on("cpu"),
         )
 
     def noise_std(self, row: int) -> float:

@@ -19,6 +19,7 @@ from genfast.ops.rng import randn, randn_like
 from .plan import D_M, D_X, VARIANCE, SolverPlan
 
 _VARIANCE_NAMES = tuple(VARIANCE)
+_empty_like = torch.empty_like
 _LEARNED = tuple((code, *[None] * 7) if code else None for code in VARIANCE.values())
 
 
@@ -59,27 +60,38 @@ def step(
         its noise of (seed, stream + row) in the same pass.
     denoised: also compute the estimate of x0.
     """
-    r = state.row
-    steps = plan.steps
+    r, x, history = state.row, state.x, state.history
+    steps = plan._steps or plan.steps
     if not 0 <= r < len(steps):
         raise ValueError(f"state.row: expected 0..{len(plan) - 1}, got {r}; the plan is finished")
-    row, x = steps[r], state.x
-    if noise is None and row.needs_noise and seed is None:
+    row = steps[r]
+    if not row.needs_noise:
+        noise = seed = None
+    elif noise is None and seed is None:
         raise ValueError(
             f"noise: row {r} of {plan.name} needs a tensor of shape {tuple(x.shape)}, got None; "
             "pass noise= or seed="
         )
-    history = state.history
-    if row.reads:
-        read = tuple([h if used else None for h, used in zip(history, row.reads, strict=True)])
-    else:
-        read = ()
+    read = row.reads
+    if read:
+        read = tuple([h if used else None for h, used in zip(history, read, strict=True)])
     outputs = row.outputs_denoised if denoised else row.outputs
-    if not row.needs_noise:
-        noise = seed = None
     outs = None
     if weights is None and plan.threshold is None and not is_compiling():
-        outs = _direct(plan, r, row, x, m, read, noise, seed, stream, outputs)
+        try:  # the kernel without ceremony; it refuses other devices and anything unusual
+            if gate(x, m, noise, *read) == DIRECT and (seed is None or type(seed) is int):
+                outs = (
+                    (_empty_like(x),)
+                    if outputs == 1
+                    else tuple([_empty_like(x) for _ in range(outputs)])
+                )
+                if not _C.diffusion_step(
+                    outs, x, (m,), None, row.table, None, r, read, noise, seed or 0, None,
+                    stream + r, 0, seed is not None, _LEARNED[row.variance],
+                ):  # fmt: skip
+                    outs = None
+        except (TypeError, ValueError, AttributeError):
+            outs = None  # the public function names the argument
     if outs is None:
         outs = _public(plan, r, row, x, m, read, noise, seed, stream, weights, outputs)
     if row.writes:
@@ -88,22 +100,6 @@ def step(
             history[slot] = outs[output]
     place = row.denoised
     return SolverState(outs[0], history, r + 1, outs[place] if denoised and place >= 0 else None)
-
-
-def _direct(plan, r, row, x, m, read, noise, seed, stream, outputs):
-    """The kernel without ceremony: ~3 us a step. None when anything is unusual."""
-    try:
-        if gate(x, m, noise, *read) != DIRECT or (seed is not None and type(seed) is not int):
-            return None
-        outs = tuple([torch.empty_like(x) for _ in range(outputs)])
-        if _C.diffusion_step(
-            outs, x, (m,), None, plan.table_on(x.device), None, r, read, noise, seed or 0, None,
-            stream + r, 0, seed is not None, _LEARNED[row.variance],
-        ):  # fmt: skip
-            return outs
-    except (TypeError, ValueError, AttributeError):
-        pass  # the public function names the argument
-    return None
 
 
 def _public(plan, r, row, x, m, read, noise, seed, stream, weights, outputs):
