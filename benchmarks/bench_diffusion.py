@@ -103,7 +103,9 @@ def _solver(name, shape, dtype, device):
 
     return Work(
         ours=lambda: S.step(plan, state, m, seed=SEED),
-        rivals={"eager": lambda: _eager_row(plan, x, m, history, torch.randn_like(x) if noisy else z)},
+        rivals={
+            "eager": lambda: _eager_row(plan, x, m, history, torch.randn_like(x) if noisy else z)
+        },
         late={
             "diffusers": partial(_diffusers_peer, peer, m, x),
             "dropin": partial(_dropin_peer, peer, m, x),

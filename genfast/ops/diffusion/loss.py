@@ -220,7 +220,8 @@ def denoising_loss(
     (eps - x0). weighting: "none", "min_snr" (gamma; Hang et al. 2023), "p2" (k, gamma; Choi et al.
     2022), "snr", "sigma_sqrt", "cosmap" (Esser et al. 2024), "edm", or a tensor (B,).
     reduction: "mean" over samples, "sum" of their means, "none" (B,). return_per_sample: also the
-    (B,) losses. Returns fp32 (fp64 for float64). Differentiable in every tensor, twice too. Raises TypeError / ValueError naming the argument.
+    (B,) losses. Returns fp32 (fp64 for float64). Differentiable in every tensor, twice too.
+    Raises TypeError / ValueError naming the argument.
     """
     prediction = _code("prediction", prediction, PREDICTIONS)
     code = (
@@ -274,8 +275,8 @@ def _slow(output, x0, alpha, sigma, noise, seed, stream, offset, weight, predict
             raise ValueError("noise: expected it alone, got a seed too; pass only one")
     elif seed is None:
         raise ValueError(
-            "seed: expected the seed (or noise) that add_noise was given, got None; the loss cannot "
-            "know the noise otherwise"
+            "seed: expected the seed (or noise) that add_noise was given, got None; the loss "
+            "cannot know the noise otherwise"
         )
     _check.same_device(model_output=output, x0=x0, noise=noise, weighting=weight)
     _noise.check(seed, stream, offset, None, output.shape, output.device)
