@@ -51,6 +51,7 @@ def step(
     stream: int = 0,
     weights=None,
     denoised: bool = False,
+    recycle: bool = False,
 ) -> SolverState:
     """Advance ``state`` by one row, given the model output m (B, ...). Returns a new state; the old
     one stays valid.
@@ -59,6 +60,8 @@ def step(
     noise: N(0, 1) like x, needed where plan.needs_noise(state.row); or seed, stream: the row draws
         its noise of (seed, stream + row) in the same pass.
     denoised: also compute the estimate of x0.
+    recycle: new history entries may overwrite the old state's, which is then no longer valid; its x
+        stays. Saves fresh memory, most of a step's time on tensors of many MB.
     """
     r, x, history = state.row, state.x, state.history
     steps = plan._steps or plan.steps
@@ -74,6 +77,11 @@ def step(
         )
     read = row.reads
     if read:
+        if len(history) != plan.slots:
+            raise ValueError(
+                f"state.history: expected {plan.slots} places for {plan.name}, got {len(history)}; "
+                "start with SolverState.start(plan, x_T)"
+            )
         read = tuple([h if used else None for h, used in zip(history, read, strict=True)])
     outputs = row.outputs_denoised if denoised else row.outputs
     outs = None
@@ -85,6 +93,8 @@ def step(
                     if outputs == 1
                     else tuple([_empty_like(x) for _ in range(outputs)])
                 )
+                if recycle and row.writes:
+                    outs = _recycled(outs, row, history)
                 if not _C.diffusion_step(
                     outs, x, (m,), None, row.table, None, r, read, noise, seed or 0, None,
                     stream + r, 0, seed is not None, _LEARNED[row.variance],
@@ -100,6 +110,17 @@ def step(
             history[slot] = outs[output]
     place = row.denoised
     return SolverState(outs[0], history, r + 1, outs[place] if denoised and place >= 0 else None)
+
+
+def _recycled(outs, row, history):
+    """Outputs with the old entries' memory for those that replace them."""
+    outs = list(outs)
+    for output, slot in row.writes:
+        old = history[slot]
+        if old is not None and old.dtype == outs[output].dtype and not old.is_inference():
+            outs[output] = old
+            torch.autograd.graph.increment_version(old)  # autograd must see the overwrite
+    return tuple(outs)
 
 
 def _public(plan, r, row, x, m, read, noise, seed, stream, weights, outputs):
@@ -254,6 +275,7 @@ def sample(
     if not x_T.is_floating_point():
         raise TypeError(f"x_T: expected a floating point tensor, got {x_T.dtype}")
     options = guidance if isinstance(guidance, dict) else dict(scale=guidance)
+    private = callback is None and state is None  # nobody else holds the history
     state = state or SolverState.start(plan, x_T)
     rows = range(state.row, len(plan))
     if progress:
@@ -283,7 +305,7 @@ def sample(
             noise = _draw(x, r, seed, stream, generator)
         state = step(
             plan, state, m, noise=noise, seed=seed, stream=stream, weights=weights,
-            denoised=callback is not None,
+            denoised=callback is not None, recycle=private,
         )  # fmt: skip
         if callback is not None:
             state = callback(r, state) or state

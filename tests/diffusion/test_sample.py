@@ -113,6 +113,22 @@ def test_learned_variance_and_thresholding():
     torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-3)
 
 
+def test_recycled_histories_change_nothing():
+    """The loop overwrites dead history; a loop with a callback keeps every tensor."""
+    for name in ("dpm", "unipc", "sa", "pndm"):
+        plan = PLANS[name](8)
+        x_T = genfast.randn(2, 3, 1025, seed=1)
+        kept = S.sample(model, plan, x_T, seed=5, callback=lambda r, s: None)
+        assert torch.equal(S.sample(model, plan, x_T, seed=5), kept)
+        half = S.SolverState.start(plan, x_T)
+        for _ in range(4):
+            half = S.step(plan, half, model(half.x, plan.timestep(half.row)), seed=5)
+        before = [None if h is None else h.clone() for h in half.history]
+        S.sample(model, plan, x_T, seed=5, state=half)
+        for a, b in zip(half.history, before, strict=True):
+            assert a is b is None or torch.equal(a, b)
+
+
 def test_callback_gets_the_estimate():
     plan, seen = S.ddim_plan(5), []
     S.sample(

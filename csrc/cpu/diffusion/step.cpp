@@ -133,7 +133,10 @@ bool flat_step(const StepParams& p) {
       if (source == nullptr) return false;
       for (int o = 0; o < outputs; ++o) terms[o].add(source, output_row(row, o)[s]);
     }
-    if (outputs > 1 && overlaps_a_source(p)) return false;
+    for (int o = 0; o < outputs; ++o)  // in place: nothing is overwritten that is read later
+      for (int later = o + 1; later < outputs; ++later)
+        for (int k = 0; k < terms[later].n; ++k)
+          if (terms[later].source[k] == p.out[o].data) return false;
   }
   for (int o = 0; o < outputs; ++o) advise(p.out[o]);
 
