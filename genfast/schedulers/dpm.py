@@ -57,7 +57,9 @@ def _weights(data, sde, a_t, s_t, a_s, s_s, h):
     if data:
         u = 2 * h if sde else h
         c_x = s_t / s_s * (math.exp(-h) if sde else 1.0)
-        c_z = s_t * math.sqrt(-math.expm1(-2 * h)) if sde else 0.0
+        c_z = (
+            s_t * math.sqrt(max(-math.expm1(-2 * h), 0.0)) if sde else 0.0
+        )  # h = -1e-8 in fp32 grids
         if math.isinf(u):
             return c_x, a_t, a_t, 0.5 * a_t, c_z
         return c_x, -a_t * math.expm1(-u), a_t * u * phi(2, -u), a_t * u * phi(3, -u), c_z
@@ -68,7 +70,7 @@ def _weights(data, sde, a_t, s_t, a_s, s_s, h):
     ):
         return a_t / a_s, -a_t * s_s / a_s, 0.0, 0.0, math.inf if sde else 0.0
     k = 2.0 if sde else 1.0
-    c_z = s_t * math.sqrt(math.expm1(2 * h)) if sde else 0.0
+    c_z = s_t * math.sqrt(max(math.expm1(2 * h), 0.0)) if sde else 0.0
     return (
         a_t / a_s,
         -k * s_t * math.expm1(h),

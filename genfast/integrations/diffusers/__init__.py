@@ -27,9 +27,8 @@ Where a step differs from diffusers' (everything else agrees to rounding):
 * DDPM fixed_large_log is exp(log(beta) / 2) (diffusers: NaN); a negative variance predicted with
   "learned" counts as 0 (diffusers: NaN).
 * A step to sigma = 0 or between equal sigmas at order above 1 is the formula's limit (NaN).
-* add_noise, get_velocity and scale_noise never round their coefficients to 16 bit. 16-bit steps are
-  computed in float32 and rounded once; where diffusers computes them in 16 bit it is up to
-  1e-2 off.
+* add_noise, get_velocity and scale_noise never round their coefficients to 16 bit. 16-bit steps
+  are computed in float32 and rounded once; diffusers, in 16 bit, is up to 1e-2 off.
 * IPNDM keeps the four outputs it can read in `ets`, not all.
 * Solvers with fp32 arithmetic of their own in diffusers (DEIS, UniPC, SA-Solver at 50 steps) differ
   from it by its rounding, up to 1e-4 there.

@@ -57,6 +57,11 @@ def _places(row):
     return tuple([int(n) if n.startswith("-") else _ATTRIBUTES[n] for n in row.reads])
 
 
+def _in_dtype(outs, saved, dtype):
+    """outs with the next sample and the corrected one in the dtype diffusers casts them to."""
+    return tuple([o.to(dtype) if i in (0, saved) else o for i, o in enumerate(outs)])
+
+
 class _History(Dropin):
     """Rows keyed by (step index, history available, ...)."""
 
@@ -359,6 +364,8 @@ class UniPCMultistepScheduler(
                 self._genfast_why(None, key, "a model output of the history is missing")
                 return None
         outs = step(row, sample, model_output, held)
+        if sample.dtype is not model_output.dtype:
+            outs = _in_dtype(outs, row.saves[1], last.dtype if corrects else sample.dtype)
         del outputs[0]
         output, saved = row.saves
         outputs.append(outs[output] if output >= 0 else model_output)
@@ -458,6 +465,8 @@ class SASolverScheduler(AlphaForward, _History, scheduling_sasolver.SASolverSche
                 return None
         z = self._genfast_noise(row, sample, shape, dtype, generator, seed, i, keep=True)
         outs = step(row, sample, model_output, tuple(held), z if row.noisy else None)
+        if sample.dtype is not dtype:
+            outs = _in_dtype(outs, row.saves[1], last.dtype if corrects else sample.dtype)
         output, saved, _ = row.saves
         del outputs[0], times[0]
         outputs.append(outs[output] if output >= 0 else model_output)

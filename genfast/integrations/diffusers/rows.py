@@ -76,12 +76,13 @@ def compile_row(
     logvar=(0.0, 0.0),
     draws: bool = False,
     refer: str = "xmz",
+    merge: bool = True,
     note=None,
 ) -> Row:
     """x0: unclamped form in x and m. prev: next sample. saves: forms to store. Names in the forms
     beyond x, m, x0, z are history entries. Raises ValueError where no row can express it.
     refer: which of x, m and z are stored by reference. Not where the peer stores a copy: a model in
-        a CUDA graph overwrites its output.
+        a CUDA graph overwrites its output. merge: denoised may be the same tensor as prev.
     """
     row = Row()
     outs, held = [], []
@@ -91,9 +92,9 @@ def compile_row(
             # with a learned variance m has twice the channels
             if form == known and letter in refer and (letter != "m" or variance == "fixed"):
                 return code
-        if form not in outs:
+        if form not in outs[0 if merge else 1 :]:
             outs.append(form)
-        return outs.index(form)
+        return len(outs) - 1 - outs[::-1].index(form)
 
     outs.append(prev)
     row.prev = 0

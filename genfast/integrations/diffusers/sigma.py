@@ -57,9 +57,11 @@ class ByIndex(Dropin):
             clip=plan.clip,
             threshold=plan.threshold,
             draws=row["draws"],
+            merge=self._genfast_merge,
         )
 
     _genfast_second = True
+    _genfast_merge = True
 
     def _genfast_single(
         self, model_output, timestep, sample, generator, seed, options=(), upcast=False, dtype=None
@@ -95,6 +97,12 @@ class ByIndex(Dropin):
         outs = step(row, sample, model_output, (), z, upcast)
         self._step_index = i + 1
         return row, outs
+
+
+class UpcastByIndex(ByIndex):
+    """The sample is taken to float32: x0 stays so, the next sample is as the model output."""
+
+    _genfast_merge = False
 
 
 class ScaledInput(SigmaForward):
@@ -135,7 +143,7 @@ def _visited(e, kind):
 
 
 class EulerDiscreteScheduler(
-    ScaledInput, ByIndex, scheduling_euler_discrete.EulerDiscreteScheduler
+    ScaledInput, UpcastByIndex, scheduling_euler_discrete.EulerDiscreteScheduler
 ):
     __doc__ = scheduling_euler_discrete.EulerDiscreteScheduler.__doc__
 
@@ -201,7 +209,7 @@ class EulerDiscreteScheduler(
 
 
 class EulerAncestralDiscreteScheduler(
-    ScaledInput, ByIndex, scheduling_euler_ancestral_discrete.EulerAncestralDiscreteScheduler
+    ScaledInput, UpcastByIndex, scheduling_euler_ancestral_discrete.EulerAncestralDiscreteScheduler
 ):
     __doc__ = scheduling_euler_ancestral_discrete.EulerAncestralDiscreteScheduler.__doc__
 
@@ -228,7 +236,7 @@ class EulerAncestralDiscreteScheduler(
         return (outs[0], x0)
 
 
-class EDMEulerScheduler(ScaledInput, ByIndex, scheduling_edm_euler.EDMEulerScheduler):
+class EDMEulerScheduler(ScaledInput, UpcastByIndex, scheduling_edm_euler.EDMEulerScheduler):
     __doc__ = scheduling_edm_euler.EDMEulerScheduler.__doc__
 
     def _genfast_source(self, e, options):

@@ -15,6 +15,9 @@ from .base import AlphaVelocity, Dropin, compile_row, pair, step
 _X0 = ("prev_sample", "pred_original_sample")
 
 
+_NO_INDEX = frozenset((float, torch.float32, torch.float64, torch.float16, torch.bfloat16))
+
+
 class _ByTimestep(Dropin):
     _watched = ("alphas_cumprod", "timesteps")
     _final: str  # attribute: alpha_bar beyond the first timestep
@@ -48,6 +51,8 @@ class _ByTimestep(Dropin):
         """
         if timestep.__class__ is int:
             return timestep
+        if getattr(timestep, "dtype", float) in _NO_INDEX:
+            return -1  # diffusers cannot index with it
         if timestep.__class__ is torch.Tensor and not timestep.is_cpu and e.b.is_contiguous():
             i, odd = divmod(timestep.data_ptr() - e.b.data_ptr(), e.b.element_size())
             if not odd and 0 <= i < e.b.numel() and timestep.dtype is e.b.dtype:
