@@ -5,6 +5,7 @@
 
 Every row of SWAPS turns one kind of module over in place and returns what undoes it. Parameters,
 buffers, hooks and state dicts are never touched, so optimisers and checkpoints do not notice.
+Of a diffusers pipeline the scheduler and every module are turned over.
 """
 
 from __future__ import annotations
@@ -63,6 +64,21 @@ def _swap_functional(model) -> list[Undo]:
     return [enter.remove, leave.remove]
 
 
+def _swap_pipeline(pipe) -> list[Undo] | None:
+    """A diffusers pipeline: its scheduler and its modules; a scheduler by itself. None: neither."""
+    library = sys.modules.get("diffusers")
+    if library is None or not isinstance(pipe, (library.DiffusionPipeline, library.SchedulerMixin)):
+        return None
+    from genfast.integrations import diffusers as door
+
+    undo = door.swap_scheduler(pipe)
+    for part in getattr(pipe, "components", {}).values():
+        if isinstance(part, nn.Module) and part not in _undo:
+            accelerate(part)
+            undo.append(lambda m=part: restore(m))
+    return undo
+
+
 # In this order; a row that does not know the model returns nothing.
 SWAPS: list[Callable[[nn.Module], list[Undo]]] = [
     _swap_classes,
@@ -74,16 +90,26 @@ _undo: weakref.WeakKeyDictionary[nn.Module, list[Undo]] = weakref.WeakKeyDiction
 
 
 def accelerate(model: Model) -> Model:
-    """Switches `model` (a torch.nn.Module) over in place and returns it; twice is once.
+    """Switches `model` (a torch.nn.Module, a diffusers pipeline or a diffusers scheduler) over in
+    place and returns it; twice is once.
 
     torch.nn.MultiheadAttention and Transformer layers take genfast's forward, Hugging Face models
     attn_implementation="genfast", other calls of F.scaled_dot_product_attention are rerouted while
-    the model runs. TypeError for anything that is no module.
+    the model runs. Schedulers take the class of the same name of genfast.integrations.diffusers.
+    TypeError for anything else.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        done = _swap_pipeline(model)
+        if done is None:
+            raise TypeError(
+                "model: expected a torch.nn.Module, a diffusers pipeline or scheduler, "
+                f"got {type(model).__name__}"
+            )
+        if done:  # nothing new to do the second time
+            _undo[model] = _undo.get(model, []) + done
+        return model
     if model not in _undo:
-        done: list[Undo] = []
+        done = []
         for swap in SWAPS:
             done.extend(swap(model))
         _undo[model] = done

@@ -11,9 +11,9 @@ counters are the peer's own public attributes: read at every step, written back 
 may be changed in between; new or edited tables and configs are noticed. Coefficients are computed
 in float64 from the live tables and applied in float32 in one pass.
 
-Noise. `step(generator=...)`, or nothing: torch's stream exactly as diffusers draws it (count, order,
-dtype; also where the coefficient is 0). `step(seed=...)` or `scheduler.genfast_seed = ...`: genfast's
-noise of (seed, stream = step index), the same on every device and for every batch size.
+Noise. `step(generator=...)`, or nothing: torch's stream exactly as diffusers draws it (count,
+order, dtype; also where the coefficient is 0). `step(seed=...)` or `scheduler.genfast_seed = ...`:
+genfast's noise of (seed, stream = step index), the same on every device and for every batch size.
 
 A step that no affine row expresses runs in diffusers' own code, with the reason in
 `scheduler.genfast_fallback`: per-token timesteps and EDM's ready pred_original_sample, UniPC's
@@ -28,7 +28,8 @@ Where a step differs from diffusers' (everything else agrees to rounding):
   "learned" counts as 0 (diffusers: NaN).
 * A step to sigma = 0 or between equal sigmas at order above 1 is the formula's limit (NaN).
 * add_noise, get_velocity and scale_noise never round their coefficients to 16 bit. 16-bit steps are
-  computed in float32 and rounded once; where diffusers computes them in 16 bit it is up to 1e-2 off.
+  computed in float32 and rounded once; where diffusers computes them in 16 bit it is up to
+  1e-2 off.
 * IPNDM keeps the four outputs it can read in `ets`, not all.
 * Solvers with fp32 arithmetic of their own in diffusers (DEIS, UniPC, SA-Solver at 50 steps) differ
   from it by its rounding, up to 1e-4 there.
@@ -37,7 +38,6 @@ Where a step differs from diffusers' (everything else agrees to rounding):
 
 from __future__ import annotations
 
-from . import multistep, pndm, sigma, timestep, twostage
 from .multistep import (
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,

@@ -197,7 +197,8 @@ class Dropin:
         """Noise of one step, or None where it is neither used nor drawn by diffusers.
 
         A generator, or none and no seed: torch's draws in diffusers' number, order and dtype, also
-        where the coefficient is 0. keep: the scheduler stores it, used or not. seed: contract noise (seed, stream), only where it is used.
+        where the coefficient is 0. keep: the scheduler stores it, used or not. seed: contract noise
+        (seed, stream), only where it is used.
         """
         if seed is None:
             seed = self.genfast_seed if generator is None else None
@@ -253,8 +254,8 @@ def mix(x, noise, a, s):
 
 
 def alpha_sigma(scheduler, x, timesteps):
-    """(sqrt(alpha_bar), sqrt(1 - alpha_bar)) at timesteps, (n,) each, float32 (fp64 for fp64 x); the
-    table moves to x's device, as in diffusers.
+    """(sqrt(alpha_bar), sqrt(1 - alpha_bar)) at timesteps, (n,) each, float32 (fp64 for fp64
+    x); the table moves to x's device, as in diffusers.
     """
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device=x.device)
     table = scheduler.alphas_cumprod

@@ -24,7 +24,6 @@ from .base import (
     AlphaVelocity,
     Dropin,
     SigmaForward,
-    alpha_sigma,
     compile_row,
     is_integer,
     mix,
