@@ -2,7 +2,9 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <atomic>
 #include <initializer_list>
+#include <stdexcept>
 #include <string>
 
 #include "caster.h"
@@ -14,6 +16,8 @@ namespace py = pybind11;
 namespace genfast {
 
 inline Gate g_gate;  // one per module: every binding file sees the same
+// CUDA tensors reach the CUDA kernels only once asked for (genfast.set_backend("cuda")).
+inline std::atomic<bool> g_cuda_enabled{false};
 
 using Views = std::initializer_list<const TensorView*>;
 
@@ -28,7 +32,7 @@ inline bool same_device(Views views) {
   }
   if (first == nullptr) return false;
 #if GENFAST_HAVE_CUDA
-  return first->is_cpu() || first->is_cuda();
+  return first->is_cpu() || (first->is_cuda() && g_cuda_enabled);
 #else
   return first->is_cpu();
 #endif
@@ -102,15 +106,36 @@ struct NoiseArgument {
   }
 };
 
+// What `run` takes after the views: the family's kernel on both kinds of device.
+#if GENFAST_HAVE_CUDA
+#define GENFAST_KERNEL(name) &cpu::Kernels::name, &cuda::name
+#else
+#define GENFAST_KERNEL(name) &cpu::Kernels::name, nullptr
+#endif
+
 // Runs a kernel without the GIL; a text returned by a CUDA launch becomes an exception.
 template <class Params>
-bool run(const Params& p, const TensorView& like, void (*cpu::Kernels::*kernel)(const Params&)) {
+struct OnCuda {  // keeps the null pointer below out of the deduction
+  using Function = const char* (*)(const Params&);
+};
+template <class Params, class Result>
+bool run(const Params& p, const TensorView& like, Result (*cpu::Kernels::*on_cpu)(const Params&),
+         typename OnCuda<Params>::Function on_cuda = nullptr) {
+  if (like.is_cuda() && on_cuda != nullptr) {
+    const char* error;
+    {
+      py::gil_scoped_release release;  // a launch can wait for a full queue
+      error = on_cuda(p);
+    }
+    if (error != nullptr) throw std::runtime_error(error);
+    return true;
+  }
   if (!like.is_cpu()) return false;
   if (like.numel < 4096) {  // releasing and taking the GIL again costs more than it frees
-    (cpu::kernels().*kernel)(p);
+    (cpu::kernels().*on_cpu)(p);
   } else {
     py::gil_scoped_release release;
-    (cpu::kernels().*kernel)(p);
+    (cpu::kernels().*on_cpu)(p);
   }
   return true;
 }

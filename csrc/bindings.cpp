@@ -31,13 +31,7 @@ bool random(TensorArgument& out, int distribution, py::handle seed, TensorArgume
   p.low = low;
   p.range = range;
   p.threads = g_gate.threads();
-#if GENFAST_HAVE_CUDA
-  if (out.is_cuda()) {
-    if (const char* error = cuda::random(p)) throw std::runtime_error(error);
-    return true;
-  }
-#endif
-  return run(p, out, &cpu::Kernels::random);
+  return run(p, out, GENFAST_KERNEL(random));
 }
 
 // Values of the native enums; anything else would select no code at all.
@@ -53,14 +47,15 @@ bool row_seeds(const TensorView& seeds, const TensorView& t) {
 
 bool reparameterize(TensorArgument& mu, TensorArgument& logvar, TensorArgument& y,
                     TensorArgument& side, py::handle seed, TensorArgument& seeds, py::handle stream,
-                    int64_t offset, int transform, int side_kind, float side_scale) {
+                    int64_t offset, int transform, int side_kind, float side_scale,
+                    TensorArgument& scratch) {
   if (!given({&mu, &logvar}) || !known(transform, side_kind) ||
-      !same_device({&mu, &logvar, &y, &side, &seeds}) || !floats({&mu, &logvar, &y}) ||
+      !same_device({&mu, &logvar, &y, &side, &scratch, &seeds}) || !floats({&mu, &logvar, &y}) ||
       !same_shapes({&mu, &logvar, &y}))
     return false;
   ReparameterizeParams p;
   if (!NoiseArgument(seed, stream, offset).fill(p.noise, seeds, mu)) return false;
-  p.mu = mu, p.logvar = logvar, p.y = y, p.side = side;
+  p.mu = mu, p.logvar = logvar, p.y = y, p.side = side, p.scratch = scratch;
   p.transform = static_cast<Transform>(transform);
   p.side_kind = static_cast<Side>(side_kind);
   p.side_scale = side_scale;
@@ -71,8 +66,11 @@ bool reparameterize(TensorArgument& mu, TensorArgument& logvar, TensorArgument& 
   } else if (p.side_kind != Side::none) {
     return false;
   }
+  if (scratch.defined() && (scratch.dtype != Dtype::f64 || !is_contiguous(scratch) || p.rows < 1 ||
+                            scratch.numel % p.rows != 0))
+    return false;
   p.threads = g_gate.threads();
-  return run(p, mu, &cpu::Kernels::reparameterize);
+  return run(p, mu, GENFAST_KERNEL(reparameterize));
 }
 
 bool reparameterize_backward(TensorArgument& grad_y, TensorArgument& grad_side, TensorArgument& mu,
@@ -97,7 +95,7 @@ bool reparameterize_backward(TensorArgument& grad_y, TensorArgument& grad_side, 
     if (grad_side.ndim != 0 && (mu.ndim == 0 || grad_side.numel != mu.shape[0])) return false;
   }
   p.threads = g_gate.threads();
-  return run(p, mu, &cpu::Kernels::reparameterize_backward);
+  return run(p, mu, GENFAST_KERNEL(reparameterize_backward));
 }
 
 bool gumbel_softmax(TensorArgument& logits, TensorArgument& y, TensorArgument& tau, py::handle seed,
@@ -109,7 +107,7 @@ bool gumbel_softmax(TensorArgument& logits, TensorArgument& y, TensorArgument& t
   GumbelSoftmaxParams p;
   if (!NoiseArgument(seed, stream, offset).fill(p.noise, seeds, logits)) return false;
   p.logits = logits, p.y = y, p.tau = tau, p.hard = hard, p.threads = g_gate.threads();
-  return run(p, logits, &cpu::Kernels::gumbel_softmax);
+  return run(p, logits, GENFAST_KERNEL(gumbel_softmax));
 }
 
 bool gumbel_softmax_backward(TensorArgument& grad, TensorArgument& y, TensorArgument& logits,
@@ -124,7 +122,7 @@ bool gumbel_softmax_backward(TensorArgument& grad, TensorArgument& y, TensorArgu
   if (!NoiseArgument(seed, stream, offset).fill(p.noise, seeds, grad)) return false;
   p.grad = grad, p.y = y, p.logits = logits, p.tau = tau, p.d_logits = d_logits;
   p.threads = g_gate.threads();
-  return run(p, grad, &cpu::Kernels::gumbel_softmax_backward);
+  return run(p, grad, GENFAST_KERNEL(gumbel_softmax_backward));
 }
 
 bool relaxed_bernoulli(TensorArgument& logits, TensorArgument& y, TensorArgument& tau,
@@ -139,17 +137,17 @@ bool relaxed_bernoulli(TensorArgument& logits, TensorArgument& y, TensorArgument
   p.logits = logits, p.y = y, p.tau = tau, p.grad = grad, p.hard = hard;
   p.backward = grad.defined();
   p.threads = g_gate.threads();
-  return run(p, logits, &cpu::Kernels::relaxed_bernoulli);
+  return run(p, logits, GENFAST_KERNEL(relaxed_bernoulli));
 }
 
-// Number of rows without a finite maximum, or -1 when not handled.
+// Number of rows without a finite maximum (0 on a GPU: counting would wait for it), or -1 when not
+// handled.
 int64_t categorical(TensorArgument& logits, TensorArgument& index, TensorArgument& temperature,
                     TensorArgument& top_k, TensorArgument& top_p, TensorArgument& min_p,
                     py::handle seed, TensorArgument& seeds, py::handle stream, int64_t offset) {
   if (!given({&logits, &index}) || !row_seeds(seeds, logits) ||
       !same_device({&logits, &index, &temperature, &top_k, &top_p, &min_p, &seeds}) ||
-      !floats({&logits}) || logits.ndim == 0 || index.dtype != Dtype::i64 ||
-      !is_contiguous(index) || !logits.is_cpu())
+      !floats({&logits}) || logits.ndim == 0 || index.dtype != Dtype::i64 || !is_contiguous(index))
     return -1;
   const int64_t cols = logits.shape[logits.ndim - 1], rows = cols ? logits.numel / cols : 0;
   if (index.numel != rows) return -1;
@@ -163,6 +161,7 @@ int64_t categorical(TensorArgument& logits, TensorArgument& index, TensorArgumen
   if (!NoiseArgument(seed, stream, offset).fill(p.noise, seeds, logits)) return -1;
   p.logits = logits, p.index = index, p.temperature = temperature, p.top_k = top_k;
   p.top_p = top_p, p.min_p = min_p, p.threads = g_gate.threads();
+  if (!logits.is_cpu()) return run(p, logits, GENFAST_KERNEL(categorical)) ? 0 : -1;
   py::gil_scoped_release release;
   return cpu::kernels().categorical(p);
 }
@@ -203,9 +202,13 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   if (function == nullptr) throw py::error_already_set();
   m.add_object("gate", py::reinterpret_steal<py::object>(function));
   m.def("force_slow_road", [](bool on) { g_gate.force_slow_road(on); });
+  m.def("enable_cuda", [](bool on) { g_cuda_enabled = on; });
   m.def("build_info", &build_info);
   m.def("random", &genfast::random);
-  m.def("reparameterize", &reparameterize);
+  m.def("reparameterize", &reparameterize, py::arg("mu"), py::arg("logvar"), py::arg("y"),
+        py::arg("side"), py::arg("seed"), py::arg("seeds"), py::arg("stream"), py::arg("offset"),
+        py::arg("transform"), py::arg("side_kind"), py::arg("side_scale"),
+        py::arg("scratch") = py::none());
   m.def("reparameterize_backward", &reparameterize_backward);
   m.def("gumbel_softmax", &gumbel_softmax);
   m.def("gumbel_softmax_backward", &gumbel_softmax_backward);

@@ -309,7 +309,7 @@ bool denoising_loss(TensorArgument& output, TensorArgument& x0, TensorArgument& 
   if (sigma.is_none() || !ca.read(alpha, output, true) || !cs.read(sigma, output, true) ||
       !cw.read(weight, output, true))
     return false;
-  if (d_output.defined() ? !grad.defined() : !per_sample.defined()) return false;
+  if (!d_output.defined() && !per_sample.defined()) return false;
   if (!vector_of(per_sample, Dtype::f32, batch) || !vector_of(total, Dtype::f32, 1) ||
       !(vector_of(grad, Dtype::f32, 1) || vector_of(grad, Dtype::f32, batch)))
     return false;

@@ -171,6 +171,9 @@ struct type_caster<genfast::TensorArgument> {
   bool load(handle source, bool) {
     if (source.is_none()) return true;
     if (!value.read(source.ptr())) value.device_type = -1;
+#if defined(GENFAST_SIMT)  // tests/simt runs the CUDA kernels on the host
+    if (value.is_cpu()) value.device_type = 2;
+#endif
     return true;
   }
   operator genfast::TensorArgument&() { return value; }

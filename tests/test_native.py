@@ -412,7 +412,7 @@ BAD = {
     "top_p ints": (lambda: genfast.sample_tokens(X, top_p=TWO[:1]), TypeError, ["top_p", "float32", "int64"]),
     "top_p device": (lambda: genfast.sample_tokens(X, top_p=torch.ones(1, device="meta")), ValueError, ["logits on cpu", "top_p on meta"]),
     "min_p": (lambda: genfast.sample_tokens(X, min_p=1.5), ValueError, ["min_p", "<= 1", "1.5"]),
-    "backend": (lambda: genfast.set_backend("cuda"), ValueError, ["backend", "auto", "'cuda'"]),
+    "backend": (lambda: genfast.set_backend("metal"), ValueError, ["backend", "auto", "'metal'"]),
 }  # fmt: skip
 
 

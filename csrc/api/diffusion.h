@@ -104,8 +104,8 @@ struct LossParams {
   double gamma = 5, k = 1;
   TensorView per_sample;  // f32 [B]
   TensorView total;       // f32 [1] or undefined
-  TensorView grad;        // backward: f32 [1] (of the total) or [B]; d_output is written
-  TensorView d_output;    // S
+  TensorView d_output;    // S: gradient of the total; with per_sample too: both in one pass
+  TensorView grad;        // f32 [1] (of the total) or [B] (of per_sample); undefined: 1
   double total_scale = 1;
   int threads = 1;
 };

@@ -12,6 +12,7 @@ struct ReparameterizeParams {
   TensorView mu, logvar;  // same shape S, f32/f16/bf16, any strides
   TensorView y;           // S; undefined: only the side sum is wanted
   TensorView side;        // f32 [rows]; undefined when side_kind is none
+  TensorView scratch;     // CUDA: f64 [rows * parts], parts blocks sum a row; undefined: one block
   Noise noise;
   Transform transform = Transform::none;
   Side side_kind = Side::none;
@@ -71,5 +72,14 @@ struct CategoricalParams {
   Noise noise;
   int threads = 1;
 };
+
+namespace cuda {  // on the device and stream of the first tensor; null, or an error text
+const char* reparameterize(const ReparameterizeParams& p);
+const char* reparameterize_backward(const ReparameterizeBackwardParams& p);
+const char* gumbel_softmax(const GumbelSoftmaxParams& p);
+const char* gumbel_softmax_backward(const GumbelSoftmaxBackwardParams& p);
+const char* relaxed_bernoulli(const RelaxedBernoulliParams& p);
+const char* categorical(const CategoricalParams& p);  // bad rows get index -1: nothing is counted
+}  // namespace cuda
 
 }  // namespace genfast

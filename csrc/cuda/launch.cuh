@@ -1,10 +1,20 @@
-// The one way to start a kernel: grid, block, shared memory, stream and the error text.
+// The one way to start a kernel: grid, block, shared memory, stream and the error text. Nothing
+// here needs nvcc's <<<>>>, so tests/simt can compile the same files as C++ and run them.
 #pragma once
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstdio>
 
 #include "api/tensor.h"
+
+// Shared memory by name: a fixed array type, or what the launch asked for.
+#if !defined(GENFAST_SHARED)
+#define GENFAST_SHARED(type, name) \
+  using name##_type = type;        \
+  __shared__ name##_type name
+#define GENFAST_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
+#endif
 
 namespace genfast::cuda {
 
@@ -13,8 +23,7 @@ class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
     cudaGetDevice(&previous_);
-    if (device != previous_) cudaSetDevice(device);
-    changed_ = device != previous_;
+    changed_ = device != previous_ && cudaSetDevice(device) == cudaSuccess;
   }
   ~DeviceGuard() {
     if (changed_) cudaSetDevice(previous_);
@@ -25,13 +34,52 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-template <class... Args>
-const char* launch(void (*kernel)(Args...), dim3 grid, dim3 block, size_t shared,
-                   const TensorView& on, Args... args) {
+// A text for Python; static or per thread.
+inline const char* error_text(cudaError_t error, int device) {
+  if (error == cudaSuccess) return nullptr;
+  if (error != cudaErrorNoKernelImageForDevice) return cudaGetErrorString(error);
+  static thread_local char text[256];
+  int major = 0, minor = 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  std::snprintf(text, sizeof text,
+                "genfast was built without code for this GPU (sm_%d%d); rebuild with "
+                "GENFAST_CUDA_ARCHS=%d%d-real, or use genfast.set_backend(\"reference\")",
+                major, minor, major, minor);
+  return text;
+}
+
+inline int multiprocessors(int device) {
+  int n = 0;
+  cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device);
+  return n > 0 ? n : 1;
+}
+
+// Returns null or an error text. `on` gives device and stream; no synchronisation.
+template <class... P, class... A>
+const char* launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, const TensorView& on,
+                   A... args) {
   DeviceGuard guard(on.device);
-  kernel<<<grid, block, shared, static_cast<cudaStream_t>(on.stream)>>>(args...);
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  cudaError_t error = cudaSuccess;
+  if (shared > 48 * 1024)  // more than the default needs a word per kernel and device; it is cheap
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(shared));
+  if (error == cudaSuccess) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared;
+    config.stream = static_cast<cudaStream_t>(on.stream);
+    error = cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);
+  }
+  if (error != cudaSuccess) cudaGetLastError();  // ours is reported: leave none behind for torch
+  return error_text(error, on.device);
+}
+
+// Blocks that cover n threads; the grid's x is good for 2^31 - 1 blocks.
+inline dim3 blocks_for(int64_t n, int threads) {
+  const int64_t blocks = (n + threads - 1) / threads;
+  return dim3(static_cast<unsigned>(blocks < 0x7FFFFFFF ? blocks : 0x7FFFFFFF));
 }
 
 }  // namespace genfast::cuda

@@ -1,126 +1,103 @@
-// rng on CUDA: one thread per Philox block, four values a store. Same maths header as the CPU and
+// rng on CUDA: two Philox blocks a thread, 16-byte stores. Same maths header as the CPU and
 // compiled with -fmad=false, so the bits are the same.
-#include "api/rng.h"
-#include "cuda/launch.cuh"
-#include "math/rng.h"
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+#include "cuda/noise.cuh"
 
 namespace genfast::cuda {
 namespace {
 
-struct Shape {  // logical index -> element offset for any strides
-  int ndim;
-  int64_t size[kMaxDims], stride[kMaxDims];
-  __device__ int64_t offset(int64_t index) const {
-    int64_t at = 0;
-    for (int d = ndim - 1; d >= 0; --d) {
-      at += index % size[d] * stride[d];
-      index /= size[d];
-    }
-    return at;
+template <class Map>
+struct Fill {
+  Groups groups;
+  Stage out;
+  Noise noise;
+  uint32_t mask;  // 16-bit uniforms are rounded toward zero, so that [0, 1) holds in every dtype
+
+  __device__ __forceinline__ void operator()(const Group& g) const {
+    float v[kGroup];
+    noise_of<Map>(noise, g, v);
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) v[i] = from_bits(bits(v[i]) & mask);
+    store(out, g.index, g.low, g.high, v);
   }
 };
 
-__device__ void put(void* out, Dtype dtype, int64_t at, float v, Distribution kind) {
-  const bool down = kind == Distribution::uniform;  // [0, 1) in every dtype
-  switch (dtype) {
-    case Dtype::f32:
-      static_cast<float*>(out)[at] = v;
-      break;
-    case Dtype::f64:
-      static_cast<double*>(out)[at] = v;
-      break;
-    case Dtype::f16:
-      static_cast<__half*>(out)[at] = down ? __float2half_rz(v) : __float2half_rn(v);
-      break;
-    default:
-      static_cast<__nv_bfloat16*>(out)[at] = down ? __float2bfloat16_rz(v) : __float2bfloat16_rn(v);
-  }
-}
+// Integers: the 32 x 32 -> 64 multiply-shift of Lemire (bias <= range / 2^32).
+template <class T>
+struct FillIntegers {
+  Groups groups;
+  T* out;  // contiguous
+  Noise noise;
+  int64_t low;
+  uint64_t range;
+  bool raw;
 
-__device__ void values(Distribution kind, const Words<uint32_t>& w, float* v) {
-  const uint32_t word[4] = {w.w0, w.w1, w.w2, w.w3};
-  if (kind == Distribution::normal) {
-    box_muller<float>(w.w0, w.w1, v[0], v[1]);
-    box_muller<float>(w.w2, w.w3, v[2], v[3]);
-    return;
+  __device__ __forceinline__ T value(uint64_t word) const {
+    if (raw) return static_cast<T>(word);
+    const uint64_t scaled = range == (uint64_t{1} << 32) ? word : word * range >> 32;
+    return static_cast<T>(low + static_cast<int64_t>(scaled));
   }
-  for (int i = 0; i < 4; ++i)
-    v[i] = kind == Distribution::uniform       ? uniform<float>(word[i])
-           : kind == Distribution::exponential ? exponential_noise<float>(word[i])
-           : kind == Distribution::gumbel      ? gumbel_noise<float>(word[i])
-                                               : logistic_noise<float>(word[i]);
-}
-
-__global__ void random_kernel(void* out, Dtype dtype, Shape shape, bool dense, int64_t rows,
-                              int64_t cols, Noise noise, Distribution kind, int64_t low,
-                              uint64_t range) {
-  const int64_t skip = noise.offset & 3;
-  const int64_t blocks_per_row = (cols + skip + 3) / 4 + 1;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t t = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-       t < rows * blocks_per_row; t += step) {
-    const int64_t row = t / blocks_per_row, b = t - row * blocks_per_row;
-    const uint64_t seed = noise.seeds == nullptr
-                              ? noise.seed
-                              : static_cast<uint64_t>(noise.seeds[noise.n_seeds > 1 ? row : 0]);
-    const uint64_t block = static_cast<uint64_t>(noise.offset >> 2) + static_cast<uint64_t>(b);
-    const Words<uint32_t> w = philox4x32_10<uint32_t>(
-        static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32),
-        static_cast<uint32_t>(noise.stream), static_cast<uint32_t>(noise.stream >> 32),
-        static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
-    const uint32_t word[4] = {w.w0, w.w1, w.w2, w.w3};
-    const bool integers = kind >= Distribution::integer;
-    float v[4];
-    if (!integers) values(kind, w, v);
-    const int64_t first = b * 4 - skip;
-    if (!integers && dense && dtype == Dtype::f32 && first >= 0 && first + 4 <= cols &&
-        ((row * cols + first) & 3) == 0) {
-      float4* to = reinterpret_cast<float4*>(static_cast<float*>(out) + row * cols + first);
-      *to = make_float4(v[0], v[1], v[2], v[3]);
-      continue;
-    }
-    for (int i = 0; i < 4; ++i) {
-      if (first + i < 0 || first + i >= cols) continue;
-      const int64_t index = row * cols + first + i;
-      const int64_t at = dense ? index : shape.offset(index);
-      if (!integers) {
-        put(out, dtype, at, v[i], kind);
-        continue;
+  __device__ __forceinline__ void operator()(const Group& g) const {
+    const uint64_t seed = seed_of_row(noise, g.seed_row);
+    const Words<uint32_t> a = philox(seed, noise.stream, g.block);
+    const Words<uint32_t> b = philox(seed, noise.stream, g.block + 1);
+    const uint32_t words[kGroup] = {a.w0, a.w1, a.w2, a.w3, b.w0, b.w1, b.w2, b.w3};
+    T* to = out + g.index;
+    constexpr int kPer = 16 / sizeof(T);
+    union Word {
+      uint4 whole;
+      T part[kPer];
+    };
+    if (g.low == 0 && g.high == kGroup && (reinterpret_cast<uintptr_t>(to) & 15) == 0) {
+#pragma unroll
+      for (int i = 0; i < kGroup; i += kPer) {
+        Word w;
+#pragma unroll
+        for (int j = 0; j < kPer; ++j) w.part[j] = value(words[i + j]);
+        *reinterpret_cast<uint4*>(to + i) = w.whole;
       }
-      const int64_t value =
-          kind == Distribution::bits
-              ? static_cast<int64_t>(word[i])
-              : low + static_cast<int64_t>(range == (uint64_t{1} << 32)
-                                               ? word[i]
-                                               : static_cast<uint64_t>(word[i]) * range >> 32);
-      if (dtype == Dtype::i64)
-        static_cast<int64_t*>(out)[at] = value;
-      else
-        static_cast<int32_t*>(out)[at] = static_cast<int32_t>(value);
+      return;
     }
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i)
+      if (i >= g.low && i < g.high) to[i] = value(words[i]);
   }
+};
+
+template <class Map>
+const char* fill(const RandomParams& p, const Groups& groups) {
+  uint32_t mask = ~0u;
+  if (p.distribution == Distribution::uniform)
+    mask = p.out.dtype == Dtype::bf16 ? 0xFFFF0000u : p.out.dtype == Dtype::f16 ? 0xFFFFE000u : ~0u;
+  return launch_groups(Fill<Map>{groups, Stage(p.out), p.noise, mask}, p.out);
+}
+
+template <class T>
+const char* fill_integers(const RandomParams& p, const Groups& groups) {
+  return launch_groups(FillIntegers<T>{groups, static_cast<T*>(p.out.data), p.noise, p.low, p.range,
+                                       p.distribution == Distribution::bits},
+                       p.out);
 }
 
 }  // namespace
 
 const char* random(const RandomParams& p) {
   if (p.out.numel == 0) return nullptr;
-  Shape shape{p.out.ndim, {}, {}};
-  for (int d = 0; d < p.out.ndim; ++d) {
-    shape.size[d] = p.out.shape[d];
-    shape.stride[d] = p.out.strides[d];
+  const Groups groups(p.out.numel, noise_rows(p.noise, p.out), p.noise);
+  switch (p.distribution) {
+    case Distribution::uniform:
+      return fill<UniformMap>(p, groups);
+    case Distribution::normal:
+      return fill<NormalMap>(p, groups);
+    case Distribution::exponential:
+      return fill<ExponentialMap>(p, groups);
+    case Distribution::gumbel:
+      return fill<GumbelMap>(p, groups);
+    case Distribution::logistic:
+      return fill<LogisticMap>(p, groups);
+    default:
+      return p.out.dtype == Dtype::i64 ? fill_integers<int64_t>(p, groups)
+                                       : fill_integers<int32_t>(p, groups);
   }
-  const bool dense = is_contiguous(p.out) && (reinterpret_cast<uintptr_t>(p.out.data) & 15) == 0;
-  const int64_t rows = p.noise.n_seeds > 1 && p.out.ndim > 0 ? p.out.shape[0] : 1;
-  const int64_t cols = p.out.numel / rows;
-  const int64_t threads = rows * ((cols + 3) / 4 + 2);
-  const int64_t blocks = (threads + 255) / 256;
-  const unsigned grid = static_cast<unsigned>(blocks < 132 * 16 ? blocks : 132 * 16);
-  return launch(random_kernel, dim3(grid), dim3(256), 0, p.out, p.out.data, p.out.dtype, shape,
-                dense, rows, cols, p.noise, p.distribution, p.low, p.range);
 }
 
 }  // namespace genfast::cuda

@@ -1,6 +1,8 @@
 """Which implementation runs. `auto`: the native kernel where one exists and PyTorch is not faster,
-then on a GPU the Triton kernel, else the composite; `triton`: Triton kernels, else the composite;
-`reference`: plain PyTorch for everything (the noise stays the contract's).
+then on a GPU the Triton kernel, else the composite; `cuda`: as `auto`, but CUDA tensors take the
+CUDA C++ kernels first, which `auto` does not choose before benchmarks/results holds a run of them
+on a GPU; `triton`: Triton kernels, else the composite; `reference`: plain PyTorch for everything
+(the noise stays the contract's).
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import torch
 
 from genfast._native import _C
 
-BACKENDS = ("auto", "triton", "reference")
+BACKENDS = ("auto", "cuda", "triton", "reference")
 _HAVE_CUDA = _C.build_info()["cuda"]
 _HAVE_TRITON = importlib.util.find_spec("triton") is not None
 # Decides at the first import of the kernels, for good: they then run on the CPU, for tests.
@@ -81,18 +83,27 @@ _choose("auto")
 
 
 def set_backend(name: str) -> None:
-    """Forces every genfast function to one backend: "auto", "triton" or "reference" (ValueError
-    otherwise, and for "triton" where the package is missing).
+    """Forces every genfast function to one backend: "auto", "cuda", "triton" or "reference".
+
+    ValueError for another name, for "cuda" where the package was built without CUDA, and for
+    "triton" where that package is missing.
 
     The environment variable GENFAST_BACKEND sets the same at import.
     """
     if name not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    if name == "cuda" and not _HAVE_CUDA:
+        raise ValueError(
+            'backend: "cuda" needs a package built with CUDA, and this one is for the CPU; '
+            "rebuild it with GENFAST_CUDA=ON and nvcc on the PATH"
+        )
     if name == "triton" and not _HAVE_TRITON:
         raise ValueError("backend: triton is not installed; pip install genfast[triton]")
     _state["name"] = name
     _choose(name)
-    _C.force_slow_road(name != "auto")  # so that the fast roads never have to look
+    # So that the fast roads never have to look.
+    _C.force_slow_road(name in ("triton", "reference"))
+    _C.enable_cuda(name == "cuda")
 
 
 def get_backend() -> str:
@@ -118,7 +129,9 @@ def has_kernels(device: torch.device) -> bool:
     """There are kernels, native or Triton, for tensors on `device`."""
     if _state["name"] == "triton":
         return triton_runs(device)
-    return device.type == "cpu" or (device.type == "cuda" and (_HAVE_CUDA or _HAVE_TRITON))
+    return device.type == "cpu" or (
+        device.type == "cuda" and (_HAVE_TRITON or _state["name"] == "cuda")
+    )
 
 
 if os.environ.get("GENFAST_BACKEND"):

@@ -4,7 +4,8 @@ Notation: q (B, Hq, Sq, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, Dv); query head h 
 head h // (Hq // Hkv).
 
     S = scale q kᵀ;   S = softcap tanh(S / softcap);   S = S - slope |i + offset - j| + mask
-    key j is visible to query i when  -left <= j - (i + offset) <= right  (a negative side is unbounded)
+    key j is visible to query i when  -left <= j - (i + offset) <= right
+    (a negative side is unbounded)
     LSE = log(Σ_j exp(S) + exp(sink));   P = exp(S - LSE);   out = dropout(P) v
 
 A row that sees no key gives out = 0, LSE = -inf (or the sink) and zero gradients. Differentiable
@@ -172,7 +173,8 @@ def attention_with_kvcache(
     alibi_slopes: torch.Tensor | None = None,
     **options,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Append k, v (B, Hkv, S_new, D) to the cache **in place**, then attend with the diagonal at the bottom right.
+    """Append k, v (B, Hkv, S_new, D) to the cache **in place**, then attend with the diagonal at
+    the bottom right.
 
     k_cache (B_cache, Hkv, capacity, D), or pages (pages, Hkv, page_size, D) with block_table
     (B, blocks). New rows go to cache_seqlens[b] + 0, 1, …; keys are rows leftpad[b] …

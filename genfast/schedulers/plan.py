@@ -121,6 +121,7 @@ class Step(NamedTuple):
     needs_noise: bool
     input_scale: float
     timestep: int | float
+    table: torch.Tensor  # plan.table_on("cpu")
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,8 +254,8 @@ class SolverPlan:
     def table_on(self, device="cpu", dtype=torch.float32) -> torch.Tensor:
         """The table for `genfast.diffusion_step`, (R, 36), made once per device and dtype.
 
-        Where x0 is neither clamped nor thresholded its coefficients are folded into those of x and m
-        in float64: fewer terms, and no cancellation in fp32 between d_x x and d_m m near t = T.
+        Where x0 is neither clamped nor thresholded its coefficients are folded into those of x and
+        m in float64: fewer terms, and no cancellation in fp32 between d_x x and d_m m near t = T.
         """
         key = (str(device), dtype)
         found = self._tables.get(key)
@@ -293,6 +294,7 @@ class SolverPlan:
             needs_noise=index[NOISE] == NOISE_USED,
             input_scale=float(self.table[row, INPUT_SCALE]),
             timestep=self.timestep(row),
+            table=self.table_on("cpu"),
         )
 
     def noise_std(self, row: int) -> float:

@@ -19,6 +19,7 @@ from genfast.ops.rng import randn, randn_like
 from .plan import D_M, D_X, VARIANCE, SolverPlan
 
 _VARIANCE_NAMES = tuple(VARIANCE)
+_empty_like = torch.empty_like
 _LEARNED = tuple((code, *[None] * 7) if code else None for code in VARIANCE.values())
 
 
@@ -50,6 +51,7 @@ def step(
     stream: int = 0,
     weights=None,
     denoised: bool = False,
+    recycle: bool = False,
 ) -> SolverState:
     """Advance ``state`` by one row, given the model output m (B, ...). Returns a new state; the old
     one stays valid.
@@ -58,28 +60,48 @@ def step(
     noise: N(0, 1) like x, needed where plan.needs_noise(state.row); or seed, stream: the row draws
         its noise of (seed, stream + row) in the same pass.
     denoised: also compute the estimate of x0.
+    recycle: new history entries may overwrite the old state's, which is then no longer valid; its x
+        stays. Saves fresh memory, most of a step's time on tensors of many MB.
     """
-    r = state.row
-    steps = plan.steps
+    r, x, history = state.row, state.x, state.history
+    steps = plan._steps or plan.steps
     if not 0 <= r < len(steps):
         raise ValueError(f"state.row: expected 0..{len(plan) - 1}, got {r}; the plan is finished")
-    row, x = steps[r], state.x
-    if noise is None and row.needs_noise and seed is None:
+    row = steps[r]
+    if not row.needs_noise:
+        noise = seed = None
+    elif noise is None and seed is None:
         raise ValueError(
             f"noise: row {r} of {plan.name} needs a tensor of shape {tuple(x.shape)}, got None; "
             "pass noise= or seed="
         )
-    history = state.history
-    if row.reads:
-        read = tuple([h if used else None for h, used in zip(history, row.reads, strict=True)])
-    else:
-        read = ()
+    read = row.reads
+    if read:
+        if len(history) != plan.slots:
+            raise ValueError(
+                f"state.history: expected {plan.slots} places for {plan.name}, got {len(history)}; "
+                "start with SolverState.start(plan, x_T)"
+            )
+        read = tuple([h if used else None for h, used in zip(history, read, strict=True)])
     outputs = row.outputs_denoised if denoised else row.outputs
-    if not row.needs_noise:
-        noise = seed = None
     outs = None
     if weights is None and plan.threshold is None and not is_compiling():
-        outs = _direct(plan, r, row, x, m, read, noise, seed, stream, outputs)
+        try:  # the kernel without ceremony; it refuses other devices and anything unusual
+            if gate(x, m, noise, *read) == DIRECT and (seed is None or type(seed) is int):
+                outs = (
+                    (_empty_like(x),)
+                    if outputs == 1
+                    else tuple([_empty_like(x) for _ in range(outputs)])
+                )
+                if recycle and row.writes:
+                    outs = _recycled(outs, row, history)
+                if not _C.diffusion_step(
+                    outs, x, (m,), None, row.table, None, r, read, noise, seed or 0, None,
+                    stream + r, 0, seed is not None, _LEARNED[row.variance],
+                ):  # fmt: skip
+                    outs = None
+        except (TypeError, ValueError, AttributeError):
+            outs = None  # the public function names the argument
     if outs is None:
         outs = _public(plan, r, row, x, m, read, noise, seed, stream, weights, outputs)
     if row.writes:
@@ -87,25 +109,18 @@ def step(
         for output, slot in row.writes:
             history[slot] = outs[output]
     place = row.denoised
-    return SolverState(
-        outs[0], history, r + 1, outs[place] if denoised and place >= 0 else None
-    )
+    return SolverState(outs[0], history, r + 1, outs[place] if denoised and place >= 0 else None)
 
 
-def _direct(plan, r, row, x, m, read, noise, seed, stream, outputs):
-    """The kernel without ceremony: ~3 us a step. None when anything is unusual."""
-    try:
-        if gate(x, m, noise, *read) != DIRECT or (seed is not None and type(seed) is not int):
-            return None
-        outs = tuple([torch.empty_like(x) for _ in range(outputs)])
-        if _C.diffusion_step(
-            outs, x, (m,), None, plan.table_on(x.device), None, r, read, noise, seed or 0, None,
-            stream + r, 0, seed is not None, _LEARNED[row.variance],
-        ):  # fmt: skip
-            return outs
-    except (TypeError, ValueError, AttributeError):
-        pass  # the public function names the argument
-    return None
+def _recycled(outs, row, history):
+    """Outputs with the old entries' memory for those that replace them."""
+    outs = list(outs)
+    for output, slot in row.writes:
+        old = history[slot]
+        if old is not None and old.dtype == outs[output].dtype and not old.is_inference():
+            outs[output] = old
+            torch.autograd.graph.increment_version(old)  # autograd must see the overwrite
+    return tuple(outs)
 
 
 def _public(plan, r, row, x, m, read, noise, seed, stream, weights, outputs):
@@ -168,7 +183,9 @@ def step_batch(
     sizes = [s.x.shape[0] for s in states]
     x = torch.cat([s.x for s in states])
     if m.shape[0] != x.shape[0]:
-        raise ValueError(f"m: expected {x.shape[0]} samples for {len(states)} requests, got {m.shape[0]}")
+        raise ValueError(
+            f"m: expected {x.shape[0]} samples for {len(states)} requests, got {m.shape[0]}"
+        )
     table = torch.cat(
         [p.table_on(x.device)[s.row : s.row + 1] for p, s in zip(plans, states, strict=True)]
     )
@@ -258,6 +275,7 @@ def sample(
     if not x_T.is_floating_point():
         raise TypeError(f"x_T: expected a floating point tensor, got {x_T.dtype}")
     options = guidance if isinstance(guidance, dict) else dict(scale=guidance)
+    private = callback is None and state is None  # nobody else holds the history
     state = state or SolverState.start(plan, x_T)
     rows = range(state.row, len(plan))
     if progress:
@@ -267,7 +285,9 @@ def sample(
     for r in rows:
         row = plan.steps[r]
         x = state.x
-        m = model(x if row.input_scale == 1.0 else scale_model_input(x, row.input_scale), row.timestep)
+        m = model(
+            x if row.input_scale == 1.0 else scale_model_input(x, row.input_scale), row.timestep
+        )
         weights = None
         if guidance is not None:
             if not (isinstance(m, (tuple, list)) and len(m) == 2):
@@ -285,7 +305,7 @@ def sample(
             noise = _draw(x, r, seed, stream, generator)
         state = step(
             plan, state, m, noise=noise, seed=seed, stream=stream, weights=weights,
-            denoised=callback is not None,
+            denoised=callback is not None, recycle=private,
         )  # fmt: skip
         if callback is not None:
             state = callback(r, state) or state
@@ -297,7 +317,9 @@ def _weights(m, x, row, options):
     variance only the first half of the channels is guided.
     """
     scale = options.get("scale", 1.0)
-    plain = set(options) <= {"scale", "method", "original"} and options.get("method", "cfg") == "cfg"
+    plain = (
+        set(options) <= {"scale", "method", "original"} and options.get("method", "cfg") == "cfg"
+    )
     if plain and isinstance(scale, (int, float)):
         w = float(scale)
         return (1.0 + w, -w) if options.get("original") else (w, 1.0 - w)

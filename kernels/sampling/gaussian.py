@@ -198,9 +198,9 @@ def _split(side, seeds) -> bool:
 
 
 def reparameterize(
-    mu, logvar, y, side, seed, seeds, stream, offset, transform, side_kind, side_scale
+    mu, logvar, y, side, seed, seeds, stream, offset, transform, side_kind, side_scale, scratch=None
 ) -> bool:
-    """Arguments of the native entry point of this name."""
+    """Arguments of the native entry point of this name (scratch is the CUDA kernel's)."""
     sums = ((side, torch.float32, mu.shape[0] if mu.dim() else 1),)
     if not takes(mu, logvar, y, seeds=seeds, small=sums, offset=offset):
         return False

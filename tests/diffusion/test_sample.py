@@ -113,9 +113,27 @@ def test_learned_variance_and_thresholding():
     torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-3)
 
 
+def test_recycled_histories_change_nothing():
+    """The loop overwrites dead history; a loop with a callback keeps every tensor."""
+    for name in ("dpm", "unipc", "sa", "pndm"):
+        plan = PLANS[name](8)
+        x_T = genfast.randn(2, 3, 1025, seed=1)
+        kept = S.sample(model, plan, x_T, seed=5, callback=lambda r, s: None)
+        assert torch.equal(S.sample(model, plan, x_T, seed=5), kept)
+        half = S.SolverState.start(plan, x_T)
+        for _ in range(4):
+            half = S.step(plan, half, model(half.x, plan.timestep(half.row)), seed=5)
+        before = [None if h is None else h.clone() for h in half.history]
+        S.sample(model, plan, x_T, seed=5, state=half)
+        for a, b in zip(half.history, before, strict=True):
+            assert a is b is None or torch.equal(a, b)
+
+
 def test_callback_gets_the_estimate():
     plan, seen = S.ddim_plan(5), []
-    S.sample(model, plan, genfast.randn(1, 3, 4, seed=1), callback=lambda r, s: seen.append(s.denoised))
+    S.sample(
+        model, plan, genfast.randn(1, 3, 4, seed=1), callback=lambda r, s: seen.append(s.denoised)
+    )
     assert len(seen) == 5 and all(d is not None and d.shape == (1, 3, 4) for d in seen)
 
 
@@ -156,14 +174,19 @@ def test_step_is_differentiable():
     state = S.SolverState.start(plan, y)
     for _ in range(3):
         state = S.step(plan, state, model(state.x, 5), seed=1)
-    torch.testing.assert_close(g.double(), torch.autograd.grad(state.x.sum(), y)[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        g.double(), torch.autograd.grad(state.x.sum(), y)[0], rtol=1e-4, atol=1e-4
+    )
 
 
 BAD = [
     ("plans, states", lambda p, s, m: S.step_batch([p], [s, s], m)),
     ("seeds", lambda p, s, m: S.step_batch([p], [s], m)),
     ("m:", lambda p, s, m: S.step_batch([p], [s], m[:1], seeds=[1])),
-    ("must be stepped alone", lambda p, s, m: S.step_batch([S.ddpm_plan(4, variance="learned_range")], [s], m, seeds=[1])),  # noqa: E501
+    (
+        "must be stepped alone",
+        lambda p, s, m: S.step_batch([S.ddpm_plan(4, variance="learned_range")], [s], m, seeds=[1]),
+    ),  # noqa: E501
     ("m:", lambda p, s, m: S.step(p, s, m[:1], seed=1)),
     ("noise:", lambda p, s, m: S.step(p, s, m)),
 ]

@@ -1,4 +1,4 @@
-"""The affine step, judged against the reference in float64; its gradients; its roads. About 25 s."""
+"""The affine step, judged against the reference in float64; gradients; roads. About 10 s."""
 
 import math
 

@@ -52,8 +52,8 @@ struct Append {
         rotated_row(k, to, position(b, i));
       else
         __builtin_memcpy(to, k, a.D * bytes);
-      __builtin_memcpy(row_at(a.v_cache, a.dtype, entry, h, row),
-                       row_at(a.v_new, a.dtype, b, h, i), a.Dv * bytes);
+      __builtin_memcpy(row_at(a.v_cache, a.dtype, entry, h, row), row_at(a.v_new, a.dtype, b, h, i),
+                       a.Dv * bytes);
     }
   }
 

@@ -23,7 +23,8 @@ void forward(const AttentionParams& p) {
   const double flops = 2.0 * (p.D + p.Dv) * f.longest_k * f.longest_q * (p.Hq / p.Hkv) /
                        static_cast<double>(f.groups * f.splits);
   int64_t grain = 1;
-  while (grain < 64 && flops * grain < 2e6 && grain * 2 * 4 * (p.threads > 0 ? p.threads : 8) <= tasks)
+  while (grain < 64 && flops * grain < 2e6 &&
+         grain * 2 * 4 * (p.threads > 0 ? p.threads : 8) <= tasks)
     grain *= 2;
   const int threads = flops * tasks < 4e5 ? 1 : p.threads;
   const int64_t bundles = (tasks + grain - 1) / grain;
@@ -76,15 +77,13 @@ void backward(const AttentionGradParams& g) {
   const AttentionParams& p = g.p;
   Backward f(g);
   if (p.B == 0 || p.Hq == 0) return;
-  const double flops =
-      2.0 * p.B * p.Hq * f.longest_q * f.longest_k * (3.0 * p.D + 2.0 * p.Dv);
+  const double flops = 2.0 * p.B * p.Hq * f.longest_q * f.longest_k * (3.0 * p.D + 2.0 * p.Dv);
   const int threads = flops < 4e5 ? 1 : p.threads;
   Arena sizes;
   const auto take = [&](Arena& a) {
     f.lse2 = a.take<float>(p.B * p.Hq * f.longest_q);
     f.delta = a.take<float>(p.B * p.Hq * f.longest_q);
-    if (f.splits > 1)
-      f.part_dq = a.take<float>(f.splits * p.B * p.Hkv * f.group_rows() * f.ldq);
+    if (f.splits > 1) f.part_dq = a.take<float>(f.splits * p.B * p.Hkv * f.group_rows() * f.ldq);
   };
   take(sizes);
   Memory memory(sizes.used);
@@ -94,8 +93,7 @@ void backward(const AttentionGradParams& g) {
   run_with_scratch(f, false, p.B * p.Hkv * f.splits, threads,
                    [&](const BackwardScratch& x, int64_t task) { f.run_task(task, x); });
   if (f.splits > 1)
-    parallel_for(p.B * p.Hkv, threads,
-                 [&](int64_t bh) { f.merge_dq(bh / p.Hkv, bh % p.Hkv); });
+    parallel_for(p.B * p.Hkv, threads, [&](int64_t bh) { f.merge_dq(bh / p.Hkv, bh % p.Hkv); });
   if (g.dsinks != nullptr)
     parallel_for(p.Hq, threads, [&](int64_t head) { f.sink_gradient(head); });
   if (g.dmask.data != nullptr)

@@ -21,11 +21,11 @@ constexpr int BK = 96;
 struct BackwardScratch {
   const char** rows;
   Tile* tile;
-  float *kt, *vt, *kp;       // K and V by columns, K by panels
-  float *q, *dout;           // rows of a tile; q times scale * log2(e)
-  float *P, *dS, *slope;     // [BR][lds]; slope: derivative of the softcap
-  float *dk, *dv, *dq;       // [BK][ldq], [BK][ldo], [rows][ldq]
-  float *sums;               // mask gradient: [Sq or 1][BK]
+  float *kt, *vt, *kp;    // K and V by columns, K by panels
+  float *q, *dout;        // rows of a tile; q times scale * log2(e)
+  float *P, *dS, *slope;  // [BR][lds]; slope: derivative of the softcap
+  float *dk, *dv, *dq;    // [BK][ldq], [BK][ldo], [rows][ldq]
+  float* sums;            // mask gradient: [Sq or 1][BK]
 };
 
 struct Backward {
@@ -399,10 +399,9 @@ struct Backward {
     const int n = every_j ? 1 : static_cast<int>(left < BK ? left : BK);
     for (int64_t i = 0; i < mask_rows(); ++i)
       scatter_f32(x.sums + i * (BK + W), n,
-                  static_cast<char*>(m.data) +
-                      (mb * m.b_stride + mh * m.h_stride + i * m.i_stride +
-                       block * BK * m.j_stride) *
-                          dtype_bytes(m.dtype),
+                  static_cast<char*>(m.data) + (mb * m.b_stride + mh * m.h_stride + i * m.i_stride +
+                                                block * BK * m.j_stride) *
+                                                   dtype_bytes(m.dtype),
                   m.dtype, m.j_stride);
   }
 };

@@ -44,8 +44,7 @@ struct LoadF16 {
     return (f32v)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(row + 2 * d)));
 #else
     f32v v;
-    for (int i = 0; i < W; ++i)
-      v[i] = f32_of_f16(reinterpret_cast<const uint16_t*>(row)[d + i]);
+    for (int i = 0; i < W; ++i) v[i] = f32_of_f16(reinterpret_cast<const uint16_t*>(row)[d + i]);
     return v;
 #endif
   }
@@ -118,11 +117,11 @@ GENFAST_INLINE int dot_rows(int r, int rows, const float* q, int64_t ldq, const 
     int k = 0;
     const char* const* ahead = r == 0 ? values : nullptr;
     for (; k + K <= count; k += K)
-      dot_block<Load, R, K>(q + r * ldq, ldq, keys + k, ahead != nullptr ? ahead + k : nullptr,
-                            dim, value_bytes, s + r * lds + k, lds);
+      dot_block<Load, R, K>(q + r * ldq, ldq, keys + k, ahead != nullptr ? ahead + k : nullptr, dim,
+                            value_bytes, s + r * lds + k, lds);
     for (; k < count; ++k)
-      dot_block<Load, R, 1>(q + r * ldq, ldq, keys + k, ahead != nullptr ? ahead + k : nullptr,
-                            dim, value_bytes, s + r * lds + k, lds);
+      dot_block<Load, R, 1>(q + r * ldq, ldq, keys + k, ahead != nullptr ? ahead + k : nullptr, dim,
+                            value_bytes, s + r * lds + k, lds);
   }
   return r;
 }
@@ -178,8 +177,7 @@ inline void weigh_rows(const float* weights, int64_t ldw, const char* const* val
     weigh_block<Load, R, C, false>(weights, ldw, values, n, alpha, o, ldo, d, 0);
   for (; d + W <= dim; d += W)
     weigh_block<Load, R, 1, false>(weights, ldw, values, n, alpha, o, ldo, d, 0);
-  if (d < dim)
-    weigh_block<Load, R, 1, true>(weights, ldw, values, n, alpha, o, ldo, d, dim - d);
+  if (d < dim) weigh_block<Load, R, 1, true>(weights, ldw, values, n, alpha, o, ldo, d, dim - d);
 }
 
 // kWeighKeys value rows at a time, so that they are read once: 8 KiB of fp32 at Dv = 128.

@@ -59,8 +59,8 @@ struct Forward {
     tiles_per_task = p.D + p.Dv <= 256 ? 6 : 3;
     if (tiles_per_task > tiles_per_head) tiles_per_task = tiles_per_head > 0 ? tiles_per_head : 1;
     const int threads = p.threads > 0 ? p.threads : 8;
-    while (tiles_per_task > 1 && heads * ((tiles_per_head + tiles_per_task - 1) / tiles_per_task) <
-                                     12 * threads)
+    while (tiles_per_task > 1 &&
+           heads * ((tiles_per_head + tiles_per_task - 1) / tiles_per_task) < 12 * threads)
       --tiles_per_task;  // the last task to finish then costs a few percent
     groups = (tiles_per_head + tiles_per_task - 1) / tiles_per_task;
     constexpr int64_t kWantedTiles = 64, kLeastKeys = 512;
@@ -119,12 +119,9 @@ struct Forward {
       const Span span = spans[r / MR];
       if (span.lo >= span.hi) continue;
       float* row = scores + r * lds;
-      if (options)
-        mods.apply(t.head[r], t.position[r], first, span.lo, span.hi, row, nullptr);
-      const float block_max =
-          horizontal_max(options || !span.full
-                             ? mask_edges(t.keys[r], first, span.lo, span.hi, row)
-                             : most[r]);
+      if (options) mods.apply(t.head[r], t.position[r], first, span.lo, span.hi, row, nullptr);
+      const float block_max = horizontal_max(
+          options || !span.full ? mask_edges(t.keys[r], first, span.lo, span.hi, row) : most[r]);
       const float m = st.m[r] > block_max ? st.m[r] : block_max;
       const float base = m == -kInf ? 0.0f : m;
       alpha[r] = m == st.m[r] ? 1.0f : __builtin_exp2f(st.m[r] - base);

@@ -92,11 +92,11 @@ inline void key_rows(const AttentionParams& p, const AttentionRows& t, const Seq
 // The rows of one tile and what they see.
 struct Tile {
   int n = 0;
-  KeyRange seen{0, 0};     // union over rows
-  int32_t head[BR];        // query head
-  int64_t position[BR];    // within the sequence
-  KeyRange keys[BR];       // visible keys
-  KeyRange any[BR / MR];   // per MR rows: keys some row sees
+  KeyRange seen{0, 0};      // union over rows
+  int32_t head[BR];         // query head
+  int64_t position[BR];     // within the sequence
+  KeyRange keys[BR];        // visible keys
+  KeyRange any[BR / MR];    // per MR rows: keys some row sees
   KeyRange every[BR / MR];  // keys every row sees
 };
 

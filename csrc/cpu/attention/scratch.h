@@ -28,7 +28,9 @@ class Memory {
 class Slots {
  public:
   Slots(int count, int64_t bytes)
-      : count_(count < kMost ? count : kMost), bytes_(round_up(bytes, 4096) + 64), memory_(count_ * bytes_) {}
+      : count_(count < kMost ? count : kMost),
+        bytes_(round_up(bytes, 4096) + 64),
+        memory_(count_ * bytes_) {}
 
   template <class Fn>
   void with(Fn&& fn) {

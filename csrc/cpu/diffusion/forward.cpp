@@ -30,7 +30,7 @@ void diffusion_mix(const MixParams& p) {
 }
 
 void denoising_loss(const LossParams& p) {
-  const bool backward = p.d_output.defined();
+  const bool backward = p.d_output.defined(), forward = p.per_sample.defined();
   const Stage output(p.output), clean(p.x0), z(p.z), d_output(p.d_output);
   if (backward) advise(p.d_output);
   const int64_t batch = batch_of(p.output), noisy = noise_rows(p.noise, p.output);
@@ -40,7 +40,7 @@ void denoising_loss(const LossParams& p) {
   const bool needs_x0 = p.prediction != Prediction::epsilon;
   const int64_t per_row = (cols + kChunk - 1) / kChunk;
   std::unique_ptr<double[]> partial;
-  if (!backward) partial.reset(new double[rows * per_row + 1]);
+  if (forward) partial.reset(new double[rows * per_row + 1]);
 
   const auto weight_of = [&](int64_t b) {
     if (p.weighting == Weighting::given) return value_of(p.weight, b);
@@ -82,25 +82,32 @@ void denoising_loss(const LossParams& p) {
           return differences(std::integral_constant<Prediction, Prediction::flow>{}, scale, to);
       }
     };
+    float* to = forward || !backward ? staged.data : d_output.target(at, n, staged);
+    float scale = 1.0f;
     if (backward) {
-      const double g = p.grad.numel > 1 ? grad[b] : grad[0];
-      float* to = d_output.target(at, n, staged);
-      run(static_cast<float>(2.0 * g * weight_of(b) * p.total_scale / static_cast<double>(cols)),
-          to);
-      d_output.store(at, n, to);
-    } else {
-      run(1.0f, staged.data);
-      for (int i = n; i < ((n + 7) & ~7); ++i) staged.data[i] = 0.0f;
+      const double g = !p.grad.defined() ? 1.0 : p.grad.numel > 1 ? grad[b] : grad[0];
+      scale =
+          static_cast<float>(2.0 * g * weight_of(b) * p.total_scale / static_cast<double>(cols));
+    }
+    run(forward ? 1.0f : scale, to);
+    if (forward) {
+      for (int i = n; i < ((n + 7) & ~7); ++i) to[i] = 0.0f;
       f64x8 sum{};
       for (int i = 0; i < n; i += 8) {
-        const f64x8 d = widen(staged.data + i);
+        const f64x8 d = widen(to + i);
         sum += d * d;
       }
       partial[c] = total(sum);
+      if (backward) {  // the same rounding as in a pass of its own
+        float* home = d_output.target(at, n, staged);
+        for (int i = 0; i < n; i += W) store(home + i, load(to + i) * scale);
+        to = home;
+      }
     }
+    if (backward) d_output.store(at, n, to);
   });
 
-  if (backward) return;
+  if (!forward) return;
   float* per_sample = static_cast<float*>(p.per_sample.data);
   double all = 0;
   for (int64_t b = 0; b < rows; ++b) {

@@ -52,15 +52,15 @@ void guidance_weights(const GuidanceParams& p) {
   }
 }
 
-// Magnitudes order as their bits do: a histogram of the upper half of the bits finds the bin of the
-// wanted rank, a second pass collects that bin (and the next, for the interpolation).
+// Magnitudes order as their bits do: a histogram of the upper bits finds the bin of the wanted
+// rank, a second pass collects that bin (and the next, for the interpolation).
 void dynamic_threshold(const ThresholdParams& p) {
   const Stage x(p.x), m(p.m);
   const bool convert = p.m.defined();
   const int64_t batch = batch_of(p.x), n = batch > 0 ? p.x.numel / batch : 0;
   if (n == 0) return;
-  constexpr int kBins = 1 << 15, kShift = 16;  // sign is 0: 31 bits, 15 of them the bin
-  constexpr int kInfinite = 0x7F80;            // bins from here on hold inf and NaN
+  constexpr int kBins = 1 << 12, kShift = 19;  // sign is 0; a bin is an eighth of an octave
+  constexpr int kInfinite = 0xFF0;             // bins from here on hold inf and NaN
   constexpr int64_t kSplits = 8;
   const int64_t chunks = (n + kChunk - 1) / kChunk;
   const int64_t splits = std::min(kSplits, std::max<int64_t>(1, chunks / 16));

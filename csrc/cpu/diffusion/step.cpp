@@ -65,13 +65,16 @@ struct Guided {
   float weight(int64_t sample, int j) const { return per_sample(weights, sample, count, j, 1.0f); }
   const float* load(int64_t at, int n, int64_t sample, Chunk* buffers) const {
     if (count == 1 && !weights.defined()) return stage[0].load(at, n, buffers[0]);
+    combine(at, n, sample, buffers, buffers[kModels].data);
+    return buffers[kModels].data;
+  }
+  void combine(int64_t at, int n, int64_t sample, Chunk* buffers, float* to) const {
     Terms terms;
     for (int j = 0; j < count; ++j) {
       const float w = weight(sample, j);
       if (w != 0.0f) terms.add(stage[j].load(at, n, buffers[j]), w);
     }
-    terms.sum(n, buffers[kModels].data);
-    return buffers[kModels].data;
+    terms.sum(n, to);
   }
 };
 
@@ -89,9 +92,85 @@ bool overlaps_a_source(const StepParams& p) {
   return false;
 }
 
+const float* flat(const TensorView& t) {
+  return t.dtype == Dtype::f32 && is_contiguous(t) ? static_cast<const float*>(t.data) : nullptr;
+}
+
+// The everyday cases without staging: contiguous fp32, one row for all, no clamp, nothing drawn; or
+// guidance alone. On a 64 KiB latent chunk by chunk work costs as much again as the sums
+// themselves.
+bool flat_step(const StepParams& p) {
+  if (p.index.defined() || p.mask.defined() || p.log_prob.defined() || p.threshold.defined() ||
+      p.variance != Variance::fixed)
+    return false;
+  int outputs = 0;
+  while (outputs < kOutputs && p.out[outputs].defined()) ++outputs;
+  for (int o = 0; o < outputs; ++o)
+    if (flat(p.out[o]) == nullptr) return false;
+  const float* row = static_cast<const float*>(p.table.data) + p.row * kRowColumns;
+  const unsigned reads = reads_of(row, outputs);
+  Terms terms[kOutputs];
+  int64_t rows = 1;
+  if (p.weights.defined()) {
+    if (reads != 1u << kM || outputs > 1 || output_row(row, 0)[kM] != 1.0f) return false;
+    int models = 0;
+    for (; models < kModels && p.models[models].defined(); ++models) {
+      terms[0].source[models] = flat(p.models[models]);
+      terms[0].c[models] = static_cast<const float*>(p.weights.data)[models];
+      if (terms[0].source[models] == nullptr) return false;
+    }
+    terms[0].n = models;
+    if (p.weights.numel > models) rows = batch_of(p.x);
+  } else {
+    if (reads & 1u << kX0 || (reads & 1u << kZ && !p.z.defined())) return false;
+    for (int s = 0; s < kSources; ++s) {
+      if (!(reads & 1u << s)) continue;
+      const TensorView& t = s == kX   ? p.x
+                            : s == kM ? p.models[0]
+                            : s == kZ ? p.z
+                                      : p.history[s - kH1];
+      const float* source = flat(t);
+      if (source == nullptr) return false;
+      for (int o = 0; o < outputs; ++o) terms[o].add(source, output_row(row, o)[s]);
+    }
+    for (int o = 0; o < outputs; ++o)  // in place: nothing is overwritten that is read later
+      for (int later = o + 1; later < outputs; ++later)
+        for (int k = 0; k < terms[later].n; ++k)
+          if (terms[later].source[k] == p.out[o].data) return false;
+  }
+  for (int o = 0; o < outputs; ++o) advise(p.out[o]);
+
+  const int64_t block = outputs > 1 ? kChunk : 8 * kChunk, n = rows > 0 ? p.x.numel / rows : 0;
+  const int threads = threads_for(p.x, false, p.threads);
+  const int64_t per_row = (n + block - 1) / block, blocks = rows * per_row;
+  const int64_t tasks = threads == 1 ? 1 : std::min<int64_t>(blocks, 8 * std::max(threads, 1));
+  parallel_for(tasks, threads, [&](int64_t task) {
+    for (int64_t b = blocks * task / tasks; b < blocks * (task + 1) / tasks; ++b) {
+      const int64_t r = b / per_row, first = (b - r * per_row) * block, at = r * n + first;
+      const int count = static_cast<int>(std::min(block, n - first)), whole = count / W * W;
+      for (int o = 0; o < outputs; ++o) {
+        Terms here;
+        for (int k = 0; k < terms[o].n; ++k) {
+          const float* w = static_cast<const float*>(p.weights.data) + r * terms[o].n;
+          here.add(terms[o].source[k] + at, p.weights.defined() ? w[k] : terms[o].c[k]);
+        }
+        float* to = static_cast<float*>(p.out[o].data) + at;
+        if (whole > 0) here.sum(whole, to);
+        for (int i = whole; i < count; ++i) {  // the last few, in the same order
+          float a = here.n > 0 ? here.source[0][i] * here.c[0] : 0.0f;
+          for (int k = 1; k < here.n; ++k) a = a + here.source[k][i] * here.c[k];
+          to[i] = a;
+        }
+      }
+    }
+  });
+  return true;
+}
+
 }  // namespace
 
 void diffusion_step(const StepParams& p) {
+  if (flat_step(p)) return;
   const bool judge = p.log_prob.defined(), blend = p.mask.defined();
   const bool dynamic = p.threshold.defined(), learned = p.variance != Variance::fixed;
   int outputs = 0;
@@ -117,12 +196,18 @@ void diffusion_step(const StepParams& p) {
   std::unique_ptr<double[]> partial;
   if (judge) partial.reset(new double[layout.rows * per_row + 1]);
   const int threads = threads_for(p.x, p.draws, p.threads);
+  const bool guidance_only = outputs == 1 && p.weights.defined() && !judge && !blend;
 
   for_chunks(layout.rows, layout.cols, threads, [&](int64_t c, int64_t r, int64_t first, int n) {
     const int64_t at = r * layout.cols + first, sample = layout.sample(r);
     const float* row = layout.coefficients(r);
     const unsigned reads = reads_of(row, outputs);
     Chunk xb, mb[kModels + 1], x0b, hb[kHistory], zb, vb, staged[kOutputs], extra[3];
+    if (guidance_only && reads == 1u << kM && output_row(row, 0)[kM] == 1.0f) {
+      float* to = out[0].target(at, n, staged[0]);
+      guided.combine(at, n, sample, mb, to);
+      return out[0].store(at, n, to);
+    }
     NoiseChunk noise_buffer, known_buffer;
     const float* source[kSources] = {};
 

@@ -67,7 +67,8 @@ def coefficient(name: str, value, x: Tensor, *, batch_only: bool = False) -> Ten
 
 
 def weight_tensor(weights, count: int, x: Tensor) -> Tensor | None:
-    """(count,) or (B, count), fp32 (fp64 beside a float64 x), of `weights`: None, a guidance scale, a sequence or a tensor."""
+    """(count,) or (B, count), fp32 (fp64 beside a float64 x), of `weights`: None, a guidance scale,
+    a sequence or a tensor."""
     if weights is None:
         if count == 1:
             return None

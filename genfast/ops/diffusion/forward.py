@@ -156,7 +156,8 @@ def _mix(
                 for c in (a, b))  # fmt: skip
     seed, seeds = _noise.resolve(seed, generator, p.device) if draws else (0, None)
     args = (
-        p, q, a, b, seeds, _noise.signed(seed), _noise.signed(stream), offset, draws, a_sign, b_sign,
+        p, q, a, b, seeds, _noise.signed(seed), _noise.signed(stream), offset, draws, a_sign,
+        b_sign,
     )  # fmt: skip
     needs = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (p, q, a, b))
     learned = needs and any(t is not None and t.requires_grad for t in (a, b))
@@ -197,9 +198,9 @@ def add_noise(
     """q(x_t | x_0): alpha x0 + sigma noise, in one pass.
 
     x0: (B, ...), float32, float16, bfloat16 (fp32 inside) or float64. alpha, sigma: a number, or a
-    tensor () / (B,) / (B, L) of fp32 or fp64; alpha None: 1 - sigma (flow matching). noise: like x0,
-    or drawn from seed (int, int64 tensor of one or of B, None: torch's generator), stream, offset:
-    the values of `genfast.randn(x0.shape, seed=seed, stream=stream)`. out: may be x0.
+    tensor () / (B,) / (B, L) of fp32 or fp64; alpha None: 1 - sigma (flow matching). noise: like
+    x0, or drawn from seed (int, int64 tensor of one or of B, None: torch's generator), stream,
+    offset: the values of `genfast.randn(x0.shape, seed=seed, stream=stream)`. out: may be x0.
     Differentiable in x0, noise, alpha and sigma, twice too. Raises TypeError / ValueError naming
     the argument. Ho et al. 2020, eq. 4; flow: Lipman et al. 2023.
     """

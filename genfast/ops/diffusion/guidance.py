@@ -123,7 +123,8 @@ def guidance_weights(
     average: Tensor | None = None,
     **options,
 ) -> Tensor:
-    """(B, 2) weights w, fp32 (fp64 for float64), with w_0 cond + w_1 uncond = the guided output; (B, 3) with average.
+    """(B, 2) weights w with w_0 cond + w_1 uncond = the guided output; (B, 3) with average. fp32
+    (fp64 for float64).
 
     For `diffusion_step(x, (cond, uncond), ..., weights=w)`: guidance and step in two passes.
     Arguments and errors as in `guide`. No gradient.

@@ -178,8 +178,8 @@ def step_log_prob(
     sample: like x, an outcome to judge (replay); None: drawn from noise / seed as in
     `diffusion_step`, and judged as rounded to x's dtype, so that a replay gives the same number.
     Other arguments as there (fixed variance). reduction over all but the batch: "sum" or "mean".
-    Returns (sample, log_prob (B,) fp32, fp64 for float64). The gradient of log_prob reaches x, m and
-    history through the mean; the sample is a constant. Raises ValueError where the row adds no
+    Returns (sample, log_prob (B,) fp32, fp64 for float64). The gradient of log_prob reaches x, m
+    and history through the mean; the sample is a constant. Raises ValueError where the row adds no
     noise (std 0), and as `diffusion_step`.
     """
     _check.choice("reduction", reduction, ("sum", "mean"))

@@ -1,5 +1,5 @@
-"""The training loss of a denoiser. The noise is drawn again in the forward and in the backward pass
-from its seed: neither eps nor the target is ever stored."""
+"""The training loss of a denoiser. The noise is drawn from its seed where it is needed: neither eps
+nor the target is ever stored."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def _total_scale(output, reduction):
 
 
 def _native(output, x0, z, alpha, sigma, weight, seeds, seed, stream, offset, prediction, weighting,
-            gamma, k, reduction):  # fmt: skip
+            gamma, k, reduction, d_output=None):  # fmt: skip
     per_sample = torch.empty(output.shape[:1], dtype=torch.float32, device=output.device)
     total = torch.empty((), dtype=torch.float32, device=output.device)
     if _C.denoising_loss(
         output, x0, z, seed, seeds, stream, offset, alpha, sigma, weight, prediction, weighting,
-        gamma, k, per_sample, total, _total_scale(output, reduction), None, None,
+        gamma, k, per_sample, total, _total_scale(output, reduction), None, d_output,
     ):  # fmt: skip
         return total, per_sample
     return None
@@ -165,13 +165,25 @@ class _Loss(Function):
     @staticmethod
     def forward(ctx, *args):
         _save(ctx, args, None)
-        found = _native(*args)
+        # The gradient for a unit weight of the loss costs one store here, and a whole pass later.
+        # Not in 16 bit, where it could underflow before a loss scale reaches it.
+        output = args[0]
+        ctx.d_output = None
+        if args[-1] and output.dtype == torch.float32 and ctx.needs_input_grad[0]:
+            ctx.d_output = torch.empty_like(output)
+        found = _native(*args, ctx.d_output)
         if found is None:
             raise TypeError("genfast: the kernel does not take these tensors")
         return found
 
     @staticmethod
     def backward(ctx, g_total, g_each):
+        ready, ctx.d_output = ctx.d_output, None  # served once; a second backward draws again
+        if ready is not None and g_each is None and g_total is not None:
+            others = any(ctx.needs_input_grad[1:6])
+            if not (others or wants_graph() or not plain(g_total)):
+                g = g_total.item()
+                return (ready if g == 1.0 else ready.mul_(g), *[None] * 14)
         return (*_gradients(ctx, g_total, g_each, _native_backward), *[None] * 9)
 
 
@@ -208,8 +220,8 @@ def denoising_loss(
     (eps - x0). weighting: "none", "min_snr" (gamma; Hang et al. 2023), "p2" (k, gamma; Choi et al.
     2022), "snr", "sigma_sqrt", "cosmap" (Esser et al. 2024), "edm", or a tensor (B,).
     reduction: "mean" over samples, "sum" of their means, "none" (B,). return_per_sample: also the
-    (B,) losses. Returns fp32 (fp64 for float64). Differentiable in every tensor, twice too; eps is
-    drawn again in the backward. Raises TypeError / ValueError naming the argument.
+    (B,) losses. Returns fp32 (fp64 for float64). Differentiable in every tensor, twice too.
+    Raises TypeError / ValueError naming the argument.
     """
     prediction = _code("prediction", prediction, PREDICTIONS)
     code = (
@@ -263,8 +275,8 @@ def _slow(output, x0, alpha, sigma, noise, seed, stream, offset, weight, predict
             raise ValueError("noise: expected it alone, got a seed too; pass only one")
     elif seed is None:
         raise ValueError(
-            "seed: expected the seed (or noise) that add_noise was given, got None; the loss cannot "
-            "know the noise otherwise"
+            "seed: expected the seed (or noise) that add_noise was given, got None; the loss "
+            "cannot know the noise otherwise"
         )
     _check.same_device(model_output=output, x0=x0, noise=noise, weighting=weight)
     _noise.check(seed, stream, offset, None, output.shape, output.device)

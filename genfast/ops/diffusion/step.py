@@ -311,9 +311,9 @@ def diffusion_step(
         x (1: generated), known like x, known_level (a, b) or a tensor (2,) or (B, 2), (1, 0) by
         default; noise is known_noise, or the step's own.
     outputs: 1 to 3. out: tensor(s) to write, x itself included.
-    Returns out_0, or a tuple. Differentiable in x, m, history and noise, twice too. On the CPU a row
-    that needs a tensor that is not given raises ValueError; on other devices the term is left out.
-    Raises TypeError / ValueError naming the argument.
+    Returns out_0, or a tuple. Differentiable in x, m, history and noise, twice too. On the CPU a
+    row that needs a tensor that is not given raises ValueError; on other devices the term is left
+    out. Raises TypeError / ValueError naming the argument.
     """
     if not is_compiling() and type(row) is int and mask is None and threshold is None:
         models = (m,) if isinstance(m, Tensor) else m
@@ -390,7 +390,7 @@ def _index(row, table, x) -> tuple[int, Tensor | None]:
 
 
 def _require_sources(table, row, index, history, noisy, outputs):
-    """ValueError when a used row needs what is not there; CPU only, elsewhere it would be a sync."""
+    """ValueError when a used row needs what is not there; CPU only: elsewhere a sync."""
     if table.device.type != "cpu" or is_compiling() or gate(table, index) == SLOW:
         return
     rows = table[row] if index is None else table[index.unique()]
@@ -502,8 +502,9 @@ def pack(
             )
     int_seed, seeds = _noise.resolve(seed, generator, x.device) if draws else (0, None)
     return (
-        x, *models, *[None] * (MODELS - len(models)), _common.weight_tensor(weights, len(models), x),
-        table, index, *history, noise, seeds, threshold, mask, known, known_noise, level,
+        x, *models, *[None] * (MODELS - len(models)),
+        _common.weight_tensor(weights, len(models), x), table, index, *history, noise, seeds,
+        threshold, mask, known, known_noise, level,
         row, _noise.signed(int_seed), _noise.signed(stream), offset, draws, VARIANCE[variance],
         outputs,
     )  # fmt: skip

@@ -46,6 +46,15 @@ def _side_shape(shape, reduction: int):
     return shape[:1] if reduction == 0 else ()
 
 
+def _scratch_size(shape, reduction: int) -> int:
+    """Partial sums of the CUDA kernel: so many blocks share a row. Of the shape alone, so that the
+    order of summation, and with it the result, never depends on the GPU.
+    """
+    rows = shape[0] if reduction == 0 and len(shape) else 1
+    per_row = shape.numel() // max(rows, 1)
+    return rows * min(max(per_row // 8192, 1), 1024)
+
+
 # ---- native calls -----------------------------------------------------------------------------
 
 
@@ -59,9 +68,11 @@ def _forward(mu, logvar, seed, seeds, stream, offset, transform, side, reduction
             if same
             else torch.empty_like(mu, dtype=torch.promote_types(mu.dtype, logvar.dtype))
         )
-    total = None
+    total = scratch = None
     if side:
         total = mu.new_empty(_side_shape(mu.shape, reduction), dtype=torch.float32)
+        if mu.is_cuda:
+            scratch = mu.new_empty(_scratch_size(mu.shape, reduction), dtype=torch.float64)
     if kernels.reparameterize(
         mu,
         logvar,
@@ -74,6 +85,7 @@ def _forward(mu, logvar, seed, seeds, stream, offset, transform, side, reduction
         transform,
         side,
         _scale(mu.shape, reduction) if side else 1.0,
+        scratch,
     ):
         return y, total
     return None

@@ -152,7 +152,7 @@ def _filter_tensor(name, value, low, high, logits, rows):
         _check.integer(name, value, low=low)
     else:
         _check.number(name, value, low=low, high=high)
-    return torch.tensor([value], dtype=dtype, device=logits.device)
+    return torch.full((1,), value, dtype=dtype, device=logits.device)  # no copy from the host
 
 
 def sample_tokens(

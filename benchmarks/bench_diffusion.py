@@ -1,0 +1,304 @@
+"""diffusion: solver steps, the forward process, guidance and the training loss, against the PyTorch
+lines and the diffusers schedulers that they replace."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import genfast
+from genfast import schedulers as S
+from genfast.benchmarks.harness import Case, Work, assert_bitwise, assert_judged
+from genfast.reference import diffusion as reference
+from genfast.reference import rng as noise
+
+SEED, STEPS, ROW = 1234, 20, 10
+
+
+def _inputs(count, shape, device, dtype=torch.float32):
+    return [
+        genfast.randn(shape, seed=SEED, stream=100 + i, device=device).to(dtype)
+        for i in range(count)
+    ]
+
+
+# ---- solver steps --------------------------------------------------------------------------------
+
+# name -> plan maker, diffusers class (its options are the plan's), tensors read + written.
+SOLVERS = {
+    "ddim": (S.ddim_plan, "DDIMScheduler", 3),
+    "euler": (S.euler_plan, "EulerDiscreteScheduler", 3),
+    "flow euler": (S.flow_match_euler_plan, "FlowMatchEulerDiscreteScheduler", 3),
+    "dpm++2m": (S.dpm_solver_plan, "DPMSolverMultistepScheduler", 5),
+    "unipc2": (S.unipc_plan, "UniPCMultistepScheduler", 8),
+    "ddpm": (S.ddpm_plan, "DDPMScheduler", 3),
+}
+
+
+def _eager_row(plan, x, m, history, z):
+    """The row as a sum of scaled tensors, the least that PyTorch code can do."""
+    c = torch.tensor(plan.table_on("cpu", torch.float64)[ROW, 6:16].tolist()).tolist()
+    row = plan.table[ROW]
+    x0 = None
+    if c[2]:
+        x0 = (row[0] * x + row[1] * m).clamp(-row[2], row[2])
+    sources = [x, m, x0, *history, *[None] * (6 - len(history)), z]
+    return sum(w * s for w, s in zip(c, sources, strict=True) if w)
+
+
+def _peer(module, name, m, x):
+    """One step of a scheduler class in mid-schedule, as often as asked."""
+    scheduler = getattr(module, name)()
+    scheduler.set_timesteps(STEPS)
+    keywords = {"return_dict": False}
+    if name == "DDPMScheduler":
+        keywords["generator"] = torch.Generator().manual_seed(SEED)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)
+    scheduler.is_scale_input_called = True
+    for t in scheduler.timesteps[:ROW]:
+        scheduler.step(m, t, x, **keywords)
+    t, counted = scheduler.timesteps[ROW], getattr(scheduler, "_step_index", None) is not None
+
+    def call():
+        if counted:
+            scheduler._step_index = ROW
+        return scheduler.step(m, t, x, **keywords)[0]
+
+    return call
+
+
+def _diffusers_peer(name, m, x):
+    import diffusers
+
+    return _peer(diffusers, name, m, x)
+
+
+def _dropin_peer(name, m, x):
+    from genfast.integrations import diffusers
+
+    return _peer(diffusers, name, m, x)
+
+
+def _solver(name, shape, dtype, device):
+    make, peer, _ = SOLVERS[name]
+    plan = make(STEPS)
+    x, m, z, *history = _inputs(3 + plan.slots, shape, device, dtype)
+    state = S.SolverState(x, history, ROW)
+    noisy = plan.needs_noise(ROW)
+
+    def proof():
+        got = S.step(plan, state, m, seed=SEED).x
+        small = slice(0, 1)
+        eps = noise.random(shape, "normal", SEED, stream=ROW).to(device)[small]
+        args = lambda kind: (  # noqa: E731
+            plan, x[small].to(kind), m[small].to(kind), [h[small].to(kind) for h in history],
+            eps.to(kind),
+        )  # fmt: skip
+        assert_judged(name, got[small], _eager_row(*args(dtype)), _eager_row(*args(torch.float64)))
+
+    return Work(
+        ours=lambda: S.step(plan, state, m, seed=SEED),
+        rivals={
+            "eager": lambda: _eager_row(plan, x, m, history, torch.randn_like(x) if noisy else z)
+        },
+        late={
+            "diffusers": partial(_diffusers_peer, peer, m, x),
+            "dropin": partial(_dropin_peer, peer, m, x),
+        },
+        proof=proof,
+    )
+
+
+def _solver_case(name, shape, dtype=torch.float32, target=20.0):
+    n = math.prod(shape)
+    return Case(
+        "diffusion",
+        f"{name} step",
+        shape,
+        partial(_solver, name, shape, dtype),
+        dtype=dtype,
+        bytes=n * SOLVERS[name][2] * torch.finfo(dtype).bits // 8,
+        targets={"diffusers": target},
+        note="the plan API; dropin: the class of the same name in genfast.integrations.diffusers",
+    )
+
+
+# ---- forward process and loss --------------------------------------------------------------------
+
+
+def _levels(batch, device):
+    sigma = torch.linspace(0.05, 0.95, batch, device=device)
+    return (1 - sigma**2).sqrt(), sigma
+
+
+def _spread(c: Tensor, x: Tensor) -> Tensor:
+    return c.reshape(-1, *(1,) * (x.dim() - 1))
+
+
+def _add_noise(shape, device):
+    (x0,) = _inputs(1, shape, device)
+    alpha, sigma = _levels(shape[0], device)
+
+    def eager():
+        return _spread(alpha, x0) * x0 + _spread(sigma, x0) * torch.randn_like(x0)
+
+    def proof():
+        rows = slice(0, 1)
+        eps = noise.random(shape, "normal", SEED)[rows].to(device)
+        got = genfast.add_noise(x0, alpha, sigma, seed=SEED)[rows]
+        plain = lambda k: reference.add_noise(  # noqa: E731
+            x0[rows].to(k), eps.to(k), alpha[rows].to(k), sigma[rows].to(k)
+        )
+        assert_judged("add_noise", got, plain(torch.float32), plain(torch.float64))
+        zero = torch.zeros_like(x0)
+        assert_bitwise(
+            "noise", genfast.add_noise(zero, 0.0, 1.0, seed=SEED), genfast.randn(shape, seed=SEED)
+        )
+
+    return Work(
+        ours=lambda: genfast.add_noise(x0, alpha, sigma, seed=SEED),
+        rivals={"eager": eager},
+        late={"compile": lambda: torch.compile(eager, dynamic=False)},
+        proof=proof,
+    )
+
+
+def _eager_loss(output, x0, eps, alpha, sigma, prediction):
+    """Min-SNR weighted loss of diffusion training scripts."""
+    target = eps
+    if prediction == "v_prediction":
+        target = _spread(alpha, x0) * eps - _spread(sigma, x0) * x0
+    snr = (alpha / sigma) ** 2
+    weight = snr.clamp(max=5.0) / (snr + 1 if prediction == "v_prediction" else snr)
+    error = F.mse_loss(output, target, reduction="none").mean(tuple(range(1, x0.dim())))
+    return (error * weight).mean()
+
+
+def _loss(shape, prediction, device):
+    output, x0, eps = _inputs(3, shape, device)
+    alpha, sigma = _levels(shape[0], device)
+    leaf = output.detach().requires_grad_()
+    options = dict(prediction=prediction, weighting="min_snr", seed=SEED)
+
+    def ours():
+        return torch.autograd.grad(genfast.denoising_loss(leaf, x0, alpha, sigma, **options), leaf)
+
+    def make_eager(loss, redraw=False):
+        def call():
+            e = torch.randn_like(x0) if redraw else eps
+            return torch.autograd.grad(loss(leaf, x0, e, alpha, sigma, prediction), leaf)
+
+        return call
+
+    def proof():
+        n = max(1, 2**18 // math.prod(shape[1:]))
+        eps = noise.random((n, *shape[1:]), "normal", SEED).to(device)
+
+        def plain(kind):
+            o = output[:n].to(kind).requires_grad_()
+            rest = (x0[:n].to(kind), eps.to(kind), alpha[:n].to(kind), sigma[:n].to(kind))
+            loss = _eager_loss(o, *rest, prediction)
+            return loss.detach(), torch.autograd.grad(loss, o)[0]
+
+        o = output[:n].detach().requires_grad_()
+        loss = genfast.denoising_loss(o, x0[:n], alpha[:n], sigma[:n], **options)
+        got = (loss.detach(), torch.autograd.grad(loss, o)[0])
+        for name, a, b, c in zip(
+            ("loss", "gradient"), got, plain(torch.float32), plain(torch.float64), strict=True
+        ):
+            assert_judged(name, a, b, c, 3.0)
+
+    return Work(
+        ours=ours,
+        rivals={"eager": make_eager(_eager_loss), "eager, redrawn": make_eager(_eager_loss, True)},
+        late={"compile": lambda: make_eager(torch.compile(_eager_loss, dynamic=False))},
+        proof=proof,
+    )
+
+
+# ---- guidance and thresholds ---------------------------------------------------------------------
+
+GUIDANCE = {
+    "cfg": dict(method="cfg"),
+    "rescale": dict(method="rescale", rescale=0.7),
+    "apg": dict(method="apg", eta=0.2, norm_threshold=15.0),
+}
+
+
+def _guide(method, shape, device):
+    cond, uncond = _inputs(2, shape, device)
+    uncond = 0.8 * cond + 0.2 * uncond
+    options = GUIDANCE[method]
+
+    def proof():
+        plain = lambda k: reference.guide(cond.to(k), uncond.to(k), 5.0, **options)  # noqa: E731
+        got = genfast.guide(cond, uncond, 5.0, **options)
+        assert_judged(method, got, plain(torch.float32), plain(torch.float64))
+
+    eager = partial(reference.GUIDANCE[method], cond, uncond, 5.0)
+    named = {k: v for k, v in options.items() if k != "method"}
+    return Work(
+        ours=lambda: genfast.guide(cond, uncond, 5.0, **options),
+        rivals={"eager": lambda: eager(**named)},
+        proof=proof,
+    )
+
+
+def _threshold(shape, device):
+    (x0,) = _inputs(1, shape, device)
+
+    def eager():
+        return torch.quantile(x0.flatten(1).abs(), 0.995, dim=1).clamp(1.0, 9.0)
+
+    def proof():
+        got = genfast.dynamic_threshold(x0, 0.995, 9.0)
+        wide = torch.quantile(x0.flatten(1).abs().double(), 0.995, dim=1).clamp(1.0, 9.0)
+        assert_judged("threshold", got, eager(), wide)
+
+    return Work(
+        ours=lambda: genfast.dynamic_threshold(x0, 0.995, 9.0), rivals={"eager": eager}, proof=proof
+    )
+
+
+def _case(name, shape, setup, passes, **more):
+    return Case(
+        "diffusion", name, shape, partial(setup, shape), bytes=4 * passes * math.prod(shape), **more
+    )
+
+
+LATENT, IMAGE, BATCH = (1, 4, 64, 64), (4, 3, 512, 512), (64, 3, 256, 256)
+
+CASES = [
+    *(_solver_case(name, LATENT) for name in SOLVERS),
+    *(_solver_case(name, IMAGE, target=5.0) for name in ("ddim", "dpm++2m")),
+    _solver_case("ddim", IMAGE, torch.bfloat16, target=5.0),
+    _case("add_noise", BATCH, _add_noise, 2, targets={"eager": 5.0}),
+    _case("add_noise", (8, 4, 64, 64), _add_noise, 2),
+    *(
+        Case(
+            "diffusion",
+            f"loss {prediction} fwd+bwd",
+            BATCH,
+            partial(_loss, BATCH, prediction),
+            bytes=4 * math.prod(BATCH) * passes,
+            targets={"eager": 4.0, "eager, redrawn": 4.0},
+        )
+        for prediction, passes in (("epsilon", 3), ("v_prediction", 5))
+    ),
+    *(
+        Case(
+            "diffusion",
+            f"guide {method}",
+            (4, 4, 128, 128),
+            partial(_guide, method, (4, 4, 128, 128)),
+            bytes=4 * math.prod((4, 4, 128, 128)) * passes,
+        )
+        for method, passes in (("cfg", 3), ("rescale", 5), ("apg", 5))
+    ),
+    _case("dynamic_threshold", (4, 3, 256, 256), _threshold, 1),
+]

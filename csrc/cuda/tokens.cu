@@ -1,0 +1,151 @@
+// Token sampling on CUDA: temperature, top-k, top-p, min-p, then Gumbel-max, without a sort. A row
+// belongs to a block; every filter is a threshold found by radix selection (select.cuh).
+#include <math.h>
+
+#include "api/sampling.h"
+#include "cuda/rows.cuh"
+#include "cuda/select.cuh"
+
+namespace genfast::cuda {
+
+const char* categorical_plain(const CategoricalParams& p);  // sampling.cu
+
+namespace {
+
+template <class T>
+struct PerRow {  // one value, or one per row
+  const T* data;
+  int64_t stride;
+  T otherwise;
+
+  PerRow(const TensorView& t, T o)
+      : data(static_cast<const T*>(t.data)),
+        stride(t.numel > 1 ? t.strides[t.ndim - 1] : 0),
+        otherwise(o) {
+    if (!t.defined()) data = nullptr;
+  }
+  __device__ __forceinline__ T operator()(int64_t row) const {
+    return data == nullptr ? otherwise : data[row * stride];
+  }
+};
+
+// Probability relative to the largest, in units of 2^-40: 2^23 tokens fit 64 bits.
+__device__ __forceinline__ uint64_t mass_of(float x, float top) {
+  return static_cast<uint64_t>(exp(static_cast<double>(x) - top) * 0x1p40);
+}
+
+struct Filtered {
+  Groups groups;
+  Stage logits;
+  Noise noise;
+  PerRow<float> temperature;
+  PerRow<int64_t> top_k;
+  PerRow<float> top_p, min_p;
+  int64_t* index;
+
+  __device__ __forceinline__ void operator()(const BlockTeam& team, int64_t row, float*) const {
+    GENFAST_SHARED(Histogram, bins);
+    const int64_t cols = groups.cols, at = row * cols;
+    const auto each = [&](auto&& fn) {
+      for (int64_t i = team.rank(); i < cols; i += team.size()) fn(i, load_one(logits, at + i));
+    };
+    Best best{-infinity(), INT64_MAX};
+    each([&](int64_t i, float x) {
+      if (x > best.value) best = {x, i};
+      if (x != x) best = {infinity(), i};
+    });
+    best = team.reduce(best, Better());
+    const float t = temperature(row), inverse_t = 1.0f / t, top = best.value * inverse_t;
+    // Nothing to draw from, or greedy: no temperature, or one so small that the logits overflow.
+    if (!finite(best.value) || !(t > 0.0f) || !finite(top)) {
+      if (team.rank() == 0) index[row] = finite(best.value) ? best.index : -1;
+      return;
+    }
+    const auto scaled = [&](auto&& fn) { each([&](int64_t i, float x) { fn(i, x * inverse_t); }); };
+
+    float floor = -infinity();  // kept: value >= floor
+    const int64_t k = top_k(row);
+    if (k > 0 && k < cols) {
+      const Selected s = select_key(static_cast<uint64_t>(k), bins, [&](auto&& add) {
+        scaled([&](int64_t, float x) { add(ordered_key(x), 1); });
+      });
+      floor = value_of_key(s.key);
+    }
+    uint32_t nucleus = 0;  // kept: key > nucleus, or equal with column <= last
+    int64_t last = INT64_MAX;
+    const float p = top_p(row);
+    if (p < 1.0f) {
+      unsigned long long total = 0;
+      scaled([&](int64_t, float x) {
+        if (x >= floor) total += mass_of(x, top);
+      });
+      total = team.reduce(total, Add());
+      const double wanted = ceil(static_cast<double>(p) * static_cast<double>(total));
+      uint64_t target = wanted >= 1.0 ? static_cast<uint64_t>(wanted) : 1;
+      if (target > total) target = total;
+      const Selected s = select_key(target, bins, [&](auto&& add) {
+        scaled([&](int64_t, float x) {
+          if (x >= floor) add(ordered_key(x), mass_of(x, top));
+        });
+      });
+      nucleus = s.key;
+      const uint64_t one = mass_of(value_of_key(s.key), top);
+      const uint64_t ties = s.weight / one, keep = (s.remaining + one - 1) / one;
+      if (keep < ties) {  // equal logits: the lower columns first
+        const Selected c = select_key(keep, bins, [&](auto&& add) {
+          scaled([&](int64_t i, float x) {
+            if (ordered_key(x) == nucleus) add(~static_cast<uint32_t>(i), 1);
+          });
+        });
+        last = static_cast<int64_t>(~c.key);
+      }
+    }
+    const float m = min_p(row);
+    if (m > 0.0f) {
+      const float lowest = top + static_cast<float>(log(static_cast<double>(m)));
+      floor = floor > lowest ? floor : lowest;
+    }
+    best = {-infinity(), INT64_MAX};
+    for_groups(team, groups, row, [&](const Group& g, int64_t) {
+      float v[kGroup], e[kGroup];
+      load(logits, g.index, g.low, g.high, v);
+      noise_of<GumbelMap>(noise, g, e);
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) {
+        const int64_t column = g.index - at + i;
+        const float x = v[i] * inverse_t;
+        const uint32_t key = ordered_key(x);
+        const bool kept = i >= g.low && i < g.high && x >= floor &&
+                          (key > nucleus || (key == nucleus && column <= last));
+        if (kept && x + e[i] > best.value) best = {x + e[i], column};
+      }
+    });
+    best = team.reduce(best, Better());
+    if (team.rank() == 0) index[row] = finite(best.value) ? best.index : -1;
+  }
+};
+
+__global__ void __launch_bounds__(512, 1) filtered_rows(const __grid_constant__ Filtered op) {
+  op(BlockTeam(), static_cast<int64_t>(blockIdx.x), nullptr);
+}
+
+}  // namespace
+
+const char* categorical(const CategoricalParams& p) {
+  if (!p.temperature.defined() && !p.top_k.defined() && !p.top_p.defined() && !p.min_p.defined())
+    return categorical_plain(p);
+  const Groups groups = row_groups(p.logits, p.noise);
+  if (groups.rows * groups.cols == 0) return nullptr;
+  const Filtered op{groups,
+                    Stage(p.logits),
+                    p.noise,
+                    PerRow<float>(p.temperature, 1.0f),
+                    PerRow<int64_t>(p.top_k, 0),
+                    PerRow<float>(p.top_p, 1.0f),
+                    PerRow<float>(p.min_p, 0.0f),
+                    static_cast<int64_t*>(p.index.data)};
+  const int threads = groups.cols <= 2048 ? 128 : 512;
+  return launch(filtered_rows, blocks_for(groups.rows, 1), dim3(threads), 0, p.logits, op);
+}
+
+}  // namespace genfast::cuda

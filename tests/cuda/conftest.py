@@ -1,0 +1,108 @@
+"""The CUDA kernels on the host: tests/simt builds them, `cuda` runs them.
+
+`GENFAST_SIMT_ASAN=1` builds and loads the AddressSanitizer edition; the interpreter then needs
+LD_PRELOAD=libasan.so (test_simt.py starts such a child).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+# (order of threads and blocks, byte that shared memory starts with): a race or a read of
+# uninitialised shared memory changes a result between them.
+SCHEDULES = ((0, 0xFF), (1, 0x5A), (7, 0x00))
+
+
+def _tool(name: str) -> str:
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        pytest.fail(f"{name} is missing: install genfast's `test` extra", pytrace=False)
+    return found
+
+
+def build_simt(edition: str) -> Path:
+    """The module of one edition, "plain" or "asan", built where it is out of date."""
+    import pybind11
+
+    folder = ROOT / "build" / f"simt-{sys.implementation.cache_tag}"
+    configure = [
+        _tool("cmake"),
+        *("-S", str(ROOT / "tests" / "simt"), "-B", str(folder), "-G", "Ninja"),
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}",
+    ]
+    build = [_tool("cmake"), "--build", str(folder), "--target", edition]
+    environment = {k: v for k, v in os.environ.items() if k not in ("LD_PRELOAD", "ASAN_OPTIONS")}
+    for command in (configure, build):
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if done.returncode:
+            pytest.fail(
+                f"{' '.join(command)}\n{(done.stdout + done.stderr)[-4000:]}", pytrace=False
+            )
+    return next((folder / edition).glob("_C.*.so"))
+
+
+class Simt:
+    """The emulated module, and calls of one entry point on both sides."""
+
+    def __init__(self, path: Path):
+        spec = importlib.util.spec_from_file_location("_C", path)
+        self.module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.module)
+        self.module.init(torch)
+        self.module.enable_cuda(True)
+        self.library = ctypes.CDLL(str(path))
+        self.library.simt_launches.restype = ctypes.c_int64
+
+    def launches(self) -> int:
+        return self.library.simt_launches()
+
+    def call(self, name: str, outputs, *arguments):
+        """Runs `name(*arguments)` once per schedule on fresh outputs; all must agree bit for bit.
+
+        outputs: the tensors among `arguments` that are written. Returns their values as a list.
+        """
+        results = None
+        for order, poison in SCHEDULES:
+            self.library.simt_configure(order, poison)
+            for out in outputs:
+                out.fill_(-7)
+            before = self.launches()
+            answer = getattr(self.module, name)(*arguments)
+            assert answer is True or answer == 0, f"{name}: not handled ({answer})"
+            assert self.launches() > before or all(o.numel() == 0 for o in outputs)
+            found = [out.clone() for out in outputs]
+            for a, b in zip(results or found, found, strict=True):
+                assert same_bits(a, b), f"{name}: depends on the schedule (race or garbage read)"
+            results = found
+        self.library.simt_configure(0, 0xFF)
+        return results
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal bits; any NaN equals any NaN."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    if not a.dtype.is_floating_point:
+        return torch.equal(a, b)
+    ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    nan = a.isnan() & b.isnan()
+    return bool(((a.contiguous().view(ints) == b.contiguous().view(ints)) | nan).all())
+
+
+@pytest.fixture(scope="session")
+def cuda() -> Simt:
+    asan = os.environ.get("GENFAST_SIMT_ASAN") == "1"
+    return Simt(build_simt("asan" if asan else "plain"))

@@ -1,0 +1,150 @@
+"""The SIMT machine itself: it computes what a GPU would and refuses what a GPU would not."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FAULTS = (
+    "none race uninitialised divergent_places missing_threads exited_lane divergent_shuffle "
+    "no_copy_wait shared_overrun global_overrun named_barriers sub_warps"
+).split()
+
+
+def mirror(cuda, fault: str, order=0, poison=0xFF) -> tuple[str | None, torch.Tensor, torch.Tensor]:
+    x = torch.arange(128.0)
+    out = torch.zeros(128)
+    call = cuda.library.simt_mirror
+    call.restype = ctypes.c_char_p
+    cuda.library.simt_configure(order, poison)
+    error = call(
+        ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(out.data_ptr()), 128, FAULTS.index(fault)
+    )
+    cuda.library.simt_configure(0, 0xFF)
+    truth = x.view(2, 64) + x.view(2, 64).flip(1)
+    return error and error.decode(), out, truth.flatten()
+
+
+@pytest.mark.parametrize("fault", ["none", "named_barriers", "sub_warps"])
+@pytest.mark.parametrize("order", [0, 1, 5])
+def test_right_kernels_run(cuda, fault, order):
+    error, out, truth = mirror(cuda, fault, order)
+    assert error is None
+    assert torch.equal(out, truth)
+
+
+REFUSED = {
+    "divergent_places": "divergent barrier: some threads at faults.cu",
+    "missing_threads": "lane 9 calls a warp operation with mask 00000400",
+    "exited_lane": "names lane 1, which has returned",
+    "divergent_shuffle": "divergent warp operation",
+}
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_divergence_is_refused(cuda, fault):
+    error, *_ = mirror(cuda, fault)
+    assert error is not None and REFUSED[fault] in error
+    assert mirror(cuda, "none")[0] is None  # the next launch is not affected
+
+
+@pytest.mark.parametrize("fault", ["race", "uninitialised", "no_copy_wait"])
+def test_schedules_tell_races_and_garbage(cuda, fault):
+    """A race shows as a result that moves with the order, garbage as one that moves with the bytes.
+
+    An asynchronous copy lands as late as allowed, so one that nobody waits for reads garbage.
+    """
+    results = [mirror(cuda, fault, *s)[1] for s in ((0, 0xFF), (1, 0x5A), (7, 0x00))]
+    assert any(not torch.equal(results[0], r) for r in results[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_tensor_core_product(cuda, dtype):
+    """ldmatrix, its transpose and mma.m16n8k16: small integers, so the product is exact."""
+    a = torch.randint(-8, 9, (16, 16)).to(dtype)
+    b = torch.randint(-8, 9, (16, 8)).to(dtype)
+    c = torch.empty(16, 8)
+    call = cuda.library.simt_product
+    call.restype = ctypes.c_char_p
+    pointers = (ctypes.c_void_p(x.data_ptr()) for x in (a, b, c))
+    assert call(*pointers, int(dtype == torch.bfloat16)) is None
+    assert torch.equal(c, a.float() @ b.float())
+
+
+# ---- AddressSanitizer ---------------------------------------------------------------------------
+
+
+def _libasan() -> str | None:
+    found = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True)
+    path = found.stdout.strip()
+    return path if found.returncode == 0 and Path(path).is_absolute() else None
+
+
+def _child(*arguments: str, halt: bool = True) -> subprocess.CompletedProcess:
+    libasan = _libasan()
+    if libasan is None:
+        pytest.skip("no libasan beside g++")
+    environment = os.environ | {
+        "GENFAST_SIMT_ASAN": "1",
+        "LD_PRELOAD": libasan,
+        "ASAN_OPTIONS": f"detect_leaks=0:halt_on_error={int(halt)}",
+    }
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=environment
+    )
+
+
+needs_child = pytest.mark.skipif(
+    os.environ.get("GENFAST_SIMT_ASAN") == "1", reason="this is the child"
+)
+_HERE = str(Path(__file__).parent)
+
+
+@needs_child
+def test_kernels_under_address_sanitizer():
+    """Every kernel again, with shared arrays and tensors that end where they end."""
+    done = _child(
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "not one_fault",
+        f"{_HERE}/test_families.py",
+        f"{_HERE}/test_simt.py",
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert " passed" in done.stdout
+
+
+@needs_child
+def test_overruns_are_caught():
+    done = _child(
+        "-m",
+        "pytest",
+        "-q",
+        "-s",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "test_one_fault",
+        f"{_HERE}/test_simt.py",
+        halt=False,
+    )
+    text = done.stdout + done.stderr
+    for array in ("256-byte region", "512-byte region"):  # the shared one, the tensor
+        assert "AddressSanitizer: heap-buffer-overflow" in text and array in text, text[-4000:]
+
+
+@pytest.mark.skipif(needs_child.args[0] is False, reason="only under AddressSanitizer")
+@pytest.mark.parametrize("fault", ["shared_overrun", "global_overrun"])
+def test_one_fault(cuda, fault):
+    mirror(cuda, fault)
