@@ -7,6 +7,9 @@ import hypothesis
 import pytest
 import torch
 
+# Child interpreters import the installed package too, not the source folder they start in.
+os.environ["PYTHONSAFEPATH"] = "1"
+
 sys.path.insert(0, str(Path(__file__).parent))  # tolerances.py, under --import-mode=importlib
 
 # The same examples on every machine and every run: a failure is always repeatable.
