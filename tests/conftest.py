@@ -1,5 +1,6 @@
 """Shared fixtures. Tests import the installed package; helpers beside this file by their name."""
 
+import os
 import sys
 from pathlib import Path
 
