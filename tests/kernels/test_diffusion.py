@@ -65,6 +65,7 @@ def both(name, kernels, device, outs, args):
 # ---- the step ------------------------------------------------------------------------------------
 
 # shape, dtype, outputs, what else; the word says what the case is there for
+TWO = {"models": 2, "weights": 2}
 STEPS = {
     "plain": ((3, 40), F32, 1, {"unused": (X0, Z)}),
     "scalar": ((), F32, 2, {"z": True}),
@@ -75,17 +76,17 @@ STEPS = {
     "per-sample": ((4, 5, 3), F32, 3, {"index": (4,), "z": True, "history": (1,)}),
     "per-token": ((2, 3, 5), F32, 1, {"index": (2, 3), "draws": True}),
     "counter": ((2, 33), F32, 1, {"index": (), "draws": True}),
-    "guided": ((3, 10), F32, 1, {"models": 2, "weights": 2}),
+    "guided": ((3, 10), F32, 1, TWO),
     "guided-3": ((3, 10), F32, 2, {"models": 3, "weights": (3, 3)}),
     "dynamic": ((3, 11), F32, 3, {"threshold": 3}),
     "dynamic-one": ((3, 11), F32, 1, {"threshold": 1, "clip": math.inf}),
-    "learned-range": ((2, 3, 2, 5), F32, 1, {"draws": True, "variance": 1, "models": 2, "weights": 2}),
+    "learned-range": ((2, 3, 2, 5), F32, 1, {"draws": True, "variance": 1, **TWO}),
     "learned": ((2, 3, 10), F32, 2, {"z": True, "variance": 2}),
     "inpaint": ((2, 3, 9), F32, 2, {"draws": True, "blend": "drawn"}),
     "inpaint-given": ((2, 3, 9), F32, 1, {"z": True, "blend": "given"}),
     "inpaint-clean": ((2, 3, 9), F32, 1, {"blend": "clean"}),
     "half": ((3, 50), F16, 3, {"draws": True, "history": (2,)}),
-    "bfloat": ((3, 50), BF16, 1, {"z": True, "models": 2, "weights": 2}),
+    "bfloat": ((3, 50), BF16, 1, {"z": True, **TWO}),
     "mixed": ((2, 16), F32, 1, {"z": True, "m_dtype": F16}),
     "only-noise": ((2, 9), F32, 1, {"unused": range(9), "draws": True}),
     "no-terms": ((2, 9), F32, 3, {"unused": range(10)}),
@@ -329,7 +330,7 @@ def test_dynamic_threshold(kernels, device, case):
 # ---- the loss ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prediction, weighting", itertools.product(range(4), (0, 1, 7)))
+@pytest.mark.parametrize("prediction, weighting", list(itertools.product(range(4), (0, 1, 7))))
 def test_loss(kernels, device, prediction, weighting):
     loss_case(kernels, device, prediction, weighting)
 
