@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import triton
 
-from .._launch import FLOATS
+from .._launch import FLOATS, hidden
 from .score import ADDITIVE, BOOLEAN, NO_MASK
 
 MAX_HEAD_DIM = 512
@@ -161,7 +161,7 @@ class Call:
         aligned = aligned and all(x.data_ptr() % 16 == 0 for x in (q, k, v))
         options = (
             min(left, 2**30), min(right, 2**30), scale, float(softcap), alibi, alibi_step, sinks,
-            mask if kind != BOOLEAN.value else mask.view(torch.uint8), mask_strides, seeds,
+            mask if kind != BOOLEAN.value else mask.view(torch.uint8), hidden(mask_strides), seeds,
             signed(seed), signed(stream), Sq, Sk, threshold, keep_scale,
         )  # fmt: skip
         flags = {
@@ -206,7 +206,7 @@ def precision(dtype: torch.dtype) -> str:
 # whose table has fewer stages); none of it has been tuned on a GPU.
 CONFIGS = {
     "forward": {
-        128: (128, 64, 4, 3),
+        128: (128, 64, 8, 3),
         256: (128, 64, 8, 2),
         512: (64, 32, 4, 2),
         1024: (32, 32, 4, 1),
@@ -220,8 +220,8 @@ CONFIGS = {
         2048: (16, 16, 4, 1),
     },
     "backward": {
-        128: (64, 64, 4, 2),
-        256: (32, 64, 4, 1),
+        128: (64, 64, 8, 2),
+        256: (32, 64, 8, 1),
         512: (32, 32, 4, 1),
         1024: (16, 16, 4, 1),
         2048: (16, 16, 4, 1),
