@@ -16,7 +16,7 @@ import triton.language as tl
 
 from .._launch import ceil_div, hidden, launch
 from ..rng import shown
-from .plan import Call, config, unit_rows
+from .plan import Call, aligned, config, unit_rows
 from .score import ADDITIVE, LOG2E, SCALARS, clamped, keeps, load_rows, scores, sequence_of, step
 
 
@@ -35,6 +35,7 @@ def attention_rows_kernel(
     Tq: tl.int64,
     tiles: tl.int32,
     DV: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BM: tl.constexpr,
     BV: tl.constexpr,
 ):
@@ -50,11 +51,11 @@ def attention_rows_kernel(
     m_row = o_i < n_q
     o_x = tl.arange(0, BV)[None, :]
     m = m_row & (o_x < DV)
-    p_out = out + i_b * shown(strides[0][0]) + i_h * shown(strides[0][1])
-    p_dout = dout + i_b * shown(strides[1][0]) + i_h * shown(strides[1][1])
+    p_out = out + i_b * step(strides[0][0], ALIGNED) + i_h * step(strides[0][1], ALIGNED)
+    p_dout = dout + i_b * step(strides[1][0], ALIGNED) + i_h * step(strides[1][1], ALIGNED)
     p_lse = lse + i_b * shown(strides[2][0]) + i_h * shown(strides[2][1])
-    b_o = tl.load(p_out + (q_row + o_i) * shown(strides[0][2]) + o_x, mask=m, other=0.0)
-    b_do = tl.load(p_dout + (q_row + o_i) * shown(strides[1][2]) + o_x, mask=m, other=0.0)
+    b_o = tl.load(p_out + (q_row + o_i) * step(strides[0][2], ALIGNED) + o_x, mask=m, other=0.0)
+    b_do = tl.load(p_dout + (q_row + o_i) * step(strides[1][2], ALIGNED) + o_x, mask=m, other=0.0)
     b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), axis=1, keep_dims=True)  # [BM, 1]
     b_lse = tl.load(p_lse + (q_row + o_i) * shown(strides[2][2]), mask=m_row, other=0.0)
     if dlse is not None:
@@ -211,10 +212,14 @@ def attention_bwd_kv_kernel(
                 b_dv = tl.dot(b_p.to(b_do.dtype), b_do, acc=b_dv, input_precision=PRECISION)
                 b_ds = b_ds.to(b_q.dtype)
                 b_dk = tl.dot(b_ds, tl.trans(b_q), acc=b_dk, input_precision=PRECISION)
-        p_dk = dk + i_b * shown(grad_strides[1][0]) + i_h * shown(grad_strides[1][1])
-        p_dv = dv + i_b * shown(grad_strides[2][0]) + i_h * shown(grad_strides[2][1])
-        p_dk += (k_row + o_j) * shown(grad_strides[1][2])
-        p_dv += (k_row + o_j) * shown(grad_strides[2][2])
+        p_dk = (
+            dk + i_b * step(grad_strides[1][0], ALIGNED) + i_h * step(grad_strides[1][1], ALIGNED)
+        )
+        p_dv = (
+            dv + i_b * step(grad_strides[2][0], ALIGNED) + i_h * step(grad_strides[2][1], ALIGNED)
+        )
+        p_dk += (k_row + o_j) * step(grad_strides[1][2], ALIGNED)
+        p_dv += (k_row + o_j) * step(grad_strides[2][2], ALIGNED)
         b_dk = (b_dk * scale).to(dk.dtype.element_ty)
         tl.store(p_dk + o_d, b_dk, mask=(o_j < n_k) & (o_d < D))
         tl.store(p_dv + o_x, b_dv.to(dv.dtype.element_ty), mask=(o_j < n_k) & (o_x < DV))
@@ -354,8 +359,12 @@ def attention_bwd_q_kernel(
             )  # fmt: skip
             b_ds = b_ds.to(b_k.dtype)
             b_dq = tl.dot(b_ds, tl.trans(b_k), acc=b_dq, input_precision=PRECISION)
-        p_dq = dq + i_b * shown(grad_strides[1][0]) + i_head * shown(grad_strides[1][1])
-        p_dq += (q_row + o_i) * shown(grad_strides[1][2])
+        p_dq = (
+            dq
+            + i_b * step(grad_strides[1][0], ALIGNED)
+            + i_head * step(grad_strides[1][1], ALIGNED)
+        )
+        p_dq += (q_row + o_i) * step(grad_strides[1][2], ALIGNED)
         o_d = tl.arange(0, BD)[None, :]
         b_dq = (b_dq * scale).to(dq.dtype.element_ty)
         tl.store(p_dq + o_d, b_dq, mask=(o_i < n_q) & (o_d < D))
@@ -541,6 +550,7 @@ def attention_backward(
     strides = hidden((*strides, c.stats_strides(dlse)))
     args = (out, dout, lse, dlse, strides, lse2, delta, cu_q, c.Hq, c.Sq, c.Tq, tiles)
     flags = {"DV": c.Dv, "BM": bm, "BV": c.flags["BV"], "enable_fp_fusion": True}
+    flags["ALIGNED"] = c.Dv % 8 == 0 and aligned(out) and aligned(dout)
     launch(attention_rows_kernel, c.B * c.Hq * tiles, q, *args, **flags)
     if dsinks is not None:
         args = (sinks, dsinks, lse2, delta, c.B, c.Hq, c.Sq)
@@ -552,7 +562,7 @@ def attention_backward(
     steps = c.row_strides(dout)
     flags = {**c.flags, "GROUP": c.group, "num_warps": warps, "num_stages": stages}
     flags |= {"enable_fp_fusion": True}
-    flags["ALIGNED"] &= all(s % 8 == 0 for s in steps) and dout.data_ptr() % 16 == 0
+    flags["ALIGNED"] &= all(aligned(x) for x in (dout, dq, dk, dv))
     given = (q, q, k, v, hidden(c.strides), dout)
     rest = (lse2, delta, cu_q, cu_k, *c.sizes, *c.options)
     tiles = ceil_div(c.Sk, bn)

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .._launch import ceil_div, hidden, launch
 from ..rng import shown
-from .plan import NOTHING, Call, config, same_layout
+from .plan import NOTHING, Call, aligned, config, same_layout
 from .score import LN2, LOG2E, SCALARS, keeps, key_offsets, load_rows, scores, sequence_of, step
 
 
@@ -58,7 +58,7 @@ def attend_block(
 @triton.jit
 def store_rows(
     b_o, b_m, b_l, o_i, b_head, q_row, i_b, m_row, out, out_strides, lse, lse_strides, sinks,
-    keep_scale, DV: tl.constexpr, BV: tl.constexpr,
+    keep_scale, DV: tl.constexpr, BV: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """out = O / l, LSE = ln 2 (m + log2 l), with the sink in the denominator."""
     if sinks is not None:
@@ -71,8 +71,8 @@ def store_rows(
         b_m = b_top
     b_factor = tl.where(b_l == 0.0, 0.0, keep_scale / b_l)
     o_x = tl.arange(0, BV)[None, :]
-    p_out = out + i_b * shown(out_strides[0]) + b_head * shown(out_strides[1])
-    p_out = p_out + (q_row + o_i) * shown(out_strides[2])
+    p_out = out + i_b * step(out_strides[0], ALIGNED) + b_head * step(out_strides[1], ALIGNED)
+    p_out = p_out + (q_row + o_i) * step(out_strides[2], ALIGNED)
     b_o = tl.where(b_l == 0.0, 0.0, b_o * b_factor).to(out.dtype.element_ty)
     tl.store(p_out + o_x, b_o, mask=m_row & (o_x < DV))
     if lse is not None:
@@ -225,7 +225,7 @@ def attention_fwd_kernel(
         if part_o is None:
             store_rows(
                 b_o, b_m, b_l, o_i, b_head, q_row, i_b, m_row, out, strides[3], lse, strides[4],
-                sinks, keep_scale, DV, BV,
+                sinks, keep_scale, DV, BV, ALIGNED,
             )  # fmt: skip
         else:
             batch = tl.num_programs(0) // (splits * tiles * kv_heads)
@@ -254,6 +254,7 @@ def attention_merge_kernel(
     Tq: tl.int64,
     splits: tl.int32,
     DV: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BM: tl.constexpr,
     BV: tl.constexpr,
 ):
@@ -284,7 +285,7 @@ def attention_merge_kernel(
         b_o += b_part * b_down
     store_rows(
         b_o, b_m, b_l, o_i, b_head, q_row, o_b, m_row, out, strides[0], lse, strides[1], sinks,
-        keep_scale, DV, BV,
+        keep_scale, DV, BV, ALIGNED,
     )  # fmt: skip
 
 
@@ -310,6 +311,7 @@ def _run(c: Call, out, lse, paging=NOTHING) -> bool:
     if splits > 1:
         part_o = c.scratch(splits, c.B, c.Hq, c.Sq, c.Dv)
         part_ml = c.scratch(2, splits, c.B, c.Hq, c.Sq)
+    flags = {**c.flags, "ALIGNED": c.flags["ALIGNED"] and aligned(out)}
     lse_strides = c.stats_strides(lse)
     strides = hidden((*c.strides, c.row_strides(out), lse_strides))
     launch(
@@ -334,7 +336,7 @@ def _run(c: Call, out, lse, paging=NOTHING) -> bool:
         splits,
         split_keys,
         GROUP=c.group,
-        **c.flags,
+        **flags,
         BM=bm,
         BN=bn,
         num_warps=warps,
@@ -345,8 +347,8 @@ def _run(c: Call, out, lse, paging=NOTHING) -> bool:
         total = c.B * c.Hq * c.Sq
         args = (part_o, part_ml, out, lse, strides[3:], c.cu_q, c.sinks, c.keep_scale, total)
         sizes = (c.Hq, c.Sq, c.Tq, splits)
-        flags = {"DV": c.Dv, "BM": 4, "BV": c.flags["BV"], "enable_fp_fusion": True}
-        launch(attention_merge_kernel, ceil_div(total, 4), c.q, *args, *sizes, **flags)
+        flags = {k: flags[k] for k in ("DV", "ALIGNED", "BV")} | {"enable_fp_fusion": True}
+        launch(attention_merge_kernel, ceil_div(total, 4), c.q, *args, *sizes, BM=4, **flags)
     return True
 
 

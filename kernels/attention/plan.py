@@ -35,6 +35,11 @@ def unit_rows(x: torch.Tensor) -> bool:
     return x.stride(-1) == 1 or x.shape[-1] == 1 or x.numel() == 0
 
 
+def aligned(x: torch.Tensor) -> bool:
+    """Every row starts at 16 bytes: loads and stores of whole rows take vectors."""
+    return x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in x.stride()[:-1])
+
+
 @dataclass
 class Call:
     """One call: tensors, sizes and the arguments that every kernel takes."""
@@ -157,8 +162,6 @@ class Call:
         alibi_step = Hq if alibi is not None and alibi.dim() == 2 else 0
         signed = lambda x: (int(x) + 2**63) % 2**64 - 2**63  # noqa: E731
         rows = [(0, x.stride(1), x.stride(0)) if packed else x.stride()[:3] for x in (q, k, v)]
-        aligned = D % 8 == 0 and Dv % 8 == 0 and all(t % 8 == 0 for r in rows for t in r)
-        aligned = aligned and all(x.data_ptr() % 16 == 0 for x in (q, k, v))
         options = (
             min(left, 2**30), min(right, 2**30), scale, float(softcap), alibi, alibi_step, sinks,
             mask if kind != BOOLEAN.value else mask.view(torch.uint8), hidden(mask_strides), seeds,
@@ -174,8 +177,8 @@ class Call:
             "RIGHT": right >= 0,
             "DROPOUT": dropout_p > 0,
             "SEEDS": int(seeds is not None),
-            "WHOLE": Sk % 4 == 0,
-            "ALIGNED": aligned,
+            "WHOLE": dropout_p > 0 and Sk % 4 == 0,
+            "ALIGNED": D % 8 == 0 and Dv % 8 == 0 and all(aligned(x) for x in (q, k, v)),
             "PRECISION": precision(q.dtype),
             "BD": max(triton.next_power_of_2(D), 16),
             "BV": max(triton.next_power_of_2(Dv), 16),

@@ -272,6 +272,23 @@ def test_new_values_compile_nothing_new(axis):
     assert len(found) == 1
 
 
+def test_new_lengths_compile_nothing_new():
+    """Lengths, strides and batch sizes of attention and of a diffusion step: one kernel each."""
+    from genfast.kernels import diffusion
+
+    with record("sm_90") as found:
+        for n in (128, 129, 1000):
+            attend(4, 64, 64, n, n, 16, torch.float16, True, right=0)
+    assert len(found) == len({r.kernel for r in found}) == 4
+    table, noise = torch.ones(9, 36), (1, None, 0, 0)
+    with record("sm_90") as found:
+        for shape in ((8, 2048), (16, 4096), (1, 2048), (2, 2, 2048)):
+            x = torch.empty(shape)
+            given = ((x,), None, table, None, 0, None, None, *noise, True, None)
+            diffusion.diffusion_step((torch.empty_like(x),), x, *given)
+    assert len(found) == 1
+
+
 def kernel_args(rng, out, rows, cols):
     flags = {"KIND": 1, "SEEDS": 0, "ALIGNED": False, "BR": 1, "BC": 1024}
     scalars = (cols, None, 1, 0, 0, rows, rows, cols, 1, 0, 1)
