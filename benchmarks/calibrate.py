@@ -58,9 +58,10 @@ def limit_of(sizes: list[int], ratios: list[float]) -> int:
 
 def calibrate(threads: int = 2) -> Iterator[Row]:
     """One row per dtype and kind of call, as each is decided."""
-    before, known = torch.get_num_threads(), dict(_choice.ATTENTION_BY_TORCH)
+    rows = _choice.ATTENTION_BY_TORCH[True]
+    before, known = torch.get_num_threads(), dict(rows)
     torch.set_num_threads(threads)
-    _choice.ATTENTION_BY_TORCH.clear()  # ours is what is timed
+    rows.clear()  # ours is what is timed
     try:
         for feature, ladder in LADDERS.items():
             for dtype in DTYPES:
@@ -78,7 +79,7 @@ def calibrate(threads: int = 2) -> Iterator[Row]:
                 )  # fmt: skip
     finally:
         torch.set_num_threads(before)
-        _choice.ATTENTION_BY_TORCH.update(known)
+        rows.update(known)
 
 
 def save(rows: list[Row], path: Path | None = None) -> Path:

@@ -39,9 +39,10 @@ def test_the_first_fitting_row_decides():
         Row("attention", "cpu", isa, "float32", "decode", 9, "torch", ""),
         Row(ANY, "cpu", ANY, ANY, ANY, ALL_SIZES, "cpu", ""),
     )
-    assert _choice.torch_below(rows, "decode", "float32") == 9
-    assert _choice.torch_below(rows, "forward", "float32") == 0
-    assert _choice.torch_below(rows, "decode", "float16") == 0
+    assert _choice.torch_below(rows, "cpu", "float32", "decode") == 9
+    assert _choice.torch_below(rows, "cpu", "float32", "forward") == 0
+    assert _choice.torch_below(rows, "cpu", "float16", "decode") == 0
+    assert _choice.torch_below(rows, "cuda", "float16", "decode") == 7
 
 
 def test_a_calibrated_table_is_read_back_on_its_own_machine_only(tmp_path, monkeypatch):
@@ -51,7 +52,7 @@ def test_a_calibrated_table_is_read_back_on_its_own_machine_only(tmp_path, monke
     row = Row("attention", "cpu", ANY, "float32", "decode", 123, "torch", "measured")
     assert calibrate.save([row]) == path
     assert _choice.table() == (row, *_choice.ROWS)
-    assert _choice._attention_limits()[torch.float32] == (123, 0)
+    assert _choice._attention_limits("cpu")[torch.float32] == (123, 0)
     text = json.loads(path.read_text())
     text["machine"]["torch"] = "1.0"
     path.write_text(json.dumps(text))
@@ -79,7 +80,7 @@ def by_torch(monkeypatch):
         calls.append(args)
         return torch.nn.functional.scaled_dot_product_attention(*args, **kwargs)
 
-    monkeypatch.setitem(core.ATTENTION_BY_TORCH, torch.float32, (ALL_SIZES, ALL_SIZES))
+    monkeypatch.setitem(core.ATTENTION_BY_TORCH[True], torch.float32, (ALL_SIZES, ALL_SIZES))
     monkeypatch.setattr(core, "torch_sdpa", counted)
     return calls
 

@@ -40,12 +40,14 @@ class Row(NamedTuple):
     why: str
 
 
-_UNMEASURED = "no GPU measurement yet; what lacks a Triton kernel runs as plain PyTorch"
+_UNMEASURED = "no measurement on a GPU yet"
 
 # Attention on this CPU family needs no row for PyTorch: every case of the benchmark is at least
 # 1.0x, at AVX2 and at AVX-512. (Under 10 us the call itself decides, and handing it on costs 4 us.)
 # Processors with matrix units (AMX) may: calibrate there.
 ROWS = (
+    Row("attention", "cuda", ANY, ANY, "decode", ALL_SIZES, "torch", _UNMEASURED),
+    Row("attention", "cuda", ANY, ANY, "forward", ALL_SIZES, "torch", _UNMEASURED),
     Row(ANY, "cpu", ANY, ANY, ANY, ALL_SIZES, "cpu", "benchmarks/results/2026-11-24-*.json"),
     Row(ANY, "cuda", ANY, ANY, ANY, ALL_SIZES, "triton", _UNMEASURED),
     Row(ANY, "cuda", ANY, ANY, ANY, ALL_SIZES, "reference", "always possible"),
@@ -94,25 +96,25 @@ def table() -> tuple[Row, ...]:
     return (*user_rows(), *ROWS)
 
 
-def torch_below(rows: Iterable[Row], feature: str, dtype: str) -> int:
-    """Sizes under this go to PyTorch's own attention on this CPU."""
-    isa = _C.build_info()["isa"]
+def torch_below(rows: Iterable[Row], device: str, dtype: str, feature: str) -> int:
+    """Sizes under this go to PyTorch's own attention."""
+    arch = _C.build_info()["isa"] if device == "cpu" else ANY
     for row in rows:
-        fits = zip(row[:5], ("attention", "cpu", isa, dtype, feature), strict=True)
+        fits = zip(row[:5], ("attention", device, arch, dtype, feature), strict=True)
         if all(have in (ANY, want) for have, want in fits):
             return row.below if row.backend == "torch" else 0
     return 0
 
 
-def _attention_limits() -> dict[torch.dtype, tuple[int, int]]:
+def _attention_limits(device: str) -> dict[torch.dtype, tuple[int, int]]:
     rows, found = table(), {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         name = str(dtype).removeprefix("torch.")
-        limits = tuple(torch_below(rows, feature, name) for feature in ("decode", "forward"))
+        limits = tuple(torch_below(rows, device, name, f) for f in ("decode", "forward"))
         if any(limits):
             found[dtype] = limits
     return found
 
 
-# dtype -> sizes below which PyTorch runs (decode, forward): one dictionary lookup per call.
-ATTENTION_BY_TORCH = _attention_limits()
+# is_cpu -> dtype -> sizes below which PyTorch runs (decode, forward): two lookups a call.
+ATTENTION_BY_TORCH = {True: _attention_limits("cpu"), False: _attention_limits("cuda")}

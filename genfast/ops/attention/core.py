@@ -19,10 +19,9 @@ from torch.nn.functional import (
 )
 
 from genfast.ops import _check, _noise
-from genfast.ops._backend import forced_reference
+from genfast.ops._backend import forced_reference, has_kernels, kernels, triton_runs
 from genfast.ops._choice import ATTENTION_BY_TORCH
 from genfast.ops._road import (
-    _C,
     DIRECT,
     GRAD,
     KERNEL_DTYPES,
@@ -94,21 +93,21 @@ def _forward(q, k, v, mask, alibi, sinks, packed, options, want_lse=True):
     """(out, lse or None) by the kernel, or None when it does not take these tensors."""
     out = empty_out(q, v.shape[-1])
     lse = _empty_lse(q, _FLOAT) if want_lse else None
-    if _C.attention_forward(q, k, v, out, lse, mask, *packed, alibi, sinks, *options):
+    if kernels.attention_forward(q, k, v, out, lse, mask, *packed, alibi, sinks, *options):
         return out, lse
     return None
 
 
 def plain_forward(q, k, v, causal: bool, scale: float | None) -> Tensor | None:
     """`_forward` of a call without options: half of what a small call costs is passing them on."""
-    limits = ATTENTION_BY_TORCH.get(q.dtype)
+    limits = ATTENTION_BY_TORCH[q.is_cpu].get(q.dtype)
     right = 0 if causal else -1
     if limits is not None:
         out = _by_torch(limits, q, k, v, Options(scale=scale, right=right))
         if out is not None:
             return out
     out = empty_out(q, v.shape[-1])
-    done = _C.attention_forward(
+    done = kernels.attention_forward(
         q, k, v, out, None, None, None, None, 0, 0, None, None, 0, None, 0, scale, 0.0, -1, right,
         False, 0.0,
     )  # fmt: skip
@@ -132,7 +131,7 @@ def _by_torch(limits, q, k, v, options: Options) -> Tensor | None:
         and q.dtype is k.dtype is v.dtype
         and k.shape == v.shape
         and (q.shape[0], q.shape[3]) == (k.shape[0], k.shape[3])
-        and q.device.type == k.device.type == v.device.type == "cpu"
+        and q.device == k.device == v.device
     )
     Hq, Hkv = q.shape[1], k.shape[1]
     if not plain or Hq % Hkv:
@@ -151,7 +150,7 @@ def _backward(dout, dlse, q, k, v, out, lse, mask, alibi, sinks, packed, options
     dq, dk, dv = (_unit(torch.empty_like(x)) for x in (q, k, v))
     dmask = mask.new_empty(mask.shape, dtype=_FLOAT) if wants[0] else None
     dsinks = torch.empty_like(sinks) if wants[1] else None
-    if not _C.attention_backward(
+    if not kernels.attention_backward(
         dout, dlse, dq, dk, dv, dmask, dsinks, q, k, v, out, lse, mask, *packed, alibi, sinks,
         *options,
     ):  # fmt: skip
@@ -362,7 +361,8 @@ def _fits(q, k, v, mask, alibi, sinks, packed) -> bool:
         dtype in KERNEL_DTYPES
         and k.dtype is dtype
         and v.dtype is dtype
-        and q.device.type == "cpu"
+        and has_kernels(q.device)
+        and (q.device.type == "cpu" or triton_runs(q.device))
         and q.dim() == (4 if packed.cu_q is None else 3)
         and q.dim() == k.dim() == v.dim()
         and all(1 <= x.shape[-1] <= MAX_HEAD_DIM for x in (q, v))
@@ -379,7 +379,7 @@ def attend(q, k, v, mask, alibi, sinks, packed: Packed, options: Options, want_l
         if road == DIRECT:
             try:
                 if packed is DENSE and mask is None and alibi is None and sinks is None:
-                    limits = ATTENTION_BY_TORCH.get(q.dtype)
+                    limits = ATTENTION_BY_TORCH[q.is_cpu].get(q.dtype)
                     if limits is not None and not want_lse:
                         out = _by_torch(limits, q, k, v, options)
                         if out is not None:
