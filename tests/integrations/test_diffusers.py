@@ -120,18 +120,18 @@ def test_each_step_against_float64(name, monkeypatch):
     monkeypatch.setattr(base, "randn_tensor", record)
     cls, module = double_class(name)
     monkeypatch.setattr(module, "randn_tensor", replay, raising=False)
-    kernel, terms = rows._kernel, []
+    kernel, terms = rows._step_row, []
 
-    def watched(outs, x, models, weights, table, index, row, held, z, *rest):
+    def watched(table, row, outputs, x, m, *rest):
         """The kernel, noting the largest of the terms it sums."""
         c = table[row].double().abs()
-        sizes = [t.abs().max().item() for t in (x, models[0])]
+        sizes = [t.abs().max().item() for t in (x, m)]
         sizes.append(c[:2] @ torch.tensor(sizes, dtype=torch.float64))
-        largest = (c[6:].reshape(3, 10)[: len(outs), :3] * torch.tensor(sizes)).max().item()
+        largest = (c[6:].reshape(3, 10)[:outputs, :3] * torch.tensor(sizes)).max().item()
         terms.append(max(largest, sizes[2].item()))
-        return kernel(outs, x, models, weights, table, index, row, held, z, *rest)
+        return kernel(table, row, outputs, x, m, *rest)
 
-    monkeypatch.setattr(rows, "_kernel", watched)
+    monkeypatch.setattr(rows, "_step_row", watched)
     shipped = getattr(diffusers, f"{name}Scheduler")
     monkeypatch.setattr(sys.modules[shipped.__module__], "randn_tensor", lambda *_, **__: drawn[-1],
                         raising=False)  # fmt: skip

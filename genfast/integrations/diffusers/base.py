@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from genfast.ops.rng import randn_like
 from genfast.reference import diffusion as reference
 from genfast.schedulers.from_config import plan_from_config
 from genfast.schedulers.plan import symbolic
@@ -193,11 +192,12 @@ class Dropin:
 
     # ---- noise -----------------------------------------------------------------------------------
 
-    def _genfast_noise(self, row, x, shape, dtype, generator, seed, stream, keep=False):
-        """Noise of one step, or None where it is neither used nor drawn by diffusers.
+    def _genfast_noise(self, row, x, shape, dtype, generator, seed, keep=False):
+        """(z, seed) of one step: noise as a tensor, or the seed of what the kernel draws; both None
+        where it is neither used nor drawn by diffusers.
 
         A generator, or none and no seed: torch's draws in diffusers' number, order and dtype, also
-        where the coefficient is 0. seed: contract noise (seed, stream), only where it is used.
+        where the coefficient is 0. seed: contract noise of (seed, stream).
         keep: the scheduler stores it, used or not.
         """
         if seed is None:
@@ -206,11 +206,8 @@ class Dropin:
             raise ValueError("seed, generator: expected at most one of them, got both")
         if seed is None:
             z = randn_tensor(shape, generator=generator, device=x.device, dtype=dtype)
-            return z if row.noisy or keep else None
-        if not (row.noisy or keep):
-            return None
-        like = x if x.shape == shape and x.dtype == dtype else x.new_empty(shape, dtype=dtype)
-        return randn_like(like, seed=seed, stream=stream)
+            return z if row.noisy or keep else None, None
+        return None, seed if row.noisy or keep else None
 
     # ---- forward process -------------------------------------------------------------------------
 
