@@ -8,6 +8,7 @@ sides; "seed" is genfast's noise, made inside the kernel, against diffusers with
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from functools import partial
 
@@ -153,6 +154,42 @@ def _case(name, shape, table, noise, targets):
     )
 
 
+def _forward(name, shape, device):
+    """add_noise of a batch at random timesteps."""
+    import diffusers
+
+    from genfast.integrations import diffusers as dropin
+
+    x, z = torch.randn(shape, device=device), torch.randn(shape, device=device)
+    at = torch.randint(0, 1000, shape[:1], generator=torch.Generator().manual_seed(0))
+    calls = []
+    for library in (dropin, diffusers):
+        scheduler = getattr(library, f"{name}Scheduler")()
+        if name != "DDPM":
+            scheduler.set_timesteps(1000)
+        t = at if name == "DDPM" else scheduler.timesteps[at]
+        add = scheduler.scale_noise if name.startswith("Flow") else scheduler.add_noise
+        calls.append(partial(add, x, t, z) if name.startswith("Flow") else partial(add, x, z, t))
+    ours, theirs = calls
+
+    def proof():
+        error = (ours() - theirs()).abs().max() / theirs().abs().max()
+        if not error < 1e-5:
+            raise AssertionError(f"{name}: {error:.1e} from diffusers")
+
+    return Work(ours=ours, rivals={"diffusers": theirs}, proof=proof)
+
+
+def _forward_case(name, shape):
+    return Case(
+        "schedulers",
+        f"{name} add_noise",
+        shape,
+        partial(_forward, name, shape),
+        bytes=12 * torch.Size(shape).numel(),
+    )
+
+
 CASES = [
     _case(name, shape, table, noise, {"diffusers": 1.0 if noise == "torch" else least})
     for shape, least in ((SMALL, 8.0), (LARGE, 5.0))
@@ -160,3 +197,10 @@ CASES = [
     for name in table
     for noise in noises
 ]
+CASES += [
+    _forward_case(name, shape)
+    for shape in (SMALL, LARGE)
+    for name in ("DDPM", "EulerDiscrete", "FlowMatchEulerDiscrete")
+]
+if not importlib.util.find_spec("diffusers"):
+    CASES = []  # nothing to compare with, and nothing of ours without it

@@ -63,8 +63,8 @@ inline double value_of(const Coefficient& c, int64_t group) {
 
 inline int64_t batch_of(const TensorView& t) { return t.ndim > 0 ? t.shape[0] : 1; }
 
-// One thread where a second gains little: it costs ~2 us, and milliseconds where another process
-// has its core (1.2 us gained of 13.7 on 16 chunks of drawn noise; 6.6 of 25.3 on 32).
+// One thread where a second gains little: it costs ~2 us, and 8 ms once in a hundred calls where
+// another process has its core. Drawn noise: 1 us gained of 14 on 16 chunks, 6 of 19 on 32.
 inline int threads_for(const TensorView& t, bool draws, int threads) {
   return t.numel < (draws ? 32 : 64) * kChunk ? 1 : threads;
 }
