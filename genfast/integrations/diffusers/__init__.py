@@ -18,7 +18,7 @@ in float64 from the live tables and applied in float32 in one pass.
 Noise. `step(generator=...)`, or nothing: torch's stream exactly as diffusers draws it (count,
 order, dtype; also where the coefficient is 0). `step(seed=...)` or `scheduler.genfast_seed = ...`:
 genfast's noise of (seed, stream = step index), the same on every device and for every batch size,
-made inside the step's kernel and not rounded to 16 bit (SA-Solver, which stores it, draws a tensor).
+made inside the step's kernel and not rounded to 16 bit (SA-Solver stores it: a tensor is drawn).
 
 A step that no affine row expresses runs in diffusers' own code, with the reason in
 `scheduler.genfast_fallback`: per-token timesteps and EDM's ready pred_original_sample, UniPC's
