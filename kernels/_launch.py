@@ -20,6 +20,16 @@ def launch(kernel: Any, programs: int, on: torch.Tensor, *args: Any, **options: 
         kernel[(programs,)](*args, **options)
 
 
+def hidden(values: tuple) -> tuple:
+    """Numbers for a tuple argument of a kernel, which reads them with `shown`.
+
+    Triton specialises every number in a tuple (1 becomes a constant, multiples of 16 a hint, and
+    the size picks 32 or 64 bits), so that each new shape would compile anew; 2^40 + 4 x + 2 is
+    never special.
+    """
+    return tuple(hidden(x) if isinstance(x, tuple) else 2**40 + 4 * x + 2 for x in values)
+
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -90,17 +100,17 @@ def as_rows(
     inputs: list[torch.Tensor | None],
     outputs: list[torch.Tensor | None],
     first: int | None = None,
-    split: bool = False,
+    split: int = 0,
 ) -> Rows:
     """Views tensors of one shape as rows of dense columns, copying those that cannot be seen so.
 
-    first: the first dim of the columns; None: the fewest rows that fit all tensors. split: dim 0
-    must be among the rows (one seed or one sum per sample).
+    first: the first dim of the columns; None: the fewest rows that fit all tensors. split: so many
+    dims must be among the rows (1: one seed or one sum per sample).
     """
     tensors = [*inputs, *outputs]
     present = [t for t in tensors if t is not None]
     shape = present[0].shape
-    low = min(1 if split else 0, len(shape))
+    low = min(split, len(shape))
     if first is None:
         fits = (
             d

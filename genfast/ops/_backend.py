@@ -32,6 +32,16 @@ _TRITON = {
     "gumbel_softmax_backward": "sampling",
     "relaxed_bernoulli": "sampling",
     "categorical": "sampling",
+    "diffusion_step": "diffusion",
+    "diffusion_step_backward": "diffusion",
+    "diffusion_mix": "diffusion",
+    "guidance_weights": "diffusion",
+    "dynamic_threshold": "diffusion",
+    "denoising_loss": "diffusion",
+    "attention_forward": "attention",
+    "attention_backward": "attention",
+    "attention_cached": "attention",
+    "attention_append": "attention",
 }
 _REFUSED = {"categorical": -1}  # what "not handled" is; False elsewhere
 
