@@ -576,3 +576,12 @@ def test_wrong_input(name):
         call()
     with genfast.backend("reference"), pytest.raises(error, match=text):
         call()
+
+
+def test_an_empty_batch_has_zero_gradients():
+    """sinks and a broadcast mask outlive the batch: their gradients are sums over nothing."""
+    q, k, v = (torch.empty(0, 4, n, 8, requires_grad=True) for n in (2, 3, 3))
+    sinks = torch.randn(4, requires_grad=True)
+    mask = torch.randn(1, 1, 2, 3, requires_grad=True)
+    genfast.attention(q, k, v, mask=mask, sinks=sinks).sum().backward()
+    assert (sinks.grad == 0).all() and (mask.grad == 0).all()

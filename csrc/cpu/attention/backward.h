@@ -358,7 +358,7 @@ struct Backward {
   int64_t mask_rows() const { return g.dmask.i_stride != 0 ? longest_q : 1; }
   int64_t mask_batches() const { return g.dmask.b_stride != 0 ? p.B : 1; }
   int64_t mask_heads() const { return g.dmask.h_stride != 0 ? p.Hq : 1; }
-  int64_t mask_blocks() const { return g.dmask.j_stride != 0 ? (longest_k + BK - 1) / BK : 1; }
+  int64_t mask_blocks() const { return g.dmask.j_stride != 0 ? (p.Sk + BK - 1) / BK : 1; }
 
   void mask_task(int64_t task, const BackwardScratch& x) const {
     const int64_t block = task % mask_blocks();

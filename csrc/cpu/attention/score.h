@@ -63,7 +63,10 @@ inline void clip_padding(const AttentionParams& p, int64_t b, int64_t first, int
     if (lo < seen.lo) seen.lo = lo;
     if (hi > seen.hi) seen.hi = hi;
   }
-  range = seen;
+  // Whole vectors: what stands behind the last key of a block must be a score or outside the keys.
+  seen.hi = round_up(seen.hi, W);
+  if (seen.hi < range.hi) range.hi = seen.hi;
+  range.lo = seen.lo;
 }
 
 inline bool has_score_options(const AttentionParams& p) {

@@ -161,12 +161,8 @@ bool flat_step(const StepParams& p) {
   }
   for (int s = 0; s < kSources && !guides; ++s) {
     if (!(reads & 1u << s)) continue;
-    const TensorView& t = s == kX   ? p.x
-                          : s == kM ? p.models[0]
-                          : s == kZ ? p.z
-                                    : p.history[s - kH1];
     if (s != kX0 && !(s == kZ && draws)) {
-      source[s] = flat(t);
+      source[s] = flat(s == kX ? p.x : s == kM ? p.models[0] : s == kZ ? p.z : p.history[s - kH1]);
       if (source[s] == nullptr) return false;
     }
     for (int o = 0; o < outputs; ++o) {
