@@ -230,7 +230,7 @@ FUSED = {
     "denoising_loss_kernel",  # the weight "p2": a power in fp64
     "loss_of_samples_kernel",
 }
-_FRAME = "a call of the division routine needs a frame of 8 bytes"
+_FRAME = "one value kept in memory around the calls of the division routine"
 # (kernel, target): bytes of local memory that it may use, and why. Anything else must not spill.
 SPILLS = {
     ("guidance_weights_kernel", "sm_90"): (8, _FRAME),
