@@ -6,7 +6,7 @@ import triton.language as tl
 
 from .._launch import FLOATS, ceil_div, hidden, launch
 from ..rng import shown
-from .plan import MAX_HEAD_DIM, same_layout, unit_rows
+from .plan import MAX_HEAD_BYTES, same_layout, unit_rows
 from .score import clamped
 
 
@@ -111,7 +111,9 @@ def attention_append(
         return False
     if (k is None) != (v is None) or (cos is None) != (sin is None):
         return False
-    if (cos is None) != (q_out is None) or max(t.shape[-1] for t in tensors) > MAX_HEAD_DIM:
+    if (cos is None) != (q_out is None) or max(
+        t.shape[-1] for t in tensors
+    ) * q.element_size() > MAX_HEAD_BYTES:
         return False
     if not same_layout(q.shape[0], q.device, lengths, leftpad, batch_idx, block_table):
         return False

@@ -98,7 +98,7 @@ def attention_fwd_kernel(
     batch_idx,
     block_table,
     table_stride: tl.int64,
-    page_size: tl.int64,
+    page_size: tl.int32,
     pages: tl.int64,
     added: tl.int64,
     entries: tl.int64,

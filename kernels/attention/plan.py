@@ -12,7 +12,8 @@ import triton
 from .._launch import FLOATS, hidden
 from .score import ADDITIVE, BOOLEAN, NO_MASK
 
-MAX_HEAD_DIM = 512
+# Rows of K and V in shared memory: heads of 512 in 16 bit, of 256 in fp32.
+MAX_HEAD_BYTES = 1024
 # seqlens, leftpad, batch_idx, block_table, its stride, page size, pages, added rows
 NOTHING = (None, None, None, None, 0, 1, 1, 0)
 
@@ -61,6 +62,7 @@ class Call:
     D: int
     Dv: int
     entries: int
+    has_slopes: bool
     keep_scale: float
     strides: tuple  # of q, k, v
     options: tuple  # left ... keep_scale, in the kernels' order
@@ -121,7 +123,7 @@ class Call:
         Sk = k.shape[s] if capacity is None else capacity
         if k.shape[-1] != D or v.shape[h] != Hkv or v.shape[s] != k.shape[s]:
             return None
-        if not 1 <= D <= MAX_HEAD_DIM or not 1 <= Dv <= MAX_HEAD_DIM or not unit_rows(q):
+        if min(D, Dv) < 1 or max(D, Dv) * q.element_size() > MAX_HEAD_BYTES or not unit_rows(q):
             return None
         if not unit_rows(k) or not unit_rows(v) or Hkv < 1 or Hq % Hkv or max(Sq, Sk) >= 2**30:
             return None
@@ -185,7 +187,7 @@ class Call:
         }
         return Call(
             q, k, v, mask, cu_q, cu_k, sinks, B, Hq, Hkv, Sq, Sk, Tq, Tk, D, Dv, k.shape[0],
-            keep_scale, tuple(rows), options, flags,
+            alibi is not None, keep_scale, tuple(rows), options, flags,
         )  # fmt: skip
 
 
@@ -204,43 +206,58 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 and target()[0] == "cuda" else "ieee"
 
 
-# kind -> widest row in bytes -> (BM, BN, warps, stages). Chosen by what has to lie in registers
-# (O, and dK, dV: at most 128 fp32 a thread) and in shared memory (99 KiB on sm_120, 64 KiB on AMD
-# whose table has fewer stages); none of it has been tuned on a GPU.
+# kind, bytes of an element -> widest head (a power of two) -> (BM, BN, warps, stages): the largest
+# blocks whose rows stay in registers and in shared memory when compiled for sm_80, sm_90, sm_100
+# and sm_120 (99 KiB) alike; with 64 x 64 blocks in backward at 64, sm_80 and sm_120 spill. None of
+# it has been timed on a GPU. No autotuning: one compilation a head dimension.
 CONFIGS = {
-    "forward": {
+    ("forward", 2): {
+        64: (128, 64, 8, 3),
         128: (128, 64, 8, 3),
-        256: (128, 64, 8, 2),
-        512: (64, 32, 4, 2),
-        1024: (32, 32, 4, 1),
-        2048: (16, 16, 4, 1),
+        256: (64, 32, 8, 2),
+        512: (32, 32, 8, 1),
     },
-    "decode": {
-        128: (16, 128, 4, 3),
-        256: (16, 64, 4, 3),
-        512: (16, 64, 4, 1),
-        1024: (16, 32, 4, 1),
-        2048: (16, 16, 4, 1),
+    ("forward", 4): {64: (64, 32, 8, 2), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
+    ("decode", 2): {128: (16, 64, 4, 3), 256: (16, 64, 8, 1), 512: (16, 32, 8, 1)},
+    ("decode", 4): {64: (16, 32, 4, 2), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
+    # with a mask, dropout, softcap or ALiBi: the block of scores needs twice the registers, and
+    # pipelined blocks of a fp32 mask would not fit in shared memory
+    ("forward options", 2): {64: (64, 64, 8, 1), 128: (32, 32, 8, 1), 512: (32, 16, 8, 1)},
+    ("forward options", 4): {64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
+    ("backward options", 2): {128: (32, 32, 8, 1), 512: (16, 16, 8, 1)},
+    ("backward options", 4): {256: (16, 16, 8, 1)},
+    ("backward", 2): {
+        64: (32, 64, 8, 2),
+        128: (64, 64, 8, 1),
+        256: (32, 32, 8, 1),
+        512: (16, 16, 8, 1),
     },
-    "backward": {
-        128: (64, 64, 8, 2),
-        256: (32, 64, 8, 1),
-        512: (32, 32, 4, 1),
-        1024: (16, 16, 4, 1),
-        2048: (16, 16, 4, 1),
+    ("backward", 4): {64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
+}
+# AMD: 64 KiB of shared memory, no asynchronous copies, 512 registers when a program has four waves.
+AMD_CONFIGS = {
+    ("decode", 2): {128: (16, 64, 4, 2), 512: (16, 32, 8, 1)},
+    ("backward options", 2): {128: (32, 32, 4, 1), 512: (16, 16, 4, 1)},
+    ("forward", 2): {128: (128, 64, 8, 2), 256: (64, 32, 8, 2), 512: (64, 16, 8, 1)},
+    ("forward", 4): {64: (64, 32, 8, 2), 128: (64, 32, 8, 1), 256: (32, 32, 8, 1)},
+    ("backward", 2): {
+        64: (32, 64, 8, 1),
+        128: (32, 32, 4, 1),
+        256: (16, 32, 8, 1),
+        512: (16, 16, 4, 1),
     },
+    ("backward", 4): {64: (32, 32, 4, 1), 128: (16, 32, 8, 1), 256: (16, 16, 4, 1)},
 }
 
 
 def config(kind: str, c: Call, rows: int) -> tuple[int, int, int, int]:
     """(BM, BN, warps, stages)."""
-    backend, arch = target()
-    width = max(c.flags["BD"], c.flags["BV"]) * c.q.element_size()
+    flags = c.flags
     if kind == "forward" and rows <= 16:
         kind = "decode"
-    bm, bn, warps, stages = next(v for w, v in CONFIGS[kind].items() if width <= w)
-    if kind == "forward" and 256 >= width > 128 and backend == "cuda" and arch in (90, 100, 103):
-        bn = 128  # 227 KiB of shared memory
-    if backend == "hip":
-        stages = 1
-    return bm, bn, warps, stages
+    elif flags["MASK"] or flags["DROPOUT"] or flags["SOFTCAP"] or c.has_slopes:
+        kind += " options"
+    key = kind, c.q.element_size()
+    configs = AMD_CONFIGS if target()[0] == "hip" and key in AMD_CONFIGS else CONFIGS
+    width = max(flags["BD"], flags["BV"])
+    return next(v for widest, v in configs[key].items() if width <= widest)

@@ -73,7 +73,7 @@ def key_offsets(o_j, Sk, k_row, b_stride, s_stride, p_table, page_size, pages):
     if p_table is None:
         return o_at * s_stride
     else:
-        o_page = o_at // page_size
+        o_page = o_at.to(tl.int32) // page_size  # a 64-bit division is a call with a stack
         b_page = tl.load(p_table + o_page, mask=o_j < Sk, other=0)
         b_page = tl.minimum(tl.maximum(b_page.to(tl.int64), 0), pages.to(tl.int64) - 1)
         return b_page * b_stride + (o_at - o_page * page_size) * s_stride

@@ -203,7 +203,7 @@ def launch_attention():
 
     half, full = torch.bfloat16, torch.float32
     for dtype, D, backward in ((half, 64, True), (half, 128, True), (half, 256, True),
-        (half, 512, False), (full, 64, True), (full, 128, False)):  # fmt: skip
+        (half, 512, False), (full, 64, True), (full, 128, True)):  # fmt: skip
         attend(1, 64, 64, 512, 512, D, dtype, backward, right=0)
     options = {"mask": torch.empty(512, 512), "alibi": torch.empty(64), "sinks": torch.empty(64)}
     attend(1, 64, 8, 512, 512, 128, half, True, **options, softcap=2.0, dropout=0.1)
@@ -223,14 +223,21 @@ FAMILIES = {
     "attention": launch_attention,
 }
 
-# Kernels whose results are no part of the noise contract and may fuse products and sums.
+# Kernels whose results are no part of the noise contract and may fuse products and sums (those of
+# attention all may).
 FUSED = {
     "guidance_weights_kernel",  # exp of "mag" in fp64
     "denoising_loss_kernel",  # the weight "p2": a power in fp64
     "loss_of_samples_kernel",
 }
-# (kernel, target): bytes that may spill, and why. Anything else must not spill at all.
-SPILLS: dict[tuple[str, str], int] = {}
+_FRAME = "one value kept in memory around the calls of the division routine"
+# (kernel, target): bytes of local memory that it may use, and why. Anything else must not spill.
+SPILLS = {
+    ("guidance_weights_kernel", "sm_90"): (8, _FRAME),
+    ("guidance_weights_kernel", "sm_100"): (8, _FRAME),
+    ("guidance_weights_kernel", "sm_120"): (8, _FRAME),
+    ("diffusion_step_kernel", "sm_100"): (8, _FRAME),
+}
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -240,7 +247,7 @@ def test_resources(family, target):
         FAMILIES[family]()
     assert found
     for r in found:
-        assert r.spills <= SPILLS.get((r.kernel, target), 0), r
+        assert r.spills <= SPILLS.get((r.kernel, target), (0, ""))[0], r
         assert r.shared <= SHARED_LIMIT[target], r
         if (
             target.startswith("sm_") and r.kernel not in FUSED
