@@ -355,7 +355,7 @@ struct Backward {
   // ---- gradient of the mask --------------------------------------------------------------------
   // A pass of its own (two more products) in which one task owns the elements it writes, so that
   // sums over broadcast dimensions run in a fixed order.
-  int64_t mask_rows() const { return g.dmask.i_stride != 0 ? longest_q : 1; }
+  int64_t mask_rows() const { return g.dmask.i_stride != 0 ? p.Sq : 1; }
   int64_t mask_batches() const { return g.dmask.b_stride != 0 ? p.B : 1; }
   int64_t mask_heads() const { return g.dmask.h_stride != 0 ? p.Hq : 1; }
   int64_t mask_blocks() const { return g.dmask.j_stride != 0 ? (p.Sk + BK - 1) / BK : 1; }
