@@ -119,6 +119,7 @@ def test_kernels_under_address_sanitizer():
         "-k",
         "not one_fault",
         f"{_HERE}/test_families.py",
+        f"{_HERE}/test_diffusion.py",
         f"{_HERE}/test_simt.py",
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
