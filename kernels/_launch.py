@@ -90,17 +90,17 @@ def as_rows(
     inputs: list[torch.Tensor | None],
     outputs: list[torch.Tensor | None],
     first: int | None = None,
-    split: bool = False,
+    split: int = 0,
 ) -> Rows:
     """Views tensors of one shape as rows of dense columns, copying those that cannot be seen so.
 
-    first: the first dim of the columns; None: the fewest rows that fit all tensors. split: dim 0
-    must be among the rows (one seed or one sum per sample).
+    first: the first dim of the columns; None: the fewest rows that fit all tensors. split: so many
+    dims must be among the rows (1: one seed or one sum per sample).
     """
     tensors = [*inputs, *outputs]
     present = [t for t in tensors if t is not None]
     shape = present[0].shape
-    low = min(1 if split else 0, len(shape))
+    low = min(split, len(shape))
     if first is None:
         fits = (
             d

@@ -32,6 +32,12 @@ _TRITON = {
     "gumbel_softmax_backward": "sampling",
     "relaxed_bernoulli": "sampling",
     "categorical": "sampling",
+    "diffusion_step": "diffusion",
+    "diffusion_step_backward": "diffusion",
+    "diffusion_mix": "diffusion",
+    "guidance_weights": "diffusion",
+    "dynamic_threshold": "diffusion",
+    "denoising_loss": "diffusion",
 }
 _REFUSED = {"categorical": -1}  # what "not handled" is; False elsewhere
 

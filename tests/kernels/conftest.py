@@ -10,7 +10,7 @@ import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-KERNEL_TESTS = ["test_rng.py", "test_sampling.py"]
+KERNEL_TESTS = ["test_rng.py", "test_sampling.py", "test_diffusion.py", "test_attention.py"]
 
 if INTERPRETED:
     collect_ignore = ["test_resources.py", "test_interpreter.py"]

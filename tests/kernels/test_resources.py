@@ -152,8 +152,41 @@ def launch_sampling():
     sampling.categorical(x, index, tau, index, tau, tau, *noise)
 
 
-FAMILIES = {"rng": launch_rng, "sampling": launch_sampling}
+def launch_diffusion():
+    from genfast.kernels import diffusion
 
+    x, wide, s = torch.empty(8, 4, 1024), torch.empty(8, 8, 1024), torch.empty(8)
+    half, table, index = x.half(), torch.ones(9, 36), torch.arange(8)
+    noise = (1, index, 0, 0)
+    step, six = diffusion.diffusion_step, (x,) * 6
+    step((half,), half, (half,), None, table, None, 0, None, None, *noise, True, None)
+    extras = (1, s, x, x, None, torch.ones(8, 2), None, None)
+    two, outs = torch.empty(8, 2), tuple(torch.empty_like(x) for _ in range(3))
+    step(outs, x, (wide, wide), two, table, index, 0, six, None, *noise, True, extras)
+    extras = (0, s, None, None, None, None, None, torch.empty(8))
+    step(outs[:1], x, (x,), None, table, None, 0, six, None, *noise, True, extras)
+    given = (outs, x, (x, x), two, table, index, 0, s, x)
+    diffusion.diffusion_step_backward(*given, outs[0], outs[1:], six, x)
+    wide = torch.ones(8, dtype=torch.float64)
+    diffusion.diffusion_mix(outs[0], x, None, *noise, True, wide, wide, 1, 1, False)
+    diffusion.diffusion_mix(half, half, half, 0, None, 0, 0, False, 0.5, 0.5, 1, 1, False)
+    for weighting in (1, 2):
+        numbers = (wide, wide, wide, 2, weighting, 5.0, 1.0)
+        loss = (s, torch.empty(()), 0.125, torch.ones(1), outs[0])
+        diffusion.denoising_loss(x, x, None, *noise, *numbers, *loss)
+    for method in (1, 4, 5):
+        diffusion.guidance_weights(x, x, None, s, two, method, False, 0.5, 0.5)
+    diffusion.dynamic_threshold(x, x, s, table, None, 0, 0.9, 2.0)
+
+
+FAMILIES = {"rng": launch_rng, "sampling": launch_sampling, "diffusion": launch_diffusion}
+
+# Kernels whose results are no part of the noise contract and may fuse products and sums.
+FUSED = {
+    "guidance_weights_kernel",  # exp of "mag" in fp64
+    "denoising_loss_kernel",  # the weight "p2": a power in fp64
+    "loss_of_samples_kernel",
+}
 # (kernel, target): bytes that may spill, and why. Anything else must not spill at all.
 SPILLS: dict[tuple[str, str], int] = {}
 
@@ -167,7 +200,9 @@ def test_resources(family, target):
     for r in found:
         assert r.spills <= SPILLS.get((r.kernel, target), 0), r
         assert r.shared <= SHARED_LIMIT[target], r
-        if target.startswith("sm_"):  # products must be rounded: the noise contract
+        if (
+            target.startswith("sm_") and r.kernel not in FUSED
+        ):  # products must be rounded: the noise contract
             assert r.count(r"^\s*fma\.") == 0, r.kernel
             assert r.count(r"sqrt\.approx|div\.(full|approx)|\.ftz") == 0, r.kernel
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from genfast.ops import _check
+from genfast.ops._backend import has_kernels, triton_runs
 from genfast.ops._road import KERNEL_DTYPES
 from genfast.ops.rng import noise_like
 
@@ -32,7 +33,26 @@ def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def on_kernel(*tensors: Tensor | None) -> bool:
-    return all(t is None or (t.dtype in KERNEL_DTYPES and t.device.type == "cpu") for t in tensors)
+    return all(
+        t is None
+        or (
+            t.dtype in KERNEL_DTYPES
+            and has_kernels(t.device)
+            and (t.device.type == "cpu" or triton_runs(t.device))
+        )
+        for t in tensors
+    )
+
+
+def numbers(values: Sequence[float], device: torch.device, dtype=torch.float32) -> Tensor:
+    """These few numbers on the device. On a GPU by fills: a copy from the host would synchronise,
+    and could not be captured in a graph."""
+    if device.type == "cpu":
+        return torch.tensor(values, dtype=dtype)
+    result = torch.empty(len(values), dtype=dtype, device=device)
+    for place, value in zip(result.split(1), values, strict=True):
+        place.fill_(value)
+    return result
 
 
 def drawn(x: Tensor, dtype, seed, seeds, stream, offset) -> Tensor:
@@ -86,8 +106,7 @@ def weight_tensor(weights, count: int, x: Tensor) -> Tensor | None:
                 f"{tuple(weights.shape)}"
             )
         return weights.to(wide_dtype(x)).contiguous()
-    values = weight_values(weights, count)
-    return torch.tensor(values, dtype=wide_dtype(x), device=x.device)
+    return numbers(weight_values(weights, count), x.device, wide_dtype(x))
 
 
 def weight_values(weights, count: int) -> tuple[float, ...]:

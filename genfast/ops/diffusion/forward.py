@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from genfast.ops import _check, _noise
-from genfast.ops._backend import forced_reference
+from genfast.ops._backend import forced_reference, kernels
 from genfast.ops._road import (
-    _C,
     DIRECT,
     GRAD,
     define,
@@ -34,7 +33,7 @@ from genfast.ops.diffusion import _common
 def _native(p, q, a, b, seeds, seed, stream, offset, draws, a_sign, b_sign, out=None):
     if out is None:
         out = torch.empty_like(p)
-    if _C.diffusion_mix(
+    if kernels.diffusion_mix(
         out, p, q, seed, seeds, stream, offset, draws, a, b, a_sign, b_sign, a is None
     ):
         return out

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from genfast.ops import _check
-from genfast.ops._backend import forced_reference
-from genfast.ops._road import _C, DIRECT, define, gate, is_compiling, transforming
+from genfast.ops._backend import forced_reference, kernels
+from genfast.ops._road import DIRECT, define, gate, is_compiling, transforming
 from genfast.ops.diffusion import _common
 from genfast.ops.diffusion.step import COEF, COLUMNS, diffusion_step
 from genfast.reference import diffusion as reference
@@ -29,20 +29,20 @@ _CODES = {name: i for i, name in enumerate(METHODS)}
 _NAMES = tuple(METHODS)
 
 
-def _identity_row() -> Tensor:
-    row = torch.zeros(1, COLUMNS, device="cpu")
+def _identity_row(device) -> Tensor:
+    row = torch.zeros(1, COLUMNS, device=device)
     row[0, COEF + 1] = 1.0  # out_0 = m
     row[0, 2] = float("inf")
     return row
 
 
-_IDENTITY = _identity_row()
+_IDENTITY = _identity_row("cpu")
 
 
 def _native(cond, uncond, average, scale, method, original, o_0, o_1):
     width = 2 if average is None else 3
     weights = torch.empty((cond.shape[0], width), dtype=torch.float32, device=cond.device)
-    if _C.guidance_weights(cond, uncond, average, scale, weights, method, original, o_0, o_1):
+    if kernels.guidance_weights(cond, uncond, average, scale, weights, method, original, o_0, o_1):
         return weights
     return None
 
@@ -96,7 +96,7 @@ def _scale(scale, cond) -> Tensor:
             )
         return scale.detach().reshape(-1).to(torch.float32).contiguous()
     _check.number("scale", scale)
-    return torch.tensor([scale], dtype=torch.float32, device=cond.device)
+    return _common.numbers((scale,), cond.device)
 
 
 def _validate(cond, uncond, average, method):
@@ -135,9 +135,10 @@ def guidance_weights(
     if plain and scale - scale == 0 and (average is None or method == "apg"):
         with torch.no_grad():
             if gate(cond, uncond, average) == DIRECT and cond.dim():
-                found = _native(
-                    cond, uncond, average, _common.cached((float(scale),)), code, original, o_0, o_1
-                )
+                on_cpu = cond.device.type == "cpu"
+                one = (float(scale),)
+                number = _common.cached(one) if on_cpu else _common.numbers(one, cond.device)
+                found = _native(cond, uncond, average, number, code, original, o_0, o_1)
                 if found is not None:
                     return found
     _validate(cond, uncond, average, method)
@@ -178,12 +179,12 @@ def guide(
             cond, uncond, scale, method=method, original=original, average=average, **options
         )
         out = torch.empty_like(cond)
-        if _C.diffusion_step(
+        if kernels.diffusion_step(
             (out,),
             cond,
             models,
             weights,
-            _IDENTITY,
+            _IDENTITY if cond.device.type == "cpu" else _identity_row(cond.device),
             None,
             0,
             None,
@@ -213,7 +214,4 @@ def guide(
         detached[0], detached[1], None if average is None else detached[2], weights_tensor,
         _CODES[method], bool(original), o_0, o_1,
     )  # fmt: skip
-    identity = torch.zeros(1, COLUMNS, device=cond.device)
-    identity[0, COEF + 1] = 1.0
-    identity[0, 2] = float("inf")
-    return diffusion_step(cond, models, identity, weights=weights)
+    return diffusion_step(cond, models, _identity_row(cond.device), weights=weights)

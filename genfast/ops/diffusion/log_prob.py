@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from genfast.ops import _check
-from genfast.ops._backend import forced_reference
-from genfast.ops._road import _C, define, differentiable_backward, is_compiling, transforming
+from genfast.ops._backend import forced_reference, kernels
+from genfast.ops._road import define, differentiable_backward, is_compiling, transforming
 from genfast.ops.diffusion import _common
 from genfast.ops.diffusion.step import (
     _COUNT,
@@ -36,7 +36,7 @@ def _native(sample, args):
     row, seed, stream, offset, draws = args[20:25]
     log_prob = torch.empty(x.shape[:1], dtype=torch.float32, device=x.device)
     extras = (0, threshold, None, None, None, None, sample, log_prob)
-    if _C.diffusion_step(
+    if kernels.diffusion_step(
         outputs, x, _models(args), args[4], args[5], args[6], row, tuple(args[7:13]), z, seed,
         seeds, stream, offset, draws, extras,
     ):  # fmt: skip

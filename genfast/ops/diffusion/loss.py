@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from genfast.ops import _check, _noise
-from genfast.ops._backend import forced_reference
+from genfast.ops._backend import forced_reference, kernels
 from genfast.ops._road import (
-    _C,
     DIRECT,
     GRAD,
     define,
@@ -44,7 +43,7 @@ def _native(output, x0, z, alpha, sigma, weight, seeds, seed, stream, offset, pr
             gamma, k, reduction, d_output=None):  # fmt: skip
     per_sample = torch.empty(output.shape[:1], dtype=torch.float32, device=output.device)
     total = torch.empty((), dtype=torch.float32, device=output.device)
-    if _C.denoising_loss(
+    if kernels.denoising_loss(
         output, x0, z, seed, seeds, stream, offset, alpha, sigma, weight, prediction, weighting,
         gamma, k, per_sample, total, _total_scale(output, reduction), None, d_output,
     ):  # fmt: skip
@@ -62,7 +61,7 @@ def _native_backward(g_total, g_each, output, x0, z, alpha, sigma, weight, seeds
         scale = 1.0
     grad = grad.to(torch.float32).contiguous()
     d_output = torch.empty_like(output)
-    if not _C.denoising_loss(
+    if not kernels.denoising_loss(
         output, x0, z, seed, seeds, stream, offset, alpha, sigma, weight, prediction, weighting,
         gamma, k, None, None, scale, grad, d_output,
     ):  # fmt: skip
@@ -182,8 +181,9 @@ class _Loss(Function):
         if ready is not None and g_each is None and g_total is not None:
             others = any(ctx.needs_input_grad[1:6])
             if not (others or wants_graph() or not plain(g_total)):
-                g = g_total.item()
-                return (ready if g == 1.0 else ready.mul_(g), *[None] * 14)
+                if g_total.device.type == "cpu" and g_total.item() == 1.0:
+                    return (ready, *[None] * 14)
+                return (ready.mul_(g_total), *[None] * 14)
         return (*_gradients(ctx, g_total, g_each, _native_backward), *[None] * 9)
 
 

@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from genfast.ops import _check, _noise
-from genfast.ops._backend import forced_reference
+from genfast.ops._backend import forced_reference, kernels
 from genfast.ops._road import (
-    _C,
     DIRECT,
     GRAD,
     SLOW,
@@ -64,7 +63,7 @@ def _native(args, outs=None):
     extras = None
     if variance or threshold is not None or mask is not None:
         extras = (variance, threshold, mask, known, known_z, level, None, None)
-    if _C.diffusion_step(
+    if kernels.diffusion_step(
         outs, x, _models(args), weights, table, index, row, tuple(args[7:13]), z, seed, seeds,
         stream, offset, draws, extras,
     ):  # fmt: skip
@@ -75,7 +74,7 @@ def _native(args, outs=None):
 def _native_backward(grads, args, wanted):
     """Gradients of the tensors of `_NATIVE` (None where not wanted), by the kernel."""
     found = [torch.empty_like(args[i]) if w else None for i, w in zip(_NATIVE, wanted, strict=True)]
-    if not _C.diffusion_step_backward(
+    if not kernels.diffusion_step_backward(
         tuple(grads), args[0], _models(args), args[4], args[5], args[6], args[20], args[15],
         args[16], found[0], tuple(found[1:4]), tuple(found[4:10]), found[10],
     ):  # fmt: skip
@@ -320,7 +319,9 @@ def diffusion_step(
         try:
             scale = weights
             if scale is not None and not isinstance(scale, Tensor):
-                scale = _common.cached(_common.weight_values(scale, len(models)))
+                scale = _common.weight_values(scale, len(models))
+                on_cpu = x.device.type == "cpu"
+                scale = _common.cached(scale) if on_cpu else _common.numbers(scale, x.device)
             draws = seed is not None or generator is not None
             road = gate(x, *models, scale, noise, *history, table)
             if road == DIRECT and not (draws and noise is not None):
@@ -332,7 +333,7 @@ def diffusion_step(
                     outs = ()
                 code = VARIANCE[variance]
                 extras = (code, *[None] * 7) if code else None
-                if _C.diffusion_step(
+                if kernels.diffusion_step(
                     outs, x, models, scale, table, None, row, history, noise, int_seed, seeds,
                     stream, offset, draws, extras,
                 ):  # fmt: skip
@@ -413,7 +414,7 @@ def _level(level, x):
             raise ValueError(f"known_level: expected (alpha, sigma), got {_check.describe(level)}")
         for value in level:
             _check.number("known_level", value)
-        return torch.tensor(level, dtype=torch.float32, device=x.device)
+        return _common.numbers(level, x.device)
     _check.tensor("known_level", level)
     batch = x.shape[0] if x.dim() else 1
     if tuple(level.shape) not in ((2,), (batch, 2)):

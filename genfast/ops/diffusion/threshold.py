@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from genfast.ops import _check
-from genfast.ops._backend import forced_reference
-from genfast.ops._road import _C, DIRECT, define, gate, is_compiling, transforming
+from genfast.ops._backend import forced_reference, kernels
+from genfast.ops._road import DIRECT, define, gate, is_compiling, transforming
 from genfast.ops.diffusion import _common
 from genfast.ops.diffusion.step import COLUMNS
 from genfast.reference import diffusion as reference
@@ -16,7 +16,7 @@ from genfast.reference import diffusion as reference
 
 def _native(x, m, table, row, ratio, max_value):
     s = torch.empty(x.shape[:1], dtype=torch.float32, device=x.device)
-    return s if _C.dynamic_threshold(x, m, s, table, None, row, ratio, max_value) else None
+    return s if kernels.dynamic_threshold(x, m, s, table, None, row, ratio, max_value) else None
 
 
 def _composite(x, m, table, row, ratio, max_value):
