@@ -38,6 +38,10 @@ _TRITON = {
     "guidance_weights": "diffusion",
     "dynamic_threshold": "diffusion",
     "denoising_loss": "diffusion",
+    "attention_forward": "attention",
+    "attention_backward": "attention",
+    "attention_cached": "attention",
+    "attention_append": "attention",
 }
 _REFUSED = {"categorical": -1}  # what "not handled" is; False elsewhere
 

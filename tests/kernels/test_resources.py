@@ -179,7 +179,48 @@ def launch_diffusion():
     diffusion.dynamic_threshold(x, x, s, table, None, 0, 0.9, 2.0)
 
 
-FAMILIES = {"rng": launch_rng, "sampling": launch_sampling, "diffusion": launch_diffusion}
+def attend(B, Hq, Hkv, Sq, Sk, D, dtype, backward, **o):
+    """One call of forward, and of backward when asked for."""
+    from genfast.kernels import attention
+
+    q, k, v = torch.empty(B, Hq, Sq, D), torch.empty(B, Hkv, Sk, D), torch.empty(B, Hkv, Sk, D)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    out, lse, mask = torch.empty_like(q), torch.empty(B, Hq, Sq), o.get("mask")
+    numbers = (None, o.get("softcap", 0.0), -1, o.get("right", -1), False, o.get("dropout", 0.0))
+    tail = (mask, None, None, 0, 0, o.get("alibi"), o.get("sinks"), 1, None, 0, *numbers)
+    attention.attention_forward(q, k, v, out, lse, *tail)
+    if backward:
+        dmask = None if mask is None else torch.empty(mask.shape)
+        dsinks = None if mask is None else torch.empty(Hq)
+        grads = (q, k, v, dmask, dsinks)
+        attention.attention_backward(out, lse, *grads, q, k, v, out, lse, *tail)
+
+
+def launch_attention():
+    """Every head dimension plain and causal, the options together at 128, decode and the cache."""
+    from genfast.kernels import attention
+
+    half, full = torch.bfloat16, torch.float32
+    for dtype, D, backward in ((half, 64, True), (half, 128, True), (half, 256, True),
+                               (half, 512, False), (full, 64, True), (full, 128, False)):  # fmt: skip
+        attend(1, 64, 64, 512, 512, D, dtype, backward, right=0)
+    options = {"mask": torch.empty(512, 512), "alibi": torch.empty(64), "sinks": torch.empty(64)}
+    attend(1, 64, 8, 512, 512, 128, half, True, **options, softcap=2.0, dropout=0.1)
+    attend(1, 32, 8, 1, 4096, 128, half, False)
+    cache, q = torch.empty(64, 8, 256, 128).to(half), torch.empty(2, 32, 1, 128).to(half)
+    lengths, table = torch.zeros(2, dtype=torch.int32), torch.zeros(2, 32, dtype=torch.int32)
+    place, rest = (lengths, None, None, table), (None, None, None, 0.0, -1, -1)
+    attention.attention_cached(q, cache, cache, q, None, lengths, 1, None, None, table, *rest)
+    new, turn = torch.empty(2, 8, 1, 128).to(half), torch.empty(9, 32)
+    attention.attention_append(q, q, new, new, cache, cache, *place, turn, turn, True, False)
+
+
+FAMILIES = {
+    "rng": launch_rng,
+    "sampling": launch_sampling,
+    "diffusion": launch_diffusion,
+    "attention": launch_attention,
+}
 
 # Kernels whose results are no part of the noise contract and may fuse products and sums.
 FUSED = {

@@ -16,9 +16,8 @@ from torch.autograd import Function
 from torch.nn.functional import pad
 
 from genfast.ops import _check, _noise
-from genfast.ops._backend import forced_reference
+from genfast.ops._backend import forced_reference, has_kernels, kernels, triton_runs
 from genfast.ops._road import (
-    _C,
     DIRECT,
     GRAD,
     KERNEL_DTYPES,
@@ -90,7 +89,7 @@ def _forward(q, k, v, mask, alibi, sinks, packed, options, want_lse=True):
     """(out, lse or None) by the kernel, or None when it does not take these tensors."""
     out = empty_out(q, v.shape[-1])
     lse = _empty_lse(q, _FLOAT) if want_lse else None
-    if _C.attention_forward(q, k, v, out, lse, mask, *packed, alibi, sinks, *options):
+    if kernels.attention_forward(q, k, v, out, lse, mask, *packed, alibi, sinks, *options):
         return out, lse
     return None
 
@@ -106,7 +105,7 @@ def _backward(dout, dlse, q, k, v, out, lse, mask, alibi, sinks, packed, options
     dq, dk, dv = (_unit(torch.empty_like(x)) for x in (q, k, v))
     dmask = mask.new_empty(mask.shape, dtype=_FLOAT) if wants[0] else None
     dsinks = torch.empty_like(sinks) if wants[1] else None
-    if not _C.attention_backward(
+    if not kernels.attention_backward(
         dout, dlse, dq, dk, dv, dmask, dsinks, q, k, v, out, lse, mask, *packed, alibi, sinks,
         *options,
     ):  # fmt: skip
@@ -317,7 +316,8 @@ def _fits(q, k, v, mask, alibi, sinks, packed) -> bool:
         dtype in KERNEL_DTYPES
         and k.dtype is dtype
         and v.dtype is dtype
-        and q.device.type == "cpu"
+        and has_kernels(q.device)
+        and (q.device.type == "cpu" or triton_runs(q.device))
         and q.dim() == (4 if packed.cu_q is None else 3)
         and q.dim() == k.dim() == v.dim()
         and all(1 <= x.shape[-1] <= MAX_HEAD_DIM for x in (q, v))

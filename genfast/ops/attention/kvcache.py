@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from genfast.ops import _check
-from genfast.ops._backend import forced_reference
-from genfast.ops._road import _C, DIRECT, GRAD, KERNEL_DTYPES, define, gate, is_compiling
+from genfast.ops._backend import forced_reference, kernels
+from genfast.ops._road import DIRECT, GRAD, KERNEL_DTYPES, define, gate, is_compiling
 from genfast.ops.attention.core import (
     MAX_HEAD_DIM,
     Options,
@@ -31,14 +31,14 @@ def _native(
     if k is not None or cos is not None:
         if cos is not None:
             rotated = torch.empty_like(q, memory_format=torch.contiguous_format)
-        if not _C.attention_append(
+        if not kernels.attention_append(
             q, None if cos is None else rotated, k, v, k_cache, v_cache, lengths, leftpad,
             batch_idx, block_table, cos, sin, interleaved, left < 0 and right < 0,
         ):  # fmt: skip
             return None
     out = empty_out(q, v_cache.shape[-1])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32) if want_lse else None
-    if _C.attention_cached(
+    if kernels.attention_cached(
         rotated, k_cache, v_cache, out, lse, lengths, added, leftpad, batch_idx, block_table, alibi,
         sinks, scale, softcap, left, right,
     ):  # fmt: skip
