@@ -12,7 +12,7 @@ import torch
 from genfast._native import _C
 
 from .conftest import same_bits
-from .helpers import FLOATS, both, data, exact, laid_out, seeds_of
+from .helpers import FLOATS, both, data, exact, seeds_of
 
 COLUMNS, HISTORY = 36, 6
 EPSILON, SAMPLE, V, FLOW = range(4)

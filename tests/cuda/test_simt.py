@@ -120,6 +120,7 @@ def test_kernels_under_address_sanitizer():
         "not one_fault",
         f"{_HERE}/test_families.py",
         f"{_HERE}/test_diffusion.py",
+        f"{_HERE}/test_attention.py",
         f"{_HERE}/test_simt.py",
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

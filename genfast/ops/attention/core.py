@@ -16,7 +16,7 @@ from torch.autograd import Function
 from torch.nn.functional import pad
 
 from genfast.ops import _check, _noise
-from genfast.ops._backend import forced_reference, has_kernels, kernels, triton_runs
+from genfast.ops._backend import forced_reference, has_kernels, kernels
 from genfast.ops._road import (
     DIRECT,
     GRAD,
@@ -317,7 +317,6 @@ def _fits(q, k, v, mask, alibi, sinks, packed) -> bool:
         and k.dtype is dtype
         and v.dtype is dtype
         and has_kernels(q.device)
-        and (q.device.type == "cpu" or triton_runs(q.device))
         and q.dim() == (4 if packed.cu_q is None else 3)
         and q.dim() == k.dim() == v.dim()
         and all(1 <= x.shape[-1] <= MAX_HEAD_DIM for x in (q, v))
