@@ -91,6 +91,7 @@ def _case(name, B, Hq, Sq, D, *, Hkv=None, Sk=None, dtype=F32, causal=False, bac
         dtype=dtype,
         bytes=size,
         flops=flops,
+        reads=Sq == 1,
         targets={"F.sdpa": target},
     )
 
@@ -178,6 +179,7 @@ def _append_case(B, Hq, Hkv, S, D, dtype, target):
         partial(_append, B, Hq, Hkv, S, D, dtype),
         dtype=dtype,
         bytes=2 * B * Hkv * S * D * torch.finfo(dtype).bits // 8,
+        reads=True,
         targets={"F.sdpa": target},
     )
 

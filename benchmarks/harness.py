@@ -22,7 +22,7 @@ What is measured: after the proof, every candidate is warmed up, its inner loop 
 reading takes about a millisecond, then ours and the rivals are read in turn (the order rotates), so
 that a slow moment of the machine hits all of them. Reported: median and quartiles over the
 readings, GB/s and GFLOP/s from the case's `bytes` and `flops`, the share of a limit measured in
-the same run (copying a large buffer; a large matmul), and rival time / our time.
+the same run (copying or reading a large buffer; multiply-adds), and rival time / our time.
 Caches are as the interleaving leaves them; a case larger than the last-level cache is cold.
 """
 
@@ -38,6 +38,8 @@ from statistics import quantiles
 
 import torch
 from torch import Tensor
+
+from genfast._native import _C
 
 # Order of the table; a family appears when its file does.
 FAMILIES = ("rng", "sampling", "diffusion", "schedulers", "attention")
@@ -61,6 +63,7 @@ class Work:
 @dataclass(frozen=True)
 class Case:
     """bytes: read and written once by an ideal kernel. flops: of the ideal algorithm.
+    reads: the bytes are read, hardly any written: the limit is reading, not copying.
     targets: rival -> least rival time / our time; 1.0 for a rival not named.
     """
 
@@ -71,6 +74,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     bytes: int = 0
     flops: int = 0
+    reads: bool = False
     targets: dict[str, float] = field(default_factory=dict)
     note: str = ""
 
@@ -227,22 +231,30 @@ def measure(calls: dict[str, Call], budget_s: float, device: str = "cpu") -> dic
 
 
 def measure_limits(settings: Settings) -> dict[str, float]:
-    """copy_gbps: read + written by copying 256 MiB; matmul_gflops: fp32, 1536 cubed."""
+    """copy_gbps: read + written by copying 256 MiB. On the CPU read_gbps: reading them once, and
+    fma_gflops: chains of fused multiply-adds at the instruction set of the kernels. On a GPU
+    matmul_gflops: fp32, 8192 cubed.
+    """
     device = torch.device(settings.device)
     a = torch.ones(64 * 2**20, device=device)
     b = torch.empty_like(a)
-    n = 1536 if settings.device == "cpu" else 8192
-    x, y = torch.ones(n, n, device=device), torch.ones(n, n, device=device)
-    out = torch.empty_like(x)
-    calls: dict[str, Call] = {
-        "copy": lambda: b.copy_(a),
-        "matmul": lambda: torch.mm(x, y, out=out),
-    }
+    calls: dict[str, Call] = {"copy": lambda: b.copy_(a)}
+    if settings.device == "cpu":
+        rounds = 10**6
+        flops = _C.limit(None, rounds)
+        calls |= {"read": lambda: _C.limit(a, 0), "fma": lambda: _C.limit(None, rounds)}
+    else:
+        n = 8192
+        x, y = torch.ones(n, n, device=device), torch.ones(n, n, device=device)
+        out, flops = torch.empty_like(x), 2 * n**3
+        calls["matmul"] = lambda: torch.mm(x, y, out=out)
     found = measure(calls, 2 * settings.budget_s, settings.device)
-    return {
-        "copy_gbps": 2 * a.numel() * 4 / found["copy"].median / 1e9,
-        "matmul_gflops": 2 * n**3 / found["matmul"].median / 1e9,
-    }
+    work = {
+        "copy_gbps": 2 * a.nbytes, "read_gbps": a.nbytes, "fma_gflops": flops,
+        "matmul_gflops": flops,
+    }  # fmt: skip
+    per_second = {name: work[name] / 1e9 for name in work if name.partition("_")[0] in found}
+    return {name: x / found[name.partition("_")[0]].median for name, x in per_second.items()}
 
 
 # ---- one case -----------------------------------------------------------------------------------
@@ -271,9 +283,11 @@ class Row:
     @property
     def share(self) -> tuple[float, str]:
         """The nearer limit and how much of it was reached."""
+        memory = "read" if self.case.reads and "read_gbps" in self.limits else "copy"
+        compute = "fma" if "fma_gflops" in self.limits else "matmul"
         return max(
-            (self.gbps / self.limits["copy_gbps"], "copy"),
-            (self.gflops / self.limits["matmul_gflops"], "matmul"),
+            (self.gbps / self.limits[f"{memory}_gbps"], memory),
+            (self.gflops / self.limits[f"{compute}_gflops"], compute),
         )
 
     @property

@@ -112,6 +112,12 @@ def _ratio(row: Row, rival: str) -> str:
     return f"[{colour}]{row.ratios[rival]:.2f}x[/]"
 
 
+def _limits(limits: dict[str, float]) -> str:
+    units = {"gbps": "GB/s", "gflops": "GFLOP/s"}
+    parts = (name.split("_") for name in limits)
+    return ", ".join(f"{what} {limits[f'{what}_{unit}']:.3g} {units[unit]}" for what, unit in parts)
+
+
 def show(rows: Sequence[Row], settings: Settings, console=None) -> None:
     need("rich")
     from rich.console import Console
@@ -123,8 +129,8 @@ def show(rows: Sequence[Row], settings: Settings, console=None) -> None:
     where, limits = machine(settings), rows[0].limits
     caption = (
         f"{where['gpu'] or where['cpu']}, isa {where['isa']}, {settings.threads} threads, torch "
-        f"{torch.__version__}. In this run: copy {limits['copy_gbps']:.1f} GB/s, matmul "
-        f"{limits['matmul_gflops']:.0f} GFLOP/s. Ratios: rival time / our time; red: below target."
+        f"{torch.__version__}. In this run: {_limits(limits)}. "
+        "Ratios: rival time / our time; red: below target."
     )
     table = Table(title="genfast bench", caption=caption, title_justify="left")
     for heading in ("case", "shape", "dtype"):

@@ -78,13 +78,20 @@ struct NoiseArgument {
   }
   // 64 bits of an int in [-2**63, 2**64): a wider one would repeat another's noise.
   static uint64_t word(const char* name, py::handle x) {
-    if (!PyLong_Check(x.ptr()) || PyBool_Check(x.ptr()))
+    py::object number;
+    if (PyLong_Check(x.ptr()) && !PyBool_Check(x.ptr()))
+      number = py::reinterpret_borrow<py::object>(x);
+    else if (py::hasattr(x, "numerator") && PyIndex_Check(x.ptr()) && !PyBool_Check(x.ptr()))
+      number = py::reinterpret_steal<py::object>(PyNumber_Index(x.ptr()));  // numpy's integers
+    if (!number) {
+      PyErr_Clear();
       throw py::type_error(std::string(name) + ": expected an int, got " +
                            Py_TYPE(x.ptr())->tp_name);
+    }
     int overflow = 0;
-    const long long value = PyLong_AsLongLongAndOverflow(x.ptr(), &overflow);
+    const long long value = PyLong_AsLongLongAndOverflow(number.ptr(), &overflow);
     if (overflow == 0) return static_cast<uint64_t>(value);
-    const unsigned long long wide = overflow > 0 ? PyLong_AsUnsignedLongLong(x.ptr()) : 0;
+    const unsigned long long wide = overflow > 0 ? PyLong_AsUnsignedLongLong(number.ptr()) : 0;
     if (overflow < 0 || PyErr_Occurred()) {
       PyErr_Clear();
       throw py::value_error(std::string(name) +

@@ -166,6 +166,20 @@ int64_t categorical(TensorArgument& logits, TensorArgument& index, TensorArgumen
   return cpu::kernels().categorical(p);
 }
 
+// (operations, 0) or (0, word): what the machine does at most; `data` chooses reading.
+double limit(TensorArgument& data, int64_t rounds) {
+  LimitParams p;
+  p.data = data, p.rounds = rounds, p.threads = g_gate.threads();
+  if (!data.defined()) {
+    py::gil_scoped_release release;
+    return cpu::kernels().fma_limit(p);
+  }
+  if (!p.data.is_cpu() || p.data.dtype != Dtype::f32 || !is_contiguous(p.data))
+    throw py::value_error("data: expected a contiguous float32 tensor on the CPU");
+  py::gil_scoped_release release;
+  return cpu::kernels().read_limit(p);
+}
+
 py::dict build_info() {
   py::dict info;
   py::list isa;
@@ -204,6 +218,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("force_slow_road", [](bool on) { g_gate.force_slow_road(on); });
   m.def("enable_cuda", [](bool on) { g_cuda_enabled = on; });
   m.def("build_info", &build_info);
+  m.def("limit", &limit);
   m.def("random", &genfast::random);
   m.def("reparameterize", &reparameterize, py::arg("mu"), py::arg("logvar"), py::arg("y"),
         py::arg("side"), py::arg("seed"), py::arg("seeds"), py::arg("stream"), py::arg("offset"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import warnings
+
 import torch
 
 try:
@@ -14,5 +17,14 @@ except ImportError as error:
     ) from error
 
 _C.init(torch)
+
+_level, _usable = os.environ.get("GENFAST_ISA"), _C.build_info()["isa_usable"]
+if _level and _level not in _usable:
+    warnings.warn(
+        f"GENFAST_ISA: expected one of {', '.join(_usable)} (the levels built in that this "
+        f"processor has), got {_level!r}; it is ignored",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 __all__ = ["_C"]

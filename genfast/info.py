@@ -14,6 +14,8 @@ import genfast
 import genfast.kernels
 from genfast._extras import EXTRAS, installed
 from genfast._native import _C
+from genfast.ops import _choice
+from genfast.ops._choice import ALL_SIZES, ANY
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,14 @@ def collect() -> dict:
         },
         "platform": platform.platform(),
     }
+
+
+def choices() -> list[dict[str, str]]:
+    """The table of the automatic choice, first fitting row first."""
+    rows = (row._asdict() for row in _choice.table())
+    return [
+        {**row, "below": ANY if row["below"] == ALL_SIZES else f"{row['below']:,}"} for row in rows
+    ]
 
 
 def lines(facts: dict) -> list[tuple[str, str]]:

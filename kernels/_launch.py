@@ -20,6 +20,16 @@ def launch(kernel: Any, programs: int, on: torch.Tensor, *args: Any, **options: 
         kernel[(programs,)](*args, **options)
 
 
+def hidden(values: tuple) -> tuple:
+    """Numbers for a tuple argument of a kernel, which reads them with `shown`.
+
+    Triton specialises every number in a tuple (1 becomes a constant, multiples of 16 a hint, and
+    the size picks 32 or 64 bits), so that each new shape would compile anew; 2^40 + 4 x + 2 is
+    never special.
+    """
+    return tuple(hidden(x) if isinstance(x, tuple) else 2**40 + 4 * x + 2 for x in values)
+
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -218,6 +218,12 @@ def tile_columns(o_row, m_row, first, cols, offset, ALIGNED: tl.constexpr, BC: t
 
 
 @triton.jit
+def shown(x):
+    """The int64 that `hidden` wrapped for a tuple argument."""
+    return (x.to(tl.int64) >> 2) - 274877906944  # 2^38
+
+
+@triton.jit
 def multiple_of_8(x, ALIGNED: tl.constexpr):
     """Tells the compiler what the caller has checked, so that loads become 16-byte ones."""
     x = x.to(tl.int64)

@@ -28,7 +28,7 @@ def run(*args: str) -> int:
 def fast(monkeypatch):
     """Readings of 10 ms and no machine-wide limits: these tests are about the harness."""
     monkeypatch.setattr(harness.Settings, "budget_s", 0.01)
-    limits = {"copy_gbps": 10.0, "matmul_gflops": 100.0}
+    limits = {"copy_gbps": 10.0, "read_gbps": 20.0, "fma_gflops": 100.0}
     monkeypatch.setattr(harness, "measure_limits", lambda settings: limits)
 
 
@@ -119,7 +119,7 @@ def test_bench_json_and_plot(tmp_path, capsys, fast):
     assert found["schema"] == report.SCHEMA and found["machine"]["threads"] == 1
     assert found["machine"]["cpu"] and found["machine"]["isa"] == collect()["isa"]
     assert found["versions"]["torch"] == torch.__version__ and "commit" in found["versions"]
-    assert found["limits"] == {"copy_gbps": 10.0, "matmul_gflops": 100.0}
+    assert found["limits"] == {"copy_gbps": 10.0, "read_gbps": 20.0, "fma_gflops": 100.0}
     (row,) = found["rows"]
     assert row["id"] == "rng/rand/1000/float32" and row["shape"] == [1000]
     ours, eager = row["seconds"], row["rivals"]["eager"]

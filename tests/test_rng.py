@@ -134,6 +134,7 @@ import hashlib, torch, genfast
 from genfast._native import _C
 h = hashlib.sha256()
 x = genfast.randn(70001, seed=8) * 3
+wide = torch.linspace(-230, 200, 70001)  # e^(wide/2) from below the least subnormal to inf
 for threads in (1, 2, 3):
     torch.set_num_threads(threads)
     for d in range(5):
@@ -143,11 +144,26 @@ for threads in (1, 2, 3):
             h.update(out.view(torch.uint8).numpy().tobytes())
     for y in (genfast.randint(-3, 1000, (5001,), seed=4), genfast.reparameterize(x, -x, seed=6),
               genfast.tanh_normal(x, x, seed=6), genfast.log_normal(x, x, seed=6),
+              genfast.reparameterize(x, wide, seed=6),
               genfast.relaxed_bernoulli(x, 0.7, seed=6),
               genfast.sample_categorical(x[:70000].view(700, 100), seed=torch.arange(700))):
         h.update(y.contiguous().view(torch.uint8).numpy().tobytes())
 print(_C.build_info()["isa"], h.hexdigest())
 """
+
+
+def test_an_unknown_instruction_set_is_named():
+    run = subprocess.run(
+        [sys.executable, "-c", "import genfast"], env=dict(os.environ, GENFAST_ISA="v9"),
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "GENFAST_ISA: expected one of" in run.stderr and "'v9'" in run.stderr
+
+
+def test_numpy_integers_are_integers():
+    want = genfast.randn(9, seed=3, stream=2, offset=1)
+    got = genfast.randn(9, seed=np.uint32(3), stream=np.int64(2), offset=np.int8(1))
+    assert torch.equal(got, want)
 
 
 def test_bits_do_not_depend_on_the_instruction_set():

@@ -2,6 +2,7 @@
 #pragma once
 #include "api/attention.h"
 #include "api/diffusion.h"
+#include "api/limits.h"
 #include "api/rng.h"
 #include "api/sampling.h"
 
@@ -24,6 +25,8 @@ struct Kernels {
   void (*attention_forward)(const AttentionParams&);
   void (*attention_backward)(const AttentionGradParams&);
   void (*attention_append)(const AttentionAppendParams&);
+  double (*fma_limit)(const LimitParams&);
+  double (*read_limit)(const LimitParams&);
 };
 
 // The best level this processor runs, or the one that GENFAST_ISA names; fixed at the first call.
@@ -53,6 +56,8 @@ void denoising_loss(const LossParams&);
 void attention_forward(const AttentionParams&);
 void attention_backward(const AttentionGradParams&);
 void attention_append(const AttentionAppendParams&);
+double fma_limit(const LimitParams&);
+double read_limit(const LimitParams&);
 extern const Kernels table;
 }  // namespace genfast::cpu::GENFAST_ISA
 #endif

@@ -75,11 +75,12 @@ void reparameterize(const ReparameterizeParams& p) {
       Chunk a, b, staged;
       NoiseChunk noise_buffer;
       const int64_t at = row * cols + first;
-      const float* m = mu.load(at, n, a);
-      const float* l = logvar.load(at, n, b);
       const bool need_noise = want_y || p.side_kind == Side::log_prob;
+      mu.prefetch(at, n), logvar.prefetch(at, n);
       const float* e =
           need_noise ? noise.values<NormalMap>(at, n, noise_buffer) : noise_buffer.data;
+      const float* m = mu.load(at, n, a);
+      const float* l = logvar.load(at, n, b);
       float* to = want_y ? y.target(at, n, staged) : staged.data;
       Sum sum;
       for (int i = 0; i < n; i += kStep) {
@@ -123,11 +124,13 @@ void reparameterize_backward(const ReparameterizeBackwardParams& p) {
       Chunk a, b, g, staged_mu, staged_logvar;
       NoiseChunk noise_buffer;
       const int64_t at = row * cols + first;
+      mu.prefetch(at, n), logvar.prefetch(at, n);
+      if (have_y) grad_y.prefetch(at, n);
+      const float* e =
+          have_y || is_log_prob ? noise.values<NormalMap>(at, n, noise_buffer) : noise_buffer.data;
       const float* m = mu.load(at, n, a);
       const float* l = logvar.load(at, n, b);
       const float* gy = have_y ? grad_y.load(at, n, g) : nullptr;
-      const float* e =
-          have_y || is_log_prob ? noise.values<NormalMap>(at, n, noise_buffer) : noise_buffer.data;
       const float gs = have_side ? grad_side[row / split] * p.side_scale : 0.0f;
       float* to_mu = d_mu.target(at, n, staged_mu);
       float* to_logvar = d_logvar.target(at, n, staged_logvar);
@@ -218,7 +221,7 @@ float perturb(const Stage& logits, const Noise& noise, const RowShape& s, int64_
       const f32p x = (load_pair(l + i) + load_pair(g + i)) * inv_tau;
       store(v + i, x);
       if (i + kStep > n) break;
-      most = maximum<f32p>(x, most);
+      most = maximum(x, most);
       strange |= x != x;
     }
     for (int j = 0; j < W; ++j) {

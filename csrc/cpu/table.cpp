@@ -3,12 +3,24 @@
 namespace genfast::cpu::GENFAST_ISA {
 
 extern const Kernels table = {
-    random,           reparameterize,          reparameterize_backward,
-    gumbel_softmax,   gumbel_softmax_backward, relaxed_bernoulli,
-    categorical,      diffusion_step,          diffusion_step_backward,
-    diffusion_mix,    guidance_weights,        dynamic_threshold,
-    denoising_loss,   attention_forward,       attention_backward,
+    random,
+    reparameterize,
+    reparameterize_backward,
+    gumbel_softmax,
+    gumbel_softmax_backward,
+    relaxed_bernoulli,
+    categorical,
+    diffusion_step,
+    diffusion_step_backward,
+    diffusion_mix,
+    guidance_weights,
+    dynamic_threshold,
+    denoising_loss,
+    attention_forward,
+    attention_backward,
     attention_append,
+    fma_limit,
+    read_limit,
 };
 
 }  // namespace genfast::cpu::GENFAST_ISA

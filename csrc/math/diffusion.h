@@ -12,7 +12,7 @@ namespace genfast {
 // min(max(v, -bound), bound); NaN stays NaN.
 template <class F>
 GENFAST_FN F clamp_symmetric(F v, F bound) {
-  return minimum<F>(bound, maximum<F>(-bound, v));
+  return minimum(bound, maximum(-bound, v));
 }
 
 // x0 = clamp(d_x x + d_m m, +-clip).
@@ -29,7 +29,7 @@ GENFAST_FN F std_learned_range(F v, F logvar_min, F logvar_max) {
 }
 template <class F>
 GENFAST_FN F std_learned(F v) {  // a variance below 0 counts as 0
-  return square_root(maximum<F>(F{}, v));
+  return square_root(maximum(F{}, v));
 }
 
 // ---- training ---------------------------------------------------------------------------------

@@ -47,7 +47,8 @@ GENFAST_FN float from_bits(uint32_t u) {
 #endif
 }
 GENFAST_FN float to_float(int32_t i) { return static_cast<float>(i); }
-GENFAST_FN int32_t to_int(float x) { return static_cast<int32_t>(x); }  // toward zero
+GENFAST_FN float word_to_float(uint32_t w) { return static_cast<float>(w); }  // nearest
+GENFAST_FN int32_t to_int(float x) { return static_cast<int32_t>(x); }        // toward zero
 GENFAST_FN int32_t as_signed(uint32_t u) { return static_cast<int32_t>(u); }
 GENFAST_FN uint32_t as_unsigned(int32_t i) { return static_cast<uint32_t>(i); }
 GENFAST_FN float select(bool m, float a, float b) { return m ? a : b; }
@@ -98,6 +99,14 @@ struct lane<f32v> {
 GENFAST_FN u32v bits(f32v x) { return (u32v)x; }
 GENFAST_FN f32v from_bits(u32v u) { return (f32v)u; }
 GENFAST_FN f32v to_float(i32v i) { return __builtin_convertvector(i, f32v); }
+// Nearest float of an unsigned word: both halves convert exactly, one rounding at the sum.
+GENFAST_FN f32v word_to_float(u32v w) {
+#if defined(__AVX512F__)
+  return (f32v)_mm512_cvtepu32_ps((__m512i)w);
+#else
+  return to_float((i32v)(w >> 16)) * 65536.0f + to_float((i32v)(w & 0xFFFFu));
+#endif
+}
 GENFAST_FN i32v to_int(f32v x) { return __builtin_convertvector(x, i32v); }
 GENFAST_FN i32v as_signed(u32v u) { return (i32v)u; }
 GENFAST_FN u32v as_unsigned(i32v i) { return (u32v)i; }
@@ -159,6 +168,33 @@ GENFAST_FN u32v multiply_high(u32v a, uint32_t b) {
 #endif
 }
 
+// Words in the low halves of 64-bit lanes (whatever the high halves hold): one multiplication gives
+// both halves of a product, and the high one is a shift away. Ten Philox rounds take 6 operations a
+// vector and round so, 8 with words in 32-bit lanes (normals 0.57 -> 0.49 ns on AVX-512, measured).
+struct Wide {
+  typedef uint64_t Vector __attribute__((vector_size(4 * W)));
+  Vector v;
+};
+GENFAST_FN Wide operator^(Wide x, Wide y) { return {x.v ^ y.v}; }
+GENFAST_FN Wide operator^(Wide x, uint32_t y) { return {x.v ^ uint64_t{y}}; }
+GENFAST_FN Wide operator*(Wide x, uint32_t y) {
+#if defined(__AVX512F__)
+  return {(Wide::Vector)_mm512_mul_epu32((__m512i)x.v, _mm512_set1_epi64(y))};
+#elif defined(__AVX2__)
+  return {(Wide::Vector)_mm256_mul_epu32((__m256i)x.v, _mm256_set1_epi64x(y))};
+#elif defined(__SSE2__)
+  return {(Wide::Vector)_mm_mul_epu32((__m128i)x.v, _mm_set1_epi64x(y))};
+#else
+  return {(x.v & 0xFFFFFFFFu) * y};
+#endif
+}
+GENFAST_FN Wide multiply_high(Wide x, uint32_t y) { return {(x * y).v >> 32}; }
+GENFAST_FN Wide even_words(u32v x) { return {(Wide::Vector)x}; }
+GENFAST_FN Wide odd_words(u32v x) { return {(Wide::Vector)x >> 32}; }
+GENFAST_FN u32v join_words(Wide even, Wide odd) {
+  return (u32v)((even.v & 0xFFFFFFFFu) | (odd.v << 32));
+}
+
 // Low and high half of x0 y0 x1 y1 … over the whole vector.
 GENFAST_FN void interleave(f32v x, f32v y, f32v& low, f32v& high) {
 #if defined(__AVX512F__)
@@ -199,6 +235,11 @@ GENFAST_FN f32v maximum(f32v a, f32v b) { return (f32v)_mm256_max_ps((__m256)a, 
 GENFAST_FN f32v minimum(f32v a, f32v b) { return (f32v)_mm_min_ps((__m128)a, (__m128)b); }
 GENFAST_FN f32v maximum(f32v a, f32v b) { return (f32v)_mm_max_ps((__m128)a, (__m128)b); }
 #endif
+#endif
+#if defined(__AVX512F__)  // one operation for the ten of the template below; the same bits
+GENFAST_FN f32v scale_by_power(f32v y, f32v n) {
+  return (f32v)_mm512_scalef_ps((__m512)y, (__m512)n);
+}
 #endif
 
 // ---- two vectors side by side -------------------------------------------------------------------
@@ -267,6 +308,7 @@ GENFAST_FN Pair<V>& operator|=(Pair<V>& x, T y) {
 GENFAST_FN u32p bits(f32p x) { return {bits(x.a), bits(x.b)}; }
 GENFAST_FN f32p from_bits(u32p u) { return {from_bits(u.a), from_bits(u.b)}; }
 GENFAST_FN f32p to_float(i32p i) { return {to_float(i.a), to_float(i.b)}; }
+GENFAST_FN f32p word_to_float(u32p w) { return {word_to_float(w.a), word_to_float(w.b)}; }
 GENFAST_FN i32p to_int(f32p x) { return {to_int(x.a), to_int(x.b)}; }
 GENFAST_FN i32p as_signed(u32p u) { return {as_signed(u.a), as_signed(u.b)}; }
 GENFAST_FN u32p as_unsigned(i32p i) { return {as_unsigned(i.a), as_unsigned(i.b)}; }
@@ -274,9 +316,19 @@ GENFAST_FN f32p select(i32p m, f32p x, f32p y) {
   return {select(m.a, x.a, y.a), select(m.b, x.b, y.b)};
 }
 GENFAST_FN f32p square_root(f32p x) { return {square_root(x.a), square_root(x.b)}; }
-GENFAST_FN u32p multiply_high(u32p x, uint32_t y) {
+template <class V>
+GENFAST_FN Pair<V> multiply_high(Pair<V> x, uint32_t y) {
   return {multiply_high(x.a, y), multiply_high(x.b, y)};
 }
+#if defined(__SSE2__)
+GENFAST_FN f32p minimum(f32p x, f32p y) { return {minimum(x.a, y.a), minimum(x.b, y.b)}; }
+GENFAST_FN f32p maximum(f32p x, f32p y) { return {maximum(x.a, y.a), maximum(x.b, y.b)}; }
+#endif
+#if defined(__AVX512F__)
+GENFAST_FN f32p scale_by_power(f32p y, f32p n) {
+  return {scale_by_power(y.a, n.a), scale_by_power(y.b, n.b)};
+}
+#endif
 GENFAST_FN f32p load_pair(const float* p) { return {load(p), load(p + W)}; }
 GENFAST_FN void store(float* p, f32p v) {
   store(p, v.a);
@@ -297,6 +349,15 @@ GENFAST_FN F minimum(F a, F b) {  // b when either is NaN
 template <class F>
 GENFAST_FN F maximum(F a, F b) {
   return select(a > b, a, b);
+}
+// y 2^n for a whole n in [-252, 254], rounded once: two factors, so that 2^128 and 2^-150 are in
+// reach; the first product is exact for the y near 1 that reach it.
+template <class F>
+GENFAST_FN F scale_by_power(F y, F n) {
+  const auto k = to_int(n), half = k >> 1;
+  const F s0 = from_bits(as_unsigned(half + 127) << 23);
+  const F s1 = from_bits(as_unsigned(k - half + 127) << 23);
+  return (y * s0) * s1;
 }
 
 }  // namespace genfast

@@ -33,12 +33,6 @@ GENFAST_FN Words<U> philox4x32_10(U c0, U c1, U c2, U c3, uint32_t k0, uint32_t 
   return {c0, c1, c2, c3};
 }
 
-// Nearest float of an unsigned word: both halves convert exactly, one rounding at the sum.
-template <class F, class U>
-GENFAST_FN F word_to_float(U w) {
-  return to_float(as_signed(w >> 16)) * 65536.0f + to_float(as_signed(w & 0xFFFFu));
-}
-
 // [0, 1): the top 24 bits.
 template <class F, class U>
 GENFAST_FN F uniform(U w) {
@@ -48,7 +42,7 @@ GENFAST_FN F uniform(U w) {
 // (0, 1]: all 32 bits, finest near 0 (2^-33), so that tails reach 6.7 sigma.
 template <class F, class U>
 GENFAST_FN F uniform_positive(U w) {
-  return word_to_float<F>(w) * 0x1p-32f + 0x1p-33f;
+  return word_to_float(w) * 0x1p-32f + 0x1p-33f;
 }
 
 // e ln2 + log1p(f) for f in [sqrt(1/2) - 1, sqrt(2) - 1].
@@ -81,7 +75,7 @@ GENFAST_FN F log_positive(F x) {
 // 1 - v is rounded.
 template <class F>
 GENFAST_FN F exponential(F v) {
-  const F rest = maximum<F>(1.0f - v, F{} + 0x1p-25f);
+  const F rest = maximum(1.0f - v, F{} + 0x1p-25f);
   const auto b = bits(rest);
   const auto e = as_signed(b - 0x3F3504F3u) >> 23;
   const F m = from_bits(b - (as_unsigned(e) << 23));
@@ -128,7 +122,7 @@ GENFAST_FN void sincos_turn(U w, F& s, F& c) {
 // Two standard normals of two words.
 template <class F, class U>
 GENFAST_FN void box_muller(U a, U b, F& n0, F& n1) {
-  const F r = square_root(maximum<F>(log_positive<F>(uniform_positive<F>(a)) * -2.0f, F{}));
+  const F r = square_root(maximum(log_positive<F>(uniform_positive<F>(a)) * -2.0f, F{}));
   F s, c;
   sincos_turn<F>(b, s, c);
   n0 = r * c;

@@ -8,8 +8,7 @@ namespace genfast {
 // stays NaN.
 template <class F>
 GENFAST_FN F exp_of(F x) {
-  F c = select(x < 89.0f, x, F{} + 89.0f);
-  c = select(c > -104.0f, c, F{} - 104.0f);
+  const F c = maximum(minimum(x, F{} + 89.0f), F{} - 104.0f);
   const F n = (c * 1.44269504f + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: round to nearest
   const F r = (c - n * 0.693359375f) - n * -2.12194440e-4f;
   F q = 0.001381459878757596f * r + 0.008368716575205326f;
@@ -17,10 +16,7 @@ GENFAST_FN F exp_of(F x) {
   q = q * r + 0.1666652113199234f;
   q = q * r + 0.4999999403953552f;
   const F y = (q * (r * r) + r) + 1.0f;
-  const auto k = to_int(n), half = k >> 1;  // two factors, so that 2^128 and 2^-150 are in reach
-  const F s0 = from_bits(as_unsigned(half + 127) << 23);
-  const F s1 = from_bits(as_unsigned(k - half + 127) << 23);
-  return select(x == x, (y * s0) * s1, x);
+  return select(x == x, scale_by_power(y, n), x);
 }
 
 template <class F>
@@ -47,7 +43,7 @@ GENFAST_FN F tanh_of(F x) {
 template <class F>
 GENFAST_FN F softplus_of(F x) {
   const F e = exp_of<F>(select(x < 0.0f, x, -x));
-  return maximum<F>(x, F{}) + log_positive<F>(1.0f + e);
+  return maximum(x, F{}) + log_positive<F>(1.0f + e);
 }
 
 // z = mu + sigma eps with sigma = e^(logvar / 2).

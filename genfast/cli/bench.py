@@ -20,6 +20,8 @@ def add(commands) -> None:
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--json", type=output_file(".json"), metavar="F.json")
     p.add_argument("--plot", type=output_file(".png"), metavar="F.png")
+    p.add_argument("--calibrate", action="store_true",
+                   help="measure which backend is faster here and keep the table")  # fmt: skip
     p.add_argument("--check", action="store_true", help="exit 1 when a target is missed")
     p.set_defaults(run=run)
 
@@ -27,6 +29,8 @@ def add(commands) -> None:
 def run(args) -> int:
     from genfast.benchmarks import harness
 
+    if args.calibrate:
+        return calibrate(args)
     cases = harness.load_cases(args.family)
     if args.only:
         chosen = [case for case in cases if args.only in case.id]
@@ -46,6 +50,19 @@ def run(args) -> int:
         if not torch.cuda.is_available():
             raise ValueError("--device cuda: torch sees no GPU here; `genfast info` says why")
     return measure(cases, harness.Settings(args.threads, args.quick, args.device), args)
+
+
+def calibrate(args) -> int:
+    from genfast.benchmarks import calibrate as calibration
+
+    if args.device != "cpu":
+        raise ValueError("--calibrate: measures the CPU only; leave --device out")
+    rows = []
+    for row in calibration.calibrate(args.threads):
+        rows.append(row)
+        print(f"{row.family} {row.feature} {row.dtype}: {row.backend}; {row.why}", flush=True)
+    print(f"wrote {calibration.save(rows)}; `genfast info --backends` shows the table in force")
+    return 0
 
 
 def measure(cases, settings, args) -> int:

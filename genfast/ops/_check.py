@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ def number(
 
 
 def integer(name: str, value: Any, *, low: int | None = None, high: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+    if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
         raise TypeError(f"{name}: expected an int, got {describe(value)}")
     if low is not None and value < low:
         raise ValueError(f"{name}: expected an int >= {low}, got {value!r}")

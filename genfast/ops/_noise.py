@@ -7,6 +7,7 @@ index of the first element, so a shard reproduces its slice of the whole.
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ def resolve(seed: Any, generator: torch.Generator | None, device: Any):
         return 0, draw_seed(device, generator)
     if isinstance(seed, torch.Tensor):
         return 0, seed.reshape(1) if seed.dim() == 0 else seed
+    if isinstance(seed, Integral):  # numpy's integers
+        return int(seed), None
     return seed, None  # SymInt while tracing; anything else is refused by `check`
 
 

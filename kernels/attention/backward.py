@@ -14,10 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import ceil_div, launch
-from ..rng import multiple_of_8
-from .plan import Call, config, unit_rows
-from .score import ADDITIVE, LOG2E, SCALARS, clamped, keeps, load_rows, scores, sequence_of
+from .._launch import ceil_div, hidden, launch
+from ..rng import shown
+from .plan import Call, aligned, config, unit_rows
+from .score import ADDITIVE, LOG2E, SCALARS, clamped, keeps, load_rows, scores, sequence_of, step
 
 
 @triton.jit(do_not_specialize=["strides", "Hq", "Sq", "Tq", "tiles"])
@@ -35,6 +35,7 @@ def attention_rows_kernel(
     Tq: tl.int64,
     tiles: tl.int32,
     DV: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BM: tl.constexpr,
     BV: tl.constexpr,
 ):
@@ -50,18 +51,16 @@ def attention_rows_kernel(
     m_row = o_i < n_q
     o_x = tl.arange(0, BV)[None, :]
     m = m_row & (o_x < DV)
-    p_out = out + i_b * strides[0][0].to(tl.int64) + i_h * strides[0][1].to(tl.int64)
-    p_dout = dout + i_b * strides[1][0].to(tl.int64) + i_h * strides[1][1].to(tl.int64)
-    p_lse = lse + i_b * strides[2][0].to(tl.int64) + i_h * strides[2][1].to(tl.int64)
-    b_o = tl.load(p_out + (q_row + o_i) * strides[0][2].to(tl.int64) + o_x, mask=m, other=0.0)
-    b_do = tl.load(p_dout + (q_row + o_i) * strides[1][2].to(tl.int64) + o_x, mask=m, other=0.0)
+    p_out = out + i_b * step(strides[0][0], ALIGNED) + i_h * step(strides[0][1], ALIGNED)
+    p_dout = dout + i_b * step(strides[1][0], ALIGNED) + i_h * step(strides[1][1], ALIGNED)
+    p_lse = lse + i_b * shown(strides[2][0]) + i_h * shown(strides[2][1])
+    b_o = tl.load(p_out + (q_row + o_i) * step(strides[0][2], ALIGNED) + o_x, mask=m, other=0.0)
+    b_do = tl.load(p_dout + (q_row + o_i) * step(strides[1][2], ALIGNED) + o_x, mask=m, other=0.0)
     b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), axis=1, keep_dims=True)  # [BM, 1]
-    b_lse = tl.load(p_lse + (q_row + o_i) * strides[2][2].to(tl.int64), mask=m_row, other=0.0)
+    b_lse = tl.load(p_lse + (q_row + o_i) * shown(strides[2][2]), mask=m_row, other=0.0)
     if dlse is not None:
-        p_dlse = dlse + i_b * strides[3][0].to(tl.int64) + i_h * strides[3][1].to(tl.int64)
-        b_delta -= tl.load(
-            p_dlse + (q_row + o_i) * strides[3][2].to(tl.int64), mask=m_row, other=0.0
-        )
+        p_dlse = dlse + i_b * shown(strides[3][0]) + i_h * shown(strides[3][1])
+        b_delta -= tl.load(p_dlse + (q_row + o_i) * shown(strides[3][2]), mask=m_row, other=0.0)
     b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E)
     o_row = i_bh.to(tl.int64) * Sq + o_i
     m_all = o_i < Sq  # rows behind a packed sequence: P = 0
@@ -160,12 +159,12 @@ def attention_bwd_kv_kernel(
     if begin < n_k:
         o_j = begin + tl.arange(0, BN)[:, None]  # [BN, 1]
         o_d, o_x = tl.arange(0, BD)[None, :], tl.arange(0, BV)[None, :]
-        p_k = k + i_b * multiple_of_8(strides[1][0], ALIGNED)
-        p_k += i_h * multiple_of_8(strides[1][1], ALIGNED)
-        p_v = v + i_b * multiple_of_8(strides[2][0], ALIGNED)
-        p_v += i_h * multiple_of_8(strides[2][1], ALIGNED)
-        o_k = (k_row + o_j) * multiple_of_8(strides[1][2], ALIGNED)
-        o_v = (k_row + o_j) * multiple_of_8(strides[2][2], ALIGNED)
+        p_k = k + i_b * step(strides[1][0], ALIGNED)
+        p_k += i_h * step(strides[1][1], ALIGNED)
+        p_v = v + i_b * step(strides[2][0], ALIGNED)
+        p_v += i_h * step(strides[2][1], ALIGNED)
+        o_k = (k_row + o_j) * step(strides[1][2], ALIGNED)
+        o_v = (k_row + o_j) * step(strides[2][2], ALIGNED)
         b_k = load_rows(p_k, o_k, o_j < n_k, o_d, D, BD, True)  # [BN, BD]
         b_v = load_rows(p_v, o_v, o_j < n_k, o_x, DV, BV, True)  # [BN, BV]
         b_dk = tl.zeros([BN, BD], tl.float32)
@@ -175,14 +174,14 @@ def attention_bwd_kv_kernel(
             low = tl.maximum(begin - offset - right, 0) // BM * BM
         if LEFT:
             high = tl.minimum(tl.minimum(begin + BN, n_k) - offset + left, n_q)
-        q_s = multiple_of_8(strides[0][2], ALIGNED)
-        do_s = multiple_of_8(grad_strides[0][2], ALIGNED)
+        q_s = step(strides[0][2], ALIGNED)
+        do_s = step(grad_strides[0][2], ALIGNED)
         for g in range(0, GROUP):
             i_head = (i_h * GROUP + g).to(tl.int64)
-            p_q = q + i_b * multiple_of_8(strides[0][0], ALIGNED)
-            p_q += i_head * multiple_of_8(strides[0][1], ALIGNED)
-            p_do = dout + i_b * multiple_of_8(grad_strides[0][0], ALIGNED)
-            p_do += i_head * multiple_of_8(grad_strides[0][1], ALIGNED)
+            p_q = q + i_b * step(strides[0][0], ALIGNED)
+            p_q += i_head * step(strides[0][1], ALIGNED)
+            p_do = dout + i_b * step(grad_strides[0][0], ALIGNED)
+            p_do += i_head * step(grad_strides[0][1], ALIGNED)
             o_stat = (i_b.to(tl.int64) * Hq + i_head) * Sq
             for first in range(low, high, BM):
                 o_i = first + tl.arange(0, BM)[None, :]  # [1, BM]
@@ -213,10 +212,14 @@ def attention_bwd_kv_kernel(
                 b_dv = tl.dot(b_p.to(b_do.dtype), b_do, acc=b_dv, input_precision=PRECISION)
                 b_ds = b_ds.to(b_q.dtype)
                 b_dk = tl.dot(b_ds, tl.trans(b_q), acc=b_dk, input_precision=PRECISION)
-        p_dk = dk + i_b * grad_strides[1][0].to(tl.int64) + i_h * grad_strides[1][1].to(tl.int64)
-        p_dv = dv + i_b * grad_strides[2][0].to(tl.int64) + i_h * grad_strides[2][1].to(tl.int64)
-        p_dk += (k_row + o_j) * grad_strides[1][2].to(tl.int64)
-        p_dv += (k_row + o_j) * grad_strides[2][2].to(tl.int64)
+        p_dk = (
+            dk + i_b * step(grad_strides[1][0], ALIGNED) + i_h * step(grad_strides[1][1], ALIGNED)
+        )
+        p_dv = (
+            dv + i_b * step(grad_strides[2][0], ALIGNED) + i_h * step(grad_strides[2][1], ALIGNED)
+        )
+        p_dk += (k_row + o_j) * step(grad_strides[1][2], ALIGNED)
+        p_dv += (k_row + o_j) * step(grad_strides[2][2], ALIGNED)
         b_dk = (b_dk * scale).to(dk.dtype.element_ty)
         tl.store(p_dk + o_d, b_dk, mask=(o_j < n_k) & (o_d < D))
         tl.store(p_dv + o_x, b_dv.to(dv.dtype.element_ty), mask=(o_j < n_k) & (o_x < DV))
@@ -231,12 +234,12 @@ def query_block(
     """What a block of query rows from `first` on needs, for dQ and for the mask's gradient."""
     o_i = first + tl.arange(0, BM)[:, None]  # [BM, 1]
     m_i = o_i < n_q
-    p_q = q + i_b * multiple_of_8(strides[0][0], ALIGNED)
-    p_q += i_head * multiple_of_8(strides[0][1], ALIGNED)
-    p_do = dout + i_b * multiple_of_8(grad_strides[0][0], ALIGNED)
-    p_do += i_head * multiple_of_8(grad_strides[0][1], ALIGNED)
-    o_q = (q_row + o_i) * multiple_of_8(strides[0][2], ALIGNED)
-    o_do = (q_row + o_i) * multiple_of_8(grad_strides[0][2], ALIGNED)
+    p_q = q + i_b * step(strides[0][0], ALIGNED)
+    p_q += i_head * step(strides[0][1], ALIGNED)
+    p_do = dout + i_b * step(grad_strides[0][0], ALIGNED)
+    p_do += i_head * step(grad_strides[0][1], ALIGNED)
+    o_q = (q_row + o_i) * step(strides[0][2], ALIGNED)
+    o_do = (q_row + o_i) * step(grad_strides[0][2], ALIGNED)
     b_q = load_rows(p_q, o_q, m_i, tl.arange(0, BD)[None, :], D, BD, True)  # [BM, BD]
     b_do = load_rows(p_do, o_do, m_i, tl.arange(0, BV)[None, :], DV, BV, True)  # [BM, BV]
     o_stat = (i_b.to(tl.int64) * Hq + i_head) * Sq + o_i
@@ -251,12 +254,12 @@ def products(
     ALIGNED: tl.constexpr, PRECISION: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """q k and dO v with keys o_j [1, BN]: both [BM, BN]; and the keys [BD, BN]."""
-    p_k = k + i_b * multiple_of_8(strides[1][0], ALIGNED)
-    p_k += i_kv * multiple_of_8(strides[1][1], ALIGNED)
-    p_v = v + i_b * multiple_of_8(strides[2][0], ALIGNED)
-    p_v += i_kv * multiple_of_8(strides[2][1], ALIGNED)
-    o_k = (k_row + o_j) * multiple_of_8(strides[1][2], ALIGNED)
-    o_v = (k_row + o_j) * multiple_of_8(strides[2][2], ALIGNED)
+    p_k = k + i_b * step(strides[1][0], ALIGNED)
+    p_k += i_kv * step(strides[1][1], ALIGNED)
+    p_v = v + i_b * step(strides[2][0], ALIGNED)
+    p_v += i_kv * step(strides[2][1], ALIGNED)
+    o_k = (k_row + o_j) * step(strides[1][2], ALIGNED)
+    o_v = (k_row + o_j) * step(strides[2][2], ALIGNED)
     b_k = load_rows(p_k, o_k, o_j < n_k, tl.arange(0, BD)[:, None], D, BD, True)  # [BD, BN]
     b_v = load_rows(p_v, o_v, o_j < n_k, tl.arange(0, BV)[:, None], DV, BV, True)  # [BV, BN]
     b_s = tl.dot(b_q, b_k, input_precision=PRECISION)
@@ -356,8 +359,12 @@ def attention_bwd_q_kernel(
             )  # fmt: skip
             b_ds = b_ds.to(b_k.dtype)
             b_dq = tl.dot(b_ds, tl.trans(b_k), acc=b_dq, input_precision=PRECISION)
-        p_dq = dq + i_b * grad_strides[1][0].to(tl.int64) + i_head * grad_strides[1][1].to(tl.int64)
-        p_dq += (q_row + o_i) * grad_strides[1][2].to(tl.int64)
+        p_dq = (
+            dq
+            + i_b * step(grad_strides[1][0], ALIGNED)
+            + i_head * step(grad_strides[1][1], ALIGNED)
+        )
+        p_dq += (q_row + o_i) * step(grad_strides[1][2], ALIGNED)
         o_d = tl.arange(0, BD)[None, :]
         b_dq = (b_dq * scale).to(dq.dtype.element_ty)
         tl.store(p_dq + o_d, b_dq, mask=(o_i < n_q) & (o_d < D))
@@ -422,10 +429,12 @@ def attention_bwd_mask_kernel(
 ):
     """The elements of the mask that one program owns, summed over broadcast dimensions in order."""
     i = tl.program_id(0)
-    i_j = i % sizes[3]
-    i_i = i // sizes[3] % sizes[2]
-    i_h = i // sizes[3] // sizes[2] % sizes[1]
-    i_b = i // sizes[3] // sizes[2] // sizes[1]
+    size_j, size_i = shown(sizes[3]).to(tl.int32), shown(sizes[2]).to(tl.int32)
+    size_h = shown(sizes[1]).to(tl.int32)
+    i_j = i % size_j
+    i_i = i // size_j % size_i
+    i_h = i // size_j // size_i % size_h
+    i_b = i // size_j // size_i // size_h
     b_from, b_to = (i_b, i_b + 1) if not ALL_B else (i_b * 0, B)
     h_from, h_to = (i_h, i_h + 1) if not ALL_H else (i_h * 0, Hq)
     q_from, q_to = (i_i * BM, i_i * BM + 1) if not ALL_I else (i_i * 0, Sq)
@@ -474,8 +483,8 @@ def attention_bwd_mask_kernel(
         o_j, m_j = tl.zeros([1, 1], tl.int32), tl.full([1, 1], True, tl.int1)
     else:
         o_j = i_j * BN + o_j
-    p = dmask + i_b * dmask_strides[0].to(tl.int64) + i_h * dmask_strides[1].to(tl.int64)
-    p = p + o_i * dmask_strides[2].to(tl.int64) + o_j * dmask_strides[3].to(tl.int64)
+    p = dmask + i_b * shown(dmask_strides[0]) + i_h * shown(dmask_strides[1])
+    p = p + o_i * shown(dmask_strides[2]) + o_j * shown(dmask_strides[3])
     tl.store(p, b_sum.to(dmask.dtype.element_ty), mask=m_i & m_j)
 
 
@@ -535,11 +544,13 @@ def attention_backward(
                 dsinks.zero_()
             return True
     lse2, delta = c.scratch(c.B, c.Hq, c.Sq), c.scratch(c.B, c.Hq, c.Sq)
-    tiles = ceil_div(c.Sq, 64)
+    bm = max(4096 // c.flags["BV"], 4)
+    tiles = ceil_div(c.Sq, bm)
     strides = (c.row_strides(out), c.row_strides(dout), c.stats_strides(lse))
-    strides = (*strides, c.stats_strides(dlse))
+    strides = hidden((*strides, c.stats_strides(dlse)))
     args = (out, dout, lse, dlse, strides, lse2, delta, cu_q, c.Hq, c.Sq, c.Tq, tiles)
-    flags = {"DV": c.Dv, "BM": 64, "BV": c.flags["BV"], "enable_fp_fusion": True}
+    flags = {"DV": c.Dv, "BM": bm, "BV": c.flags["BV"], "enable_fp_fusion": True}
+    flags["ALIGNED"] = c.Dv % 8 == 0 and aligned(out) and aligned(dout)
     launch(attention_rows_kernel, c.B * c.Hq * tiles, q, *args, **flags)
     if dsinks is not None:
         args = (sinks, dsinks, lse2, delta, c.B, c.Hq, c.Sq)
@@ -551,19 +562,19 @@ def attention_backward(
     steps = c.row_strides(dout)
     flags = {**c.flags, "GROUP": c.group, "num_warps": warps, "num_stages": stages}
     flags |= {"enable_fp_fusion": True}
-    flags["ALIGNED"] &= all(s % 8 == 0 for s in steps) and dout.data_ptr() % 16 == 0
-    given = (q, q, k, v, c.strides, dout)
+    flags["ALIGNED"] &= all(aligned(x) for x in (dout, dq, dk, dv))
+    given = (q, q, k, v, hidden(c.strides), dout)
     rest = (lse2, delta, cu_q, cu_k, *c.sizes, *c.options)
     tiles = ceil_div(c.Sk, bn)
-    args = (dk, dv, (steps, c.row_strides(dk), c.row_strides(dv)), *rest, tiles)
+    args = (dk, dv, hidden((steps, c.row_strides(dk), c.row_strides(dv))), *rest, tiles)
     programs = c.B * c.Hkv * tiles
     launch(attention_bwd_kv_kernel, programs, *given, *args, BM=bm, BN=bn, **flags)
     tiles = ceil_div(c.Sq, bn)  # rows and keys change places
-    args = (dq, (steps, c.row_strides(dq)), *rest, tiles)
+    args = (dq, hidden((steps, c.row_strides(dq))), *rest, tiles)
     launch(attention_bwd_q_kernel, c.B * c.Hq * tiles, *given, *args, BM=bn, BN=bm, **flags)
     if dmask is not None:
         shape = (*[1] * (4 - dmask.dim()), *dmask.shape)
-        step = (*[0] * (4 - dmask.dim()), *dmask.stride())
+        along = (*[0] * (4 - dmask.dim()), *dmask.stride())
         full = (c.B, c.Hq, c.Sq, c.Sk)
         every = [m == 1 and f != 1 for m, f in zip(shape, full, strict=True)]
         sizes = (shape[0], shape[1], ceil_div(shape[2], bn), ceil_div(shape[3], bm))
@@ -571,6 +582,6 @@ def attention_backward(
         rest = (lse2, delta, c.B, *c.sizes, *c.options)
         names = ("ALL_B", "ALL_H", "ALL_I", "ALL_J")
         flags |= dict(zip(names, every, strict=True))
-        args = ((steps,), dmask, step, sizes, *rest)
+        args = (hidden((steps,)), dmask, hidden(along), hidden(sizes), *rest)
         launch(attention_bwd_mask_kernel, programs, *given, *args, BM=bn, BN=bm, **flags)
     return True

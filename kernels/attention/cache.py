@@ -4,7 +4,8 @@ and queries rotated on the way (rotary embedding, Su et al. 2021)."""
 import triton
 import triton.language as tl
 
-from .._launch import FLOATS, ceil_div, launch
+from .._launch import FLOATS, ceil_div, hidden, launch
+from ..rng import shown
 from .plan import MAX_HEAD_DIM, same_layout, unit_rows
 from .score import clamped
 
@@ -66,8 +67,8 @@ def attention_append_kernel(
     o_d = tl.arange(0, BD)[None, :]
     m_row = o_s < S
     length = tl.load(seqlens + i_b).to(tl.int64)
-    p_x = x + i_b * strides[0][0].to(tl.int64) + i_h * strides[0][1].to(tl.int64)
-    p_x += o_s * strides[0][2].to(tl.int64)
+    p_x = x + i_b * shown(strides[0][0]) + i_h * shown(strides[0][1])
+    p_x += o_s * shown(strides[0][2])
     if cos is not None:
         first = length
         if leftpad is not None:
@@ -77,7 +78,7 @@ def attention_append_kernel(
     else:
         b_x = tl.load(p_x + o_d, mask=m_row & (o_d < D), other=0.0)
     i_entry = i_b.to(tl.int64)
-    p_to = to + i_h * strides[1][1].to(tl.int64)
+    p_to = to + i_h * shown(strides[1][1])
     if CACHED:
         o_row = length + o_s
         m_row = m_row & (o_row >= 0) & (o_row < capacity)
@@ -87,14 +88,14 @@ def attention_append_kernel(
             o_page = o_row // page_size
             b_page = tl.load(block_table + i_b * table_stride + o_page, mask=m_row, other=0)
             m_row = m_row & (b_page >= 0) & (b_page < pages)
-            p_to += b_page.to(tl.int64) * strides[1][0]
+            p_to += b_page.to(tl.int64) * shown(strides[1][0])
             o_row = o_row - o_page * page_size
         else:
-            p_to += i_entry * strides[1][0]
+            p_to += i_entry * shown(strides[1][0])
     else:
         o_row = o_s.to(tl.int64)
-        p_to += i_entry * strides[1][0]
-    p_to += o_row * strides[1][2]
+        p_to += i_entry * shown(strides[1][0])
+    p_to += o_row * shown(strides[1][2])
     tl.store(p_to + o_d, b_x.to(to.dtype.element_ty), mask=m_row & (o_d < D))
 
 
@@ -144,7 +145,15 @@ def attention_append(
         bd = max(triton.next_power_of_2(D), 16)
         bs = max(min(triton.next_power_of_2(S), 2048 // bd), 1)
         tiles = ceil_div(S, bs)
-        args = (x, to, (x.stride()[:3], to.stride()[:3]), lengths, leftpad, batch_idx, *place)
+        args = (
+            x,
+            to,
+            hidden((x.stride()[:3], to.stride()[:3])),
+            lengths,
+            leftpad,
+            batch_idx,
+            *place,
+        )
         flags = {"CACHED": cached, "INTERLEAVED": interleaved, "D": D, "BS": bs, "BD": bd}
         args = (*args, *turned, step, H, S, tiles)
         launch(attention_append_kernel, B * H * tiles, q, *args, **flags)

@@ -9,10 +9,10 @@ right. Partial (m, l, O) of split keys are merged in order: the same bits every 
 import triton
 import triton.language as tl
 
-from .._launch import ceil_div, launch
-from ..rng import multiple_of_8
-from .plan import NOTHING, Call, config, same_layout
-from .score import LN2, LOG2E, SCALARS, keeps, key_offsets, load_rows, scores, sequence_of
+from .._launch import ceil_div, hidden, launch
+from ..rng import shown
+from .plan import NOTHING, Call, aligned, config, same_layout
+from .score import LN2, LOG2E, SCALARS, keeps, key_offsets, load_rows, scores, sequence_of, step
 
 
 @triton.jit
@@ -28,8 +28,8 @@ def attend_block(
     """One key block: O [BM, BV], running maximum m [BM, 1] (log2 units), running sum l [BM, 1]."""
     o_j = first + tl.arange(0, BN)  # [BN]
     o_d, o_x = tl.arange(0, BD), tl.arange(0, BV)
-    k_s, v_s = multiple_of_8(k_strides[2], ALIGNED), multiple_of_8(v_strides[2], ALIGNED)
-    k_b, v_b = multiple_of_8(k_strides[0], ALIGNED), multiple_of_8(v_strides[0], ALIGNED)
+    k_s, v_s = step(k_strides[2], ALIGNED), step(v_strides[2], ALIGNED)
+    k_b, v_b = step(k_strides[0], ALIGNED), step(v_strides[0], ALIGNED)
     o_k = key_offsets(o_j, Sk, k_row, k_b, k_s, p_table, page_size, pages)  # [BN]
     b_k = load_rows(p_k, o_k[None, :], o_j[None, :] < Sk, o_d[:, None], D, BD, EDGE)  # [BD, BN]
     b_s = tl.dot(b_q, b_k, input_precision=PRECISION)  # [BM, BN]
@@ -58,7 +58,7 @@ def attend_block(
 @triton.jit
 def store_rows(
     b_o, b_m, b_l, o_i, b_head, q_row, i_b, m_row, out, out_strides, lse, lse_strides, sinks,
-    keep_scale, DV: tl.constexpr, BV: tl.constexpr,
+    keep_scale, DV: tl.constexpr, BV: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """out = O / l, LSE = ln 2 (m + log2 l), with the sink in the denominator."""
     if sinks is not None:
@@ -71,14 +71,14 @@ def store_rows(
         b_m = b_top
     b_factor = tl.where(b_l == 0.0, 0.0, keep_scale / b_l)
     o_x = tl.arange(0, BV)[None, :]
-    p_out = out + i_b * out_strides[0].to(tl.int64) + b_head * out_strides[1].to(tl.int64)
-    p_out = p_out + (q_row + o_i) * out_strides[2].to(tl.int64)
+    p_out = out + i_b * step(out_strides[0], ALIGNED) + b_head * step(out_strides[1], ALIGNED)
+    p_out = p_out + (q_row + o_i) * step(out_strides[2], ALIGNED)
     b_o = tl.where(b_l == 0.0, 0.0, b_o * b_factor).to(out.dtype.element_ty)
     tl.store(p_out + o_x, b_o, mask=m_row & (o_x < DV))
     if lse is not None:
-        p_lse = lse + i_b * lse_strides[0].to(tl.int64) + b_head * lse_strides[1].to(tl.int64)
+        p_lse = lse + i_b * shown(lse_strides[0]) + b_head * shown(lse_strides[1])
         b_lse = tl.where(b_l == 0.0, float("-inf"), (b_m + tl.log2(b_l)) * LN2)
-        tl.store(p_lse + (q_row + o_i) * lse_strides[2].to(tl.int64), b_lse, mask=m_row)
+        tl.store(p_lse + (q_row + o_i) * shown(lse_strides[2]), b_lse, mask=m_row)
 
 
 @triton.jit(do_not_specialize=[*SCALARS, "tiles", "splits", "split_keys"])
@@ -166,16 +166,16 @@ def attention_fwd_kernel(
         low = tl.where(one_head, begin % n_q, 0) + offset
         high = tl.where(one_head, last % n_q, n_q - 1) + offset
 
-        q_s = multiple_of_8(strides[0][2], ALIGNED)
-        o_q = b_head * multiple_of_8(strides[0][1], ALIGNED) + (q_row + o_i) * q_s  # [BM, 1]
-        p_q = q + i_b * multiple_of_8(strides[0][0], ALIGNED)
+        q_s = step(strides[0][2], ALIGNED)
+        o_q = b_head * step(strides[0][1], ALIGNED) + (q_row + o_i) * q_s  # [BM, 1]
+        p_q = q + i_b * step(strides[0][0], ALIGNED)
         b_q = load_rows(p_q, o_q, m_row, tl.arange(0, BD)[None, :], D, BD, True)  # [BM, BD]
-        p_k = k + i_h * multiple_of_8(strides[1][1], ALIGNED)
-        p_v = v + i_h * multiple_of_8(strides[2][1], ALIGNED)
+        p_k = k + i_h * step(strides[1][1], ALIGNED)
+        p_v = v + i_h * step(strides[2][1], ALIGNED)
         p_table = block_table
         if block_table is None:
-            p_k += entry * multiple_of_8(strides[1][0], ALIGNED)
-            p_v += entry * multiple_of_8(strides[2][0], ALIGNED)
+            p_k += entry * step(strides[1][0], ALIGNED)
+            p_v += entry * step(strides[2][0], ALIGNED)
         else:
             p_table += i_b * table_stride
 
@@ -225,7 +225,7 @@ def attention_fwd_kernel(
         if part_o is None:
             store_rows(
                 b_o, b_m, b_l, o_i, b_head, q_row, i_b, m_row, out, strides[3], lse, strides[4],
-                sinks, keep_scale, DV, BV,
+                sinks, keep_scale, DV, BV, ALIGNED,
             )  # fmt: skip
         else:
             batch = tl.num_programs(0) // (splits * tiles * kv_heads)
@@ -254,6 +254,7 @@ def attention_merge_kernel(
     Tq: tl.int64,
     splits: tl.int32,
     DV: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BM: tl.constexpr,
     BV: tl.constexpr,
 ):
@@ -284,7 +285,7 @@ def attention_merge_kernel(
         b_o += b_part * b_down
     store_rows(
         b_o, b_m, b_l, o_i, b_head, q_row, o_b, m_row, out, strides[0], lse, strides[1], sinks,
-        keep_scale, DV, BV,
+        keep_scale, DV, BV, ALIGNED,
     )  # fmt: skip
 
 
@@ -310,8 +311,9 @@ def _run(c: Call, out, lse, paging=NOTHING) -> bool:
     if splits > 1:
         part_o = c.scratch(splits, c.B, c.Hq, c.Sq, c.Dv)
         part_ml = c.scratch(2, splits, c.B, c.Hq, c.Sq)
+    flags = {**c.flags, "ALIGNED": c.flags["ALIGNED"] and aligned(out)}
     lse_strides = c.stats_strides(lse)
-    strides = (*c.strides, c.row_strides(out), lse_strides)
+    strides = hidden((*c.strides, c.row_strides(out), lse_strides))
     launch(
         attention_fwd_kernel,
         programs * splits,
@@ -334,7 +336,7 @@ def _run(c: Call, out, lse, paging=NOTHING) -> bool:
         splits,
         split_keys,
         GROUP=c.group,
-        **c.flags,
+        **flags,
         BM=bm,
         BN=bn,
         num_warps=warps,
@@ -345,8 +347,8 @@ def _run(c: Call, out, lse, paging=NOTHING) -> bool:
         total = c.B * c.Hq * c.Sq
         args = (part_o, part_ml, out, lse, strides[3:], c.cu_q, c.sinks, c.keep_scale, total)
         sizes = (c.Hq, c.Sq, c.Tq, splits)
-        flags = {"DV": c.Dv, "BM": 4, "BV": c.flags["BV"], "enable_fp_fusion": True}
-        launch(attention_merge_kernel, ceil_div(total, 4), c.q, *args, *sizes, **flags)
+        flags = {k: flags[k] for k in ("DV", "ALIGNED", "BV")} | {"enable_fp_fusion": True}
+        launch(attention_merge_kernel, ceil_div(total, 4), c.q, *args, *sizes, BM=4, **flags)
     return True
 
 

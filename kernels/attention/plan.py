@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import triton
 
-from .._launch import FLOATS
+from .._launch import FLOATS, hidden
 from .score import ADDITIVE, BOOLEAN, NO_MASK
 
 MAX_HEAD_DIM = 512
@@ -33,6 +33,11 @@ def same_layout(B: int, device, lengths, leftpad, batch_idx, block_table) -> boo
 
 def unit_rows(x: torch.Tensor) -> bool:
     return x.stride(-1) == 1 or x.shape[-1] == 1 or x.numel() == 0
+
+
+def aligned(x: torch.Tensor) -> bool:
+    """Every row starts at 16 bytes: loads and stores of whole rows take vectors."""
+    return x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in x.stride()[:-1])
 
 
 @dataclass
@@ -157,11 +162,9 @@ class Call:
         alibi_step = Hq if alibi is not None and alibi.dim() == 2 else 0
         signed = lambda x: (int(x) + 2**63) % 2**64 - 2**63  # noqa: E731
         rows = [(0, x.stride(1), x.stride(0)) if packed else x.stride()[:3] for x in (q, k, v)]
-        aligned = D % 8 == 0 and Dv % 8 == 0 and all(t % 8 == 0 for r in rows for t in r)
-        aligned = aligned and all(x.data_ptr() % 16 == 0 for x in (q, k, v))
         options = (
             min(left, 2**30), min(right, 2**30), scale, float(softcap), alibi, alibi_step, sinks,
-            mask if kind != BOOLEAN.value else mask.view(torch.uint8), mask_strides, seeds,
+            mask if kind != BOOLEAN.value else mask.view(torch.uint8), hidden(mask_strides), seeds,
             signed(seed), signed(stream), Sq, Sk, threshold, keep_scale,
         )  # fmt: skip
         flags = {
@@ -174,8 +177,8 @@ class Call:
             "RIGHT": right >= 0,
             "DROPOUT": dropout_p > 0,
             "SEEDS": int(seeds is not None),
-            "WHOLE": Sk % 4 == 0,
-            "ALIGNED": aligned,
+            "WHOLE": dropout_p > 0 and Sk % 4 == 0,
+            "ALIGNED": D % 8 == 0 and Dv % 8 == 0 and all(aligned(x) for x in (q, k, v)),
             "PRECISION": precision(q.dtype),
             "BD": max(triton.next_power_of_2(D), 16),
             "BV": max(triton.next_power_of_2(Dv), 16),
@@ -206,7 +209,7 @@ def precision(dtype: torch.dtype) -> str:
 # whose table has fewer stages); none of it has been tuned on a GPU.
 CONFIGS = {
     "forward": {
-        128: (128, 64, 4, 3),
+        128: (128, 64, 8, 3),
         256: (128, 64, 8, 2),
         512: (64, 32, 4, 2),
         1024: (32, 32, 4, 1),
@@ -220,8 +223,8 @@ CONFIGS = {
         2048: (16, 16, 4, 1),
     },
     "backward": {
-        128: (64, 64, 4, 2),
-        256: (32, 64, 4, 1),
+        128: (64, 64, 8, 2),
+        256: (32, 64, 8, 1),
         512: (32, 32, 4, 1),
         1024: (16, 16, 4, 1),
         2048: (16, 16, 4, 1),

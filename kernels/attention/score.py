@@ -11,7 +11,7 @@ Names: i_ index of a program or of one thing, o_ offsets, m_ mask, p_ pointers, 
 import triton
 import triton.language as tl
 
-from ..rng import BITS, noise_blocks, philox4x32_10
+from ..rng import BITS, multiple_of_8, noise_blocks, philox4x32_10, shown
 
 LOG2E = tl.constexpr(1.44269504088896340736)
 LN2 = tl.constexpr(0.69314718055994530942)
@@ -23,6 +23,12 @@ SCALARS = [
     *("strides", "left", "right", "scale", "softcap", "alibi_step", "mask_strides", "seed"),
     *("stream", "noise_Sq", "noise_Sk", "threshold", "keep_scale"),
 ]
+
+
+@triton.jit
+def step(x, ALIGNED: tl.constexpr):
+    """A stride of the argument tuples as int64, known to be a multiple of 8 if ALIGNED."""
+    return multiple_of_8(shown(x), ALIGNED)
 
 
 @triton.jit
@@ -129,8 +135,8 @@ def scores(
         if RIGHT:
             m_seen = m_seen & (o_j - o_i - offset <= right)
     if MASK != NO_MASK:
-        p_mask = mask + i_b * mask_strides[0].to(tl.int64) + b_head * mask_strides[1].to(tl.int64)
-        p_mask = p_mask + o_i * mask_strides[2].to(tl.int64) + o_j * mask_strides[3].to(tl.int64)
+        p_mask = mask + i_b * shown(mask_strides[0]) + b_head * shown(mask_strides[1])
+        p_mask = p_mask + o_i * shown(mask_strides[2]) + o_j * shown(mask_strides[3])
         m_there = (o_i < Sq) & (o_j < Sk)
         if MASK == BOOLEAN:
             m_bool = tl.load(p_mask, mask=m_there, other=0) != 0

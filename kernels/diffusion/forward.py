@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .._launch import FLOATS, as_rows, fits_seeds, launch
+from .._launch import FLOATS, as_rows, fits_seeds, hidden, launch
 from ..rng import NORMAL, SCALARS, Draw, noise_blocks, place, seed_of_rows, tile_columns
 from .terms import (
     add_term,
@@ -104,7 +104,7 @@ def diffusion_mix(
         p,
         r.tensors[2],
         *r.tensors[:2],
-        tuple(r.strides),
+        hidden(tuple(r.strides)),
         *c_a,
         *c_b,
         a_sign,

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import FLOATS, as_rows, fits_seeds, launch
+from .._launch import FLOATS, as_rows, fits_seeds, hidden, launch
 from ..rng import NORMAL, SCALARS, Draw, noise_blocks, place, seed_of_rows, tile_columns
 from .terms import coefficient, coefficient_of, store_tile, sum64, tile_of, vector_of
 
@@ -216,7 +216,7 @@ def denoising_loss(
         d.programs,
         output,
         *r.tensors,
-        tuple(r.strides),
+        hidden(tuple(r.strides)),
         partial,
         r.rows // batch,
         *numbers,

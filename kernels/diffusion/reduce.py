@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import FLOATS, as_rows, ceil_div, launch
+from .._launch import FLOATS, as_rows, ceil_div, hidden, launch
 from ..rng import bits, from_bits, place
 from .step import COLUMNS
 from .terms import prefix_of, tile_of, vector_of
@@ -156,7 +156,7 @@ def guidance_weights(
         r = as_rows([cond, uncond if average is None else average], [], first=1)
         tiles = ceil_div(max(r.cols, 1), 2048)
         partial, count = cond.new_empty((batch, tiles, 5), dtype=torch.float64), tiles
-        args = (*r.tensors, tuple(r.strides), partial, batch, n, tiles)
+        args = (*r.tensors, hidden(tuple(r.strides)), partial, batch, n, tiles)
         launch(guidance_sums_kernel, batch * tiles, cond, *args, ALIGNED=r.aligned, BC=2048)
     launch(
         guidance_weights_kernel,
@@ -333,7 +333,19 @@ def dynamic_threshold(x, m, s, table, index, row, ratio, limit) -> bool:
     counts = x.new_empty((batch, splits, 256), dtype=torch.int32)
     step = int(index is not None and index.numel() > 1)
     rows = 1 if table is None else table.shape[0]
-    args = (*r.tensors, tuple(r.strides), table, index, row, step, rows, n, splits, state, counts)
+    args = (
+        *r.tensors,
+        hidden(tuple(r.strides)),
+        table,
+        index,
+        row,
+        step,
+        rows,
+        n,
+        splits,
+        state,
+        counts,
+    )
     flags = {"ALIGNED": r.aligned, "PER": per, "BC": 1024}
     for shift in (24, 16, 8, 0):
         launch(count_kernel, batch * splits, x, *args, SHIFT=shift, **flags)

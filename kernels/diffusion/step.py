@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import FLOATS, as_rows, fits_seeds, launch
+from .._launch import FLOATS, as_rows, fits_seeds, hidden, launch
 from ..rng import (
     NORMAL,
     SCALARS,
@@ -484,7 +484,7 @@ def diffusion_step(
         tuple(rest[3:9]),
         *rest[9:15],
         tuple(rest[15:]),
-        tuple(r.strides),
+        hidden(tuple(r.strides)),
         *g.args(r.rows, sampled),
         weights,
         g.step["weights"],
@@ -538,7 +538,7 @@ def diffusion_step_backward(
         tuple(t[9:12]),
         tuple(t[12:18]),
         t[18],
-        tuple(r.strides),
+        hidden(tuple(r.strides)),
         *g.args(r.rows, g.split > 0),
         weights,
         g.step["weights"],

@@ -10,19 +10,19 @@ import triton
 import triton.language as tl
 
 from .._launch import launch
-from ..rng import multiple_of_8
+from ..rng import multiple_of_8, shown
 
 
 @triton.jit
 def tile_of(p, stride, o_row, first, o_col, m, ALIGNED: tl.constexpr):
     """fp32 [BR, BC] of the rows `o_row` of p, 0 where not m."""
-    p_tile = p + (o_row * multiple_of_8(stride, ALIGNED) + first) + o_col
+    p_tile = p + (o_row * multiple_of_8(shown(stride), ALIGNED) + first) + o_col
     return tl.load(p_tile, mask=m, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def store_tile(p, stride, o_row, first, o_col, m, b, ALIGNED: tl.constexpr):
-    p_tile = p + (o_row * multiple_of_8(stride, ALIGNED) + first) + o_col
+    p_tile = p + (o_row * multiple_of_8(shown(stride), ALIGNED) + first) + o_col
     tl.store(p_tile, b.to(p.dtype.element_ty), mask=m)
 
 

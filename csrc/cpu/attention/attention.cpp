@@ -26,7 +26,8 @@ void forward(const AttentionParams& p) {
   while (grain < 64 && flops * grain < 2e6 &&
          grain * 2 * 4 * (p.threads > 0 ? p.threads : 8) <= tasks)
     grain *= 2;
-  const int threads = flops * tasks < 4e5 ? 1 : p.threads;
+  // A second thread costs 2 us; products run at 100 flops/ns, decoding at 30.
+  const int threads = flops * tasks < (f.in_place ? 1.5e5 : 4e5) ? 1 : p.threads;
   const int64_t bundles = (tasks + grain - 1) / grain;
 
   Arena sizes;

@@ -58,72 +58,114 @@ GENFAST_INLINE f32v load_tail(const char* row, int d, int count) {
   return Load::at(part, 0);
 }
 
-// Sums over lanes of up to W vectors at once: result lane i = sum of v[i].
+// x0+x1 x2+x3 y0+y1 y2+y3 of every four lanes, and the same of quadruples instead of lanes.
+GENFAST_INLINE f32v fold_lanes(f32v x, f32v y) {
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(x, y, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
+         __builtin_shufflevector(x, y, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
+#elif defined(__AVX2__)
+  return __builtin_shufflevector(x, y, 0, 2, 8, 10, 4, 6, 12, 14) +
+         __builtin_shufflevector(x, y, 1, 3, 9, 11, 5, 7, 13, 15);
+#else
+  return __builtin_shufflevector(x, y, 0, 2, 4, 6) + __builtin_shufflevector(x, y, 1, 3, 5, 7);
+#endif
+}
+GENFAST_INLINE f32v fold_quadruples([[maybe_unused]] f32v x, [[maybe_unused]] f32v y) {
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(x, y, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+         __builtin_shufflevector(x, y, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+#elif defined(__AVX2__)
+  return __builtin_shufflevector(x, y, 0, 1, 2, 3, 8, 9, 10, 11) +
+         __builtin_shufflevector(x, y, 4, 5, 6, 7, 12, 13, 14, 15);
+#else
+  return x;  // four lanes are one quadruple
+#endif
+}
+
+// Sums over lanes of W vectors at once: result lane i = sum of v[i]. Halving while transposing
+// takes 2 (W - 1) shuffles, a whole transpose W log2 W: with four query rows it was half of the
+// work.
 GENFAST_INLINE f32v sum_each(f32v (&v)[W]) {
-  transpose(v);
-  for (int step = W / 2; step > 0; step /= 2)
-    for (int i = 0; i < step; ++i) v[i] += v[i + step];
+  int n = W;
+#pragma GCC unroll 2
+  for (int level = 0; level < 2; ++level, n /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < n / 2; ++i) v[i] = fold_lanes(v[2 * i], v[2 * i + 1]);
+#pragma GCC unroll 2
+  for (; n > 1; n /= 2)
+#pragma GCC unroll 2
+    for (int i = 0; i < n / 2; ++i) v[i] = fold_quadruples(v[2 * i], v[2 * i + 1]);
   return v[0];
 }
 
 // scores of R rows x K keys, R * K <= W.
 template <class Load, int R, int K>
-GENFAST_INLINE void dot_block(const float* q, int64_t ldq, const char* const* keys,
-                              const char* const* values, int dim, int value_bytes, float* s,
-                              int64_t lds) {
+GENFAST_INLINE void dot_block(const float* q, int64_t ldq, const char* const* keys, int dim,
+                              float* s, int64_t lds) {
+  // One row of q: a key at a time with two chains (K streams side by side read half as fast).
+  // Several rows: two keys at a time, so that q is loaded half as often.
+  constexpr int P = R > 1 && K > 1 ? 2 : 1, C = R * P > 2 ? 1 : 2;
   f32v acc[W] = {};
   const int whole = dim / W * W;
-  // Row after row: one stream for the hardware prefetcher reads twice as fast as K side by side.
 #pragma GCC unroll 16
-  for (int k = 0; k < K; ++k) {
-    f32v even[R] = {}, odd[R] = {};
+  for (int k = 0; k < K; k += P) {
+    f32v chain[P][R][C] = {};
     int d = 0;
-    for (; d + 2 * W <= whole; d += 2 * W) {
-      const f32v y0 = Load::at(keys[k], d), y1 = Load::at(keys[k], d + W);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        even[r] = fused_multiply_add(load(q + r * ldq + d), y0, even[r]);
-        odd[r] = fused_multiply_add(load(q + r * ldq + d + W), y1, odd[r]);
+    for (; d + C * W <= whole; d += C * W) {
+#pragma GCC unroll 2
+      for (int c = 0; c < C; ++c) {
+        f32v y[P];
+#pragma GCC unroll 2
+        for (int i = 0; i < P; ++i) y[i] = Load::at(keys[k + i], d + c * W);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          const f32v x = load(q + r * ldq + d + c * W);
+#pragma GCC unroll 2
+          for (int i = 0; i < P; ++i) chain[i][r][c] = fused_multiply_add(x, y[i], chain[i][r][c]);
+        }
       }
     }
-    if (d < whole)
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r)
-        even[r] = fused_multiply_add(load(q + r * ldq + d), Load::at(keys[k], d), even[r]);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) acc[r * K + k] = even[r] + odd[r];
-  }
-  if (whole < dim) {
-    for (int k = 0; k < K; ++k) {
-      const f32v y = load_tail<Load>(keys[k], whole, dim - whole);
-      for (int r = 0; r < R; ++r)
-        acc[r * K + k] = fused_multiply_add(load(q + r * ldq + whole), y, acc[r * K + k]);
+    for (; d < dim; d += W) {
+#pragma GCC unroll 2
+      for (int i = 0; i < P; ++i) {
+        const f32v y =
+            d < whole ? Load::at(keys[k + i], d) : load_tail<Load>(keys[k + i], d, dim - whole);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r)
+          chain[i][r][0] = fused_multiply_add(load(q + r * ldq + d), y, chain[i][r][0]);
+      }
     }
+#pragma GCC unroll 2
+    for (int i = 0; i < P; ++i)
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r)
+        acc[r * K + k + i] = C == 2 ? chain[i][r][0] + chain[i][r][C - 1] : chain[i][r][0];
   }
-  if (values != nullptr)
-    for (int k = 0; k < K; ++k)
-      for (int at = 0; at < value_bytes; at += 64) __builtin_prefetch(values[k] + at, 0, 2);
-  const f32v sums = sum_each(acc);
-  for (int r = 0; r < R; ++r)
-    for (int k = 0; k < K; ++k) s[r * lds + k] = sums[r * K + k];
+  alignas(64) float sums[W];
+  store(sums, sum_each(acc));
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) __builtin_memcpy(s + r * lds, sums + r * K, K * sizeof(float));
 }
 
 template <class Load, int R>
 GENFAST_INLINE int dot_rows(int r, int rows, const float* q, int64_t ldq, const char* const* keys,
-                            const char* const* values, int count, int dim, int value_bytes,
-                            float* s, int64_t lds) {
+                            int count, int dim, float* s, int64_t lds) {
   constexpr int K = W / R;
   for (; r + R <= rows; r += R) {
+    const float* row = q + r * ldq;
     int k = 0;
-    const char* const* ahead = r == 0 ? values : nullptr;
     for (; k + K <= count; k += K)
-      dot_block<Load, R, K>(q + r * ldq, ldq, keys + k, ahead != nullptr ? ahead + k : nullptr, dim,
-                            value_bytes, s + r * lds + k, lds);
-    for (; k < count; ++k)
-      dot_block<Load, R, 1>(q + r * ldq, ldq, keys + k, ahead != nullptr ? ahead + k : nullptr, dim,
-                            value_bytes, s + r * lds + k, lds);
+      dot_block<Load, R, K>(row, ldq, keys + k, dim, s + r * lds + k, lds);
+    for (; k < count; ++k) dot_block<Load, R, 1>(row, ldq, keys + k, dim, s + r * lds + k, lds);
   }
   return r;
+}
+
+// Rows [first, first + n) of `count`, into L2. The hardware's streams end at every 4 KiB page (16
+// rows of bf16 at D = 128), so each product asks for the rows of the next one.
+GENFAST_INLINE void prefetch_rows(const char* const* rows, int first, int n, int count, int bytes) {
+  for (int j = first; j < first + n && j < count; ++j)
+    for (int at = 0; at < bytes; at += 64) __builtin_prefetch(rows[j] + at, 0, 2);
 }
 
 template <class Load>
@@ -132,13 +174,13 @@ inline void dot_all(const float* q, int64_t ldq, int rows, const char* const* ke
                     int64_t lds) {
   for (int j = 0; j < n; j += W) {  // W keys stay in L1 for all rows
     const int count = n - j < W ? n - j : W;
+    for (int k = j + 8; k < j + 8 + W && k < n; ++k)
+      for (int at = 0; at < dim * Load::bytes; at += 64) __builtin_prefetch(keys[k] + at, 0, 3);
+    prefetch_rows(values, j, W, n, value_bytes);
     int r = 0;
-    if constexpr (W >= 8)
-      r = dot_rows<Load, 4>(r, rows, q, ldq, keys + j, values + j, count, dim, value_bytes, s + j,
-                            lds);
-    r = dot_rows<Load, 2>(r, rows, q, ldq, keys + j, values + j, count, dim, value_bytes, s + j,
-                          lds);
-    dot_rows<Load, 1>(r, rows, q, ldq, keys + j, values + j, count, dim, value_bytes, s + j, lds);
+    if constexpr (W >= 8) r = dot_rows<Load, 4>(r, rows, q, ldq, keys + j, count, dim, s + j, lds);
+    r = dot_rows<Load, 2>(r, rows, q, ldq, keys + j, count, dim, s + j, lds);
+    dot_rows<Load, 1>(r, rows, q, ldq, keys + j, count, dim, s + j, lds);
   }
 }
 
@@ -185,15 +227,17 @@ constexpr int kWeighKeys = 16;
 
 template <class Load>
 inline void weigh_all(const float* weights, int64_t ldw, int rows, const char* const* values, int n,
-                      const float* alpha, float* o, int64_t ldo, int dim) {
+                      const float* alpha, float* o, int64_t ldo, int dim, const char* const* soon,
+                      int soon_count, int soon_bytes) {
   const float ones[4] = {1.0f, 1.0f, 1.0f, 1.0f};
   for (int j = 0; j < n; j += kWeighKeys) {
     const int count = n - j < kWeighKeys ? n - j : kWeighKeys;
     const float* w = weights + j;
+    prefetch_rows(soon, j, kWeighKeys, soon_count, soon_bytes);
     int r = 0;
     for (; r + 4 <= rows; r += 4)
-      weigh_rows<Load, 4, 2>(w + r * ldw, ldw, values + j, count, j ? ones : alpha + r, o + r * ldo,
-                             ldo, dim);
+      weigh_rows<Load, 4, MR / 3>(w + r * ldw, ldw, values + j, count, j ? ones : alpha + r,
+                                  o + r * ldo, ldo, dim);
     for (; r + 2 <= rows; r += 2)
       weigh_rows<Load, 2, 4>(w + r * ldw, ldw, values + j, count, j ? ones : alpha + r, o + r * ldo,
                              ldo, dim);
@@ -222,10 +266,11 @@ inline void scores_in_place(const AttentionParams& p, const float* q, int64_t ld
 
 inline void weigh_in_place(const AttentionParams& p, const float* weights, int64_t ldw, int rows,
                            const char* const* values, int n, const float* alpha, float* o,
-                           int64_t ldo) {
+                           int64_t ldo, const char* const* soon, int soon_count) {
   with_loader(p.dtype, [&](auto loader) {
     using Load = decltype(loader);
-    weigh_all<Load>(weights, ldw, rows, values, n, alpha, o, ldo, static_cast<int>(p.Dv));
+    weigh_all<Load>(weights, ldw, rows, values, n, alpha, o, ldo, static_cast<int>(p.Dv), soon,
+                    soon_count, static_cast<int>(p.D) * Load::bytes);
   });
 }
 

@@ -203,9 +203,9 @@ struct Forward {
     }
   }
 
-  // A tile of few rows reads keys and values where they lie.
+  // A tile of few rows reads keys and values where they lie. soon: keys of the next block.
   void attend_in_place(TileState& st, ScoreOptions& mods, const ForwardScratch& x,
-                       const Sequence& s, int64_t kv_head, int64_t first, int n) const {
+                       const Sequence& s, int64_t kv_head, int64_t first, int n, int soon) const {
     const Tile& t = st.tile;
     Span spans[BR / MR] = {};
     float alpha[BR];
@@ -223,7 +223,8 @@ struct Forward {
         alpha[r] = 1.0f;
         __builtin_memset(x.s + r * lds, 0, sizeof(float) * n);
       }
-    weigh_in_place(p, x.s, lds, t.n, values, n, alpha, st.o, ldo);
+    key_rows(p, p.k, s, kv_head, first + n, soon, x.rows);
+    weigh_in_place(p, x.s, lds, t.n, values, n, alpha, st.o, ldo, x.rows, soon);
   }
 
   // out = O / l, LSE = ln 2 (m + log2 l), with the sink in the denominator.
@@ -271,7 +272,9 @@ struct Forward {
     for (int64_t first = range.lo / BC * BC; first < range.hi; first += BC) {
       const int n = static_cast<int>(range.hi - first < BC ? range.hi - first : BC);
       if (in_place) {
-        attend_in_place(x.tiles[0], mods, x, s, kv_head, first, n);
+        const int64_t left = range.hi - first - n;
+        attend_in_place(x.tiles[0], mods, x, s, kv_head, first, n,
+                        static_cast<int>(left < BC ? left : BC));
         continue;
       }
       key_rows(p, p.k, s, kv_head, first, n, x.rows);

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
+#include <new>
 
 #include "cpu/attention/geometry.h"
 
@@ -11,10 +12,10 @@ namespace {
 
 class Memory {
  public:
-  // Never null: without memory there is no way to go on, and an exception cannot cross the threads.
+  // Made on the calling thread, where an exception can leave.
   explicit Memory(int64_t bytes)
       : data_(static_cast<char*>(std::aligned_alloc(64, round_up(bytes > 0 ? bytes : 1, 64)))) {
-    if (data_ == nullptr) std::abort();
+    if (data_ == nullptr) throw std::bad_alloc();
   }
   ~Memory() { std::free(data_); }
   Memory(const Memory&) = delete;

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from genfast.ops import _check
-from genfast.ops.attention._choice import prefers_torch, torch_sdpa
+from genfast.ops._road import DIRECT, gate, is_compiling
 from genfast.ops.attention.core import (
     DENSE,
     Options,
@@ -16,6 +16,7 @@ from genfast.ops.attention.core import (
     check_mask,
     lower_precision,
     noise,
+    plain_forward,
 )
 
 _FLOAT = torch.float32
@@ -136,6 +137,22 @@ def scaled_dot_product_attention(
     dimensions in memory. A row that sees no key gives 0. Where PyTorch's kernel was measured to be
     faster it is what runs. Raises TypeError / ValueError naming the argument.
     """
+    if (
+        attn_mask is None
+        and not dropout_p
+        and not is_compiling()
+        and gate(query, key, value) == DIRECT
+        and query.dim() == key.dim() == 4
+        and (enable_gqa or query.shape[1] == key.shape[1])
+        and not autocasting(query)
+        and (scale is None or type(scale) is float)
+    ):
+        try:
+            out = plain_forward(query, key, value, is_causal, scale)
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+            out = None  # the checks below name the argument
+        if out is not None:
+            return out
     plain = (
         isinstance(query, Tensor)
         and isinstance(key, Tensor)
@@ -145,11 +162,6 @@ def scaled_dot_product_attention(
     if plain:
         if autocasting(query):
             query, key, value, attn_mask = lower_precision(query, key, value, attn_mask)
-        if prefers_torch(query, key, attn_mask, dropout_p, is_causal):
-            return torch_sdpa(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
-                enable_gqa=enable_gqa,
-            )  # fmt: skip
         B, Hq, _, E = query.shape
         Bk, Hk, S, Ek = key.shape
         same = B == Bk == value.shape[0] and Hk == value.shape[1] and S == value.shape[2]

@@ -1,0 +1,120 @@
+"""Which backend `auto` takes: a table of measurements, the first row that fits a call.
+
+Rows of this machine, written by `genfast bench --calibrate`, come before the ones below, which
+were filled from the files named in `why`. `genfast info --backends` prints the table in force. A
+row whose backend cannot do a call is passed over: the next one is asked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from genfast._native import _C
+
+ANY = "*"
+ALL_SIZES = 2**63 - 1
+
+
+class Row(NamedTuple):
+    """device: cpu or cuda. arch: instruction set of the CPU kernels, or sm_NN of a GPU. dtype:
+    torch's name. feature: a kind of call; of attention "decode" (one query) and "forward", both
+    without gradient and without options that PyTorch's fused kernel lacks. below: sizes under it
+    (B Hq Sq Sk D of attention). ANY fits all.
+    """
+
+    family: str
+    device: str
+    arch: str
+    dtype: str
+    feature: str
+    below: int
+    backend: str
+    why: str
+
+
+_UNMEASURED = "no measurement on a GPU yet"
+
+# Attention on this CPU family needs no row for PyTorch: every case of the benchmark is at least
+# 1.0x, at AVX2 and at AVX-512. (Under 10 us the call itself decides, and handing it on costs 4 us.)
+# Processors with matrix units (AMX) may: calibrate there.
+ROWS = (
+    Row("attention", "cuda", ANY, ANY, "decode", ALL_SIZES, "torch", _UNMEASURED),
+    Row("attention", "cuda", ANY, ANY, "forward", ALL_SIZES, "torch", _UNMEASURED),
+    Row(ANY, "cpu", ANY, ANY, ANY, ALL_SIZES, "cpu", "benchmarks/results/2026-11-24-*.json"),
+    Row(ANY, "cuda", ANY, ANY, ANY, ALL_SIZES, "triton", _UNMEASURED),
+    Row(ANY, "cuda", ANY, ANY, ANY, ALL_SIZES, "reference", "always possible"),
+)
+
+
+def machine() -> dict[str, str]:
+    """What a calibrated table is valid for."""
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "isa": _C.build_info()["isa"],
+        "torch": torch.__version__,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def user_file() -> Path:
+    """$GENFAST_CHOICES, or genfast/choices.json in the user's cache folder."""
+    if os.environ.get("GENFAST_CHOICES"):
+        return Path(os.environ["GENFAST_CHOICES"])
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "genfast" / "choices.json"
+
+
+def user_rows() -> tuple[Row, ...]:
+    """The calibrated rows; none when they are of another machine or another torch."""
+    path = user_file()
+    try:
+        found = json.loads(path.read_text())
+        if found["machine"] != machine():
+            return ()
+        return tuple(Row(**row) for row in found["rows"])
+    except (FileNotFoundError, NotADirectoryError, PermissionError, RuntimeError):
+        return ()  # RuntimeError: no home folder
+    except (ValueError, KeyError, TypeError) as error:
+        warnings.warn(
+            f"{path}: not a table of `genfast bench --calibrate` ({error}); it is ignored. Delete "
+            "it or calibrate again",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return ()
+
+
+def table() -> tuple[Row, ...]:
+    return (*user_rows(), *ROWS)
+
+
+def torch_below(rows: Iterable[Row], device: str, dtype: str, feature: str) -> int:
+    """Sizes under this go to PyTorch's own attention."""
+    arch = _C.build_info()["isa"] if device == "cpu" else ANY
+    for row in rows:
+        fits = zip(row[:5], ("attention", device, arch, dtype, feature), strict=True)
+        if all(have in (ANY, want) for have, want in fits):
+            return row.below if row.backend == "torch" else 0
+    return 0
+
+
+def _attention_limits(device: str) -> dict[torch.dtype, tuple[int, int]]:
+    rows, found = table(), {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        limits = tuple(torch_below(rows, device, name, f) for f in ("decode", "forward"))
+        if any(limits):
+            found[dtype] = limits
+    return found
+
+
+# is_cpu -> dtype -> sizes below which PyTorch runs (decode, forward): two lookups a call.
+ATTENTION_BY_TORCH = {True: _attention_limits("cpu"), False: _attention_limits("cuda")}

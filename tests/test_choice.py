@@ -1,0 +1,115 @@
+"""The table of the automatic choice: rows in force, calibration, and what a chosen row changes."""
+
+import json
+
+import pytest
+import torch
+
+import genfast
+from genfast.benchmarks import calibrate
+from genfast.ops import _choice
+from genfast.ops._choice import ALL_SIZES, ANY, Row
+from genfast.ops.attention import core
+
+SIZES = [10, 100, 1000, 10000]
+
+
+@pytest.mark.parametrize(
+    "ratios, below",
+    [
+        ([1.2, 1.1, 2.0, 1.5], 0),
+        ([0.99, 1.0, 2.0, 1.5], 0),  # within the noise
+        ([0.5, 1.1, 2.0, 1.5], 11),
+        ([0.5, 0.8, 2.0, 1.5], 101),
+        ([1.5, 0.8, 2.0, 1.5], 0),  # one odd rung is no rule
+        ([0.9, 0.8, 0.5, 0.4], ALL_SIZES),
+        ([1.2, 0.8, 0.5, 0.4], ALL_SIZES),
+        ([1.2, 1.8, 1.5, 0.4], 0),
+    ],
+)
+def test_limit_of_a_ladder(ratios, below):
+    assert calibrate.limit_of(SIZES, ratios) == below
+
+
+def test_the_first_fitting_row_decides():
+    isa = _choice.machine()["isa"]
+    rows = (
+        Row("attention", "cuda", ANY, ANY, ANY, 7, "torch", ""),
+        Row("attention", "cpu", "other", ANY, ANY, 8, "torch", ""),
+        Row("attention", "cpu", isa, "float32", "decode", 9, "torch", ""),
+        Row(ANY, "cpu", ANY, ANY, ANY, ALL_SIZES, "cpu", ""),
+    )
+    assert _choice.torch_below(rows, "cpu", "float32", "decode") == 9
+    assert _choice.torch_below(rows, "cpu", "float32", "forward") == 0
+    assert _choice.torch_below(rows, "cpu", "float16", "decode") == 0
+    assert _choice.torch_below(rows, "cuda", "float16", "decode") == 7
+
+
+def test_a_calibrated_table_is_read_back_on_its_own_machine_only(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "choices.json"
+    monkeypatch.setenv("GENFAST_CHOICES", str(path))
+    assert _choice.table() == _choice.ROWS
+    row = Row("attention", "cpu", ANY, "float32", "decode", 123, "torch", "measured")
+    assert calibrate.save([row]) == path
+    assert _choice.table() == (row, *_choice.ROWS)
+    assert _choice._attention_limits("cpu")[torch.float32] == (123, 0)
+    text = json.loads(path.read_text())
+    text["machine"]["torch"] = "1.0"
+    path.write_text(json.dumps(text))
+    assert _choice.table() == _choice.ROWS
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"machine": 1}', '{"rows": [{"x": 1}]}'])
+def test_a_broken_table_is_named_and_ignored(tmp_path, monkeypatch, text):
+    path = tmp_path / "choices.json"
+    path.write_text(text)
+    monkeypatch.setenv("GENFAST_CHOICES", str(path))
+    if text == '{"machine": 1}':  # another machine's, whatever it holds
+        assert _choice.user_rows() == ()
+        return
+    with pytest.warns(RuntimeWarning, match="choices.json.*calibrate again"):
+        assert _choice.user_rows() == ()
+
+
+@pytest.fixture
+def by_torch(monkeypatch):
+    """Every plain call goes to PyTorch; returns how often it was asked."""
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return torch.nn.functional.scaled_dot_product_attention(*args, **kwargs)
+
+    monkeypatch.setitem(core.ATTENTION_BY_TORCH[True], torch.float32, (ALL_SIZES, ALL_SIZES))
+    monkeypatch.setattr(core, "torch_sdpa", counted)
+    return calls
+
+
+@pytest.mark.parametrize("Sq, Hkv, causal", [(1, 4, False), (5, 4, False), (9, 2, True)])
+def test_a_row_for_pytorch_is_followed(by_torch, Sq, Hkv, causal):
+    q, k, v = torch.randn(2, 4, Sq, 8), *torch.randn(2, 2, Hkv, 9, 8)
+    out = genfast.attention(q, k, v, causal=causal)
+    face = genfast.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+    assert len(by_torch) == 2
+    with genfast.backend("reference"):
+        expected = genfast.attention(q, k, v, causal=causal)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(face, expected)
+
+
+def test_options_gradients_and_empty_calls_stay_ours(by_torch):
+    q, k, v = torch.randn(3, 2, 4, 5, 8)
+    genfast.attention(q, k, v, softcap=3.0)
+    genfast.attention(q, k, v, window=(2, 0))
+    genfast.attention(q, k, v, mask=torch.ones(5, 5, dtype=torch.bool))
+    genfast.attention(q, k, v, return_lse=True)
+    genfast.attention(q, k, v, dropout_p=0.5, seed=1)
+    genfast.attention(q[:, :, :3], k, v, causal=True, align="bottom_right")
+    genfast.attention(q, k[:, :, :0], v[:, :, :0])
+    genfast.attention(q.clone().requires_grad_(), k, v)
+    assert not by_torch
+    with pytest.raises(ValueError, match="k: expected"):
+        genfast.attention(q, k[..., :4], v)
+    with pytest.raises(ValueError, match="query: expected as many heads"):
+        genfast.scaled_dot_product_attention(q, k[:, :2], v[:, :2])
+    assert not by_torch
