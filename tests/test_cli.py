@@ -158,7 +158,7 @@ def wrong():
 def test_a_failed_proof_shows_no_time(tmp_path, capsys, fast, monkeypatch):
     timed = []
     cases = [case(), case(proof=wrong, ours=lambda: timed.append(1))]
-    monkeypatch.setattr(harness, "load_cases", lambda families: cases)
+    monkeypatch.setattr(harness, "load_cases", lambda *_: cases)
     out = tmp_path / "rows.json"
     assert run("bench", "--threads", "1", "--json", str(out)) == 1
     shown = capsys.readouterr()
@@ -216,7 +216,7 @@ def test_a_rival_that_fails_is_skipped_with_its_reason(fast, capsys):
 
 def test_a_missed_target_is_named_and_fails_only_on_request(fast, capsys, monkeypatch):
     missed = harness.Case("rng", "slow", (100,), case().setup, bytes=8, targets={"eager": 1e9})
-    monkeypatch.setattr(harness, "load_cases", lambda families: [missed])
+    monkeypatch.setattr(harness, "load_cases", lambda *_: [missed])
     assert run("bench", "--quick", "--threads", "1") == 0
     assert "below target: rng/slow/100/float32" in capsys.readouterr().out
     assert run("bench", "--quick", "--check") == 1

@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(kExactThreads, 1)
     }
   }
   const auto write = [&](int64_t i, int64_t j, double v) {
-    if (i < p.Sq && j < p.Sk)
+    if ((every_i || i < p.Sq) && (every_j || j < p.Sk))
       store_any(m.data, m.dtype,
                 b0 * m.b_stride + h0 * m.h_stride + i * m.i_stride + j * m.j_stride,
                 static_cast<float>(v));
@@ -277,7 +277,7 @@ const char* launch_mask(const GradientPlan& plan) {
   const int64_t blocks = (m.b_stride != 0 ? p.B : 1) * (m.h_stride != 0 ? p.Hq : 1) *
                          (m.i_stride != 0 ? (p.Sq + rows - 1) / rows : 1) *
                          (m.j_stride != 0 ? (p.Sk + kPassing - 1) / kPassing : 1);
-  if (blocks == 0 || p.Sq == 0 || p.Sk == 0) return nullptr;
+  if (blocks == 0) return nullptr;
   return launch(mask_gradient<kColumns>, dim3(static_cast<unsigned>(blocks)), dim3(kExactThreads),
                 Exact<kColumns>::shared(2), on(p.place), plan);
 }
