@@ -6,6 +6,7 @@ One fat object per file, so each file is parsed and optimised once per architect
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -25,7 +26,7 @@ TENSOR_CORES = "mma_"
 # Kernels that may spill: {part of the mangled name: (bytes, reason)}.
 SPILLS: dict[str, tuple[int, str]] = {}
 
-nvcc, cuobjdump = shutil.which("nvcc"), shutil.which("cuobjdump")
+nvcc = shutil.which("nvcc")
 
 
 def _name(source: Path) -> str:
@@ -62,9 +63,17 @@ def _compile(source: Path, folder: Path) -> tuple[str, Path]:
     return done.stderr, target
 
 
+def _cuobjdump() -> str | None:
+    """The toolkit's, else the one that Triton brings."""
+    found = shutil.which("cuobjdump")
+    if found is None and (triton := importlib.util.find_spec("triton")) is not None:
+        found = shutil.which("cuobjdump", path=Path(triton.origin).parent / "backends/nvidia/bin")
+    return found
+
+
 def _tensor_core_instructions(code: Path) -> dict[tuple[str, str], int]:
     """(kernel, architecture) -> HMMA instructions in the machine code."""
-    text = subprocess.run([cuobjdump, "-sass", str(code)], capture_output=True, text=True).stdout
+    text = subprocess.run([_cuobjdump(), "-sass", str(code)], capture_output=True, text=True).stdout
     counts, arch, kernel = {}, "", ""
     for line in text.splitlines():
         if found := re.match(r"\s*arch = sm_(\w+)", line):
@@ -142,7 +151,7 @@ def test_resources(compiled, capsys):
 
 @pytest.mark.slow
 @needs_nvcc
-@pytest.mark.skipif(cuobjdump is None, reason="no cuobjdump on this machine")
+@pytest.mark.skipif(_cuobjdump() is None, reason="no cuobjdump on this machine")
 def test_tensor_cores(compiled):
     """Both products of a forward kernel, four or five of a backward one, on every architecture."""
     seen = 0
