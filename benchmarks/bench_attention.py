@@ -174,6 +174,37 @@ def _varlen_case(backward, dtype=F32):
     )
 
 
+LENGTHS_OF_A_BATCH = (256, 200, 128, 64, 60, 40, 30, 20)
+
+
+def _padded(dtype, device):
+    """A padded batch of eight texts under a key mask, as transformers hands it over."""
+    B, H, S, D = len(LENGTHS_OF_A_BATCH), 12, max(LENGTHS_OF_A_BATCH), 64
+    q, k, v = (_randn(i, (B, H, S, D), dtype, device) for i in range(3))
+    seen = torch.arange(S, device=device) < torch.tensor(LENGTHS_OF_A_BATCH, device=device)[:, None]
+    mask = seen[:, None, None]
+    rival = partial(F.scaled_dot_product_attention, attn_mask=mask)
+
+    def truth(q, k, v):
+        return reference.attention(q, k, v, mask=mask)[0]
+
+    ours = partial(genfast.scaled_dot_product_attention, attn_mask=mask)
+    return Work(
+        ours=partial(ours, q, k, v),
+        rivals={"F.sdpa": partial(rival, q, k, v)},
+        proof=lambda: _prove(ours, rival, (q, k, v), truth, None),
+    )
+
+
+def _padded_case(dtype=F32):
+    n = LENGTHS_OF_A_BATCH
+    shape = (len(n), 12, max(n), 64)
+    flops = 4 * 12 * max(n) * sum(n) * 64  # all queries, the keys that are seen
+    size = 4 * torch.Size(shape).numel() * torch.finfo(dtype).bits // 8
+    setup = partial(_padded, dtype)
+    return Case("attention", "key padding", shape, setup, dtype=dtype, bytes=size, flops=flops)
+
+
 def _append(B, Hq, Hkv, S, D, dtype, device):
     """One generated token: write its key and value, attend to the whole cache."""
     caches = [_randn(i, (B, Hkv, S, D), dtype, device) for i in range(2)]
@@ -262,4 +293,6 @@ CASES = [
     _varlen_case(False),
     _varlen_case(True),
     _varlen_case(False, BF16),
+    _padded_case(),
+    _padded_case(BF16),
 ]

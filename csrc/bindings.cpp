@@ -212,9 +212,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         register_tensor_type(torch.attr("nn").attr("Parameter").ptr());
       },
       "Takes the handles of torch that the gate and the caster need.");
-  PyObject* function = PyCFunction_New(&g_gate_method, nullptr);
-  if (function == nullptr) throw py::error_already_set();
-  m.add_object("gate", py::reinterpret_steal<py::object>(function));
+  add_fast(m, g_gate_method);
   m.def("force_slow_road", [](bool on) { g_gate.force_slow_road(on); });
   m.def("enable_cuda", [](bool on) { g_cuda_enabled = on; });
   m.def("build_info", &build_info);

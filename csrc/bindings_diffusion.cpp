@@ -120,16 +120,15 @@ bool per_sample_vector(const TensorView& t, int64_t width, const TensorView& x) 
 // Room for partial sums of CUDA blocks.
 bool sums_fit(const TensorView& scratch) { return vector_of(scratch, Dtype::f64, scratch.numel); }
 
-bool diffusion_step(py::handle outs, TensorArgument& x, py::handle model_outputs,
-                    TensorArgument& weights, TensorArgument& table, TensorArgument& index,
-                    int64_t row, py::handle past, TensorArgument& z, py::handle seed,
-                    TensorArgument& seeds, py::handle stream, int64_t offset, bool draws,
-                    py::handle extras, TensorArgument& scratch) {
-  TensorArgument out[kOutputs], model[kModels], history[kHistory];
+// What is read before a step is checked and run.
+struct StepArguments {
+  TensorArgument &x, &weights, &table, &index, &z, &seeds, &scratch;
+  TensorArgument model[kModels], history[kHistory], out[kOutputs];
   Extras e;
-  if (!read_tuple(outs, out) || !read_tuple(model_outputs, model) || !read_tuple(past, history) ||
-      !e.read(extras) || !given({&x, &model[0], &out[0]}))
-    return false;
+};
+
+bool run_step(StepArguments& a, int64_t row, const NoiseArgument& noise, bool draws) {
+  auto& [x, weights, table, index, z, seeds, scratch, model, history, out, e] = a;
   auto& [threshold, mask, known, known_z, level, sample, log_prob] = e.tensors;
   if (!same_device({&x,     &model[0], &model[1], &model[2], &weights,  &table,     &index,
                     &z,     &seeds,    &out[0],   &out[1],   &out[2],   &threshold, &mask,
@@ -175,7 +174,7 @@ bool diffusion_step(py::handle outs, TensorArgument& x, py::handle model_outputs
     for (int k = o + 1; k < outputs; ++k)
       if (Range(out[o]).meets(Range(out[k]))) return false;
   }
-  if (!NoiseArgument(seed, stream, offset).fill(p.noise, seeds, x)) return false;
+  if (!noise.fill(p.noise, seeds, x)) return false;
   p.x = x, p.weights = weights, p.table = table, p.index = index, p.row = row, p.z = z;
   for (int i = 0; i < kModels; ++i) p.models[i] = model[i];
   for (int i = 0; i < kHistory; ++i) p.history[i] = history[i];
@@ -188,6 +187,70 @@ bool diffusion_step(py::handle outs, TensorArgument& x, py::handle model_outputs
   p.threads = g_gate.threads();
   return run(p, x, GENFAST_KERNEL(diffusion_step));
 }
+
+bool diffusion_step(py::handle outs, TensorArgument& x, py::handle model_outputs,
+                    TensorArgument& weights, TensorArgument& table, TensorArgument& index,
+                    int64_t row, py::handle past, TensorArgument& z, py::handle seed,
+                    TensorArgument& seeds, py::handle stream, int64_t offset, bool draws,
+                    py::handle extras, TensorArgument& scratch) {
+  StepArguments a{x, weights, table, index, z, seeds, scratch, {}, {}, {}, {}};
+  return read_tuple(outs, a.out) && read_tuple(model_outputs, a.model) &&
+         read_tuple(past, a.history) && a.e.read(extras) && given({&x, &a.model[0], &a.out[0]}) &&
+         run_step(a, row, NoiseArgument(seed, stream, offset), draws);
+}
+
+// Which dtypes step_row takes beyond those of the kernel.
+enum class Alike { any, same, float32 };  // outputs are like x; m is too; and that is float32
+
+// step_row(table, row, outputs, x, m, history, z, seed, stream, extras, alike): the tuple of new
+// outputs, or None where the caller must take another road. The gate, the allocations and the
+// kernel in one call, without pybind11's dispatch: 1.3 us less than one by one, of 6.
+// m: a tensor. seed: int or tensor; None draws nothing.
+PyObject* step_row(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 11) {
+    PyErr_SetString(PyExc_TypeError, "step_row: expected 11 arguments");
+    return nullptr;
+  }
+  PyObject *history = args[5], *z = args[6], *seed = args[7];
+  const Py_ssize_t past = PyTuple_Check(history) ? PyTuple_GET_SIZE(history) : kHistory + 1;
+  if (past > kHistory) Py_RETURN_NONE;
+  PyObject* tensors[3 + kHistory] = {args[3], args[4], z};
+  for (Py_ssize_t i = 0; i < past; ++i) tensors[3 + i] = PyTuple_GET_ITEM(history, i);
+  if (g_gate(tensors, 3 + past) != kDirect) Py_RETURN_NONE;
+
+  TensorArgument x, weights, table, index, given_z, seeds, no_scratch;
+  StepArguments a{x, weights, table, index, given_z, seeds, no_scratch, {}, {}, {}, {}};
+  const bool draws = seed != Py_None, one_seed = PyLong_Check(seed);
+  const long row = PyLong_AsLong(args[1]), outputs = PyLong_AsLong(args[2]);
+  const auto alike = static_cast<Alike>(PyLong_AsLong(args[10]));
+  if (PyErr_Occurred()) return nullptr;
+  if (outputs < 1 || outputs > kOutputs || !x.read(args[3]) || !a.model[0].read(args[4]) ||
+      !table.read(args[0]) || !read_tuple(history, a.history) || !a.e.read(args[9]) ||
+      (z != Py_None && !given_z.read(z)) || (draws && !one_seed && !seeds.read(seed)))
+    Py_RETURN_NONE;
+  if (alike != Alike::any && x.dtype != a.model[0].dtype) Py_RETURN_NONE;
+  if (alike == Alike::float32 && outputs > 1 && x.dtype != Dtype::f32) Py_RETURN_NONE;
+  try {
+    const NoiseArgument noise(one_seed ? py::handle(seed) : py::int_(0), args[8], 0);
+    py::tuple outs(outputs);
+    for (long o = 0; o < outputs; ++o) {
+      PyObject* out = PyObject_CallOneArg(g_gate.empty_like(), args[3]);
+      if (out == nullptr) throw py::error_already_set();
+      PyTuple_SET_ITEM(outs.ptr(), o, out);
+      if (!a.out[o].read(out)) Py_RETURN_NONE;
+    }
+    if (run_step(a, row, noise, draws)) return outs.release().ptr();
+    Py_RETURN_NONE;
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const py::builtin_exception& error) {
+    error.set_error();
+  }
+  return nullptr;
+}
+PyMethodDef g_step_row_method = {"step_row", reinterpret_cast<PyCFunction>(step_row), METH_FASTCALL,
+                                 "step_row(table, row, outputs, x, m, history, z, seed, stream, "
+                                 "extras, alike) -> tuple of new outputs, or None: not handled"};
 
 // wanted: (d_x, (d_models), (d_history), d_z), None where not wanted.
 bool diffusion_step_backward(py::handle gradients, TensorArgument& x, py::handle model_outputs,
@@ -339,6 +402,7 @@ void register_diffusion(py::module_& m) {
         py::arg("weights"), py::arg("table"), py::arg("index"), py::arg("row"), py::arg("history"),
         py::arg("z"), py::arg("seed"), py::arg("seeds"), py::arg("stream"), py::arg("offset"),
         py::arg("draws"), py::arg("extras"), py::arg("scratch") = none);
+  add_fast(m, g_step_row_method);
   m.def("diffusion_step_backward", &diffusion_step_backward);
   m.def("diffusion_mix", &diffusion_mix);
   m.def("guidance_weights", &guidance_weights, py::arg("cond"), py::arg("uncond"),

@@ -24,6 +24,7 @@ class Gate {
     dispatch_modes_ = grab(c, "_len_torch_dispatch_stack");
     functorch_level_ = grab(functorch, "maybe_current_level");
     threads_ = grab(torch, "get_num_threads");
+    empty_like_ = grab(torch, "empty_like");
     forward_ad_ = pybind11::module_::import("torch.autograd.forward_ad").attr("__dict__").ptr();
     current_level_ = PyUnicode_InternFromString("_current_level");
     requires_grad_ = PyUnicode_InternFromString("requires_grad");
@@ -66,6 +67,8 @@ class Gate {
   // A backend was forced: every call takes the slow road, which looks.
   void force_slow_road(bool on) { forced_ = on; }
 
+  PyObject* empty_like() const { return empty_like_; }  // torch's, borrowed
+
   int threads() const {
     const long n = ready_ ? call_int(threads_) : 0;
     return n > 0 ? static_cast<int>(n) : 0;
@@ -90,8 +93,8 @@ class Gate {
   bool ready_ = false, forced_ = false;
   PyObject *tensor_ = nullptr, *parameter_ = nullptr, *is_grad_enabled_ = nullptr,
            *dispatch_modes_ = nullptr, *functorch_level_ = nullptr, *threads_ = nullptr,
-           *forward_ad_ = nullptr, *current_level_ = nullptr, *requires_grad_ = nullptr,
-           *is_neg_ = nullptr;
+           *empty_like_ = nullptr, *forward_ad_ = nullptr, *current_level_ = nullptr,
+           *requires_grad_ = nullptr, *is_neg_ = nullptr;
 };
 
 }  // namespace genfast

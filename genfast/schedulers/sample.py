@@ -19,7 +19,7 @@ from genfast.ops.rng import randn, randn_like
 from .plan import D_M, D_X, VARIANCE, SolverPlan
 
 _VARIANCE_NAMES = tuple(VARIANCE)
-_empty_like = torch.empty_like
+_empty_like, _step_row = torch.empty_like, _C.step_row
 _LEARNED = tuple((code, *[None] * 7) if code else None for code in VARIANCE.values())
 
 
@@ -87,21 +87,15 @@ def step(
     outs = None
     if weights is None and plan.threshold is None and not is_compiling():
         try:  # the kernel without ceremony; it refuses other devices and anything unusual
-            if gate(x, m, noise, *read) == DIRECT and (seed is None or type(seed) is int):
-                outs = (
-                    (_empty_like(x),)
-                    if outputs == 1
-                    else tuple([_empty_like(x) for _ in range(outputs)])
-                )
-                if recycle and row.writes:
-                    outs = _recycled(outs, row, history)
-                if not _C.diffusion_step(
-                    outs, x, (m,), None, row.table, None, r, read, noise, seed or 0, None,
-                    stream + r, 0, seed is not None, _LEARNED[row.variance],
-                ):  # fmt: skip
-                    outs = None
+            if recycle and row.writes:
+                outs = _recycling(row, r, outputs, x, m, history, read, noise, seed, stream)
+            else:
+                outs = _step_row(
+                    row.table, r, outputs, x, m, read, noise, seed, stream + r,
+                    _LEARNED[row.variance], 0,
+                )  # fmt: skip
         except (TypeError, ValueError, AttributeError):
-            outs = None  # the public function names the argument
+            pass  # the public function names the argument
     if outs is None:
         outs = _public(plan, r, row, x, m, read, noise, seed, stream, weights, outputs)
     if row.writes:
@@ -112,15 +106,25 @@ def step(
     return SolverState(outs[0], history, r + 1, outs[place] if denoised and place >= 0 else None)
 
 
-def _recycled(outs, row, history):
-    """Outputs with the old entries' memory for those that replace them."""
-    outs = list(outs)
-    for output, slot in row.writes:
-        old = history[slot]
-        if old is not None and old.dtype == outs[output].dtype and not old.is_inference():
-            outs[output] = old
+def _recycling(row, r, outputs, x, m, history, read, noise, seed, stream):
+    """Outputs by the kernel, new history entries in the memory of those that they replace."""
+    if gate(x, m, noise, *read) != DIRECT:
+        return None
+    slots, outs = dict(row.writes), [_empty_like(x)]
+    for output in range(1, outputs):
+        old = history[slots[output]] if output in slots else None
+        if old is None or old.dtype != x.dtype or old.is_inference():
+            old = _empty_like(x)
+        else:
             torch.autograd.graph.increment_version(old)  # autograd must see the overwrite
-    return tuple(outs)
+        outs.append(old)
+    outs = tuple(outs)
+    number, seeds = (0, seed) if isinstance(seed, torch.Tensor) else (seed or 0, None)
+    done = _C.diffusion_step(
+        outs, x, (m,), None, row.table, None, r, read, noise, number, seeds, stream + r, 0,
+        seed is not None, _LEARNED[row.variance],
+    )  # fmt: skip
+    return outs if done else None
 
 
 def _public(plan, r, row, x, m, read, noise, seed, stream, weights, outputs):

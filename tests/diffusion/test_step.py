@@ -135,6 +135,39 @@ def test_noise_is_the_contract(shape, dtype):
         assert torch.equal(got, genfast.diffusion_step(x, x, table, seed=seeds, stream=2))
 
 
+#: sources per output: a pair in two and in three outputs (Euler, Heun), different ones, a clamp
+FLAT = {
+    "pair": [(0, 1), (0, 1)],
+    "pair of three": [(0, 1), (0, 1), (0, 1)],
+    "history": [(0, 1, 3, 4), (0, 1)],
+    "clamp": [(0, X0), (X0,)],
+    "clamp and noise": [(0, X0, Z), (X0,)],
+    "noise": [(0, 1, Z)],
+}
+
+
+@pytest.mark.parametrize("shape", [(1,), (7,), (2, 3, 37), (3, 1, 16, 65), (2, 4, 100, 100)])
+@pytest.mark.parametrize("name", FLAT)
+def test_contiguous_memory_takes_a_shorter_road_to_the_same_bits(name, shape):
+    """Strided tensors are staged chunk by chunk; contiguous ones are not."""
+    table = torch.zeros(1, 36)
+    table[0, :3] = torch.tensor([0.8, -0.6, 0.9])
+    for o, sources in enumerate(FLAT[name]):
+        for s in sources:
+            table[0, 6 + 10 * o + s] = 0.3 + 0.1 * s - 0.2 * o
+    x, m, *history = tensors(shape, 4)
+    seeds = [7, torch.arange(shape[0])] if "noise" in name else [None]
+    for seed in seeds:
+        kw = dict(outputs=len(FLAT[name]), seed=seed, stream=5)
+        flat = genfast.diffusion_step(x, m, table, history=tuple(history), **kw)
+        staged = genfast.diffusion_step(
+            torch.stack([x, x], -1)[..., 0], m, table, history=tuple(history), **kw
+        )
+        pairs = [(flat, staged)] if torch.is_tensor(flat) else list(zip(flat, staged, strict=True))
+        assert all(torch.equal(a, b) for a, b in pairs)
+        assert all(a.is_contiguous() for a, _ in pairs)
+
+
 def test_threads_do_not_matter():
     x, m = tensors((2, 3, 200, 333), 2)
     table = random_table(used=[0, 1, 2, Z])

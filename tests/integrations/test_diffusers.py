@@ -120,18 +120,18 @@ def test_each_step_against_float64(name, monkeypatch):
     monkeypatch.setattr(base, "randn_tensor", record)
     cls, module = double_class(name)
     monkeypatch.setattr(module, "randn_tensor", replay, raising=False)
-    kernel, terms = rows._kernel, []
+    kernel, terms = rows._step_row, []
 
-    def watched(outs, x, models, weights, table, index, row, held, z, *rest):
+    def watched(table, row, outputs, x, m, *rest):
         """The kernel, noting the largest of the terms it sums."""
         c = table[row].double().abs()
-        sizes = [t.abs().max().item() for t in (x, models[0])]
+        sizes = [t.abs().max().item() for t in (x, m)]
         sizes.append(c[:2] @ torch.tensor(sizes, dtype=torch.float64))
-        largest = (c[6:].reshape(3, 10)[: len(outs), :3] * torch.tensor(sizes)).max().item()
+        largest = (c[6:].reshape(3, 10)[:outputs, :3] * torch.tensor(sizes)).max().item()
         terms.append(max(largest, sizes[2].item()))
-        return kernel(outs, x, models, weights, table, index, row, held, z, *rest)
+        return kernel(table, row, outputs, x, m, *rest)
 
-    monkeypatch.setattr(rows, "_kernel", watched)
+    monkeypatch.setattr(rows, "_step_row", watched)
     shipped = getattr(diffusers, f"{name}Scheduler")
     monkeypatch.setattr(sys.modules[shipped.__module__], "randn_tensor", lambda *_, **__: drawn[-1],
                         raising=False)  # fmt: skip
@@ -486,6 +486,38 @@ def test_seed_needs_no_generator(name):
         x = torch.randn(1, 3, 4, 4)
         for t in s.timesteps[:2]:
             s.step(x, t, x, generator=torch.Generator(), seed=1, **kw)
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_seeded_noise_is_that_of_seed_and_step(name, monkeypatch):
+    """The noise drawn inside the kernel is genfast.randn's, given as a tensor."""
+    kw = dict(eta=1.0) if name == "DDIM" else {}
+    config = dict(algorithm_type="sde-dpmsolver++") if "DPMSolver" in name else {}
+    x, m = torch.randn(2, 3, 6, 5), torch.randn(2, 3, 6, 5)
+    for at in (1, 2):
+        a, b = started(make(name, config), 4), started(make(name, config), 4)
+        for i, t in enumerate(a.timesteps[: at + 1]):
+
+            def same(shape, i=i, **_):
+                return genfast.randn(shape, seed=7, stream=i)
+
+            monkeypatch.setattr(base, "randn_tensor", same)
+            got, want = a.step(m, t, x, seed=7, **kw), b.step(m, t, x, **kw)
+            assert a.genfast_fallback is None
+            assert torch.equal(got.prev_sample, want.prev_sample)
+
+
+def test_timesteps_edited_in_place_are_looked_up_again():
+    found = []
+    for library in (dropin, diffusers):
+        s = started(make("EulerDiscrete", library=library), 10)
+        x, z, t = torch.ones(2, 1, 2), torch.ones(2, 1, 2), s.timesteps[[2, 5]].clone()
+        before = s.add_noise(x, z, t)
+        s.timesteps[[2, 5]] = s.timesteps[[5, 2]]
+        after = s.add_noise(x, z, t)
+        assert torch.equal(before, after.flip(0))
+        found.append(after)
+    close(*found)
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in ("DDIMInverse", "IPNDM")])

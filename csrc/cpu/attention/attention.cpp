@@ -74,10 +74,10 @@ void run_with_scratch(const Backward& f, bool for_mask, int64_t tasks, int threa
   });
 }
 
+// An empty batch has gradients too: those of mask, sinks and cache are zeros, and written.
 void backward(const AttentionGradParams& g) {
   const AttentionParams& p = g.p;
   Backward f(g);
-  if (p.B == 0 || p.Hq == 0) return;
   const double flops = 2.0 * p.B * p.Hq * f.longest_q * f.longest_k * (3.0 * p.D + 2.0 * p.Dv);
   const int threads = flops < 4e5 ? 1 : p.threads;
   Arena sizes;

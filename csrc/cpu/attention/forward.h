@@ -265,6 +265,7 @@ struct Forward {
       if (st.tile.seen.lo < range.lo) range.lo = st.tile.seen.lo;
       if (st.tile.seen.hi > range.hi) range.hi = st.tile.seen.hi;
     }
+    clip_padding(p, s.b, kv_head * group(), group(), range);
     if (splits > 1) {
       if (range.lo < split * split_keys) range.lo = split * split_keys;
       if (range.hi > (split + 1) * split_keys) range.hi = (split + 1) * split_keys;

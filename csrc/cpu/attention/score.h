@@ -48,6 +48,24 @@ GENFAST_INLINE i32v lane_index() {
   return v;
 }
 
+// A bool mask that is the same for all queries (key padding) often hides a whole head or tail of
+// the keys: narrows `range` to the keys that some head of [first, first + group) sees.
+inline void clip_padding(const AttentionParams& p, int64_t b, int64_t first, int64_t group,
+                         KeyRange& range) {
+  const AttentionMask& m = p.mask;
+  if (m.kind != MaskKind::boolean || m.i_stride != 0 || range.lo >= range.hi) return;
+  KeyRange seen{range.hi, range.lo};
+  for (int64_t h = first; h < first + (m.h_stride != 0 ? group : 1); ++h) {
+    const char* row = static_cast<const char*>(m.data) + b * m.b_stride + h * m.h_stride;
+    int64_t lo = range.lo, hi = range.hi;
+    while (lo < hi && row[lo * m.j_stride] == 0) ++lo;
+    while (hi > lo && row[(hi - 1) * m.j_stride] == 0) --hi;
+    if (lo < seen.lo) seen.lo = lo;
+    if (hi > seen.hi) seen.hi = hi;
+  }
+  range = seen;
+}
+
 inline bool has_score_options(const AttentionParams& p) {
   return p.softcap > 0.0f || p.alibi_slopes != nullptr || p.mask.kind != MaskKind::none;
 }

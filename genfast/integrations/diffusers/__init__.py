@@ -5,6 +5,10 @@
 
 or, for a pipeline as it stands, `genfast.accelerate(pipe)` and `genfast.restore(pipe)`.
 
+Without a counterpart here, and left alone by `accelerate`: DPMSolverSDE (its Brownian tree draws on
+the CPU between float times), the Parallel, CogVideoX, RePaint, ScoreSde, UnCLIP and token
+schedulers.
+
 Each class is a subclass of the diffusers class of the same name. Tables (`alphas_cumprod`,
 `sigmas`, `timesteps`), history (`model_outputs`, `ets`, `derivatives`, `last_sample`, ...) and
 counters are the peer's own public attributes: read at every step, written back after it, so they
@@ -13,7 +17,8 @@ in float64 from the live tables and applied in float32 in one pass.
 
 Noise. `step(generator=...)`, or nothing: torch's stream exactly as diffusers draws it (count,
 order, dtype; also where the coefficient is 0). `step(seed=...)` or `scheduler.genfast_seed = ...`:
-genfast's noise of (seed, stream = step index), the same on every device and for every batch size.
+genfast's noise of (seed, stream = step index), the same on every device and for every batch size,
+made inside the step's kernel and not rounded to 16 bit (SA-Solver stores it: a tensor is drawn).
 
 A step that no affine row expresses runs in diffusers' own code, with the reason in
 `scheduler.genfast_fallback`: per-token timesteps and EDM's ready pred_original_sample, UniPC's

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from genfast.ops.rng import randn_like
+from genfast.ops.diffusion import add_noise
 from genfast.reference import diffusion as reference
 from genfast.schedulers.from_config import plan_from_config
 from genfast.schedulers.plan import symbolic
@@ -193,11 +193,12 @@ class Dropin:
 
     # ---- noise -----------------------------------------------------------------------------------
 
-    def _genfast_noise(self, row, x, shape, dtype, generator, seed, stream, keep=False):
-        """Noise of one step, or None where it is neither used nor drawn by diffusers.
+    def _genfast_noise(self, row, x, shape, dtype, generator, seed, keep=False):
+        """(z, seed) of one step: noise as a tensor, or the seed of what the kernel draws; both None
+        where it is neither used nor drawn by diffusers.
 
         A generator, or none and no seed: torch's draws in diffusers' number, order and dtype, also
-        where the coefficient is 0. seed: contract noise (seed, stream), only where it is used.
+        where the coefficient is 0. seed: contract noise of (seed, stream).
         keep: the scheduler stores it, used or not.
         """
         if seed is None:
@@ -206,24 +207,27 @@ class Dropin:
             raise ValueError("seed, generator: expected at most one of them, got both")
         if seed is None:
             z = randn_tensor(shape, generator=generator, device=x.device, dtype=dtype)
-            return z if row.noisy or keep else None
-        if not (row.noisy or keep):
-            return None
-        like = x if x.shape == shape and x.dtype == dtype else x.new_empty(shape, dtype=dtype)
-        return randn_like(like, seed=seed, stream=stream)
+            return z if row.noisy or keep else None, None
+        return None, seed if row.noisy or keep else None
 
     # ---- forward process -------------------------------------------------------------------------
 
+    _genfast_places = (None, 0, {})  # timesteps, their version, value -> index_for_timestep
+
     def _genfast_indices(self, timesteps):
-        """index_for_timestep of each of `timesteps` (n,), one pass instead of one search each."""
-        known = self.timesteps.tolist()
-        where = {}
-        for i, t in enumerate(known):
-            where.setdefault(t, []).append(i)
+        """index_for_timestep of each of `timesteps` (n,), by one table instead of a search each."""
+        known, version, places = self._genfast_places
+        now = self.timesteps
+        if known is not now or now.is_inference() or now._version != version:
+            where = {}
+            for i, t in enumerate(now.tolist()):
+                where.setdefault(t, []).append(i)
+            places = {t: at[min(1, len(at) - 1)] for t, at in where.items()}
+            self._genfast_places = (now, 0 if now.is_inference() else now._version, places)
         found = []
         for t in timesteps.tolist():
-            at = where.get(t)
-            found.append(at[1 if len(at) > 1 else 0] if at else self._genfast_absent(t))
+            at = places.get(t)
+            found.append(self._genfast_absent(t) if at is None else at)
         return found
 
     def _genfast_absent(self, t):
@@ -244,13 +248,17 @@ def is_integer(timestep) -> bool:
 
 
 def mix(x, noise, a, s):
-    """a x + s noise, a and s (n,) along the first dimension, never rounded to 16 bit."""
+    """a x + s noise, a and s () or (n,) along the first dimension, never rounded to 16 bit."""
     dtype = torch.promote_types(x.dtype, noise.dtype)
     if x.dtype is not noise.dtype:
         x, noise = x.to(dtype), noise.to(dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     a, s = (c.to(device=x.device, dtype=wide) for c in (a, s))
-    return reference.add_noise(x, noise, a, s)
+    if a.numel() == 1:
+        a, s = a.reshape(()), s.reshape(())
+    if x.shape == noise.shape and (a.dim() == 0 or x.dim() and len(a) == len(x)):
+        return add_noise(x, a, s, noise=noise)
+    return reference.add_noise(x, noise, a, s)  # one sample at many timesteps
 
 
 def alpha_sigma(scheduler, x, timesteps):

@@ -20,6 +20,7 @@ from diffusers.schedulers import (
     scheduling_unipc_multistep,
 )
 
+from genfast.ops.rng import randn_like
 from genfast.schedulers.convert import ve
 from genfast.schedulers.dpm import singlestep_orders
 from genfast.schedulers.euler import lms_coefficients
@@ -135,18 +136,12 @@ class _History(Dropin):
             model_output = model_output[:, :3]
         if row.draws:
             if z is None:
-                z = self._genfast_noise(
-                    row,
-                    sample,
-                    model_output.shape,
-                    dtype or torch.promote_types(sample.dtype, model_output.dtype),
-                    generator,
-                    seed,
-                    i,
-                )
-            elif not row.noisy:
-                z = None
-        outs = step(row, sample, model_output, held, z)
+                dtype = dtype or torch.promote_types(sample.dtype, model_output.dtype)
+                shape = model_output.shape
+                z, seed = self._genfast_noise(row, sample, shape, dtype, generator, seed)
+            else:
+                z, seed = z if row.noisy else None, None
+        outs = step(row, sample, model_output, held, z, False, seed, i)
         del outputs[0]
         at = row.saves[0]
         outputs.append(outs[at] if at >= 0 else model_output)
@@ -282,8 +277,9 @@ class DPMSolverSinglestepScheduler(
         z = None
         if row.draws:
             dtype = torch.promote_types(sample.dtype, model_output.dtype)
-            z = self._genfast_noise(row, sample, model_output.shape, dtype, generator, seed, i)
-        outs = step(row, sample, model_output, held, z)
+            shape = model_output.shape
+            z, seed = self._genfast_noise(row, sample, shape, dtype, generator, seed)
+        outs = step(row, sample, model_output, held, z, False, seed, i)
         del outputs[0]
         at = row.saves[0]
         outputs.append(outs[at] if at >= 0 else model_output)
@@ -463,7 +459,9 @@ class SASolverScheduler(AlphaForward, _History, scheduling_sasolver.SASolverSche
             model_output = model_output[:, :3]
             if shape != model_output.shape:  # diffusers draws for all channels and fails
                 return None
-        z = self._genfast_noise(row, sample, shape, dtype, generator, seed, i, keep=True)
+        z, seed = self._genfast_noise(row, sample, shape, dtype, generator, seed, keep=True)
+        if seed is not None:  # kept in last_noise, so it must be a tensor
+            z = randn_like(sample, seed=seed, stream=i, dtype=dtype)
         outs = step(row, sample, model_output, tuple(held), z if row.noisy else None)
         if sample.dtype is not dtype:
             outs = _in_dtype(outs, row.saves[1], last.dtype if corrects else sample.dtype)

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 
 from genfast.ops import _road
+from genfast.ops.diffusion import dynamic_threshold
+from genfast.ops.rng import randn_like
 from genfast.reference import diffusion as reference
 from genfast.schedulers.plan import CLIP, COEF, COLUMNS, D_M, D_X, INPUT_SCALE, Lin, M, X, Z
 from genfast.schedulers.plan import VARIANCE as VARIANCE_MODES
@@ -23,10 +25,8 @@ from genfast.schedulers.plan import VARIANCE as VARIANCE_MODES
 FROM_X, FROM_M, FROM_Z = -1, -2, -3
 _REFERENCES = ((X, FROM_X, "x"), (M, FROM_M, "m"), (Z, FROM_Z, "z"))
 
-_empty_like = torch.empty_like
-_float32 = torch.float32
 _gate, _DIRECT = _road.gate, _road.DIRECT
-_kernel = getattr(_road._C, "diffusion_step", None)
+_step_row, _kernel = _road._C.step_row, _road._C.diffusion_step
 
 
 class Row:
@@ -51,7 +51,7 @@ class Row:
         "noisy",
         "variance",
         "threshold",
-        "plain",
+        "extras",
         "note",
         "_elsewhere",
     )
@@ -121,49 +121,79 @@ def compile_row(
     row.noisy = any("z" in f.terms for f in outs)
     row.draws = draws or row.noisy
     row.variance, row.threshold, row.note = VARIANCE_MODES[variance], threshold, note
-    row.plain = row.variance == 0 and threshold is None
+    row.extras = _extras(row.variance)
     row._elsewhere = {}
     return row
 
 
-def step(row: Row, x, m, held=(), z=None, upcast=False):
+def _extras(variance, threshold=None):
+    """What the kernel takes beyond the affine map, None where it is nothing."""
+    if variance == 0 and threshold is None:
+        return None
+    return (variance, threshold, None, None, None, None, None, None)
+
+
+def step(row: Row, x, m, held=(), z=None, upcast=False, seed=None, stream=0):
     """Executes a row: the tuple of its outputs.
 
     x: sample. m: model output. held: one tensor per name in row.reads. z: noise, or None.
+    seed, stream: noise drawn in the same pass instead, where the row has a coefficient for it.
     upcast: output 0 in m's dtype and the others in float32 (Euler and its kin compute so), else all
         in the dtype x and m promote to.
     """
-    if row.plain and _kernel is not None:
-        road = _gate(x, m, *held) if z is None else _gate(x, m, z, *held)
-        if road == _DIRECT:
-            dtype, n = x.dtype, row.n_out
-            if dtype is m.dtype and (n == 1 or not upcast or dtype is _float32):
-                if n == 1:
-                    outs = (_empty_like(x),)
-                elif n == 2:
-                    outs = (_empty_like(x), _empty_like(x))
-                else:
-                    outs = (_empty_like(x), _empty_like(x), _empty_like(x))
-            else:
-                first, rest = _out_dtypes(x, m, upcast)
-                outs = (_empty_like(x, dtype=first),)
-                outs += tuple(_empty_like(x, dtype=rest) for _ in range(n - 1))
-            table = row.table if x.is_cpu else row.table_on(x.device)
-            if _kernel(outs, x, (m,), None, table, None, 0, held, z, 0, None, 0, 0, False, None):
-                return outs
+    extras = row.extras if row.threshold is None else _thresholded(row, x, m)
+    if extras is not _REFUSED:
+        outs = _step_row(
+            row.table, 0, row.n_out, x, m, held, z, seed, stream, extras, 2 if upcast else 1
+        )  # fmt: skip
+        if outs is None:
+            outs = _mixed(row, x, m, held, z, upcast, seed, stream, extras)
+        if outs is not None:
+            return outs
+    if seed is not None:
+        like = x if x.dtype == torch.float64 else x.to(torch.float32)
+        z = randn_like(like, seed=seed, stream=stream)
     return _composite(row, x, m, held, z, upcast)
+
+
+_REFUSED = ()
+
+
+def _thresholded(row, x, m):
+    """The extras of a row with dynamic thresholding; _REFUSED where the kernel cannot serve."""
+    raw = m[:, : x.shape[1]] if row.variance else m
+    if x.dtype == torch.float64 or not x.is_cpu or _gate(x, raw) != _DIRECT:
+        return _REFUSED
+    s = dynamic_threshold(x, *row.threshold, m=raw, table=row.table)
+    return _extras(row.variance, s)
+
+
+def _mixed(row, x, m, held, z, upcast, seed, stream, extras):
+    """Outputs of several dtypes by the kernel, None where it does not take these tensors."""
+    if (_gate(x, m, *held) if z is None else _gate(x, m, z, *held)) != _DIRECT:
+        return None
+    first, rest = _out_dtypes(x, m, upcast)
+    outs = (torch.empty_like(x, dtype=first),)
+    outs += tuple([torch.empty_like(x, dtype=rest) for _ in range(row.n_out - 1)])
+    number, seeds = (0, seed) if isinstance(seed, torch.Tensor) else (seed or 0, None)
+    table = row.table_on(x.device)
+    done = _kernel(
+        outs, x, (m,), None, table, None, 0, held, z, number, seeds, stream, 0, seed is not None,
+        extras,
+    )  # fmt: skip
+    return outs if done else None
 
 
 def _out_dtypes(x, m, upcast):
     """(dtype of output 0, of the others)."""
     promoted = torch.promote_types(x.dtype, m.dtype)
     if upcast:
-        return m.dtype, torch.promote_types(promoted, _float32)
+        return m.dtype, torch.promote_types(promoted, torch.float32)
     return promoted, promoted
 
 
 def _composite(row, x, m, held, z, upcast):
-    """Any dtypes, dynamic thresholds, learned variances, autograd."""
+    """float64, autograd, other devices, and whatever else the kernel refuses."""
     first, rest = _out_dtypes(x, m, upcast)
     wide = any(t is not None and t.dtype == torch.float64 for t in (x, m, z, *held))
     dtype = torch.float64 if wide else torch.float32

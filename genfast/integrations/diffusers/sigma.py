@@ -85,16 +85,10 @@ class ByIndex(Dropin):
             return None, None
         z = None
         if row.draws:
-            z = self._genfast_noise(
-                row,
-                sample,
-                model_output.shape,
-                model_output.dtype if dtype is None else dtype,
-                generator,
-                seed,
-                i,
-            )
-        outs = step(row, sample, model_output, (), z, upcast)
+            dtype = dtype or model_output.dtype
+            shape = model_output.shape
+            z, seed = self._genfast_noise(row, sample, shape, dtype, generator, seed)
+        outs = step(row, sample, model_output, (), z, upcast, seed, i)
         self._step_index = i + 1
         return row, outs
 

@@ -45,6 +45,12 @@ class _ByTimestep(Dropin):
             final=float(getattr(self, self._final)),
         )
 
+    def _genfast_engine(self):
+        e = super()._genfast_engine()
+        times = e.data["timesteps"].tolist()  # noise stream of a timestep: its place, else itself
+        e.extra = {int(t): i for i, t in reversed(list(enumerate(times)))}
+        return e
+
     def _genfast_t(self, e, timestep):
         """timestep as an int; one of `timesteps` on another device is known by its address, without
         waiting for that device.
@@ -104,11 +110,6 @@ class _ByTimestep(Dropin):
             draws=row["draws"],
         )
 
-    def _genfast_stream(self, e, t):
-        """The noise stream of timestep t: its position in `timesteps`, or t."""
-        at = np.flatnonzero(e.data["timesteps"] == t)
-        return int(at[0]) if len(at) else t
-
 
 class DDPMScheduler(AlphaVelocity, _ByTimestep, scheduling_ddpm.DDPMScheduler):
     __doc__ = scheduling_ddpm.DDPMScheduler.__doc__
@@ -158,16 +159,9 @@ class DDPMScheduler(AlphaVelocity, _ByTimestep, scheduling_ddpm.DDPMScheduler):
             return super().step(model_output, timestep, sample, generator, return_dict)
         z = None
         if row.draws or seed is not None:
-            z = self._genfast_noise(
-                row,
-                sample,
-                sample.shape,
-                model_output.dtype,
-                generator,
-                seed,
-                0 if seed is None and self.genfast_seed is None else self._genfast_stream(e, t),
-            )
-        outs = step(row, sample, model_output, (), z)
+            shape, dtype = sample.shape, model_output.dtype
+            z, seed = self._genfast_noise(row, sample, shape, dtype, generator, seed)
+        outs = step(row, sample, model_output, (), z, False, seed, e.extra.get(t, t))
         x0 = outs[row.denoised] if row.denoised >= 0 else model_output
         if return_dict:
             return pair(scheduling_ddpm.DDPMSchedulerOutput, _X0, outs[0], x0)
@@ -219,21 +213,12 @@ class DDIMScheduler(AlphaVelocity, _ByTimestep, scheduling_ddim.DDIMScheduler):
             )
         z = None
         if row.draws:
-            z = variance_noise
-            if z is None:
-                seeded = seed is not None or self.genfast_seed is not None
-                z = self._genfast_noise(
-                    row,
-                    sample,
-                    model_output.shape,
-                    model_output.dtype,
-                    generator,
-                    seed,
-                    self._genfast_stream(e, t) if seeded else 0,
-                )
-            elif not row.noisy:
-                z = None
-        outs = step(row, sample, model_output, (), z)
+            if variance_noise is None:
+                shape, dtype = model_output.shape, model_output.dtype
+                z, seed = self._genfast_noise(row, sample, shape, dtype, generator, seed)
+            else:
+                z, seed = variance_noise if row.noisy else None, None
+        outs = step(row, sample, model_output, (), z, False, seed, e.extra.get(t, t))
         x0 = outs[row.denoised] if row.denoised >= 0 else model_output
         if return_dict:
             return pair(scheduling_ddim.DDIMSchedulerOutput, _X0, outs[0], x0)

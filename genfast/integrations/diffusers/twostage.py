@@ -206,10 +206,9 @@ class KDPM2AncestralDiscreteScheduler(
             self.sample = sample
             self.dt = self.sigmas_interpol[i] - self.sigmas[i]
         else:
-            z = self._genfast_noise(
-                row, sample, model_output.shape, model_output.dtype, generator, seed, i
-            )
-            outs = step(row, sample, model_output, (saved,), z)
+            shape, dtype = model_output.shape, model_output.dtype
+            z, seed = self._genfast_noise(row, sample, shape, dtype, generator, seed)
+            outs = step(row, sample, model_output, (saved,), z, False, seed, i)
             self.sample = None
         self._step_index = i + 1
         x0 = outs[row.denoised]
@@ -278,11 +277,10 @@ class FlowMatchHeunDiscreteScheduler(
             )
         z = None
         if row.draws:
-            z = self._genfast_noise(
-                row, sample, model_output.shape, model_output.dtype, generator, seed, i
-            )
+            shape, dtype = model_output.shape, model_output.dtype
+            z, seed = self._genfast_noise(row, sample, shape, dtype, generator, seed)
         if dt is None:
-            outs = step(row, sample, model_output, (), z, True)
+            outs = step(row, sample, model_output, (), z, True, seed, i)
             derivative, kept = row.saves
             self.prev_derivative = outs[derivative]
             self._genfast_dt = row.note
@@ -291,7 +289,7 @@ class FlowMatchHeunDiscreteScheduler(
         else:
             named = {"sample": self.sample, "d": self.prev_derivative}
             held = tuple([named[n] for n in row.reads])
-            outs = step(row, sample, model_output, held, z, True)
+            outs = step(row, sample, model_output, held, z, True, seed, i)
             self.prev_derivative = self.dt = self.sample = None
         self._step_index = i + 1
         if return_dict:
