@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import genfast
 from genfast.benchmarks.harness import Case, Work, assert_judged
@@ -48,6 +49,27 @@ def _step(call, leaves, grad):
     return lambda: torch.autograd.grad(call(*leaves), leaves, grad)
 
 
+_FUSED = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+
+
+def _sdpa_by(backend, *tensors, **options):
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(*tensors, **options)
+
+
+def _fused_rivals(leaves, grad, options):
+    """PyTorch's fused kernels by name, those that take these tensors."""
+    found = {}
+    for name, backend in _FUSED.items() if leaves[0].is_cuda else ():
+        call = _step(partial(_sdpa_by, backend, **options), leaves, grad)
+        try:
+            call()
+        except RuntimeError:  # "No available kernel": dtype, head dim or GPU
+            continue
+        found[name] = call
+    return found
+
+
 def _dense(B, Hq, Hkv, Sq, Sk, D, dtype, causal, backward, bottom_right, device):
     q, k, v = (
         _randn(i, (B, H, S, D), dtype, device)
@@ -70,13 +92,16 @@ def _dense(B, Hq, Hkv, Sq, Sk, D, dtype, causal, backward, bottom_right, device)
 
     return Work(
         ours=_step(ours, (q, k, v), grad),
-        rivals={"F.sdpa": _step(rival, (q, k, v), grad)},
+        rivals={
+            "F.sdpa": _step(rival, (q, k, v), grad),
+            **_fused_rivals((q, k, v), grad, options),
+        },
         proof=proof,
     )
 
 
 def _case(name, B, Hq, Sq, D, *, Hkv=None, Sk=None, dtype=F32, causal=False, backward=False,
-          target=1.0):  # fmt: skip
+          target=1.0, device=""):  # fmt: skip
     Hkv, Sk = Hkv or Hq, Sk or Sq
     flops = 4 * B * Hq * Sq * Sk * D // (2 if causal else 1)
     flops = flops * 7 // 2 if backward else flops
@@ -93,6 +118,7 @@ def _case(name, B, Hq, Sq, D, *, Hkv=None, Sk=None, dtype=F32, causal=False, bac
         flops=flops,
         reads=Sq == 1,
         targets={"F.sdpa": target},
+        device=device,
     )
 
 
@@ -231,8 +257,16 @@ _SELF = [
     for backward in (False, True)
 ]  # fmt: skip
 
+_LONG = [
+    _case("self", 1, 16, 16384, 128, dtype=BF16, causal=causal, backward=backward, device="cuda")
+    for causal in (False, True)
+    for backward in (False, True)
+]
+
 CASES = [
     *_SELF,
+    *_LONG,
+    _case("decode gqa", 16, 32, 1, 128, Hkv=8, Sk=32768, dtype=BF16, device="cuda"),
     _case("self", 1, 8, 1024, 64, dtype=F16, target=1.3),
     _case("self", 1, 8, 1024, 64, dtype=F16, backward=True, target=4.0),
     _case("self", 1, 4, 2048, 256),

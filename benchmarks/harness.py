@@ -65,6 +65,7 @@ class Case:
     """bytes: read and written once by an ideal kernel. flops: of the ideal algorithm.
     reads: the bytes are read, hardly any written: the limit is reading, not copying.
     targets: rival -> least rival time / our time; 1.0 for a rival not named.
+    device: the only kind it is for ("cuda"); "" for any.
     """
 
     family: str
@@ -77,6 +78,7 @@ class Case:
     reads: bool = False
     targets: dict[str, float] = field(default_factory=dict)
     note: str = ""
+    device: str = ""
 
     @property
     def id(self) -> str:
@@ -116,8 +118,8 @@ def available_families() -> list[str]:
     return [f for f in FAMILIES if importlib.util.find_spec(f"{package}.bench_{f}")]
 
 
-def load_cases(families: Sequence[str] = ()) -> list[Case]:
-    """The cases of the named families, or of all (UnknownFamily otherwise)."""
+def load_cases(families: Sequence[str] = (), device: str = "cpu") -> list[Case]:
+    """The cases of the named families, or of all (UnknownFamily otherwise), for this device."""
     known = available_families()
     for family in families:
         if family not in known:
@@ -128,6 +130,7 @@ def load_cases(families: Sequence[str] = ()) -> list[Case]:
         for family in known
         if not families or family in families
         for case in importlib.import_module(f"{package}.bench_{family}").CASES
+        if case.device in ("", device)
     ]
 
 

@@ -93,7 +93,8 @@ struct Options {
       p.stream = NoiseArgument::word("stream", stream);
       if (seeds.defined()) {
         if (seeds.dtype != Dtype::i64 || seeds.numel != 1) return false;
-        p.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seeds.data));
+        p.seeds = static_cast<const int64_t*>(seeds.data);
+        if (seeds.is_cpu()) p.seed = static_cast<uint64_t>(*p.seeds);
       }
     }
     return true;
@@ -121,7 +122,7 @@ int64_t longest_of(const char* name, const TensorView& cu, int64_t total) {
 
 // Rows of a packed tensor (T, H, X) that belong to no sequence become 0.
 void clear_rest(const TensorView& t, const TensorView& cu) {
-  if (!t.defined() || t.numel == 0) return;
+  if (!t.defined() || t.numel == 0 || !t.is_cpu()) return;  // on a device Python has done it
   const int32_t begin = integers_of(cu)[0], end = integers_of(cu)[cu.numel - 1];
   const int64_t bytes = t.dtype == Dtype::f32 ? 4 : 2;
   for (int64_t row = 0; row < t.shape[0]; ++row) {
@@ -134,7 +135,7 @@ void clear_rest(const TensorView& t, const TensorView& cu) {
 }
 
 void clear_rest_of_stats(const TensorView& t, const TensorView& cu) {
-  if (!t.defined()) return;
+  if (!t.defined() || !t.is_cpu()) return;
   const int32_t begin = integers_of(cu)[0], end = integers_of(cu)[cu.numel - 1];
   auto* data = static_cast<float*>(t.data);
   for (int64_t h = 0; h < t.shape[0]; ++h)
@@ -151,7 +152,7 @@ struct Operands {
   bool packed() const { return cu_q.defined(); }
 
   bool fill(AttentionParams& p) const {
-    if (!given({&q, &k, &v, &out}) || !floats({&q, &k, &v, &out}) || !q.is_cpu()) return false;
+    if (!given({&q, &k, &v, &out}) || !floats({&q, &k, &v, &out})) return false;
     if (!same_device({&q, &k, &v, &out, &lse, &mask, &cu_q, &cu_k, &options.alibi, &options.sinks,
                       &options.seeds}))
       return false;
@@ -186,8 +187,10 @@ struct Operands {
       if (mask.defined() || cu_k.numel != cu_q.numel || !indices(cu_q, cu_q.numel) ||
           !indices(cu_k, cu_k.numel))
         return false;
-      p.Sq = longest_of("cu_seqlens_q", cu_q, q.shape[0]);
-      p.Sk = longest_of("cu_seqlens_k", cu_k, k.shape[0]);
+      p.total_q = q.shape[0], p.total_k = k.shape[0];
+      // On a device nobody looks at the lengths: kernels clamp them, and the caller's maxima hold.
+      p.Sq = q.is_cpu() ? longest_of("cu_seqlens_q", cu_q, p.total_q) : max_q;
+      p.Sk = q.is_cpu() ? longest_of("cu_seqlens_k", cu_k, p.total_k) : max_k;
       if (max_q < p.Sq)
         refuse("max_seqlen_q: expected at least the longest sequence, " + std::to_string(p.Sq) +
                ", got " + std::to_string(max_q));
@@ -201,14 +204,17 @@ struct Operands {
   }
 };
 
-template <class Params>
-void run_kernel(const Params& p, int64_t elements, void (*cpu::Kernels::*kernel)(const Params&)) {
-  if (elements < 8192) {  // releasing and taking the GIL again costs more than it frees
-    (cpu::kernels().*kernel)(p);
-  } else {
-    py::gil_scoped_release release;
-    (cpu::kernels().*kernel)(p);
-  }
+bool room_in(const TensorView& scratch, const TensorView& q) {
+  return vector_of(scratch, Dtype::f32, scratch.numel) && same_device({&q, &scratch});
+}
+AttentionPlace place_of(const TensorView& q, const TensorView& scratch) {
+  return {q.device, q.stream, static_cast<float*>(scratch.data),
+          scratch.defined() ? scratch.numel : 0};
+}
+
+// `run` keeps the GIL for a small tensor.
+const TensorView& larger(const TensorView& a, const TensorView& b) {
+  return a.numel > b.numel ? a : b;
 }
 
 bool attention_forward(TensorArgument& q, TensorArgument& k, TensorArgument& v, TensorArgument& out,
@@ -216,14 +222,17 @@ bool attention_forward(TensorArgument& q, TensorArgument& k, TensorArgument& v, 
                        TensorArgument& cu_k, int64_t max_q, int64_t max_k, TensorArgument& alibi,
                        TensorArgument& sinks, py::handle seed, TensorArgument& seeds,
                        py::handle stream, py::handle scale, float softcap, int64_t left,
-                       int64_t right, bool bottom_right, double dropout_p) {
+                       int64_t right, bool bottom_right, double dropout_p,
+                       TensorArgument& scratch) {
   const Options options{alibi,   sinks, seeds, scale,        seed,     stream,
                         softcap, left,  right, bottom_right, dropout_p};
   AttentionParams p;
-  if (!Operands{q, k, v, out, lse, mask, cu_q, cu_k, max_q, max_k, options}.fill(p)) return false;
+  if (!Operands{q, k, v, out, lse, mask, cu_q, cu_k, max_q, max_k, options}.fill(p) ||
+      !room_in(scratch, q))
+    return false;
   if (cu_q.defined()) clear_rest(out, cu_q), clear_rest_of_stats(lse, cu_q);
-  run_kernel(p, q.numel + k.numel, &cpu::Kernels::attention_forward);
-  return true;
+  p.place = place_of(q, scratch);
+  return run(p, larger(q, k), GENFAST_KERNEL(attention_forward));
 }
 
 bool attention_backward(TensorArgument& dout, TensorArgument& dlse, TensorArgument& dq,
@@ -234,13 +243,13 @@ bool attention_backward(TensorArgument& dout, TensorArgument& dlse, TensorArgume
                         int64_t max_q, int64_t max_k, TensorArgument& alibi, TensorArgument& sinks,
                         py::handle seed, TensorArgument& seeds, py::handle stream, py::handle scale,
                         float softcap, int64_t left, int64_t right, bool bottom_right,
-                        double dropout_p) {
+                        double dropout_p, TensorArgument& scratch) {
   const Options options{alibi,   sinks, seeds, scale,        seed,     stream,
                         softcap, left,  right, bottom_right, dropout_p};
   AttentionGradParams g;
   AttentionParams& p = g.p;
-  if (!given({&lse, &dout, &dq, &dk, &dv}) || !same_device({&q, &dout, &dlse, &dq, &dk, &dv}) ||
-      !same_device({&q, &dmask, &dsinks}) ||
+  if (!given({&lse, &dout, &dq, &dk, &dv}) || !room_in(scratch, q) ||
+      !same_device({&q, &dout, &dlse, &dq, &dk, &dv}) || !same_device({&q, &dmask, &dsinks}) ||
       !Operands{q, k, v, out, lse, mask, cu_q, cu_k, max_q, max_k, options}.fill(p))
     return false;
   if (!same_shapes({&out, &dout}) || !same_shapes({&q, &dq}) || !same_shapes({&k, &dk}) ||
@@ -258,8 +267,9 @@ bool attention_backward(TensorArgument& dout, TensorArgument& dlse, TensorArgume
   if (dlse.defined()) g.dlse = stats_of(dlse);
   g.dsinks = static_cast<float*>(dsinks.data);
   if (cu_q.defined()) clear_rest(dq, cu_q), clear_rest(dk, cu_k), clear_rest(dv, cu_k);
-  run_kernel(g, q.numel + k.numel, &cpu::Kernels::attention_backward);
-  return true;
+  p.place = place_of(q, scratch);
+  if (!q.is_cpu() && p.place.scratch_size < 2 * p.B * p.Hq * p.Sq) return false;
+  return run(g, larger(q, k), GENFAST_KERNEL(attention_backward));
 }
 
 // The cache: (entries, Hkv, capacity, X), or pages (pages, Hkv, page_size, X) and a table of them.
@@ -290,6 +300,7 @@ struct Cache {
 
   // Every row the kernels will touch exists.
   void check(int64_t B, int64_t added) const {
+    if (!k.is_cpu()) return;  // kernels clamp, or leave such rows out
     for (int64_t b = 0; b < B; ++b) {
       const int64_t n = integers_of(lengths)[b];
       const std::string at = "[" + std::to_string(b) + "]";
@@ -324,6 +335,7 @@ struct Cache {
     p.seqlens_k = integers_of(lengths);
     p.leftpad_k = integers_of(leftpad);
     p.cache_batch_idx = integers_of(batch_idx);
+    p.entries = k.shape[0];
     if (!block_table.defined()) return;
     p.block_table = integers_of(block_table);
     p.block_table_stride = block_table.strides[0];
@@ -336,9 +348,10 @@ bool attention_cached(TensorArgument& q, TensorArgument& k_cache, TensorArgument
                       TensorArgument& out, TensorArgument& lse, TensorArgument& lengths,
                       int64_t added, TensorArgument& leftpad, TensorArgument& batch_idx,
                       TensorArgument& block_table, TensorArgument& alibi, TensorArgument& sinks,
-                      py::handle scale, float softcap, int64_t left, int64_t right) {
+                      py::handle scale, float softcap, int64_t left, int64_t right,
+                      TensorArgument& scratch) {
   if (!given({&q, &out}) || !same_device({&q, &k_cache, &out, &lse, &alibi, &sinks}) ||
-      !q.is_cpu() || !is_float(q.dtype) || q.ndim != 4 || out.ndim != 4 || !unit_rows(q) ||
+      !room_in(scratch, q) || !is_float(q.dtype) || q.ndim != 4 || out.ndim != 4 || !unit_rows(q) ||
       !unit_rows(out) || k_cache.ndim != 4)
     return false;
   AttentionParams p;
@@ -366,8 +379,8 @@ bool attention_cached(TensorArgument& q, TensorArgument& k_cache, TensorArgument
   cache.fill(p);
   p.added_k = added;
   p.q = rows_of(q), p.k = rows_of(k_cache), p.v = rows_of(v_cache), p.out = rows_of(out);
-  run_kernel(p, k_cache.numel, &cpu::Kernels::attention_forward);
-  return true;
+  p.place = place_of(q, scratch);
+  return run(p, k_cache, GENFAST_KERNEL(attention_forward));
 }
 
 // Writes k, v (B, Hkv, S_new, X) behind the cache's rows; with cos and sin also q, rotated, to
@@ -377,8 +390,8 @@ bool attention_append(TensorArgument& q, TensorArgument& q_out, TensorArgument& 
                       TensorArgument& lengths, TensorArgument& leftpad, TensorArgument& batch_idx,
                       TensorArgument& block_table, TensorArgument& cos, TensorArgument& sin,
                       bool interleaved, bool q_same_position) {
-  if (!same_device({&q, &q_out, &k, &v, &k_cache, &cos, &sin}) || !given({&q}) || !q.is_cpu() ||
-      q.ndim != 4 || !is_float(q.dtype) || k_cache.ndim != 4 || k.defined() != v.defined() ||
+  if (!same_device({&q, &q_out, &k, &v, &k_cache, &cos, &sin}) || !given({&q}) || q.ndim != 4 ||
+      !is_float(q.dtype) || k_cache.ndim != 4 || k.defined() != v.defined() ||
       cos.defined() != sin.defined() || cos.defined() != q_out.defined())
     return false;
   AttentionAppendParams p;
@@ -406,7 +419,7 @@ bool attention_append(TensorArgument& q, TensorArgument& q_out, TensorArgument& 
         2 * cos.shape[1] > p.D)
       return false;
     const int64_t turned = q_same_position ? 1 : p.Sq;
-    for (int64_t b = 0; b < p.B; ++b) {
+    for (int64_t b = 0; q.is_cpu() && b < p.B; ++b) {
       const int64_t pad = leftpad.defined() ? integers_of(leftpad)[b] : 0;
       const int64_t last = integers_of(lengths)[b] - pad + (p.S_new > turned ? p.S_new : turned);
       if (last > cos.shape[0])
@@ -416,20 +429,37 @@ bool attention_append(TensorArgument& q, TensorArgument& q_out, TensorArgument& 
     p.q = rows_of(q), p.q_out = rows_of(q_out);
     p.cos = cos.data, p.sin = sin.data, p.rotary_dtype = cos.dtype;
     p.rotary_dim = 2 * cos.shape[1], p.rotary_stride = cos.shape[1];
+    p.positions = cos.shape[0];
     p.rotary_interleaved = interleaved, p.q_same_position = q_same_position;
   }
   p.k_cache = rows_of(k_cache), p.v_cache = rows_of(v_cache), p.capacity = cache.capacity();
   p.threads = g_gate.threads();
-  run_kernel(p, q.numel + (k.defined() ? k.numel : 0), &cpu::Kernels::attention_append);
-  return true;
+  p.place = place_of(q, TensorView());
+  return run(p, larger(q, k), GENFAST_KERNEL(attention_append));
 }
 
 }  // namespace
 
 void register_attention(py::module_& m) {
-  m.def("attention_forward", &attention_forward);
-  m.def("attention_backward", &attention_backward);
-  m.def("attention_cached", &attention_cached);
+  // scratch is the CUDA kernels' alone
+  const auto none = py::none();
+  m.def("attention_forward", &attention_forward, py::arg("q"), py::arg("k"), py::arg("v"),
+        py::arg("out"), py::arg("lse"), py::arg("mask"), py::arg("cu_q"), py::arg("cu_k"),
+        py::arg("max_q"), py::arg("max_k"), py::arg("alibi"), py::arg("sinks"), py::arg("seed"),
+        py::arg("seeds"), py::arg("stream"), py::arg("scale"), py::arg("softcap"), py::arg("left"),
+        py::arg("right"), py::arg("bottom_right"), py::arg("dropout_p"), py::arg("scratch") = none);
+  m.def("attention_backward", &attention_backward, py::arg("dout"), py::arg("dlse"), py::arg("dq"),
+        py::arg("dk"), py::arg("dv"), py::arg("dmask"), py::arg("dsinks"), py::arg("q"),
+        py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"), py::arg("mask"),
+        py::arg("cu_q"), py::arg("cu_k"), py::arg("max_q"), py::arg("max_k"), py::arg("alibi"),
+        py::arg("sinks"), py::arg("seed"), py::arg("seeds"), py::arg("stream"), py::arg("scale"),
+        py::arg("softcap"), py::arg("left"), py::arg("right"), py::arg("bottom_right"),
+        py::arg("dropout_p"), py::arg("scratch") = none);
+  m.def("attention_cached", &attention_cached, py::arg("q"), py::arg("k_cache"), py::arg("v_cache"),
+        py::arg("out"), py::arg("lse"), py::arg("lengths"), py::arg("added"), py::arg("leftpad"),
+        py::arg("batch_idx"), py::arg("block_table"), py::arg("alibi"), py::arg("sinks"),
+        py::arg("scale"), py::arg("softcap"), py::arg("left"), py::arg("right"),
+        py::arg("scratch") = none);
   m.def("attention_append", &attention_append);
 }
 

@@ -117,19 +117,22 @@ bool per_sample_vector(const TensorView& t, int64_t width, const TensorView& x) 
   return vector_of(t, Dtype::f32, width) || vector_of(t, Dtype::f32, width * batch);
 }
 
+// Room for partial sums of CUDA blocks.
+bool sums_fit(const TensorView& scratch) { return vector_of(scratch, Dtype::f64, scratch.numel); }
+
 // What is read before a step is checked and run.
 struct StepArguments {
-  TensorArgument &x, &weights, &table, &index, &z, &seeds;
+  TensorArgument &x, &weights, &table, &index, &z, &seeds, &scratch;
   TensorArgument model[kModels], history[kHistory], out[kOutputs];
   Extras e;
 };
 
 bool run_step(StepArguments& a, int64_t row, const NoiseArgument& noise, bool draws) {
-  auto& [x, weights, table, index, z, seeds, model, history, out, e] = a;
+  auto& [x, weights, table, index, z, seeds, scratch, model, history, out, e] = a;
   auto& [threshold, mask, known, known_z, level, sample, log_prob] = e.tensors;
-  if (!same_device({&x, &model[0], &model[1], &model[2], &weights, &table, &index, &z, &seeds,
-                    &out[0], &out[1], &out[2], &threshold, &mask, &known, &known_z, &level, &sample,
-                    &log_prob}) ||
+  if (!same_device({&x,     &model[0], &model[1], &model[2], &weights,  &table,     &index,
+                    &z,     &seeds,    &out[0],   &out[1],   &out[2],   &threshold, &mask,
+                    &known, &known_z,  &level,    &sample,   &log_prob, &scratch}) ||
       !same_device(
           {&x, &history[0], &history[1], &history[2], &history[3], &history[4], &history[5]}))
     return false;
@@ -163,7 +166,7 @@ bool run_step(StepArguments& a, int64_t row, const NoiseArgument& noise, bool dr
   if (mask.defined() != known.defined() || (log_prob.defined() && p.variance != Variance::fixed))
     return false;
   const int64_t batch = x.ndim > 0 ? x.shape[0] : 1;
-  if (!vector_of(log_prob, Dtype::f32, batch)) return false;
+  if (!vector_of(log_prob, Dtype::f32, batch) || !sums_fit(scratch)) return false;
   for (int o = 0; o < outputs; ++o) {
     if (!writable(out[o])) return false;
     for (const TensorView* source : like_x)
@@ -178,19 +181,19 @@ bool run_step(StepArguments& a, int64_t row, const NoiseArgument& noise, bool dr
   for (int i = 0; i < kOutputs; ++i) p.out[i] = out[i];
   p.draws = draws && !z.defined();
   p.threshold = threshold, p.mask = mask, p.known = known, p.known_z = known_z;
-  p.level = level, p.sample = sample, p.log_prob = log_prob;
+  p.level = level, p.sample = sample, p.log_prob = log_prob, p.scratch = scratch;
   if (!sources_given(p, outputs)) return false;
   if (known.defined() && !known_z.defined() && !draws && level.defined()) return false;
   p.threads = g_gate.threads();
-  return run(p, x, &cpu::Kernels::diffusion_step);
+  return run(p, x, GENFAST_KERNEL(diffusion_step));
 }
 
 bool diffusion_step(py::handle outs, TensorArgument& x, py::handle model_outputs,
                     TensorArgument& weights, TensorArgument& table, TensorArgument& index,
                     int64_t row, py::handle past, TensorArgument& z, py::handle seed,
                     TensorArgument& seeds, py::handle stream, int64_t offset, bool draws,
-                    py::handle extras) {
-  StepArguments a{x, weights, table, index, z, seeds, {}, {}, {}, {}};
+                    py::handle extras, TensorArgument& scratch) {
+  StepArguments a{x, weights, table, index, z, seeds, scratch, {}, {}, {}, {}};
   return read_tuple(outs, a.out) && read_tuple(model_outputs, a.model) &&
          read_tuple(past, a.history) && a.e.read(extras) && given({&x, &a.model[0], &a.out[0]}) &&
          run_step(a, row, NoiseArgument(seed, stream, offset), draws);
@@ -215,8 +218,8 @@ PyObject* step_row(PyObject*, PyObject* const* args, Py_ssize_t count) {
   for (Py_ssize_t i = 0; i < past; ++i) tensors[3 + i] = PyTuple_GET_ITEM(history, i);
   if (g_gate(tensors, 3 + past) != kDirect) Py_RETURN_NONE;
 
-  TensorArgument x, weights, table, index, given_z, seeds;
-  StepArguments a{x, weights, table, index, given_z, seeds, {}, {}, {}, {}};
+  TensorArgument x, weights, table, index, given_z, seeds, no_scratch;
+  StepArguments a{x, weights, table, index, given_z, seeds, no_scratch, {}, {}, {}, {}};
   const bool draws = seed != Py_None, one_seed = PyLong_Check(seed);
   const long row = PyLong_AsLong(args[1]), outputs = PyLong_AsLong(args[2]);
   const auto alike = static_cast<Alike>(PyLong_AsLong(args[10]));
@@ -275,7 +278,7 @@ bool diffusion_step_backward(py::handle gradients, TensorArgument& x, py::handle
   for (int i = 0; i < kModels; ++i) p.models[i] = model[i], p.d_models[i] = dm[i];
   for (int i = 0; i < kHistory; ++i) p.d_history[i] = dh[i];
   p.threads = g_gate.threads();
-  return run(p, x, &cpu::Kernels::diffusion_step_backward);
+  return run(p, x, GENFAST_KERNEL(diffusion_step_backward));
 }
 
 // A number or a tensor (f32 or f64) over leading dimensions of `like`; the tensor's view lives in
@@ -320,15 +323,15 @@ bool diffusion_mix(TensorArgument& out, TensorArgument& from, TensorArgument& ot
   p.a_is_one_minus_b = a_is_one_minus_b;
   p.groups = ca.data != nullptr ? ca.view.numel : cb.data != nullptr ? cb.view.numel : 1;
   p.threads = g_gate.threads();
-  return run(p, from, &cpu::Kernels::diffusion_mix);
+  return run(p, from, GENFAST_KERNEL(diffusion_mix));
 }
 
 bool guidance_weights(TensorArgument& cond, TensorArgument& uncond, TensorArgument& average,
                       TensorArgument& scale, TensorArgument& weights, int method, bool original,
-                      double option_0, double option_1) {
+                      double option_0, double option_1, TensorArgument& scratch) {
   if (!given({&cond, &uncond, &scale, &weights}) || cond.ndim == 0 || method < 0 ||
       method > static_cast<int>(Guidance::tcfg) ||
-      !same_device({&cond, &uncond, &average, &scale, &weights}) ||
+      !same_device({&cond, &uncond, &average, &scale, &weights, &scratch}) || !sums_fit(scratch) ||
       !floats({&cond, &uncond, &average}) || !same_shapes({&cond, &uncond, &average}) ||
       !per_sample_vector(scale, 1, cond) ||
       !vector_of(weights, Dtype::f32, cond.shape[0] * (average.defined() ? 3 : 2)))
@@ -336,9 +339,9 @@ bool guidance_weights(TensorArgument& cond, TensorArgument& uncond, TensorArgume
   GuidanceParams p;
   p.cond = cond, p.uncond = uncond, p.average = average, p.scale = scale, p.weights = weights;
   p.method = static_cast<Guidance>(method), p.original = original;
-  p.option[0] = option_0, p.option[1] = option_1;
+  p.option[0] = option_0, p.option[1] = option_1, p.scratch = scratch;
   p.threads = g_gate.threads();
-  return run(p, cond, &cpu::Kernels::guidance_weights);
+  return run(p, cond, GENFAST_KERNEL(guidance_weights));
 }
 
 bool dynamic_threshold(TensorArgument& x, TensorArgument& m, TensorArgument& s,
@@ -352,18 +355,20 @@ bool dynamic_threshold(TensorArgument& x, TensorArgument& m, TensorArgument& s,
   ThresholdParams p;
   p.x = x, p.m = m, p.s = s, p.table = table, p.index = index, p.row = row;
   p.ratio = ratio, p.max = max, p.threads = g_gate.threads();
-  return run(p, x, &cpu::Kernels::dynamic_threshold);
+  return run(p, x, GENFAST_KERNEL(dynamic_threshold));
 }
 
 bool denoising_loss(TensorArgument& output, TensorArgument& x0, TensorArgument& z, py::handle seed,
                     TensorArgument& seeds, py::handle stream, int64_t offset, py::handle alpha,
                     py::handle sigma, py::handle weight, int prediction, int weighting,
                     double gamma, double k, TensorArgument& per_sample, TensorArgument& total,
-                    double total_scale, TensorArgument& grad, TensorArgument& d_output) {
+                    double total_scale, TensorArgument& grad, TensorArgument& d_output,
+                    TensorArgument& scratch) {
   if (!given({&output, &x0}) || output.ndim == 0 || output.numel == 0 ||
-      !same_device({&output, &x0, &z, &seeds, &per_sample, &total, &grad, &d_output}) ||
-      !floats({&output, &x0, &z, &d_output}) || !same_shapes({&output, &x0, &z, &d_output}) ||
-      prediction < 0 || prediction > static_cast<int>(Prediction::flow) || weighting < 0 ||
+      !same_device({&output, &x0, &z, &seeds, &per_sample, &total, &grad, &d_output, &scratch}) ||
+      !sums_fit(scratch) || !floats({&output, &x0, &z, &d_output}) ||
+      !same_shapes({&output, &x0, &z, &d_output}) || prediction < 0 ||
+      prediction > static_cast<int>(Prediction::flow) || weighting < 0 ||
       weighting > static_cast<int>(Weighting::given))
     return false;
   const int64_t batch = output.shape[0];
@@ -382,21 +387,33 @@ bool denoising_loss(TensorArgument& output, TensorArgument& x0, TensorArgument& 
   p.prediction = static_cast<Prediction>(prediction);
   p.weighting = static_cast<Weighting>(weighting);
   p.gamma = gamma, p.k = k, p.per_sample = per_sample, p.total = total;
-  p.total_scale = total_scale, p.grad = grad, p.d_output = d_output;
+  p.total_scale = total_scale, p.grad = grad, p.d_output = d_output, p.scratch = scratch;
+  if (total.defined() && !output.is_cpu() && !(scratch.numel >= batch)) return false;
   p.threads = g_gate.threads();
-  return run(p, output, &cpu::Kernels::denoising_loss);
+  return run(p, output, GENFAST_KERNEL(denoising_loss));
 }
 
 }  // namespace
 
 void register_diffusion(py::module_& m) {
-  m.def("diffusion_step", &diffusion_step);
+  // The last argument of three is the CUDA kernels' alone.
+  const auto none = py::none();
+  m.def("diffusion_step", &diffusion_step, py::arg("outs"), py::arg("x"), py::arg("models"),
+        py::arg("weights"), py::arg("table"), py::arg("index"), py::arg("row"), py::arg("history"),
+        py::arg("z"), py::arg("seed"), py::arg("seeds"), py::arg("stream"), py::arg("offset"),
+        py::arg("draws"), py::arg("extras"), py::arg("scratch") = none);
   add_fast(m, g_step_row_method);
   m.def("diffusion_step_backward", &diffusion_step_backward);
   m.def("diffusion_mix", &diffusion_mix);
-  m.def("guidance_weights", &guidance_weights);
+  m.def("guidance_weights", &guidance_weights, py::arg("cond"), py::arg("uncond"),
+        py::arg("average"), py::arg("scale"), py::arg("weights"), py::arg("method"),
+        py::arg("original"), py::arg("option_0"), py::arg("option_1"), py::arg("scratch") = none);
   m.def("dynamic_threshold", &dynamic_threshold);
-  m.def("denoising_loss", &denoising_loss);
+  m.def("denoising_loss", &denoising_loss, py::arg("output"), py::arg("x0"), py::arg("z"),
+        py::arg("seed"), py::arg("seeds"), py::arg("stream"), py::arg("offset"), py::arg("alpha"),
+        py::arg("sigma"), py::arg("weight"), py::arg("prediction"), py::arg("weighting"),
+        py::arg("gamma"), py::arg("k"), py::arg("per_sample"), py::arg("total"),
+        py::arg("total_scale"), py::arg("grad"), py::arg("d_output"), py::arg("scratch") = none);
 }
 
 }  // namespace genfast

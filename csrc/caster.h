@@ -100,6 +100,9 @@ inline void register_tensor_type(PyObject* type) {
 inline bool TensorArgument::fill(const dl::Tensor& t) {
   if (t.ndim > kMaxDims || !detail::dtype_of(t.dtype, dtype)) return false;
   device_type = t.device.type == 3 ? 1 : t.device.type;  // pinned host memory is host memory
+#if defined(GENFAST_SIMT)  // tests/simt runs the CUDA kernels on the host
+  if (is_cpu()) device_type = 2;
+#endif
   device = t.device.id;
   ndim = t.ndim;
   numel = 1;
@@ -122,7 +125,7 @@ inline bool TensorArgument::read(PyObject* object) {
       return false;
     }
     if (!fill(t)) return false;
-    if (device_type == 2 && api->current_stream != nullptr &&
+    if (t.device.type == 2 && api->current_stream != nullptr &&
         api->current_stream(2, device, &stream) != 0) {
       PyErr_Clear();
       return false;
@@ -171,9 +174,6 @@ struct type_caster<genfast::TensorArgument> {
   bool load(handle source, bool) {
     if (source.is_none()) return true;
     if (!value.read(source.ptr())) value.device_type = -1;
-#if defined(GENFAST_SIMT)  // tests/simt runs the CUDA kernels on the host
-    if (value.is_cpu()) value.device_type = 2;
-#endif
     return true;
   }
   operator genfast::TensorArgument&() { return value; }

@@ -12,6 +12,7 @@ import torch
 
 import genfast
 import genfast.kernels
+from genfast._archs import covers, remedy
 from genfast._extras import EXTRAS, installed
 from genfast._native import _C
 from genfast.ops import _choice
@@ -46,14 +47,17 @@ def cuda_driver() -> str | None:
     return f"{number.value // 1000}.{number.value % 1000 // 10}"
 
 
-def _gpus() -> list[str]:
+def _capabilities() -> list[tuple[int, int]]:
     if not torch.cuda.is_available():
         return []
-    found = []
-    for i in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(i)
-        found.append(f"{torch.cuda.get_device_name(i)} (sm_{major}{minor})")
-    return found
+    return [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+
+
+def _gpus() -> list[str]:
+    return [
+        f"{torch.cuda.get_device_name(i)} (sm_{major}{minor})"
+        for i, (major, minor) in enumerate(_capabilities())
+    ]
 
 
 def _no_gpu() -> str:
@@ -75,6 +79,14 @@ def _cuda(build: dict) -> Usable:
     gpus = _gpus()
     if not gpus:
         return Usable("cuda", False, _no_gpu())
+    lacking = [c for c in _capabilities() if not covers(build["cuda_archs"], c)]
+    if lacking:
+        names = ", ".join(f"sm_{major}{minor}" for major, minor in lacking)
+        why = (
+            f"built for {build['cuda_archs']}, without code for {names}; rebuild with "
+            f"{remedy(lacking[0])}"
+        )
+        return Usable("cuda", False, why)
     return Usable("cuda", True, f"architectures {build['cuda_archs']}; {', '.join(gpus)}")
 
 

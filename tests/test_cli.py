@@ -9,6 +9,7 @@ import torch
 
 import genfast
 from genfast import cli
+from genfast._archs import covers
 from genfast.benchmarks import harness, report
 from genfast.cli import bench
 from genfast.info import collect
@@ -76,6 +77,26 @@ def test_info_says_why_not_and_what_to_do(monkeypatch):
     assert collect()["backends"][1] == {
         "name": "cuda", "usable": True, "why": "architectures 90-real; Card (sm_90)",
     }  # fmt: skip
+    monkeypatch.setattr("genfast.info._capabilities", lambda: [(9, 0), (8, 6)])
+    cuda = collect()["backends"][1]
+    assert not cuda["usable"] and "without code for sm_86; rebuild with" in cuda["why"]
+    assert cuda["why"].endswith("GENFAST_CUDA_ARCHS=86-real")
+
+
+@pytest.mark.parametrize(
+    "architectures, runs_on, not_on",
+    [
+        ("80-real", [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0)]),
+        ("86", [(8, 6), (8, 9), (9, 0), (12, 0)], [(8, 0)]),
+        ("90a-real", [(9, 0)], [(10, 0)]),
+        ("100f-real", [(10, 0), (10, 3)], [(12, 0)]),
+        ("80-real 90-virtual", [(8, 6), (9, 0), (10, 0), (12, 1)], [(7, 0)]),
+        ("", [], [(9, 0)]),
+    ],
+)
+def test_which_gpus_a_build_covers(architectures, runs_on, not_on):
+    assert all(covers(architectures, c) for c in runs_on)
+    assert not any(covers(architectures, c) for c in not_on)
 
 
 BUILD = {
@@ -137,7 +158,7 @@ def wrong():
 def test_a_failed_proof_shows_no_time(tmp_path, capsys, fast, monkeypatch):
     timed = []
     cases = [case(), case(proof=wrong, ours=lambda: timed.append(1))]
-    monkeypatch.setattr(harness, "load_cases", lambda families: cases)
+    monkeypatch.setattr(harness, "load_cases", lambda *_: cases)
     out = tmp_path / "rows.json"
     assert run("bench", "--threads", "1", "--json", str(out)) == 1
     shown = capsys.readouterr()
@@ -195,7 +216,7 @@ def test_a_rival_that_fails_is_skipped_with_its_reason(fast, capsys):
 
 def test_a_missed_target_is_named_and_fails_only_on_request(fast, capsys, monkeypatch):
     missed = harness.Case("rng", "slow", (100,), case().setup, bytes=8, targets={"eager": 1e9})
-    monkeypatch.setattr(harness, "load_cases", lambda families: [missed])
+    monkeypatch.setattr(harness, "load_cases", lambda *_: [missed])
     assert run("bench", "--quick", "--threads", "1") == 0
     assert "below target: rng/slow/100/float32" in capsys.readouterr().out
     assert run("bench", "--quick", "--check") == 1

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import genfast
+from genfast import schedulers
 from genfast._native import _C
 
 pytestmark = [
@@ -22,6 +23,7 @@ pytestmark = [
     pytest.mark.skipif(not _C.build_info()["cuda"], reason="built without CUDA"),
 ]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+PLAN = schedulers.dpm_solver_plan(20)
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +37,16 @@ def inputs(n: int, shape, dtype) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator).to(dtype) for _ in range(n)]
 
 
+def step(x, m, h, row=7, **options):
+    """A solver step that reads the sample, the model output and a history entry."""
+    return genfast.diffusion_step(x, m, PLAN.table_on(x.device), row, history=(h,), **options)
+
+
+def per_sample(x, low=0.25, step=1 / 128):
+    """A number per sample, made on x's device by exact operations: no copy, the same bits."""
+    return torch.arange(x.shape[0], dtype=torch.float32, device=x.device) * step + low
+
+
 # name -> function of device tensors, in eager and differentiable form
 CALLS = {
     "randn_like": (1, lambda x: genfast.randn_like(x, seed=3, stream=2)),
@@ -46,11 +58,24 @@ CALLS = {
     "relaxed_bernoulli": (1, lambda x: genfast.relaxed_bernoulli(x, 0.5, seed=7)),
     "sample_categorical": (1, lambda x: genfast.sample_categorical(x, seed=9)),
     "sample_tokens": (1, lambda x: genfast.sample_tokens(x, 0.8, 50, 0.9, 0.01, seed=9)),
+    "diffusion_step": (3, lambda x, m, h: step(x, m, h, seed=3)),
+    "diffusion_step_guided": (4, lambda x, m, u, h: step(x, (m, u), h, weights=3.5)),
+    "add_noise": (1, lambda x: genfast.add_noise(x, 0.6, 0.8, seed=3)),
+    "add_noise_per_sample": (1, lambda x: genfast.add_noise(x, None, per_sample(x), seed=3)),
+    "velocity": (2, lambda x, z: genfast.velocity(x, 0.6, 0.8, noise=z)),
 }
 CLOSE = {  # sums: another order of addition
     "reparameterize_kl": (2, lambda m, v: genfast.reparameterize(m, v, seed=5, return_kl=True)),
     "tanh_log_prob": (2, lambda m, v: genfast.tanh_normal(m, v, seed=5, return_log_prob=True)),
     "gumbel_softmax": (1, lambda x: genfast.gumbel_softmax(x, 0.5, seed=7)),
+    "guide": (2, lambda c, u: genfast.guide(c, u, 5.0, method="rescale", rescale=0.7)),
+    "denoising_loss": (
+        2,
+        lambda o, x: genfast.denoising_loss(
+            o, x, per_sample(x, 0.875, -1 / 128), per_sample(x), seed=5, weighting="min_snr"
+        ),
+    ),
+    "dynamic_threshold": (1, lambda x: genfast.dynamic_threshold(x, 0.99, 4.0)),
 }
 SHAPES = [(64, 1000), (3, 7, 333), (2, 50257)]
 
@@ -86,6 +111,9 @@ def test_sums_are_close_and_repeatable(name, shape):
         "gumbel_softmax",
         "relaxed_bernoulli",
         "reparameterize_kl",
+        "diffusion_step",
+        "add_noise_per_sample",
+        "denoising_loss",
     ],
 )
 def test_gradients(name):
@@ -161,6 +189,129 @@ def test_no_sync_and_graph_capture(name):
     del eager
 
 
+def test_step_counter_in_a_graph():
+    """One captured step, replayed: the row comes from a counter on the device."""
+    x, m, h = (t.cuda() for t in inputs(3, (2, 4, 16, 16), torch.float32))
+    counter = torch.zeros((), dtype=torch.int64, device="cuda")
+    table = PLAN.table_on("cuda")
+    expected = [step(x, m, h, row=row, seed=1) for row in range(4)]
+    out = torch.empty_like(x)
+
+    def one():
+        genfast.diffusion_step(x, m, table, counter, history=(h,), seed=1, out=out)
+        counter.add_(1)
+
+    one()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        one()
+    counter.zero_()
+    for want in expected:
+        graph.replay()
+        assert torch.equal(out, want)
+
+
+# B, Hq, Hkv, Sq, Sk, D
+ATTENTION = [(2, 8, 2, 333, 333, 64), (1, 4, 4, 128, 1000, 128), (1, 2, 1, 65, 65, 256)]
+OPTIONS = {
+    "plain": {},
+    "causal": {"causal": True, "align": "bottom_right"},
+    "window": {"window": (70, 0), "softcap": 3.0},
+    "dropout": {"dropout_p": 0.2, "seed": 4},
+}
+
+
+def attention_inputs(shape, dtype, grad=True):
+    B, Hq, Hkv, Sq, Sk, D = shape
+    generator = torch.Generator().manual_seed(2)
+    sizes = ((B, Hq, Sq, D), (B, Hkv, Sk, D), (B, Hkv, Sk, D))
+    return [torch.randn(s, generator=generator).to(dtype).requires_grad_(grad) for s in sizes]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", ATTENTION, ids=str)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_attention_judged_by_the_reference(name, shape, dtype):
+    """Outputs and gradients: at most twice (three times) PyTorch's own error, in its dtype."""
+    found = {}
+    for kind in ("truth", "torch", "ours"):
+        wide = torch.float64 if kind == "truth" else dtype
+        leaves = [
+            x.detach().cuda().to(wide).requires_grad_() for x in attention_inputs(shape, dtype)
+        ]
+        with genfast.backend("cuda" if kind == "ours" else "reference"):
+            out = genfast.attention(*leaves, **OPTIONS[name])
+        grad = torch.ones_like(out) / 8
+        found[kind] = [out, *torch.autograd.grad(out, leaves, grad)]
+    for i, (ours, plain, truth) in enumerate(
+        zip(found["ours"], found["torch"], found["truth"], strict=True)
+    ):
+        # The reference computes 16 bit in fp32: its error is one rounding, ours a few.
+        scale = torch.finfo(dtype).eps * truth.abs().max()
+        own = (plain.double() - truth).abs().max()
+        assert (ours.double() - truth).abs().max() <= (3 if i else 2) * own + 3 * scale
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_attention_gradients_repeat(dtype):
+    leaves = [x.detach().cuda().requires_grad_() for x in attention_inputs(ATTENTION[0], dtype)]
+    runs = []
+    for _ in range(3):
+        out = genfast.attention(*leaves, causal=True)
+        runs.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
+    for again in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(again, runs[0], strict=True))
+
+
+def test_attention_dropout_is_the_cpus():
+    q, k, v = attention_inputs(ATTENTION[0], torch.float32, grad=False)
+    options = {"dropout_p": 0.5, "seed": 9}
+    on_gpu = genfast.attention(q.cuda(), k.cuda(), v.cuda(), **options).cpu()
+    torch.testing.assert_close(on_gpu, genfast.attention(q, k, v, **options), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("paged", [False, True], ids=["entries", "pages"])
+def test_decoding_equals_prefill(paged):
+    q, k, v = (x.cuda() for x in attention_inputs((2, 8, 2, 96, 96, 64), torch.float16, False))
+    whole = genfast.attention(q, k, v, causal=True)
+    shape = (16, 2, 16, 64) if paged else (2, 2, 128, 64)
+    caches = [torch.full(shape, torch.nan, dtype=q.dtype, device="cuda") for _ in range(2)]
+    table = torch.arange(16, dtype=torch.int32, device="cuda").view(2, 8) if paged else None
+    for i in range(96):
+        at = slice(i, i + 1)
+        lengths = torch.full((2,), i, dtype=torch.int32, device="cuda")
+        out = genfast.attention_with_kvcache(
+            q[:, :, at], *caches, k[:, :, at], v[:, :, at], cache_seqlens=lengths,
+            block_table=table,
+        )  # fmt: skip
+        torch.testing.assert_close(out, whole[:, :, at], rtol=4e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_attention_no_sync_and_graph_capture(backward):
+    leaves = [x.detach().cuda() for x in attention_inputs(ATTENTION[0], torch.bfloat16)]
+    leaves = [x.requires_grad_(backward) for x in leaves]
+
+    def call():
+        out = genfast.attention(*leaves, causal=True)
+        return torch.autograd.grad(out, leaves, torch.ones_like(out)) if backward else (out,)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):  # autograd's warm-up, as torch's documentation asks
+        expected = call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one device")
 def test_second_device():
     x = inputs(1, (1000,), torch.float32)[0]
@@ -191,7 +342,10 @@ def test_compute_sanitizer(tool):
         "x = torch.randn(3, 1030, device='cuda', dtype=torch.float16);"
         "genfast.reparameterize(x, x, seed=1, return_kl=True);"
         "genfast.gumbel_softmax(x, 0.5, seed=1);"
-        "genfast.sample_tokens(x, 0.8, 50, 0.9, 0.01, seed=1); torch.cuda.synchronize()"
+        "genfast.sample_tokens(x, 0.8, 50, 0.9, 0.01, seed=1);"
+        "genfast.add_noise(x, 0.6, 0.8, seed=1); genfast.guide(x, x, 2.0, method='tcfg');"
+        "q = torch.randn(1, 2, 70, 40, device='cuda', dtype=torch.float16, requires_grad=True);"
+        "genfast.attention(q, q, q, causal=True).sum().backward(); torch.cuda.synchronize()"
     )
     done = subprocess.run(
         [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", program],

@@ -43,6 +43,16 @@ struct AttentionMask {
   Dtype dtype = Dtype::f32;  // of an additive mask: f32, f16 or bf16
 };
 
+// Where a CUDA call runs. Forward splits the keys as often as the scratch has room for, f32
+// [splits][B][Hq][Sq][Dv + 2] (a row's sum, maximum and denominator), from two times on; backward
+// needs f32 [2][B][Hq][Sq]. Sizes come from shapes alone, so results do not depend on the GPU.
+struct AttentionPlace {
+  int device = 0;
+  void* stream = nullptr;
+  float* scratch = nullptr;
+  int64_t scratch_size = 0;
+};
+
 struct AttentionParams {
   int64_t B = 0, Hq = 0, Hkv = 0;  // Hq a multiple of Hkv
   int64_t Sq = 0,
@@ -68,6 +78,9 @@ struct AttentionParams {
       nullptr;                     // (B, blocks) page of rows [page_size * n, page_size * (n + 1))
   int64_t block_table_stride = 0;  // elements between the rows of block_table
   int64_t page_size = 0;
+  // What the values above may reach: nobody can check them on a device, so kernels clamp.
+  int64_t total_q = 0, total_k = 0;  // rows of packed tensors
+  int64_t entries = 0;               // of the cache: entries or pages
 
   float scale = 1.0f;
   int64_t window_left = -1, window_right = -1;  // causal is (-1, 0)
@@ -85,9 +98,11 @@ struct AttentionParams {
   uint32_t dropout_threshold = 0;
   float dropout_scale = 1.0f;  // 0 for p = 1
   uint64_t seed = 0, stream = 0;
+  const int64_t* seeds = nullptr;  // (1) on a device: replaces seed
   int64_t noise_Sq = 0, noise_Sk = 0;
 
   int threads = 1;  // 0: all
+  AttentionPlace place;
 };
 
 // Forward fields of `p` as above (out and lse are inputs now). Gradients are overwritten, not added
@@ -126,7 +141,15 @@ struct AttentionAppendParams {
   bool rotary_interleaved =
       false;  // true: pairs (0, 1), (2, 3) ...; false: (0, r/2), (1, r/2 + 1) ...
   bool q_same_position = false;
+  int64_t entries = 0, positions = 0;  // of the cache and of cos: bounds, as above
   int threads = 1;
+  AttentionPlace place;
 };
+
+namespace cuda {  // null, or an error text
+const char* attention_forward(const AttentionParams& p);
+const char* attention_backward(const AttentionGradParams& g);
+const char* attention_append(const AttentionAppendParams& a);
+}  // namespace cuda
 
 }  // namespace genfast

@@ -36,6 +36,7 @@ struct StepParams {
   // Log-probability: out[0] is the sample; `sample` given: it is judged instead of drawn.
   TensorView sample;    // S
   TensorView log_prob;  // f32 [B]
+  TensorView scratch;  // f64, CUDA: [B, parts] sums of blocks that share a sample; may be undefined
   int threads = 1;
 };
 
@@ -77,6 +78,7 @@ struct GuidanceParams {
   Guidance method = Guidance::cfg;
   bool original = false;
   double option[2] = {0, 0};  // rescale: phi; apg: eta, norm threshold; mag: alpha
+  TensorView scratch;         // f64, CUDA: [B, parts, 5]; may be undefined
   int threads = 1;
 };
 
@@ -107,7 +109,17 @@ struct LossParams {
   TensorView d_output;    // S: gradient of the total; with per_sample too: both in one pass
   TensorView grad;        // f32 [1] (of the total) or [B] (of per_sample); undefined: 1
   double total_scale = 1;
+  TensorView scratch;  // f64, CUDA: [B, parts], at least [B] when `total` is wanted
   int threads = 1;
 };
+
+namespace cuda {  // on the device and stream of the first tensor; null, or an error text
+const char* diffusion_step(const StepParams& p);
+const char* diffusion_step_backward(const StepBackwardParams& p);
+const char* diffusion_mix(const MixParams& p);
+const char* guidance_weights(const GuidanceParams& p);
+const char* dynamic_threshold(const ThresholdParams& p);
+const char* denoising_loss(const LossParams& p);
+}  // namespace cuda
 
 }  // namespace genfast

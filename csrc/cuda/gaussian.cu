@@ -1,8 +1,7 @@
 // Reparameterized Gaussian draws on CUDA: one pass, noise drawn in registers beside the elements it
 // meets. Side sums run in two stages of a fixed order (no atomics), in double like the CPU's.
 #include "api/sampling.h"
-#include "cuda/noise.cuh"
-#include "cuda/team.cuh"
+#include "cuda/sums.cuh"
 #include "math/sampling.h"
 
 namespace genfast::cuda {
@@ -21,9 +20,17 @@ struct Forward {
   Noise noise;
   bool want_y;
   Side side_kind;
+  float* side;  // [samples]
+  float side_scale;
 
+  using Sum = double;
+  using Prepared = Nothing;
+  __device__ __forceinline__ Nothing prepare(int64_t) const { return {}; }
+  __device__ __forceinline__ void finish(int64_t sample, double total) const {
+    side[sample] = static_cast<float>(total * side_scale);
+  }
   // Draws, writes y and returns the sum of the side terms.
-  __device__ __forceinline__ double sum(const Group& g) const {
+  __device__ __forceinline__ double sum(const Group& g, int64_t, Nothing) const {
     float m[kGroup], l[kGroup], e[kGroup], out[kGroup];
     load(mu, g.index, g.low, g.high, m);
     load(logvar, g.index, g.low, g.high, l);
@@ -47,46 +54,8 @@ struct Forward {
     if (want_y) store(y, g.index, g.low, g.high, out);
     return total;
   }
-  __device__ __forceinline__ void operator()(const Group& g) const { sum(g); }
+  __device__ __forceinline__ void operator()(const Group& g) const { sum(g, 0, {}); }
 };
-
-// Block b sums part b % parts of side row b / parts.
-struct SidePlan {
-  double* partial;  // [rows, parts]; unused when parts == 1
-  float* side;      // [rows]
-  int64_t rows, parts;
-  int64_t rows_per_side;  // rows of the walk in one side row
-  float scale;
-};
-
-template <class T>
-__global__ void __launch_bounds__(kThreads, 3)
-    side_sums(const __grid_constant__ Forward<T> op, const __grid_constant__ SidePlan plan) {
-  const int64_t side_row = blockIdx.x / plan.parts, part = blockIdx.x - side_row * plan.parts;
-  const int64_t groups = plan.rows_per_side * op.groups.per_row;
-  double total = 0;
-  for (int64_t t = part * kThreads + threadIdx.x; t < groups; t += plan.parts * kThreads) {
-    const int64_t inner = plan.rows_per_side == 1 ? 0 : t / op.groups.per_row;
-    const Group g(op.groups, side_row * plan.rows_per_side + inner, t - inner * op.groups.per_row);
-    if (!g.empty()) total += op.sum(g);
-  }
-  total = BlockTeam().reduce(total, Add());
-  if (threadIdx.x != 0) return;
-  if (plan.parts == 1)
-    plan.side[side_row] = static_cast<float>(total * plan.scale);
-  else
-    plan.partial[blockIdx.x] = total;
-}
-
-__global__ void __launch_bounds__(kThreads, 3) finish_side(const __grid_constant__ SidePlan plan) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
-  if (row >= plan.rows) return;  // a whole warp
-  double total = 0;
-  for (int64_t i = threadIdx.x % 32; i < plan.parts; i += 32)
-    total += plan.partial[row * plan.parts + i];
-  total = reduce_warp(total, Add());
-  if (threadIdx.x % 32 == 0) plan.side[row] = static_cast<float>(total * plan.scale);
-}
 
 template <class T>
 const char* forward(const ReparameterizeParams& p) {
@@ -97,20 +66,11 @@ const char* forward(const ReparameterizeParams& p) {
                       Stage(p.y),
                       p.noise,
                       p.y.defined(),
-                      p.side_kind};
-  if (p.side_kind == Side::none) return launch_groups(op, p.mu);
-  const int64_t parts = p.scratch.defined() && p.rows > 0 ? p.scratch.numel / p.rows : 1;
-  const SidePlan plan{static_cast<double*>(p.scratch.data),
+                      p.side_kind,
                       static_cast<float*>(p.side.data),
-                      p.rows,
-                      parts > 0 ? parts : 1,
-                      p.rows > 0 ? rows / p.rows : 1,
                       p.side_scale};
-  if (p.rows == 0) return nullptr;
-  const char* error = launch(side_sums<T>, dim3(static_cast<unsigned>(plan.rows * plan.parts)),
-                             dim3(kThreads), 0, p.mu, op, plan);
-  if (error != nullptr || plan.parts == 1) return error;
-  return launch(finish_side, blocks_for(plan.rows, kThreads / 32), dim3(kThreads), 0, p.mu, plan);
+  if (p.side_kind == Side::none) return launch_groups(op, p.mu);
+  return launch_sums(op, p.rows, p.scratch, p.mu);
 }
 
 template <class T>

@@ -44,7 +44,8 @@ inline const char* error_text(cudaError_t error, int device) {
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   std::snprintf(text, sizeof text,
                 "genfast was built without code for this GPU (sm_%d%d); rebuild with "
-                "GENFAST_CUDA_ARCHS=%d%d-real, or use genfast.set_backend(\"reference\")",
+                "GENFAST_CUDA_ARCHS=%d%d-real, or use genfast.set_backend(\"auto\"), which takes "
+                "the Triton kernels or PyTorch here",
                 major, minor, major, minor);
   return text;
 }
@@ -61,7 +62,9 @@ const char* launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, c
                    A... args) {
   DeviceGuard guard(on.device);
   cudaError_t error = cudaSuccess;
-  if (shared > 48 * 1024)  // more than the default needs a word per kernel and device; it is cheap
+  // More than 48 KiB with the kernel's static arrays (at most 24 KiB) needs a word per kernel and
+  // device; it is cheap.
+  if (shared > 24 * 1024)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(shared));
   if (error == cudaSuccess) {

@@ -31,7 +31,7 @@ def run(args) -> int:
 
     if args.calibrate:
         return calibrate(args)
-    cases = harness.load_cases(args.family)
+    cases = harness.load_cases(args.family, args.device)
     if args.only:
         chosen = [case for case in cases if args.only in case.id]
         if not chosen:

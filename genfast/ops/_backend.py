@@ -15,9 +15,11 @@ from collections.abc import Iterator
 import torch
 
 from genfast._native import _C
+from genfast.ops._scratch import with_scratch
 
 BACKENDS = ("auto", "cuda", "triton", "reference")
 _HAVE_CUDA = _C.build_info()["cuda"]
+_GPU = torch.version.cuda is not None or torch.version.hip is not None
 _HAVE_TRITON = importlib.util.find_spec("triton") is not None
 # Decides at the first import of the kernels, for good: they then run on the CPU, for tests.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -72,8 +74,12 @@ def _triton(name: str):
     return run
 
 
+def _native(name: str):
+    return with_scratch(name, getattr(_C, name)) if _GPU else getattr(_C, name)
+
+
 def _both(name: str):
-    native, portable, refused = getattr(_C, name), _triton(name), _REFUSED.get(name, False)
+    native, portable, refused = _native(name), _triton(name), _REFUSED.get(name, False)
 
     def run(*args):
         done = native(*args)
@@ -83,10 +89,9 @@ def _both(name: str):
 
 
 def _choose(name: str) -> None:
-    gpu = torch.version.cuda is not None or torch.version.hip is not None
-    make = _triton if name == "triton" else _both if gpu and _HAVE_TRITON else None
+    make = _triton if name == "triton" else _both if _GPU and _HAVE_TRITON else _native
     for entry in _TRITON:
-        setattr(kernels, entry, make(entry) if make else getattr(_C, entry))
+        setattr(kernels, entry, make(entry))
 
 
 _choose("auto")

@@ -13,7 +13,7 @@ import torch
 
 FAULTS = (
     "none race uninitialised divergent_places missing_threads exited_lane divergent_shuffle "
-    "no_copy_wait shared_overrun global_overrun named_barriers sub_warps"
+    "no_copy_wait shared_overrun global_overrun named_barriers sub_warps shared_limit"
 ).split()
 
 
@@ -44,6 +44,7 @@ REFUSED = {
     "missing_threads": "lane 9 calls a warp operation with mask 00000400",
     "exited_lane": "names lane 1, which has returned",
     "divergent_shuffle": "divergent warp operation",
+    "shared_limit": "57344 bytes of shared memory; this kernel may have 49152",
 }
 
 
@@ -52,6 +53,15 @@ def test_divergence_is_refused(cuda, fault):
     error, *_ = mirror(cuda, fault)
     assert error is not None and REFUSED[fault] in error
     assert mirror(cuda, "none")[0] is None  # the next launch is not affected
+
+
+def test_a_gpu_without_code_is_named(cuda):
+    """cudaErrorNoKernelImageForDevice names the architecture and the remedy."""
+    call = cuda.library.simt_error_text
+    call.restype = ctypes.c_char_p
+    text = call(209).decode()
+    assert "sm_80" in text and "GENFAST_CUDA_ARCHS=80-real" in text and "auto" in text
+    assert call(0) is None
 
 
 @pytest.mark.parametrize("fault", ["race", "uninitialised", "no_copy_wait"])
@@ -119,6 +129,8 @@ def test_kernels_under_address_sanitizer():
         "-k",
         "not one_fault",
         f"{_HERE}/test_families.py",
+        f"{_HERE}/test_diffusion.py",
+        f"{_HERE}/test_attention.py",
         f"{_HERE}/test_simt.py",
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

@@ -20,7 +20,16 @@ enum Fault : int {
   kGlobalOverrun,
   kNamedBarriers,
   kSubWarps,
+  kSharedLimit,
 };
+
+// Static and dynamic shared memory count together: 40 + 16 KiB are more than a kernel may have that
+// did not ask.
+__global__ void __launch_bounds__(32) greedy(float* out) {
+  GENFAST_SHARED(float[10 * 1024], large);
+  large[threadIdx.x] = 1.0f;
+  out[threadIdx.x] = large[threadIdx.x];
+}
 
 // out[i] = in[i] + in[63 - i] through shared memory, in blocks of 64.
 __global__ void __launch_bounds__(64) mirror(const float* in, float* out, int n, int fault) {
@@ -102,6 +111,8 @@ SIMT_EXPORT const char* simt_mirror(const float* in, float* out, int n, int faul
   using namespace genfast;
   TensorView on;
   on.device_type = 2;
+  if (fault == cuda::kSharedLimit)
+    return cuda::launch(cuda::greedy, dim3(1), dim3(32), 16 * 1024, on, out);
   return cuda::launch(cuda::mirror, dim3(static_cast<unsigned>(n / 64)), dim3(64), 64 * 4, on, in,
                       out, n, fault);
 }
@@ -110,4 +121,7 @@ SIMT_EXPORT const char* simt_product(const uint16_t* a, const uint16_t* b, float
   TensorView on;
   on.device_type = 2;
   return cuda::launch(cuda::product, dim3(1), dim3(32), 0, on, a, b, c, bf16 != 0);
+}
+SIMT_EXPORT const char* simt_error_text(int error) {
+  return genfast::cuda::error_text(static_cast<cudaError_t>(error), 0);
 }

@@ -124,7 +124,7 @@ struct Block {
   std::vector<std::unique_ptr<Meeting>> meetings;  // by warp * kMeetings + slot
   std::map<const void*, std::pair<std::unique_ptr<unsigned char, void (*)(void*)>, size_t>> shared;
   std::unique_ptr<unsigned char, void (*)(void*)> dynamic{nullptr, std::free};
-  size_t dynamic_bytes = 0, static_bytes = 0;
+  size_t dynamic_bytes = 0, static_bytes = 0, limit = 0;
   bool progressed = false;
   std::string error;
   void (*call)(const void*) = nullptr;
@@ -344,6 +344,9 @@ void* shared_array(const void* key, size_t bytes) {
     block.static_bytes += bytes;
     if (block.static_bytes > 48 * 1024)
       fail("%zu bytes of static shared memory; 49152 is the limit", block.static_bytes);
+    if (block.static_bytes + block.dynamic_bytes > block.limit)
+      fail("%zu bytes of shared memory; this kernel may have %zu",
+           block.static_bytes + block.dynamic_bytes, block.limit);
     std::unique_ptr<unsigned char, void (*)(void*)> memory(poisoned(bytes), std::free);
     found = block.shared.emplace(key, std::make_pair(std::move(memory), bytes)).first;
   }
@@ -385,16 +388,16 @@ void copy_wait(int keep) {
   t->n_groups -= land;
 }
 
-const char* run(dim3 grid, dim3 size, size_t shared, void (*call)(const void*),
+const char* run(dim3 grid, dim3 size, size_t shared, size_t limit, void (*call)(const void*),
                 const void* context) {
   static std::string text;
   const size_t threads = size_t{size.x} * size.y * size.z;
   if (threads == 0 || threads > 1024 || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
-      grid.y > 65535 || grid.z > 65535 || shared > 227 * 1024)
+      grid.y > 65535 || grid.z > 65535 || shared > limit)
     return "invalid configuration argument";
   stacks.reserve(threads);
   block.threads.resize(threads);
-  block.dynamic_bytes = shared;
+  block.dynamic_bytes = shared, block.limit = limit;
   block.call = call, block.context = context;
   block.error.clear();
   gridDim = grid, blockDim = size;

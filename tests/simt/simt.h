@@ -78,8 +78,9 @@ void copy_async(void* to, const void* from, int bytes, int total);
 void copy_commit();
 void copy_wait(int keep);
 
-// Runs `call(context)` in every thread of the grid. Null, or why it failed.
-const char* run(dim3 grid, dim3 block, size_t shared, void (*call)(const void*),
+// Runs `call(context)` in every thread of the grid. Null, or why it failed. limit: of shared
+// memory, static arrays included.
+const char* run(dim3 grid, dim3 block, size_t shared, size_t limit, void (*call)(const void*),
                 const void* context);
 
 struct Options {

@@ -7,57 +7,12 @@
 
 #include "api/attention.h"
 #include "cpu/attention/pack.h"
+#include "math/attention.h"
 
 namespace genfast::cpu {
 namespace {
 
 constexpr int BR = 96;  // query rows of a tile: a multiple of both 6 and 12
-
-struct Sequence {
-  int64_t b = 0;
-  int64_t Sq = 0, Sk = 0;  // of this sequence
-  int64_t offset = 0;      // of the diagonal
-  int64_t q_row = 0, k_row = 0;
-  int64_t entry = 0;  // batch index of k and v
-};
-
-inline Sequence sequence_of(const AttentionParams& p, int64_t b) {
-  Sequence s;
-  s.b = b;
-  s.Sq = p.Sq;
-  s.Sk = p.Sk;
-  s.entry = p.cache_batch_idx != nullptr ? p.cache_batch_idx[b] : b;
-  if (p.cu_seqlens_q != nullptr) {
-    s.q_row = p.cu_seqlens_q[b];
-    s.Sq = p.cu_seqlens_q[b + 1] - s.q_row;
-  }
-  if (p.cu_seqlens_k != nullptr) {
-    s.k_row = p.cu_seqlens_k[b];
-    s.Sk = p.cu_seqlens_k[b + 1] - s.k_row;
-  }
-  if (p.seqlens_k != nullptr) s.Sk = p.seqlens_k[b] + p.added_k;
-  if (p.leftpad_k != nullptr) {
-    s.k_row += p.leftpad_k[b];
-    s.Sk -= p.leftpad_k[b];
-  }
-  if (s.Sk < 0) s.Sk = 0;
-  s.offset = p.bottom_right ? s.Sk - s.Sq : 0;
-  return s;
-}
-
-struct KeyRange {
-  int64_t lo, hi;
-};
-
-inline KeyRange visible_keys(const AttentionParams& p, const Sequence& s, int64_t i) {
-  const int64_t at = i + s.offset;
-  KeyRange r{0, s.Sk};
-  if (p.window_left >= 0 && at - p.window_left > 0) r.lo = at - p.window_left;
-  if (p.window_right >= 0 && at + p.window_right + 1 < s.Sk) r.hi = at + p.window_right + 1;
-  if (r.lo > s.Sk) r.lo = s.Sk;
-  if (r.hi < r.lo) r.hi = r.lo;
-  return r;
-}
 
 inline char* row_at(const AttentionRows& t, Dtype dtype, int64_t b, int64_t h, int64_t s) {
   return static_cast<char*>(t.data) +

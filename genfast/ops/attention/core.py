@@ -19,13 +19,7 @@ from torch.nn.functional import (
 )
 
 from genfast.ops import _check, _noise
-from genfast.ops._backend import (
-    forced_reference,
-    get_backend,
-    has_kernels,
-    kernels,
-    triton_runs,
-)
+from genfast.ops._backend import forced_reference, get_backend, has_kernels, kernels
 from genfast.ops._choice import ATTENTION_BY_TORCH
 from genfast.ops._road import (
     DIRECT,
@@ -364,14 +358,14 @@ class _Attention(Function):
 def _fits(q, k, v, mask, alibi, sinks, packed) -> bool:
     """The kernels take these operands; the shapes are assumed to agree."""
     dtype = q.dtype
-    on_cpu = q.device.type == "cpu" and get_backend() != "triton"
+    native = get_backend() == "cuda" or (q.device.type == "cpu" and get_backend() != "triton")
     widest = max(q.shape[-1], v.shape[-1])
     return (
         dtype in KERNEL_DTYPES
         and k.dtype is dtype
         and v.dtype is dtype
         and has_kernels(q.device)
-        and (on_cpu or (triton_runs(q.device) and widest * q.element_size() <= TRITON_HEAD_BYTES))
+        and (native or widest * q.element_size() <= TRITON_HEAD_BYTES)
         and q.dim() == (4 if packed.cu_q is None else 3)
         and q.dim() == k.dim() == v.dim()
         and all(1 <= x.shape[-1] <= MAX_HEAD_DIM for x in (q, v))

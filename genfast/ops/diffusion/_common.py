@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from genfast.ops import _check
-from genfast.ops._backend import has_kernels, triton_runs
+from genfast.ops._backend import has_kernels
 from genfast.ops._road import KERNEL_DTYPES
 from genfast.ops.rng import noise_like
 
@@ -33,15 +33,7 @@ def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def on_kernel(*tensors: Tensor | None) -> bool:
-    return all(
-        t is None
-        or (
-            t.dtype in KERNEL_DTYPES
-            and has_kernels(t.device)
-            and (t.device.type == "cpu" or triton_runs(t.device))
-        )
-        for t in tensors
-    )
+    return all(t is None or (t.dtype in KERNEL_DTYPES and has_kernels(t.device)) for t in tensors)
 
 
 def numbers(values: Sequence[float], device: torch.device, dtype=torch.float32) -> Tensor:

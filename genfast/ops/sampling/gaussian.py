@@ -26,6 +26,7 @@ from genfast.ops._road import (
     transforming,
     wants_graph,
 )
+from genfast.ops._scratch import parts
 from genfast.ops.rng import noise_like
 from genfast.reference import sampling as reference
 
@@ -47,12 +48,9 @@ def _side_shape(shape, reduction: int):
 
 
 def _scratch_size(shape, reduction: int) -> int:
-    """Partial sums of the CUDA kernel: so many blocks share a row. Of the shape alone, so that the
-    order of summation, and with it the result, never depends on the GPU.
-    """
+    """Partial sums of the CUDA kernel."""
     rows = shape[0] if reduction == 0 and len(shape) else 1
-    per_row = shape.numel() // max(rows, 1)
-    return rows * min(max(per_row // 8192, 1), 1024)
+    return rows * parts(shape.numel() // max(rows, 1))
 
 
 # ---- native calls -----------------------------------------------------------------------------

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <map>
 
 #include "../simt.h"
 
@@ -174,7 +175,15 @@ enum cudaDeviceAttr {
 
 namespace simt {
 inline const char* g_error = nullptr;  // of the last launch
+// Shared memory that a kernel may have: 48 KiB, more when it was asked for, at most what the least
+// of the architectures (8.6, 8.9, 12.0) grants.
+inline std::map<const void*, size_t> g_shared;
+constexpr size_t kMostShared = 99 * 1024;
+inline size_t shared_limit(const void* kernel) {
+  const auto found = g_shared.find(kernel);
+  return found == g_shared.end() ? 48 * 1024 : found->second;
 }
+}  // namespace simt
 inline const char* cudaGetErrorString(cudaError_t e) {
   return e == cudaErrorLaunchFailure && simt::g_error != nullptr ? simt::g_error
          : e == cudaSuccess                                      ? "no error"
@@ -192,8 +201,10 @@ inline cudaError_t cudaDeviceGetAttribute(int* v, cudaDeviceAttr a, int) {
   return cudaSuccess;
 }
 template <class F>
-cudaError_t cudaFuncSetAttribute(F*, cudaFuncAttribute, int bytes) {
-  return bytes <= 227 * 1024 ? cudaSuccess : cudaErrorInvalidValue;
+cudaError_t cudaFuncSetAttribute(F* kernel, cudaFuncAttribute, int bytes) {
+  if (bytes > static_cast<int>(simt::kMostShared)) return cudaErrorInvalidValue;
+  simt::g_shared[reinterpret_cast<const void*>(kernel)] = simt::kMostShared;
+  return cudaSuccess;
 }
 
 template <class... P, class... A>
@@ -201,6 +212,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* c, void (*kernel)(P...)
   auto call = [&] { kernel(static_cast<P>(args)...); };
   simt::g_error = simt::run(
       c->gridDim, c->blockDim, c->dynamicSmemBytes,
+      simt::shared_limit(reinterpret_cast<const void*>(kernel)),
       [](const void* f) { (*static_cast<const decltype(call)*>(f))(); }, &call);
   return simt::g_error == nullptr ? cudaSuccess : cudaErrorLaunchFailure;
 }

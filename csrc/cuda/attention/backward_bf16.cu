@@ -1,0 +1,7 @@
+#include "cuda/attention/backward.cuh"
+
+namespace genfast::cuda {
+const char* mma_backward_bf16(const AttentionGradParams& g, bool whole, bool options) {
+  return launch_mma_backward<Bf16>({g, RowStats(g.p), whole}, options);
+}
+}  // namespace genfast::cuda

@@ -1,0 +1,7 @@
+#include "cuda/attention/backward.cuh"
+
+namespace genfast::cuda {
+const char* mma_backward_f16(const AttentionGradParams& g, bool whole, bool options) {
+  return launch_mma_backward<F16>({g, RowStats(g.p), whole}, options);
+}
+}  // namespace genfast::cuda

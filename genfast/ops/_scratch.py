@@ -1,0 +1,99 @@
+"""What the CUDA entry points want beside the arguments of their CPU and Triton twins: room for
+partial results as a last argument, and rows of no sequence cleared. Sizes come from shapes alone,
+so that the order of a sum, and with it the result, never depends on the GPU.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def parts(per_sample: int) -> int:
+    """Blocks that share a sample's sums: one per 8192 elements, at most 1024."""
+    return min(max(per_sample // 8192, 1), 1024)
+
+
+def splits(heads: int, rows: int, keys: int) -> int:
+    """Blocks that share a query row's keys: so many that about 256 run, of at least 256 keys.
+
+    heads: B * Hkv, rows: query rows of one (all heads of its group), in tiles of 64.
+    """
+    tiles = heads * math.ceil(rows / 64)
+    if tiles == 0 or tiles >= 128:
+        return 1
+    return max(min(256 // tiles, keys // 256, 64), 1)
+
+
+def _sums(x: Tensor, width: int = 1) -> Tensor:
+    samples = max(x.shape[0], 1)
+    return x.new_empty(samples * parts(x.numel() // samples) * width, dtype=torch.float64)
+
+
+def _diffusion_step(outs, x, *rest):
+    extras = rest[-1]
+    return None if extras is None or extras[7] is None else _sums(x)
+
+
+def _guidance_weights(cond, *rest):
+    return _sums(cond, 5) if rest[4] else None  # method 0 needs no sums
+
+
+def _denoising_loss(output, *rest):
+    return None if rest[13] is None else _sums(output)  # per_sample
+
+
+def _split_keys(q, B, Hq, Sq, Hkv, Sk, Dv):
+    n = splits(B * Hkv, Sq * (Hq // max(Hkv, 1)), Sk)
+    return q.new_empty(n * B * Hq * Sq * (Dv + 2), dtype=torch.float32) if n > 1 else None
+
+
+def _attention_forward(q, k, v, out, lse, mask, cu_q, cu_k, max_q, max_k, *rest):
+    if cu_q is None:
+        return _split_keys(q, *q.shape[:3], *k.shape[1:3], v.shape[-1])
+    out.zero_()
+    if lse is not None:
+        lse.fill_(-math.inf)
+    return _split_keys(q, cu_q.numel() - 1, q.shape[1], max_q, k.shape[1], max_k, v.shape[-1])
+
+
+def _attention_cached(q, k_cache, v_cache, out, lse, lengths, added, leftpad, batch_idx, table, *_):
+    capacity = k_cache.shape[2] * (1 if table is None else table.shape[1])
+    return _split_keys(q, *q.shape[:3], k_cache.shape[1], capacity, v_cache.shape[-1])
+
+
+def _attention_backward(dout, dlse, dq, dk, dv, dmask, dsinks, q, *rest):
+    cu_q, max_q = rest[5], rest[7]
+    if cu_q is None:
+        rows = q.shape[:3].numel()
+    else:
+        rows = (cu_q.numel() - 1) * q.shape[1] * max_q
+        for grad in (dq, dk, dv):
+            grad.zero_()
+    return q.new_empty(2 * rows, dtype=torch.float32)
+
+
+# Entry point -> its scratch from its arguments.
+ROOM = {
+    "diffusion_step": _diffusion_step,
+    "guidance_weights": _guidance_weights,
+    "denoising_loss": _denoising_loss,
+    "attention_forward": _attention_forward,
+    "attention_cached": _attention_cached,
+    "attention_backward": _attention_backward,
+}
+
+
+def with_scratch(name: str, native):
+    """`native` with its scratch, where it wants one and the call is on a GPU."""
+    room = ROOM.get(name)
+    if room is None:
+        return native
+
+    def run(*args):
+        x = args[7] if name == "attention_backward" else args[1]
+        return native(*args, room(*args)) if x.is_cuda else native(*args)
+
+    return run
