@@ -12,6 +12,7 @@ from genfast.models import VAE
 from genfast.models.vae import TILE
 from genfast.reference import rng as noise
 from genfast.train import checkpoint, data, loop
+from genfast.train.recipes import RECIPES
 
 SEED = 11
 
@@ -131,7 +132,7 @@ def test_bad_input_names_what_was_expected(vae, call):
 def blobs(n=120, seed=0):
     """Images with one bright column: something that a small VAE learns in seconds."""
     at = genfast.randint(0, 6, n, seed=seed)
-    images = 0.9 * F.one_hot(at, 6).float()[:, None].expand(n, 6, 6) + 0.05
+    images = 0.9 * F.one_hot(at, 6).float()[:, None, None].expand(n, 1, 6, 6) + 0.05
     return data.split(data.Images(images.contiguous(), at), seed=1)
 
 
@@ -139,12 +140,12 @@ def run(folder, **settings):
     folder.mkdir(exist_ok=True)
     model = checkpoint.initialised(lambda: VAE(36, 24, 5), SEED)
     chosen = {"epochs": 4, "batch_size": 32, **settings}
-    return model, loop.train("vae", model, blobs(), loop.Settings(**chosen), folder)
+    return model, loop.train("vae", RECIPES["vae"], model, blobs(), loop.Settings(**chosen), folder)
 
 
 def test_training_learns(tmp_path):
     model = checkpoint.initialised(lambda: VAE(36, 24, 5), SEED)
-    before = loop.evaluate(model, blobs().test.images, 0)
+    before = loop.evaluate(RECIPES["vae"], model, blobs().test, 0)
     _, summary = run(tmp_path, epochs=30, batch_size=8, lr=1e-2)
     assert summary["test_loss"] < before - 10  # nats; measured 25.1 before, 12.5 after
     records = [json.loads(line) for line in (tmp_path / loop.LOG).read_text().splitlines()]
@@ -185,7 +186,7 @@ def test_a_nan_loss_stops_and_keeps_the_checkpoint(tmp_path, monkeypatch):
     with torch.no_grad():
         model.fc3.weight[0, 0] = math.nan
     with pytest.raises(loop.Diverged, match="step 0 .*Try a smaller lr"):
-        loop.train("vae", model, blobs(), loop.Settings(epochs=1), tmp_path)
+        loop.train("vae", RECIPES["vae"], model, blobs(), loop.Settings(epochs=1), tmp_path)
     assert (tmp_path / checkpoint.CHECKPOINT).read_bytes() == kept
 
 
@@ -251,7 +252,7 @@ def test_bad_checkpoints_are_refused(tmp_path, vae):
 
 def test_mnist5k_is_real_and_its_split_is_fixed():
     digits = data.load("mnist5k")
-    assert digits.images.shape == (5000, 28, 28) and digits.images.dtype == torch.float32
+    assert digits.images.shape == (5000, 1, 28, 28) and digits.images.dtype == torch.float32
     assert digits.images.min() == 0 and digits.images.max() == 1
     assert digits.labels.bincount().tolist() == [500] * 10
     parts = data.split(digits)
@@ -260,11 +261,11 @@ def test_mnist5k_is_real_and_its_split_is_fixed():
     again = data.split(digits)
     assert torch.equal(parts.test.labels, again.test.labels)
     everything = torch.cat([parts.train.images, parts.validation.images, parts.test.images])
-    assert torch.equal(everything.sum((1, 2)).sort()[0], digits.images.sum((1, 2)).sort()[0])
+    assert torch.equal(everything.sum((1, 2, 3)).sort()[0], digits.images.sum((1, 2, 3)).sort()[0])
 
 
 def test_unknown_data_lists_the_table():
     with pytest.raises(data.UnknownData, match="expected one of mnist5k, got 'cifar'"):
         data.load("cifar")
     with pytest.raises(ValueError, match="expected shares"):
-        data.split(data.Images(torch.zeros(3, 2, 2), torch.zeros(3)), 0.5, 0.5)
+        data.split(data.Images(torch.zeros(3, 1, 2, 2), torch.zeros(3)), 0.5, 0.5)

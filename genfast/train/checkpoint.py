@@ -12,7 +12,7 @@ from torch import nn
 
 from genfast._extras import need
 from genfast._files import write_atomic
-from genfast.models import MODELS
+from genfast.train.recipes import RECIPES
 
 CHECKPOINT = "model.safetensors"
 FORMAT = 1
@@ -54,10 +54,10 @@ def load(folder: Path) -> tuple[nn.Module, dict]:
         raise BadCheckpoint(f"{path}: not a readable safetensors file ({error})") from None
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise BadCheckpoint(f"{path}: not a genfast checkpoint of format {FORMAT}")
-    if about["model"] not in MODELS:
-        known = ", ".join(MODELS)
+    if about["model"] not in RECIPES:
+        known = ", ".join(RECIPES)
         raise BadCheckpoint(f"{path}: model: expected one of {known}, got {about['model']!r}")
-    model = MODELS[about["model"]](**about["config"])
+    model = RECIPES[about["model"]].model(**about["config"])
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:

@@ -14,21 +14,21 @@ from torch import Tensor
 
 from genfast._extras import need
 from genfast.ops.rng import rand
+from genfast.train.recipe import Batch, Split
 
 
 @dataclass(frozen=True)
 class Images:
-    """images: (N, H, W) in [0, 1], float32. labels: (N,) int64."""
+    """images: (N, C, H, W) in [0, 1], float32. labels: (N,) int64."""
 
     images: Tensor
     labels: Tensor
 
+    def __len__(self) -> int:
+        return len(self.images)
 
-@dataclass(frozen=True)
-class Split:
-    train: Images
-    validation: Images
-    test: Images
+    def __getitem__(self, index: Tensor) -> Batch:
+        return self.images[index], self.labels[index]
 
 
 class UnknownData(ValueError):
@@ -48,7 +48,7 @@ def _mnist5k() -> Images:
         text = file.read()
     table = np.fromstring(text.replace(b"\n", b",").decode(), sep=",", dtype=np.float32)
     table = torch.from_numpy(table.reshape(-1, 785))
-    return Images((table[:, :-1] / 255).reshape(-1, 28, 28), table[:, -1].long())
+    return Images((table[:, :-1] / 255).reshape(-1, 1, 28, 28), table[:, -1].long())
 
 
 DATASETS: dict[str, Callable[[], Images]] = {"mnist5k": _mnist5k}
@@ -63,7 +63,7 @@ def load(name: str) -> Images:
 
 def split(data: Images, validation: float = 0.1, test: float = 0.1, seed: int = 0) -> Split:
     """A split by shares, the same for the same seed (the order of contract noise)."""
-    n = len(data.images)
+    n = len(data)
     order = torch.argsort(rand(n, seed=seed), stable=True)
     counts = [round(n * validation), round(n * test)]
     if min(counts) < 1 or sum(counts) >= n:
@@ -72,4 +72,5 @@ def split(data: Images, validation: float = 0.1, test: float = 0.1, seed: int = 
             f"got {validation} and {test}"
         )
     parts = order.split([n - sum(counts), *counts])
-    return Split(*(Images(data.images[i], data.labels[i]) for i in parts))
+    about = {"shape": list(data.images.shape[1:]), "classes": int(data.labels.max()) + 1}
+    return Split(*(Images(*data[i]) for i in parts), about)

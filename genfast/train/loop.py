@@ -1,7 +1,7 @@
 """The training loop. The same settings give the same run: every random number is contract noise.
 
-Streams of the run's seed: the noise of step s has stream s, the shuffle of epoch e SHUFFLE + e, the
-draws of an evaluation EVALUATION + batch.
+Streams of the run's seed: the seeds of step s's samples have stream s, the shuffle of epoch e
+SHUFFLE + e, the seeds of an evaluation EVALUATION.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from genfast.models._seeds import sample_seeds
 from genfast.ops.rng import rand
 from genfast.train import checkpoint
-from genfast.train.data import Split
+from genfast.train.recipe import Part, Recipe, Split
 
 SHUFFLE, EVALUATION = 1 << 32, 2 << 32
 LOG = "log.jsonl"
@@ -63,19 +64,23 @@ def lr_share(step: int, steps: int, warmup: int) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, x: Tensor, seed: int, batch_size: int = 500) -> float:
-    """Mean loss over x, nats a sample; always the same draws (seed, EVALUATION)."""
+def evaluate(
+    recipe: Recipe, model: nn.Module, part: Part, seed: int, batch_size: int = 500
+) -> float:
+    """Mean loss over a part, always with the same noise: sample i's is that of (seed, i)."""
     training = model.training
     model.eval()
+    seeds = sample_seeds(len(part), seed, EVALUATION)
     total = 0.0
-    for i, batch in enumerate(x.split(batch_size)):
-        total += model.loss(batch, seed=seed, stream=EVALUATION + i).item() * len(batch)
+    for index in torch.arange(len(part)).split(batch_size):
+        total += recipe.loss(model, part[index], seeds[index]).item() * len(index)
     model.train(training)
-    return total / len(x)
+    return total / len(part)
 
 
 def train(
     name: str,
+    recipe: Recipe,
     model: nn.Module,
     data: Split,
     settings: Settings,
@@ -83,14 +88,14 @@ def train(
     notes: dict | None = None,
     on_epoch: Callable[[dict], None] = lambda record: None,
 ) -> dict:
-    """Trains `model` (its `loss(x, seed=, stream=)`) and returns a summary.
+    """Trains `model` on `recipe.loss` and returns a summary.
 
     Writes out/model.safetensors at every best epoch and a line per epoch to out/log.jsonl; leaves
     the best epoch's weights in `model`. on_epoch: told each epoch's record. Raises Diverged.
     """
     s = settings
-    x, validation = data.train.images, data.validation.images
-    steps_per_epoch = math.ceil(len(x) / s.batch_size)
+    n = len(data.train)
+    steps_per_epoch = math.ceil(n / s.batch_size)
     steps = s.epochs * steps_per_epoch
     optimizer = torch.optim.Adam(model.parameters(), lr=s.lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -101,10 +106,11 @@ def train(
     model.train()
     with open(out / LOG, "w") as log:
         for epoch in range(1, s.epochs + 1):
-            order = torch.argsort(rand(len(x), seed=s.seed, stream=SHUFFLE + epoch), stable=True)
+            order = torch.argsort(rand(n, seed=s.seed, stream=SHUFFLE + epoch), stable=True)
             total = norm_sum = 0.0
             for index in order.split(s.batch_size):
-                loss = model.loss(x[index], seed=s.seed, stream=step)
+                seeds = sample_seeds(len(index), s.seed, step)
+                loss = recipe.loss(model, data.train[index], seeds)
                 optimizer.zero_grad()
                 loss.backward()
                 norm = nn.utils.clip_grad_norm_(model.parameters(), s.clip)
@@ -122,8 +128,8 @@ def train(
             record = {
                 "epoch": epoch,
                 "step": step,
-                "train_loss": total / len(x),
-                "validation_loss": evaluate(model, validation, s.seed),
+                "train_loss": total / n,
+                "validation_loss": evaluate(recipe, model, data.validation, s.seed),
                 "grad_norm": norm_sum / steps_per_epoch,
                 "lr": schedule.get_last_lr()[0],
                 "seconds": round(time.perf_counter() - start, 3),
@@ -135,7 +141,7 @@ def train(
                 best, best_epoch = record["validation_loss"], epoch
                 best_state = {k: v.clone() for k, v in model.state_dict().items()}
                 kept = {"epoch": epoch, "validation_loss": best, "settings": asdict(s)}
-                checkpoint.save(out, name, model, {**kept, **(notes or {})})
+                checkpoint.save(out, name, model, {**kept, **data.about, **(notes or {})})
             elif epoch - best_epoch >= s.patience:
                 break
     if not best_epoch:
@@ -145,6 +151,6 @@ def train(
         "best_epoch": best_epoch,
         "epochs": epoch,
         "validation_loss": best,
-        "test_loss": evaluate(model, data.test.images, s.seed),
+        "test_loss": evaluate(recipe, model, data.test, s.seed),
         "seconds": time.perf_counter() - start,
     }
