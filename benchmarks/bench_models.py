@@ -9,7 +9,7 @@ sampling step is all that a tile of images costs, over the rows of its plan.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -120,24 +120,25 @@ def _attending():
     return Diffusion((1, 28, 28), (16, 32, 64), attention=(0, 1), head_dim=16, classes=10)
 
 
-def _flops(build, B, calls=1) -> int:
-    """Of the forward pass, counted by torch; three times that with the backward pass."""
+@cache
+def _flops(build) -> int:
+    """Of one image's forward pass, counted by torch; three times that with the backward pass."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = fresh(build, "cpu")
+    model = build()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         if isinstance(model, Diffusion):
-            t = torch.zeros(B, dtype=torch.long)
-            model(torch.zeros(B, *model.shape), t, t)
+            t = torch.zeros(1, dtype=torch.long)
+            model(torch.zeros(1, *model.shape), t, t)
         else:
-            model(torch.zeros(B, *model.x_shape), seed=0)
-    return calls * counter.get_total_flops()
+            model(torch.zeros(1, *model.x_shape), seed=0)
+    return counter.get_total_flops()
 
 
 def _train(name, build, B, target, labels=False):
     return Case(
         "models", f"{name} train", (B, 1, 28, 28), partial(_training, build, labels, B),
-        flops=_flops(build, B, 3), targets={"reference": target},
+        flops=3 * B * _flops(build), targets={"reference": target},
     )  # fmt: skip
 
 
@@ -145,7 +146,7 @@ def _draw(name, build, steps, guidance):
     calls = steps * (2 if guidance != 1 else 1)
     return Case(
         "models", f"{name} sample {steps} steps", (TILE, 1, 28, 28),
-        partial(_sampling, build, steps, guidance), flops=_flops(build, TILE, calls),
+        partial(_sampling, build, steps, guidance), flops=TILE * calls * _flops(build),
         targets={"reference": 1.5},
     )  # fmt: skip
 
@@ -154,8 +155,8 @@ CASES = [
     _train("vae", VAE, 128, 1.5),
     _train("conv-vae", ConvVAE, 128, 1.0),
     Case(
-        "models", "vae sample", (64, 784), partial(_vae_sampling, VAE), flops=_flops(VAE, 64) // 2
-    ),
+        "models", "vae sample", (64, 784), partial(_vae_sampling, VAE), flops=32 * _flops(VAE)
+    ),  # fmt: skip
     _train("diffusion", _unet, 32, 1.0, labels=True),
     _train("diffusion attending", _attending, 32, 1.0, labels=True),
     _draw("diffusion", _unet, 4, 2.0),
