@@ -218,18 +218,22 @@ def masked(x0: Tensor, known: Tensor) -> Tensor:
 
 # ---- the model -----------------------------------------------------------------------------------
 
-# Names for plans -> the diffusers scheduler whose steps and options they are.
+# Names for plans -> the diffusers scheduler whose steps they are, and options that keep the
+# predicted x0 in [-1, 1]. Without them a small error of eps at the noisy end, where alpha is
+# 5e-5, becomes an x0 of thousands: dpm-solver++ then draws white noise around the digits.
+_CLIP = {"clip_sample": True}
+_THRESHOLD = {"thresholding": True, "sample_max_value": 1.0}
 PLANS = {
-    "ddpm": "DDPMScheduler",
-    "ddim": "DDIMScheduler",
-    "dpm-solver++": "DPMSolverMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-    "deis": "DEISMultistepScheduler",
-    "pndm": "PNDMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler-ancestral": "EulerAncestralDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "lms": "LMSDiscreteScheduler",
+    "ddpm": ("DDPMScheduler", _CLIP),
+    "ddim": ("DDIMScheduler", _CLIP),
+    "heun": ("HeunDiscreteScheduler", _CLIP),
+    "dpm-solver++": ("DPMSolverMultistepScheduler", _THRESHOLD),
+    "unipc": ("UniPCMultistepScheduler", _THRESHOLD),
+    "deis": ("DEISMultistepScheduler", _THRESHOLD),
+    "pndm": ("PNDMScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler-ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
 }
 
 
@@ -323,21 +327,23 @@ class Diffusion(nn.Module):
             want = f"labels in 0 ... {self.classes - 1}" if self.classes else "none"
             raise ValueError(f"y: expected {want}, got {'none' if y is None else 'labels'}")
 
-    def plan(self, name: str = "dpm-solver++", steps: int = 20, **options) -> schedulers.SolverPlan:
+    def plan(self, name: str = "ddpm", steps: int = 100, **options) -> schedulers.SolverPlan:
         """A solver plan on this model's schedule. options: of the diffusers scheduler's config.
 
-        Clips the predicted x0 to [-1, 1] where the solver can.
+        The predicted x0 stays in [-1, 1] where the solver can keep it there, see PLANS; prefer
+        prediction "v_prediction" for the others.
         """
         if name not in PLANS:
             raise ValueError(f"plan: expected one of {', '.join(PLANS)}, got {name!r}")
         if not 1 <= steps <= self.T:
             raise ValueError(f"steps: expected an int in 1 ... {self.T}, got {steps}")
+        scheduler, clipped = PLANS[name]
         config = {
             "num_train_timesteps": self.T, "prediction_type": self.prediction,
-            "clip_sample": True, "timestep_spacing": "trailing", **options,
+            "timestep_spacing": "trailing", **clipped, **options,
         }  # fmt: skip
         return schedulers.plan_from_config(
-            PLANS[name], config, steps, alphas_cumprod=self.noise.alpha_bar
+            scheduler, config, steps, alphas_cumprod=self.noise.alpha_bar
         )
 
     @torch.no_grad()

@@ -42,8 +42,8 @@ class DiffusionRecipe(ImageRecipe):
         "factor": Option(2, "of super-resolution"),
     }
     sample_options = {
-        "plan": Option("dpm-solver++", "a solver of genfast.models.diffusion.PLANS"),
-        "steps": Option(20, "of the solver"),
+        "plan": Option("ddpm", "a solver of genfast.models.diffusion.PLANS"),
+        "steps": Option(100, "of the solver"),
         "guidance": Option(1.0, "scale w of uncond + w (cond - uncond)"),
         "label": Option(-1, "draw this class; -1: one after another"),
         "given": Option("", "inpaint, super-resolution: data whose test part gives the known"),
