@@ -42,7 +42,7 @@ from torch import Tensor
 from genfast._native import _C
 
 # Order of the table; a family appears when its file does.
-FAMILIES = ("rng", "sampling", "diffusion", "schedulers", "attention")
+FAMILIES = ("rng", "sampling", "diffusion", "schedulers", "attention", "models")
 
 Call = Callable[[], object]
 

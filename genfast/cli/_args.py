@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from genfast.train.recipe import Option
 
 
 def positive(text: str) -> int:
@@ -20,15 +25,55 @@ def seed(text: str) -> int:
     return value
 
 
-def output_file(suffix: str):
-    """A path that ends in suffix and whose folder exists: refused before the work, not after."""
+def output_file(*suffixes: str):
+    """A path that ends in one of them, in a folder that exists: refused before the work."""
 
     def check(text: str) -> Path:
         path = Path(text)
-        if path.suffix.lower() != suffix:
-            raise argparse.ArgumentTypeError(f"expected a file name in {suffix}, got {text!r}")
+        if path.suffix.lower() not in suffixes:
+            raise argparse.ArgumentTypeError(
+                f"expected a file name in {' or '.join(suffixes)}, got {text!r}"
+            )
         if not path.parent.is_dir():
             raise argparse.ArgumentTypeError(f"the folder {path.parent} does not exist")
         return path
 
     return check
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def add_options(parser, tables: dict[str, dict[str, Option]]) -> None:
+    """One flag per name in the tables of the models; `chosen` says which came."""
+    users: dict[str, list[str]] = {}
+    for model, table in tables.items():
+        for name in table:
+            users.setdefault(name, []).append(model)
+    for name, models in users.items():
+        option = tables[models[0]][name]
+        kind = str if option.default is None else type(option.default)
+        defaults = ", ".join(dict.fromkeys(str(tables[m][name].default) for m in models))
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        parser.add_argument(
+            flag(name), default=argparse.SUPPRESS, **how,
+            help=f"{', '.join(models)}: {option.help} (default: {defaults})",
+        )  # fmt: skip
+
+
+def chosen(args, model: str, tables: dict[str, dict[str, Option]]) -> dict:
+    """The values of one model's options; ValueError for a flag of another model."""
+    own = tables[model]
+    for name in sorted({n for table in tables.values() for n in table} - set(own)):
+        if hasattr(args, name):
+            takes = ", ".join(map(flag, own)) or "none"
+            raise ValueError(f"{flag(name)}: no option of {model}, which takes {takes}")
+    return {name: getattr(args, name, option.default) for name, option in own.items()}
+
+
+def one_of(what: str, name: str, table: Iterable[str]) -> str:
+    table = list(table)
+    if name not in table:
+        raise ValueError(f"{what}: expected one of {', '.join(table)}, got {name!r}")
+    return name

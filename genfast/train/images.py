@@ -19,19 +19,21 @@ def to_bytes(x: Tensor) -> Tensor:
 
 
 def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tensor:
-    """images: (N, H, W) in [0, 1] -> (rows, columns) of them with gaps, uint8."""
-    n, h, w = images.shape
+    """images: (N, C, H, W) in [0, 1], C 1 or 3 -> rows of them with gaps, uint8 (H', W')
+    or (H', W', 3).
+    """
+    n, c, h, w = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
-    canvas = torch.zeros(rows * (h + gap) + gap, columns * (w + gap) + gap, dtype=torch.uint8)
-    for i, image in enumerate(to_bytes(images)):
+    canvas = torch.zeros(rows * (h + gap) + gap, columns * (w + gap) + gap, c, dtype=torch.uint8)
+    for i, image in enumerate(to_bytes(images).permute(0, 2, 3, 1)):
         top, left = gap + i // columns * (h + gap), gap + i % columns * (w + gap)
         canvas[top : top + h, left : left + w] = image
-    return canvas
+    return canvas.squeeze(-1)
 
 
 def save_png(path: Path, picture: Tensor, about: dict | None = None) -> None:
-    """picture: (H, W) uint8. about: kept as JSON in the PNG text field `genfast`."""
+    """picture: (H, W) or (H, W, 3) uint8. about: kept as JSON in the PNG text field `genfast`."""
     need("PIL")
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo

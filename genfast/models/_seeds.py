@@ -1,0 +1,31 @@
+"""Seeds per sample, and calls in tiles: what makes sample i the same in any batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from genfast.ops.rng import randint
+
+
+def sample_seeds(n: int, seed: int, stream: int = 0, start: int = 0, device=None) -> Tensor:
+    """Seeds of samples start ... start + n - 1, (n,) int64 in [0, 2**62): functions of (seed,
+    stream, index) alone."""
+    words = randint(0, 2**31, (n, 2), seed=seed, stream=stream, offset=2 * start, device=device)
+    return words[:, 0] << 31 | words[:, 1]
+
+
+def in_tiles(call: Callable[[int], Tensor], n: int, start: int, tile: int) -> Tensor:
+    """Rows start ... start + n - 1, where call(first) gives the `tile` rows from first on.
+
+    A matrix product or convolution may take another code path, and round otherwise, for another
+    number of rows. Here row i always stands at place i % tile of a call of `tile` rows, so its bits
+    do not depend on how the rows are cut into calls.
+    """
+    if n < 0 or start < 0:
+        raise ValueError(f"n, start: expected ints >= 0, got {n} and {start}")
+    first = start // tile * tile
+    rows = [call(at) for at in range(first, max(start + n, first + 1), tile)]
+    return torch.cat(rows)[start - first : start - first + n]
