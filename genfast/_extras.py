@@ -11,7 +11,7 @@ class MissingExtra(ImportError):
 
 # Extra -> its packages by import name.
 EXTRAS = {
-    "cli": ("rich", "matplotlib", "safetensors", "PIL", "mlxtend"),
+    "cli": ("rich", "matplotlib", "safetensors", "PIL", "mlxtend", "accelerate", "yaml"),
     "triton": ("triton",),
 }
 

@@ -7,17 +7,36 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+_MARK = ".part"
+
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """write(temporary path in the same folder), then rename: old or new, never half."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """write(temporary path in the same folder), then rename: old or new, never half, whenever the
+    process is killed. What a kill leaves behind, `remove_leftovers` finds.
+    """
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_MARK)
     os.close(handle)
     try:
         write(Path(temporary))
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        _sync(temporary)
         os.chmod(temporary, 0o644)  # mkstemp's are private
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+    if os.name == "posix":
+        _sync(path.parent)  # the rename itself
+
+
+def _sync(path: str | Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Temporary files of writers that were killed."""
+    for path in folder.glob(f".*{_MARK}"):
+        path.unlink(missing_ok=True)

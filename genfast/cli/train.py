@@ -1,4 +1,4 @@
-"""`genfast train MODEL --data NAME --out DIR`."""
+"""`genfast train MODEL --data NAME --out DIR`. Everything may also stand in --config FILE."""
 
 from __future__ import annotations
 
@@ -8,73 +8,133 @@ from dataclasses import fields
 from pathlib import Path
 
 from genfast._extras import need
-from genfast.cli._args import add_options, chosen, one_of, positive, seed
+from genfast.cli._args import add_options, chosen, flag, one_of, positive
+from genfast.train.recipe import Option
 from genfast.train.recipes import RECIPES
+from genfast.train.settings import Settings, read_config
 
+SETTINGS = {f.name: Option(f.default, f.metadata["help"]) for f in fields(Settings)}
 OPTIONS = {name: recipe.options for name, recipe in RECIPES.items()}
+WITH_RESUME = {"out", "resume", "threads", "device", "command", "run"}
 
 
 def add(commands) -> None:
-    p = commands.add_parser("train", help="train a model on real data")
-    p.add_argument("model", help=", ".join(RECIPES))
-    data = "; ".join(f"{name}: {', '.join(r.data)}" for name, r in RECIPES.items())
-    p.add_argument("--data", required=True, help=data)
-    p.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
     unset = argparse.SUPPRESS
-    p.add_argument("--epochs", type=positive, default=unset)
-    p.add_argument("--batch-size", type=positive, default=unset)
-    p.add_argument("--lr", type=float, default=unset, help="peak of the schedule")
-    p.add_argument("--warmup", type=float, default=unset, help="share of the steps")
-    p.add_argument("--clip", type=float, default=unset, help="largest norm of the gradient")
-    p.add_argument("--patience", type=positive, default=unset, help="epochs without improvement")
-    p.add_argument("--seed", type=seed, default=unset)
+    p = commands.add_parser(
+        "train",
+        help="train a model on real data",
+        epilog="Several processes: torchrun --nproc-per-node N -m genfast.cli train …, or "
+        "accelerate launch -m genfast.cli train ….",
+    )
+    p.add_argument("model", nargs="?", default=unset, help=", ".join(RECIPES))
+    data = "; ".join(f"{name}: {', '.join(r.data)}" for name, r in RECIPES.items())
+    p.add_argument("--data", default=unset, help=data)
+    p.add_argument("--out", type=Path, default=unset, metavar="DIR", help="folder to write to")
+    p.add_argument("--config", type=Path, default=unset, metavar="FILE",
+                   help="TOML or YAML with these names; flags win")  # fmt: skip
+    p.add_argument("--resume", action="store_true", default=unset,
+                   help="go on with the run in --out, with its settings")  # fmt: skip
+    p.add_argument("--device", choices=("auto", "cpu"), default=unset)
     p.add_argument("--threads", type=positive, default=unset, help="of torch")
+    add_options(p.add_argument_group("settings"), {"": SETTINGS})
     add_options(p.add_argument_group("options of the models"), OPTIONS)
-    p.set_defaults(run=run)
+    p.set_defaults(run=lambda args: run(configured(p, args)))
+
+
+def configured(parser, args):
+    """args, completed from --config. ValueError for a name that is no flag, or a wrong value."""
+    if "config" not in args:
+        return args
+    actions = {a.dest: a for a in parser._actions if a.dest not in ("help", "config")}
+    for name, value in read_config(args.config).items():
+        if name not in actions:
+            known = ", ".join(sorted(actions))
+            raise ValueError(f"{args.config}: {name}: expected one of {known}")
+        if name in args:
+            continue
+        action = actions[name]
+        try:
+            if action.nargs == 0:  # a switch
+                if not isinstance(value, bool):
+                    raise ValueError(f"expected true or false, got {value!r}")
+            else:
+                value = action.type(str(value)) if action.type else str(value)
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            raise ValueError(f"{args.config}: {name}: {error}") from None
+        setattr(args, name, value)
+    return args
 
 
 def run(args) -> None:
-    import torch
-
-    from genfast.train import checkpoint, loop
-
+    if "out" not in args:
+        raise ValueError("--out: expected the folder to write to; pass --out DIR")
+    if getattr(args, "resume", False):
+        resume(args)
+        return
+    for name, say in (("model", "MODEL: expected one of " + ", ".join(RECIPES)),
+                      ("data", "--data: expected the name of a data set")):  # fmt: skip
+        if name not in args:
+            raise ValueError(say)
     name = one_of("model", args.model, RECIPES)
-    recipe, options = RECIPES[name], chosen(args, name, OPTIONS)
-    need("rich", "safetensors", "PIL")
-    given = {f.name: getattr(args, f.name) for f in fields(loop.Settings) if f.name in args}
-    settings = loop.Settings(**{**recipe.settings, **given})
-    if hasattr(args, "threads"):
+    given = {key: getattr(args, key) for key in SETTINGS if key in args}
+    settings = Settings(**{**RECIPES[name].settings, **given})
+    follow(args, name, settings, chosen(args, name, OPTIONS), args.data)
+
+
+def resume(args) -> None:
+    """The settings of the run, and no others: only then is the continuation the same run."""
+    from genfast.train import state
+
+    more = sorted(set(vars(args)) - WITH_RESUME - {"config"})
+    if more and "config" not in args:
+        raise ValueError(
+            f"--resume: goes on with the settings of the run; leave {', '.join(map(flag, more))} "
+            "away"
+        )
+    about = state.about(args.out)
+    follow(args, about["model"], Settings(**about["settings"]), about["options"], about["data"])
+
+
+def follow(args, name: str, settings: Settings, options: dict, data_name: str) -> None:
+    """Trains under a progress bar and says what came of it."""
+    need("rich", "safetensors", "PIL", "matplotlib", "accelerate")
+    import torch
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    from genfast.train import checkpoint, loop, plot
+
+    recipe = RECIPES[name]
+    if "threads" in args:
         torch.set_num_threads(args.threads)
-    data = recipe.load(args.data, options)
+    data = recipe.load(data_name, options)
     args.out.mkdir(parents=True, exist_ok=True)
     model = checkpoint.initialised(lambda: recipe.build(data.about, options), settings.seed)
-    summary = follow(name, settings, model, data, args)
-    files = recipe.finish(model.eval(), data, settings.seed, args.out)
+    columns = (TextColumn("epoch {task.fields[epoch]}"), BarColumn(), Remaining(compact=True))
+    bar = Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True),
+                   disable=not sys.stderr.isatty())  # fmt: skip
+    with bar:
+        task = bar.add_task("", total=settings.epochs, epoch=1)
+        per_epoch = -(-len(data.train) // settings.batch_size)
+
+        def show(progress, record) -> None:
+            bar.update(task, completed=progress.step / per_epoch, epoch=progress.epoch)
+            if record:
+                losses = (f"{k} {record[k + '_loss']:.4g}" for k in ("train", "validation"))
+                bar.update(task, description="  ".join(losses))
+
+        summary = loop.train(
+            name, recipe, model, data, settings, args.out, {"data": data_name, "options": options},
+            show, getattr(args, "resume", False), getattr(args, "device", "auto"),
+        )  # fmt: skip
+    if not summary["main"]:
+        return
+    plot.losses(loop.records(args.out / loop.LOG), args.out / plot.PLOT)
+    files = recipe.finish(model.cpu().eval(), data, settings.seed, args.out)
     print(
         f"best epoch {summary['best_epoch']} of {summary['epochs']} in {summary['seconds']:.1f} s: "
         f"loss {summary['validation_loss']:.4g} on the validation part, "
         f"{summary['test_loss']:.4g} on the test part ({len(data.test)} samples)"
     )
-    print(f"wrote {', '.join((checkpoint.CHECKPOINT, loop.LOG, *files))}: {args.out}")
-
-
-def follow(name, settings, model, data, args) -> dict:
-    """Trains under a progress bar."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as Remaining
-
-    from genfast.train import loop
-
-    columns = (TextColumn("epoch"), BarColumn(), MofNCompleteColumn(), Remaining(compact=True))
-    bar = Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True),
-                   disable=not sys.stderr.isatty())  # fmt: skip
-    with bar:
-        task = bar.add_task("", total=settings.epochs)
-
-        def show(record: dict) -> None:
-            text = f"train {record['train_loss']:.4g}  validation {record['validation_loss']:.4g}"
-            bar.update(task, advance=1, description=text)
-
-        notes = {"data": args.data}
-        return loop.train(name, RECIPES[name], model, data, settings, args.out, notes, show)
+    print(f"wrote {', '.join((checkpoint.CHECKPOINT, loop.LOG, plot.PLOT, *files))}: {args.out}")

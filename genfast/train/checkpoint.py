@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from genfast._extras import need
 from genfast._files import write_atomic
@@ -22,30 +22,29 @@ class BadCheckpoint(ValueError):
     pass
 
 
+def facts(name: str, model: nn.Module) -> dict:
+    """What every file of a model says first."""
+    return {"format": FORMAT, "model": name, "config": model.config}
+
+
 def save(folder: Path, name: str, model: nn.Module, notes: dict) -> Path:
     """Writes folder/model.safetensors. notes: JSON values kept beside the configuration."""
     need("safetensors")
     from safetensors.torch import save_file
 
-    about = {"format": FORMAT, "model": name, "config": model.config, **notes}
+    about = {**facts(name, model), **notes}
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     path = folder / CHECKPOINT
-    write_atomic(
-        path, lambda p: save_file(tensors, p, {"format": "pt", "genfast": json.dumps(about)})
-    )
+    # One entry: with two, their order in the file would be random, and its hash with it.
+    write_atomic(path, lambda p: save_file(tensors, p, {"genfast": json.dumps(about)}))
     return path
 
 
-def load(folder: Path) -> tuple[nn.Module, dict]:
-    """The model in eval mode, and what `save` was told; BadCheckpoint otherwise."""
+def read(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """The tensors of a safetensors file of genfast, and its facts; BadCheckpoint otherwise."""
     need("safetensors")
     from safetensors import SafetensorError, safe_open
 
-    path = folder / CHECKPOINT
-    if not path.is_file():
-        raise BadCheckpoint(
-            f"{folder}: expected a folder that holds {CHECKPOINT}, as `genfast train` writes it"
-        )
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("genfast", "null"))
@@ -57,6 +56,17 @@ def load(folder: Path) -> tuple[nn.Module, dict]:
     if about["model"] not in RECIPES:
         known = ", ".join(RECIPES)
         raise BadCheckpoint(f"{path}: model: expected one of {known}, got {about['model']!r}")
+    return tensors, about
+
+
+def load(folder: Path) -> tuple[nn.Module, dict]:
+    """The model in eval mode, and what `save` was told; BadCheckpoint otherwise."""
+    path = folder / CHECKPOINT
+    if not path.is_file():
+        raise BadCheckpoint(
+            f"{folder}: expected a folder that holds {CHECKPOINT}, as `genfast train` writes it"
+        )
+    tensors, about = read(path)
     model = RECIPES[about["model"]].model(**about["config"])
     try:
         model.load_state_dict(tensors)
