@@ -59,7 +59,7 @@ def beam_search(
         if all(done):
             break
         # Those that end sort behind all that go on, in the order of their scores.
-        goes_on = (token == eos).to(torch.int8).argsort(1, stable=True)[:, :beams]
+        goes_on = (token == eos).to(torch.int8).argsort(dim=1, stable=True)[:, :beams]
         total, parent, token = (x.gather(1, goes_on) for x in (total, parent, token))
         total = total.masked_fill(token == eos, -torch.inf)
         written = torch.cat([written[rows // beams, parent], token[..., None]], -1)
