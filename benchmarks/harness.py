@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 # Order of the table; a family appears when its file does.
-FAMILIES = ("rng", "sampling", "diffusion", "schedulers", "attention")
+FAMILIES = ("rng", "sampling", "diffusion", "schedulers", "attention", "transformers")
 
 Call = Callable[[], object]
 
