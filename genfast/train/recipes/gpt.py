@@ -29,7 +29,7 @@ class GPTRecipe(TextRecipe):
     }
     sample_options = {
         "prompt": Option("", "text to go on from"),
-        "tokens": Option(200, "bytes to write"),
+        "tokens": Option(0, "bytes to write, at most; 0: as many as the context holds"),
         "temperature": Option(0.8, "0: greedy"),
         "top_k": Option(0, "keep the k likeliest; 0: all"),
         "top_p": Option(0.95, "keep the likeliest that make up this probability"),
@@ -47,6 +47,7 @@ class GPTRecipe(TextRecipe):
         options = dict(options)
         prompt, tokens = options.pop("prompt"), options.pop("tokens")
         ids = torch.tensor([text.EOS, *text.encode(prompt)])
+        tokens = tokens or max(model.context - len(ids), 0)
         found = model.generate(
             ids.expand(count, -1),
             tokens,
