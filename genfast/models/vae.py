@@ -1,20 +1,22 @@
-"""The variational autoencoder with one hidden layer, 784-400-20.
+"""Variational autoencoders: one hidden layer (784-400-20), and convolutional.
 
     q(z|x) = N(mu(x), e^logvar(x)),  p(z) = N(0, 1),  p(x|z) = Bernoulli(sigmoid(decode(z)))
     elbo(x) = ln p(x|z) - KL(q(z|x) || p(z)),  z = mu + e^(logvar/2) eps
 
-Kingma & Welling, "Auto-encoding variational Bayes", 2014, appendix C.1 and B. Letters: x (B, x_dim)
-in [0, 1]; z, mu, logvar (B, z_dim). Sizes and state-dict keys (fc1, fc21, fc22, fc3, fc4) are those
-of the VAE of pytorch/examples, so its checkpoints load here and the other way round.
+Kingma & Welling, "Auto-encoding variational Bayes", 2014, appendix C.1 and B. Letters: x in [0, 1],
+(B, x_dim) or (B, C, H, W); z, mu, logvar (B, z_dim); beta of the loss ln p(x|z) - beta KL: Higgins
+et al., "beta-VAE", 2017. seed, stream: as in `genfast.reparameterize`.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genfast.models._seeds import in_tiles
+from genfast.models._seeds import in_tiles, sample_seeds
 from genfast.ops.rng import randn
 from genfast.ops.sampling import reparameterize
 
@@ -23,63 +25,77 @@ from genfast.ops.sampling import reparameterize
 TILE = 64
 
 
-class VAE(nn.Module):
-    def __init__(self, x_dim: int = 784, h_dim: int = 400, z_dim: int = 20):
-        super().__init__()
-        self.x_dim, self.h_dim, self.z_dim = x_dim, h_dim, z_dim
-        self.fc1 = nn.Linear(x_dim, h_dim)
-        self.fc21 = nn.Linear(h_dim, z_dim)  # mu
-        self.fc22 = nn.Linear(h_dim, z_dim)  # logvar
-        self.fc3 = nn.Linear(z_dim, h_dim)
-        self.fc4 = nn.Linear(h_dim, x_dim)
+class GaussianVAE(nn.Module):
+    """Everything but the two networks: a subclass defines `encode`, `decode` and x_shape."""
 
-    @property
-    def config(self) -> dict[str, int]:
-        """The constructor's arguments."""
-        return {"x_dim": self.x_dim, "h_dim": self.h_dim, "z_dim": self.z_dim}
-
-    def _flat(self, x: Tensor) -> Tensor:
-        """(B, ...) of x_dim values a sample -> (B, x_dim)."""
-        if x.dim() < 2 or x[0].numel() != self.x_dim:
-            raise ValueError(
-                f"x: expected (B, ...) with {self.x_dim} values a sample, got shape "
-                f"{tuple(x.shape)}; resize the images or build VAE(x_dim=...)"
-            )
-        return x.flatten(1)
+    x_shape: tuple[int, ...]
+    z_dim: int
+    beta: float
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """mu, logvar of q(z|x), each (B, z_dim)."""
-        h = F.relu(self.fc1(self._flat(x)))
-        return self.fc21(h), self.fc22(h)
+        raise NotImplementedError
 
     def decode(self, z: Tensor) -> Tensor:
-        """Logits of p(x|z), (B, x_dim)."""
-        return self.fc4(F.relu(self.fc3(z)))
+        """Logits of p(x|z), (B, *x_shape)."""
+        raise NotImplementedError
+
+    def _shaped(self, x: Tensor) -> Tensor:
+        """(B, ...) with x_shape's number of values a sample -> (B, *x_shape)."""
+        if x.dim() < 2 or x[0].numel() != math.prod(self.x_shape):
+            raise ValueError(
+                f"x: expected (B, ...) with {math.prod(self.x_shape)} values a sample, got shape "
+                f"{tuple(x.shape)}; resize the images or build the model for this size"
+            )
+        return x.reshape(len(x), *self.x_shape)
 
     def forward(self, x: Tensor, *, seed=None, stream: int = 0) -> tuple[Tensor, Tensor]:
-        """Logits of p(x|z) (B, x_dim) of one draw z ~ q(z|x), and the KL of each sample (B,).
-
-        seed, stream: as in `genfast.reparameterize`.
-        """
+        """Logits of p(x|z) (B, *x_shape) of one draw z ~ q(z|x), and the KL of each sample (B,)."""
         mu, logvar = self.encode(x)
         z, kl = reparameterize(
             mu, logvar, seed=seed, stream=stream, return_kl=True, kl_reduction="none"
         )
         return self.decode(z), kl
 
+    def _nll(self, logits: Tensor, x: Tensor) -> Tensor:
+        """-ln p(x|z), (B,)."""
+        x = self._shaped(x)
+        return F.binary_cross_entropy_with_logits(logits, x, reduction="none").flatten(1).sum(1)
+
     def elbo(self, x: Tensor, *, seed=None, stream: int = 0) -> Tensor:
         """One-draw estimate of the evidence lower bound of each sample, (B,), nats."""
         logits, kl = self(x, seed=seed, stream=stream)
-        nll = F.binary_cross_entropy_with_logits(logits, self._flat(x), reduction="none").sum(1)
-        return -nll - kl
+        return -self._nll(logits, x) - kl
 
     def loss(self, x: Tensor, *, seed=None, stream: int = 0) -> Tensor:
-        """-elbo averaged over the batch, (), nats a sample."""
-        return -self.elbo(x, seed=seed, stream=stream).mean()
+        """Mean of -ln p(x|z) + beta KL over the batch, (), nats a sample; -elbo when beta is 1."""
+        logits, kl = self(x, seed=seed, stream=stream)
+        return (self._nll(logits, x) + self.beta * kl).mean()
+
+    @torch.no_grad()
+    def bound(self, x: Tensor, draws: int = 50, *, seed: int = 0) -> Tensor:
+        """Lower bound on ln p(x) of each sample, (B,), nats, tighter than the elbo:
+        ln 1/K sum_k p(x, z_k) / q(z_k|x). Burda et al., "Importance weighted autoencoders", 2016.
+        """
+        if draws < 1:
+            raise ValueError(f"draws: expected an int >= 1, got {draws}")
+        mu, logvar = self.encode(x)
+        seeds = sample_seeds(len(x), seed, device=mu.device)
+        total = torch.full(mu.shape[:1], -math.inf, device=mu.device, dtype=mu.dtype)
+        for k in range(draws):
+            z = reparameterize(mu, logvar, seed=seeds, stream=k)
+            eps2 = (z - mu).square() / logvar.exp()
+            ratio = 0.5 * (logvar + eps2 - z.square()).sum(1)  # ln p(z) - ln q(z|x)
+            total = torch.logaddexp(total, ratio - self._nll(self.decode(z), x))
+        return total - math.log(draws)
+
+    def anomaly_score(self, x: Tensor, draws: int = 16, *, seed: int = 0) -> Tensor:
+        """-bound(x), (B,), nats: large for what the training data did not hold."""
+        return -self.bound(x, draws, seed=seed)
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
-        """Mean of p(x|z) at z = mu(x), (B, x_dim) in (0, 1)."""
+        """Mean of p(x|z) at z = mu(x), (B, *x_shape) in (0, 1)."""
         return torch.sigmoid(self.decode(self.encode(x)[0]))
 
     def prior(self, n: int, seed: int, start: int = 0) -> Tensor:
@@ -87,16 +103,15 @@ class VAE(nn.Module):
 
         All samples share one stream of noise; sample i owns its elements i z_dim ... (i+1) z_dim.
         """
-        weight = self.fc3.weight
+        weight = next(self.parameters())
         return randn(n, self.z_dim, seed=seed, offset=start * self.z_dim, device=weight.device).to(
             weight.dtype
         )
 
     @torch.no_grad()
     def sample(self, n: int, seed: int, start: int = 0) -> Tensor:
-        """Means of p(x|z) for samples start ... start + n - 1 of the prior, (n, x_dim) in (0, 1).
-
-        The same bits for sample i however the samples are cut into calls (see TILE).
+        """Means of p(x|z) for samples start ... start + n - 1 of the prior, (n, *x_shape) in
+        (0, 1). The same bits for sample i however the samples are cut into calls (see TILE).
         """
         return in_tiles(
             lambda at: torch.sigmoid(self.decode(self.prior(TILE, seed, at))), n, start, TILE
@@ -104,9 +119,72 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def interpolate(self, x0: Tensor, x1: Tensor, steps: int = 8) -> Tensor:
-        """Means of p(x|z) on the straight line between mu(x0) and mu(x1), (B, steps, x_dim)."""
+        """Means of p(x|z) on the straight line between mu(x0) and mu(x1), (B, steps, *x_shape)."""
         if steps < 2:
             raise ValueError(f"steps: expected an int >= 2, got {steps}")
         z0, z1 = self.encode(x0)[0], self.encode(x1)[0]
         t = torch.linspace(0, 1, steps, dtype=z0.dtype, device=z0.device)[:, None]
-        return torch.sigmoid(self.decode(torch.lerp(z0[:, None], z1[:, None], t)))
+        z = torch.lerp(z0[:, None], z1[:, None], t)
+        return torch.sigmoid(self.decode(z.flatten(0, 1))).unflatten(0, (-1, steps))
+
+
+class VAE(GaussianVAE):
+    """Sizes and state-dict keys (fc1, fc21, fc22, fc3, fc4) are those of the VAE of
+    pytorch/examples, so its checkpoints load here and the other way round.
+    """
+
+    def __init__(self, x_dim: int = 784, h_dim: int = 400, z_dim: int = 20, beta: float = 1.0):
+        super().__init__()
+        self.config = {"x_dim": x_dim, "h_dim": h_dim, "z_dim": z_dim, "beta": beta}
+        self.x_shape, self.z_dim, self.beta = (x_dim,), z_dim, beta
+        self.fc1 = nn.Linear(x_dim, h_dim)
+        self.fc21 = nn.Linear(h_dim, z_dim)  # mu
+        self.fc22 = nn.Linear(h_dim, z_dim)  # logvar
+        self.fc3 = nn.Linear(z_dim, h_dim)
+        self.fc4 = nn.Linear(h_dim, x_dim)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = F.relu(self.fc1(self._shaped(x)))
+        return self.fc21(h), self.fc22(h)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.fc4(F.relu(self.fc3(z)))
+
+
+class ConvVAE(GaussianVAE):
+    """Two convolutions of stride 2 (C -> width -> 2 width), a linear layer to mu and logvar, and
+    the same back with transposed convolutions. shape: (C, H, W), H and W multiples of 4.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int, int] = (1, 28, 28), width: int = 32, z_dim: int = 20,
+        beta: float = 1.0,
+    ):  # fmt: skip
+        super().__init__()
+        if len(shape) != 3 or shape[1] % 4 or shape[2] % 4:
+            raise ValueError(
+                f"shape: expected (C, H, W) with H and W multiples of 4, got {tuple(shape)}; crop "
+                "or pad the images"
+            )
+        self.config = {"shape": list(shape), "width": width, "z_dim": z_dim, "beta": beta}
+        self.x_shape, self.z_dim, self.beta = tuple(shape), z_dim, beta
+        C, H, W = shape
+        self.inner = (2 * width, H // 4, W // 4)
+        features = math.prod(self.inner)
+        self.encoder = nn.Sequential(
+            nn.Conv2d(C, width, 4, 2, 1), nn.SiLU(), nn.Conv2d(width, 2 * width, 4, 2, 1), nn.SiLU()
+        )
+        self.to_posterior = nn.Linear(features, 2 * z_dim)  # mu, then logvar
+        self.from_z = nn.Linear(z_dim, features)
+        self.decoder = nn.Sequential(
+            nn.SiLU(), nn.ConvTranspose2d(2 * width, width, 4, 2, 1), nn.SiLU(),
+            nn.ConvTranspose2d(width, C, 4, 2, 1),
+        )  # fmt: skip
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.encoder(self._shaped(x)).flatten(1)
+        mu, logvar = self.to_posterior(h).chunk(2, 1)
+        return mu, logvar
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.decoder(self.from_z(z).unflatten(1, self.inner))

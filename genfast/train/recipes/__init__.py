@@ -1,9 +1,15 @@
 """`RECIPES`: the table behind `genfast train NAME`."""
 
 from genfast.train.recipe import Batch, Option, Part, Recipe, Split
+from genfast.train.recipes.diffusion import DiffusionRecipe
 from genfast.train.recipes.transformers import TRANSFORMERS
-from genfast.train.recipes.vae import VAERecipe
+from genfast.train.recipes.vae import ConvVAERecipe, VAERecipe
 
-RECIPES: dict[str, Recipe] = {"vae": VAERecipe(), **TRANSFORMERS}
+RECIPES: dict[str, Recipe] = {
+    "vae": VAERecipe(),
+    "conv-vae": ConvVAERecipe(),
+    "diffusion": DiffusionRecipe(),
+    **TRANSFORMERS,
+}
 
 __all__ = ["RECIPES", "Batch", "Option", "Part", "Recipe", "Split"]

@@ -1,11 +1,13 @@
-"""What the recipes of image models share: data, PNG grids, pictures."""
+"""What the recipes of image models share: data, PNG grids, judging what was drawn."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from genfast.metrics import images as metrics
 from genfast.train import data, images
 from genfast.train.recipe import Recipe, Split
 
@@ -23,3 +25,14 @@ class ImageRecipe(Recipe):
         pixels = torch.cat(samples).view(-1, *about["shape"])
         images.save_png(out, images.grid(pixels), provenance)
         return f"wrote {out}"
+
+    def judge(self, drawn: Tensor, data: Split, seed: int) -> dict[str, float]:
+        """Drawn images (N, C, H, W) against the test part, in the features of a classifier trained
+        on the training part."""
+        features = metrics.trained_classifier(data, seed)
+        real, _ = data.test[torch.arange(len(data.test))]
+        return {
+            f"{features.kind} accuracy": features.accuracy,
+            f"{features.kind} FID": metrics.frechet_distance(features, real, drawn),
+            **metrics.precision_recall_density_coverage(features(real), features(drawn)),
+        }

@@ -1,4 +1,4 @@
-"""vae: `genfast.models.VAE` on images."""
+"""vae, conv-vae: `genfast.models.VAE` and `ConvVAE` on images."""
 
 from __future__ import annotations
 
@@ -8,40 +8,65 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from genfast.models import VAE
+from genfast.metrics import images as metrics
+from genfast.models import VAE, ConvVAE
 from genfast.models._seeds import sample_seeds
+from genfast.models.vae import GaussianVAE
 from genfast.train import images
 from genfast.train.recipe import Batch, Option, Split
 from genfast.train.recipes.images import ImageRecipe
 
+LATENT = {
+    "z_dim": Option(20, "latent dimensions"),
+    "beta": Option(1.0, "weight of the KL (Higgins et al. 2017)"),
+}
+
 
 class VAERecipe(ImageRecipe):
     model = VAE
-    options = {
-        "h_dim": Option(400, "width of the hidden layers"),
-        "z_dim": Option(20, "latent dimensions"),
-    }
+    options = {"h_dim": Option(400, "width of the hidden layers"), **LATENT}
 
-    def build(self, about: dict, options: dict) -> VAE:
+    def build(self, about: dict, options: dict) -> GaussianVAE:
         return VAE(math.prod(about["shape"]), **options)
 
-    def loss(self, model: VAE, batch: Batch, seeds: Tensor) -> Tensor:
+    def loss(self, model: GaussianVAE, batch: Batch, seeds: Tensor) -> Tensor:
         return model.loss(batch[0], seed=seeds)
 
-    def sample(self, model: VAE, about, count, seed, start, options) -> Tensor:
+    def sample(self, model: GaussianVAE, about, count, seed, start, options) -> Tensor:
         return model.sample(count, seed, start)
 
     @torch.no_grad()
-    def evaluate(self, model: VAE, data: Split, seed, count, options) -> dict[str, float]:
+    def evaluate(self, model: GaussianVAE, data: Split, seed, count, options) -> dict[str, float]:
         x, _ = data.test[torch.arange(len(data.test))]
         elbo = model.elbo(x, seed=sample_seeds(len(x), seed))
-        error = (model.reconstruct(x).view_as(x) - x).square().mean()
-        return {"elbo": elbo.mean().item(), "reconstruction_mse": error.item()}
+        found = {
+            "elbo, nats": elbo.mean().item(),
+            "ln p(x) >= (50 draws), nats": model.bound(x, seed=seed).mean().item(),
+            "reconstruction PSNR, dB": metrics.psnr(model.reconstruct(x).view_as(x), x).item(),
+        }
+        drawn = model.sample(count, seed).view(-1, *x.shape[1:])
+        return {**found, **self.judge(drawn, data, seed)}
 
-    def finish(self, model: VAE, data: Split, seed: int, out: Path) -> list[str]:
-        x = data.test.images[:32]
+    def finish(self, model: GaussianVAE, data: Split, seed: int, out: Path) -> list[str]:
+        shape = data.about["shape"]
+        x, _ = data.test[torch.arange(min(32, len(data.test)))]
         pairs = torch.stack([x, model.reconstruct(x).view_as(x)], 1).flatten(0, 1)
-        images.save_png(out / "reconstructions.png", images.grid(pairs, columns=8))
-        samples = model.sample(64, seed).view(-1, *data.about["shape"])
-        images.save_png(out / "samples.png", images.grid(samples))
-        return ["samples.png", "reconstructions.png"]
+        half = len(x) // 2
+        lines = model.interpolate(x[:8], x[half : half + 8], 8).view(-1, *shape)
+        pictures = {
+            "reconstructions.png": pairs,
+            "interpolations.png": lines,
+            "samples.png": model.sample(64, seed).view(-1, *shape),
+        }
+        for name, picture in pictures.items():
+            images.save_png(out / name, images.grid(picture, columns=8))
+        return list(pictures)
+
+
+class ConvVAERecipe(VAERecipe):
+    model = ConvVAE
+    options = {"width": Option(32, "channels of the first convolution"), **LATENT}
+    settings = {"lr": 2e-3, "epochs": 30}
+
+    def build(self, about: dict, options: dict) -> GaussianVAE:
+        return ConvVAE(about["shape"], **options)

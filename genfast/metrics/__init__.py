@@ -1,0 +1,1 @@
+"""Metrics of what models draw: `images` and `text`."""

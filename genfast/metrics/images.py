@@ -1,0 +1,123 @@
+"""Metrics of images (N, C, H, W) in [0, 1].
+
+Distances between sets of images are measured in the features of a small classifier that is trained
+here, on the labels of the data set itself. They compare models trained on the same data; they are
+not comparable with the FID of the literature, whose features are Inception-v3's, and are never
+called by its name alone.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genfast._extras import need
+from genfast.ops.rng import rand
+from genfast.train.recipe import Split
+
+
+def psnr(x: Tensor, truth: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of the whole set, dB, ()."""
+    return -10 * (x - truth).square().mean().log10()
+
+
+# ---- features ------------------------------------------------------------------------------------
+
+
+class Classifier(nn.Module):
+    """Two convolutions and two linear layers. forward: features (N, width), float32, what
+    torchmetrics' FrechetInceptionDistance wants of its feature extractor."""
+
+    kind = "digit-classifier"
+
+    def __init__(self, shape: tuple[int, int, int], classes: int, width: int = 64):
+        super().__init__()
+        C, H, W = shape
+        self.body = nn.Sequential(
+            nn.Conv2d(C, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Linear(32 * (H // 4) * (W // 4), width), nn.ReLU(),
+        )  # fmt: skip
+        self.head = nn.Linear(width, classes)
+        self.num_features = width  # torchmetrics asks for it
+        self.accuracy = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x.float())
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.head(self(x))
+
+
+def trained_classifier(data: Split, seed: int = 0, epochs: int = 6) -> Classifier:
+    """A `Classifier` of the training part's labels; its accuracy on the test part is kept in it.
+
+    The same bits for the same seed: Adam, batches of 64 in an order of contract noise.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Classifier(tuple(data.about["shape"]), data.about["classes"])
+    n = len(data.train)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    with torch.enable_grad():
+        for epoch in range(epochs):
+            order = torch.argsort(rand(n, seed=seed, stream=epoch), stable=True)
+            for index in order.split(64):
+                x, y = data.train[index]
+                optimizer.zero_grad()
+                F.cross_entropy(model.logits(x), y).backward()
+                optimizer.step()
+    model.eval().requires_grad_(False)
+    x, y = data.test[torch.arange(len(data.test))]
+    model.accuracy = (model.logits(x).argmax(1) == y).float().mean().item()
+    return model
+
+
+# ---- distances -----------------------------------------------------------------------------------
+
+
+def frechet_distance(features: nn.Module, real: Tensor, drawn: Tensor) -> float:
+    """Squared Frechet distance of two Gaussians fitted to the features: torchmetrics' FID with
+    another extractor (Heusel et al. 2017)."""
+    need("torchmetrics")
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    fid = FrechetInceptionDistance(feature=features, normalize=True)
+    for batch, is_real in ((real, True), (drawn, False)):
+        for part in batch.split(500):
+            fid.update(part, real=is_real)
+    return fid.compute().item()
+
+
+def precision_recall_density_coverage(real: Tensor, drawn: Tensor, k: int = 5) -> dict[str, float]:
+    """Naeem et al., "Reliable fidelity and diversity metrics for generative models", 2020;
+    precision and recall: Kynkaanniemi et al. 2019. real (N, F), drawn (M, F): features; k < N, M.
+
+    B(x, r): the ball to x's k-th nearest neighbour in its own set.
+    precision: share of drawn in some real ball. recall: of real in some drawn ball.
+    density: mean number of real balls that hold a drawn sample, over k. coverage: share of real
+    balls that hold a drawn one.
+    """
+    for name, x in (("real", real), ("drawn", drawn)):
+        if x.dim() != 2 or len(x) <= k:
+            raise ValueError(f"{name}: expected more than k = {k} rows, got {tuple(x.shape)}")
+    real, drawn = real.double(), drawn.double()
+
+    def radii(x: Tensor) -> Tensor:
+        return distances(x, x).kthvalue(k + 1, dim=1).values  # the nearest is x itself
+
+    between = distances(real, drawn)
+    r_real, r_drawn = radii(real), radii(drawn)
+    in_real = between < r_real[:, None]
+    return {
+        "precision": in_real.any(0).double().mean().item(),
+        "recall": (between < r_drawn).any(1).double().mean().item(),
+        "density": in_real.sum(0).double().mean().item() / k,
+        "coverage": (between.min(1).values < r_real).double().mean().item(),
+    }
+
+
+def distances(a: Tensor, b: Tensor) -> Tensor:
+    """Euclidean, (len(a), len(b))."""
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
