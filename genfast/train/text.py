@@ -7,7 +7,6 @@ train, any language, and bits per byte that compare across models.
 from __future__ import annotations
 
 import ast
-import math
 import re
 import sysconfig
 from collections.abc import Callable, Iterable, Sequence
@@ -203,7 +202,3 @@ def pairs(name: str, sizes: tuple[int, int]) -> Split:
         )
     parts = [Pairs.of(p, sizes) for p in parted(found)]
     return Split(*parts, {"vocab": VOCAB, "sizes": list(sizes)})
-
-
-def bits(nats: float) -> float:
-    return nats / math.log(2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -47,4 +49,4 @@ class BERTRecipe(TextRecipe):
             right += int((logits.argmax(-1) == true).sum())
             nats += torch.nn.functional.cross_entropy(logits, true, reduction="sum").item()
             n += len(true)
-        return {"accuracy": right / n, "bits_per_byte": text.bits(nats / n)}
+        return {"accuracy": right / n, "bits_per_token": nats / n / math.log(2)}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from genfast.metrics import text as metrics
 from genfast.models.transformer import GPT
 from genfast.train import text
 from genfast.train.recipe import Batch, Option, Split
@@ -67,8 +67,12 @@ class GPTRecipe(TextRecipe):
             real = ids[:, 1:] != text.PAD
             total += model.nll(ids)[real].sum(dtype=torch.float64).item()
             n += int(real.sum())
-        nll = total / n
-        return {"bits_per_byte": text.bits(nll), "perplexity": math.exp(nll), "bytes": n}
+        written = text.decode(data.test.ids.tolist())
+        return {
+            "bits_per_byte": metrics.bits_per_byte(total, written),
+            "perplexity": metrics.perplexity(total, n),
+            "tokens": n,
+        }
 
     def finish(self, model: GPT, data: Split, seed: int, out: Path) -> list[str]:
         options = {name: option.default for name, option in self.sample_options.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from genfast._extras import need
+from genfast.metrics.text import bleu
 from genfast.models.transformer import T5
 from genfast.train import text
 from genfast.train.recipe import Batch, Option, Split
@@ -49,13 +49,10 @@ class T5Recipe(TextRecipe):
 
     def evaluate(self, model: T5, data: Split, seed, count, options) -> dict[str, float]:
         """BLEU (Papineni et al. 2002, by sacrebleu) and exact answers on `count` test pairs."""
-        need("sacrebleu")
-        from sacrebleu import corpus_bleu
-
         n = min(count, len(data.test))
         answers = []
         for index in torch.arange(n).split(32):
             answers += self._answer(model, data.test[index][0], options)
         truths = [target for _, target in data.test.texts[:n]]
         exact = sum(a == b for a, b in zip(answers, truths, strict=True)) / n
-        return {"bleu": corpus_bleu(answers, [truths]).score, "exact": exact, "pairs": n}
+        return {"bleu": bleu(answers, truths), "exact": exact, "pairs": n}
