@@ -11,50 +11,23 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import genfast
-from genfast.benchmarks.harness import Case, Work, assert_judged
+from genfast.benchmarks.bench_models import fresh, on_reference, prove
+from genfast.benchmarks.harness import Case, Work
 from genfast.models.transformer import BERT, GPT, T5, ViT
 
 _VOCAB = 259
-
-
-def _on_reference(call: Callable) -> Callable:
-    def run(*args):
-        with genfast.backend("reference"):
-            return call(*args)
-
-    return run
-
-
-def _fresh(build: Callable[[], nn.Module], device) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return build().to(device)
 
 
 def _ids(*shape, device, seed=1):
     return genfast.randint(3, _VOCAB, shape, seed=seed, device=device)
 
 
-def _prove(model: nn.Module, compute: Callable[[nn.Module], list[Tensor]]) -> None:
-    """2x the error of plain PyTorch for values, 3x for gradients, which follow the first tensor."""
-    ours, plain = compute(model), _on_reference(compute)(model)
-    truth = compute(_like(model).double())
-    for i, three in enumerate(zip(ours, plain, truth, strict=True)):
-        assert_judged(f"tensor {i}", *three, 3.0 if i else 2.0)
-
-
-def _like(model: nn.Module) -> nn.Module:
-    twin = type(model)(**model.config)
-    twin.load_state_dict(model.state_dict())
-    return twin.to(next(model.parameters()).device)
-
-
 def _training(build, batch, small, device) -> Work:
     """batch, small: device -> the arguments of `loss`; the proof runs on the small ones."""
-    model, data, few = _fresh(build, device), batch(device), small(device)
+    model, data, few = fresh(build, device), batch(device), small(device)
 
     def step(loss, params, data):
         return torch.autograd.grad(loss(*data), params)
@@ -66,19 +39,19 @@ def _training(build, batch, small, device) -> Work:
 
     def compiled():
         loss = torch.compile(model.loss, dynamic=False)
-        return _on_reference(partial(step, loss, list(model.parameters()), data))
+        return on_reference(partial(step, loss, list(model.parameters()), data))
 
     ours = partial(step, model.loss, list(model.parameters()), data)
     return Work(
         ours=ours,
-        rivals={"reference": _on_reference(ours)},
+        rivals={"reference": on_reference(ours)},
         late={"compile": compiled},
-        proof=lambda: _prove(model, compute),
+        proof=lambda: prove(model, compute),
     )
 
 
 def _forward(build, batch, device) -> Work:
-    model, data = _fresh(build, device).eval(), batch(device)
+    model, data = fresh(build, device).eval(), batch(device)
 
     def run(model, *data):
         with torch.no_grad():
@@ -89,9 +62,9 @@ def _forward(build, batch, device) -> Work:
 
     return Work(
         ours=partial(run, model, *data),
-        rivals={"reference": _on_reference(partial(run, model, *data))},
-        late={"compile": lambda: _on_reference(partial(run, torch.compile(model), *data))},
-        proof=lambda: _prove(model, compute),
+        rivals={"reference": on_reference(partial(run, model, *data))},
+        late={"compile": lambda: on_reference(partial(run, torch.compile(model), *data))},
+        proof=lambda: prove(model, compute),
     )
 
 
@@ -99,7 +72,7 @@ _PAST = 256
 
 
 def _decode(build, B, device) -> Work:
-    model, new = _fresh(build, device).eval(), _ids(B, 1, device=device)
+    model, new = fresh(build, device).eval(), _ids(B, 1, device=device)
     past = _ids(B, _PAST, device=device, seed=2)
 
     def prepared(model):
@@ -123,9 +96,9 @@ def _decode(build, B, device) -> Work:
     ours = partial(token, model.step, cache)
     return Work(
         ours=ours,
-        rivals={"reference": _on_reference(ours)},
+        rivals={"reference": on_reference(ours)},
         late={"compile": compiled},
-        proof=lambda: _prove(model, compute),
+        proof=lambda: prove(model, compute),
     )
 
 

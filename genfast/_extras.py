@@ -11,7 +11,19 @@ class MissingExtra(ImportError):
 
 # Extra -> its packages by import name.
 EXTRAS = {
-    "cli": ("rich", "matplotlib", "safetensors", "PIL", "mlxtend", "accelerate", "yaml"),
+    "cli": (
+        "rich",
+        "matplotlib",
+        "safetensors",
+        "PIL",
+        "accelerate",
+        "yaml",
+        "torchmetrics",
+        "sacrebleu",
+        "mlxtend",
+        "sklearn",
+        "skimage",
+    ),  # fmt: skip
     "triton": ("triton",),
 }
 

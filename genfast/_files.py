@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+
+from genfast._extras import need
 
 _MARK = ".part"
 
@@ -26,6 +29,17 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         raise
     if os.name == "posix":
         _sync(path.parent)  # the rename itself
+
+
+def write_tensors(path: Path, tensors: dict, about: dict) -> None:
+    """A safetensors file, whole or not at all; about: JSON, kept as its metadata `genfast`."""
+    need("safetensors")
+    from safetensors.torch import save_file
+
+    whole = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    # One entry: with two, their order in the file would be random, and its hash with it.
+    text = {"genfast": json.dumps(about)}
+    write_atomic(path, lambda p: save_file(whole, p, text))
 
 
 def _sync(path: str | Path) -> None:

@@ -1,8 +1,10 @@
 """The command line and the benchmark harness behind it."""
 
+import hashlib
 import json
 import subprocess
 import sys
+from datetime import datetime, timezone
 
 import pytest
 import torch
@@ -229,7 +231,8 @@ def pixels(path):
 
 def test_train_writes_its_files(trained):
     assert {p.name for p in trained.iterdir()} >= {
-        "model.safetensors", "log.jsonl", "samples.png", "reconstructions.png",
+        "model.safetensors", "state.safetensors", "log.jsonl", "loss.png", "samples.png",
+        "reconstructions.png", "interpolations.png",
     }  # fmt: skip
     (record,) = map(json.loads, (trained / "log.jsonl").read_text().splitlines())
     assert record["step"] == 16 and record["validation_loss"] < 350  # nats; 544 before training
@@ -242,12 +245,86 @@ def test_generate_gives_the_same_pixels_for_any_batch_size(trained, tmp_path):
         out = tmp_path / f"{batch}.png"
         assert run("generate", "--from", str(trained), "--seed", "5", "--count", "70",
                    "--batch-size", str(batch), "--out", str(out)) == 0  # fmt: skip
-        found.append(out.read_bytes())
+        found.append(pixels(out)[1])
     assert len(set(found)) == 1
     size, first, about = pixels(tmp_path / "7.png")
     assert size == (9 * 30 + 2, 8 * 30 + 2) and about["seed"] == 5 and about["model"] == "vae"
     assert run("generate", "--from", str(trained), "--seed", "6", "--count", "70") == 0
     assert pixels(trained / "generated-6.png")[1] != first
+
+
+@pytest.mark.parametrize("name", ["drawn.png", "drawn.safetensors"])
+def test_a_generated_file_says_where_it_comes_from(trained, tmp_path, name, capsys):
+    out = tmp_path / name
+    assert run("generate", "--from", str(trained), "--seed", "5", "--count", "3",
+               "--out", str(out)) == 0  # fmt: skip
+    capsys.readouterr()
+    assert run("inspect", str(out), "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    digest = hashlib.sha256((trained / "model.safetensors").read_bytes()).hexdigest()
+    assert said["model"] == "vae" and said["checkpoint_sha256"] == digest
+    assert said["seed"] == 5 and said["count"] == 3 and said["genfast"] == genfast.__version__
+    assert abs(datetime.now(timezone.utc) - datetime.fromisoformat(said["date"])).seconds < 600
+    assert run("inspect", str(out)) == 0
+    assert f"checkpoint_sha256  {digest}" in capsys.readouterr().out
+
+
+def test_inspect_reads_checkpoints(trained, capsys):
+    for name in ("model", "state"):
+        assert run("inspect", str(trained / f"{name}.safetensors"), "--json") == 0
+        said = json.loads(capsys.readouterr().out)
+        assert said["model"] == "vae" and said["settings"]["batch_size"] == 256
+        assert said["config"]["z_dim"] == 20 and said["data"] == "mnist5k"
+
+
+def test_evaluate_prints_and_writes_metrics(trained, tmp_path, capsys):
+    out = tmp_path / "metrics.json"
+    assert run("evaluate", "--from", str(trained), "--count", "60", "--json", str(out)) == 0
+    shown = capsys.readouterr().out
+    said = json.loads(out.read_text())
+    metrics = said["metrics"]
+    assert metrics["digit-classifier accuracy"] > 0.9 and metrics["digit-classifier FID"] > 0
+    assert metrics["ln p(x) >= (50 draws), nats"] > metrics["elbo, nats"] > -350
+    assert all(0 <= metrics[k] <= 1 for k in ("precision", "recall", "coverage"))
+    assert all(name in shown for name in metrics) and "FID" not in {n.split()[0] for n in metrics}
+
+
+def test_a_config_file_and_flags_make_the_same_run_and_resume_ends_there(tmp_path, capsys):
+    by_file, by_flags = tmp_path / "file", tmp_path / "flags"
+    config = tmp_path / "run.yaml"
+    config.write_text("model: conv-vae\ndata: digits\nepochs: 2\nlr: 0.001\nwidth: 4\n"
+                      "z-dim: 6\nthreads: 1\n")  # fmt: skip
+    assert run("train", "--config", str(config), "--out", str(by_file), "--epochs", "1") == 0
+    assert run("train", "conv-vae", "--data", "digits", "--out", str(by_flags), "--epochs", "1",
+               "--lr", "1e-3", "--width", "4", "--z-dim", "6") == 0  # fmt: skip
+    files = [(folder / "model.safetensors").read_bytes() for folder in (by_file, by_flags)]
+    assert files[0] == files[1]
+    assert run("train", "--resume", "--out", str(by_file)) == 0
+    assert (by_file / "model.safetensors").read_bytes() == files[0]
+    capsys.readouterr()
+    assert run("train", "--resume", "--out", str(by_file), "--lr", "0.1") == 2
+    assert "leave --lr away" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["generate", "inpaint", "super-resolution"])
+def test_diffusion_from_the_command_line(task, tmp_path, capsys):
+    folder = str(tmp_path / "run")
+    assert run("train", "diffusion", "--data", "digits", "--out", folder, "--epochs", "1",
+               "--widths", "8,16", "--task", task, "--threads", "1") == 0  # fmt: skip
+    label = ("--label", "3", "--guidance", "2")
+    for batch in ("5", "20"):
+        assert run("generate", "--from", folder, "--seed", "1", "--count", "20", "--plan", "ddim",
+                   "--steps", "3", "--batch-size", batch, "--out", f"{folder}/{batch}.png",
+                   *label) == 0  # fmt: skip
+    (_, one, about), (_, two, _) = (pixels(f"{folder}/{b}.png") for b in ("5", "20"))
+    assert one == two and about["options"]["plan"] == "ddim" and about["options"]["label"] == 3
+    capsys.readouterr()
+    assert run("evaluate", "--from", folder, "--count", "20", "--steps", "2") == 0
+    shown = capsys.readouterr().out
+    assert ("bits per dimension" if task == "generate" else "PSNR of what was given") in shown
+    assert run("generate", "--from", folder, "--seed", "1", "--label", "10") == 2
+    assert "label: expected a class in 0 ... 9, got 10" in capsys.readouterr().err
 
 
 # ---- wrong input ---------------------------------------------------------------------------------
@@ -266,6 +343,15 @@ WRONG = {
         ["train", "vae", "--data", "mnist5k", "--out", ".", "--lr", "-1"],
         "lr: expected a number > 0",
     ),
+    "no out": (["train", "vae", "--data", "mnist5k"], "pass --out DIR"),
+    "another model's option": (
+        ["train", "vae", "--data", "mnist5k", "--out", ".", "--width", "3"],
+        "--width: no option of vae, which takes --h-dim",
+    ),
+    "nothing to resume": (["train", "--resume", "--out", "/nowhere"], "nothing to resume"),
+    "no config": (["train", "--config", "no.toml", "--out", "."], "no.toml"),
+    "inspect nothing": (["inspect", "no.png"], "no such file"),
+    "inspect text": (["inspect", "no.txt"], "expected a file in .png, .safetensors"),
     "no checkpoint": (["generate", "--from", "/nowhere", "--seed", "1"], "model.safetensors"),
     "seed": (["generate", "--from", ".", "--seed", "x"], "expected an int in [0, 2**63), got 'x'"),
     "count": (["generate", "--from", ".", "--seed", "1", "--count", "-3"], "expected an int >= 1"),
@@ -286,3 +372,29 @@ def test_a_missing_package_names_the_install_line(monkeypatch, capsys, tmp_path)
     )
     assert run("train", "vae", "--data", "mnist5k", "--out", str(tmp_path)) == 2
     assert 'pip install "genfast[cli]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch = 3", "epoch: expected one of"),
+        ("epochs = 'many'", "epochs: "),
+        ("resume = 'yes'", "resume: expected true or false"),
+        ("model = 'vea'\ndata = 'digits'", "model: expected one of vae"),
+    ],
+)
+def test_a_wrong_config_names_the_entry(text, message, tmp_path, capsys):
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    assert run("train", "--config", str(path), "--out", str(tmp_path)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_inspect_refuses_what_says_nothing(tmp_path, capsys):
+    from PIL import Image
+
+    Image.new("L", (2, 2)).save(tmp_path / "plain.png")
+    (tmp_path / "half.safetensors").write_bytes(b"xx")
+    for name, message in (("plain.png", "says nothing"), ("half.safetensors", "not a readable")):
+        assert run("inspect", str(tmp_path / name)) == 2
+        assert message in capsys.readouterr().err

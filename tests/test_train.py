@@ -365,7 +365,9 @@ def test_checkpoint_round_trip(tmp_path):
     vae = fresh()
     path = checkpoint.save(tmp_path, "vae", vae, {"shape": [1, 6, 6]})
     loaded, about = checkpoint.load(tmp_path)
-    assert about["config"] == {"x_dim": 36, "h_dim": 24, "z_dim": 5} and about["shape"] == [1, 6, 6]
+    assert about["config"] == {"x_dim": 36, "h_dim": 24, "z_dim": 5, "beta": 1.0} and about[
+        "shape"
+    ] == [1, 6, 6]
     assert not loaded.training and [p.name for p in tmp_path.iterdir()] == [path.name]
     same(vae, loaded)
 

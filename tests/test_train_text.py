@@ -128,9 +128,11 @@ def test_same_text_in_any_batch(trained, tmp_path, capsys):
             "--tokens", 40, "--out", file)  # fmt: skip
     assert file.read_text(encoding="utf-8") == out[1]
     about = json.loads((tmp_path / "text.txt.json").read_text())
-    assert (
-        about["seed"] == 5 and about["prompt"] == "The " and len(about["checkpoint_sha256"]) == 64
-    )
+    assert about["seed"] == 5 and about["options"]["prompt"] == "The "
+    command("inspect", tmp_path / "text.txt.json")
+    assert about["checkpoint_sha256"] in capsys.readouterr().out
+    command("evaluate", "--from", trained, "--json", tmp_path / "metrics.json")
+    assert "bits_per_byte" in json.loads((tmp_path / "metrics.json").read_text())["metrics"]
 
 
 def test_bert_learns_and_fills(book, tmp_path, capsys):

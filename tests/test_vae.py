@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import genfast
-from genfast.models import VAE
+from genfast.models import VAE, ConvVAE
 from genfast.models.vae import TILE
 from genfast.reference import rng as noise
 from genfast.train import checkpoint
@@ -120,3 +120,82 @@ def test_interpolation_ends_at_the_reconstructions(vae, x):
 def test_bad_input_names_what_was_expected(vae, call):
     with pytest.raises(ValueError, match="expected"):
         call(vae)
+
+
+# ---- convolutional, beta, bounds -----------------------------------------------------------------
+
+
+@pytest.fixture
+def conv():
+    return checkpoint.initialised(lambda: ConvVAE((1, 8, 12), 4, 3), SEED)
+
+
+@pytest.mark.parametrize("make", [lambda: VAE(96, 24, 5), lambda: ConvVAE((1, 8, 12), 4, 5)],
+                         ids=["vae", "conv"])  # fmt: skip
+def test_gradients_are_those_of_the_reference_backend(make):
+    model = checkpoint.initialised(make, SEED)
+    x, found = genfast.rand(7, 1, 8, 12, seed=2), {}
+    for backend in ("auto", "reference"):
+        with genfast.backend(backend):
+            loss = model.loss(x, seed=torch.arange(7))
+            found[backend] = [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+    for a, b in zip(*found.values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_conv_samples_are_bitwise_the_same_for_any_batch_size(conv):
+    whole = conv.sample(TILE + 6, SEED)
+    assert whole.shape == (TILE + 6, 1, 8, 12)
+    for start, n in ((0, 1), (5, TILE), (TILE, 6)):
+        assert torch.equal(conv.sample(n, SEED, start), whole[start : start + n])
+
+
+def test_conv_reconstructs_and_interpolates_in_shape(conv):
+    x = genfast.rand(4, 1, 8, 12, seed=1)
+    assert conv.reconstruct(x).shape == x.shape
+    assert conv.interpolate(x[:2], x[2:], 3).shape == (2, 3, 1, 8, 12)
+    with pytest.raises(ValueError, match="multiples of 4"):
+        ConvVAE((1, 25, 25))
+
+
+def test_beta_weighs_the_kl(vae, x):
+    logits, kl = vae(x, seed=4)
+    vae.beta = 3.0
+    want = -vae.elbo(x, seed=4) + 2.0 * kl
+    torch.testing.assert_close(vae.loss(x, seed=4), want.mean())
+    assert VAE(36, 24, 5, beta=3.0).config["beta"] == 3.0
+
+
+def test_bound_tightens_from_the_elbo_towards_ln_p(vae, x):
+    """One draw of many is an elbo; with a linear decoder of one latent, ln p(x) is an integral."""
+    one = torch.stack([vae.bound(x, 1, seed=s) for s in range(300)]).mean(0)
+    elbo = torch.stack([vae.elbo(x, seed=1000 + s) for s in range(300)]).mean(0)
+    torch.testing.assert_close(one, elbo, rtol=0, atol=0.5)
+    small = checkpoint.initialised(lambda: VAE(36, 24, 1), SEED)
+    z = torch.linspace(-8, 8, 4001)[:, None]
+    with torch.no_grad():
+        likelihood = -torch.stack([small._nll(small.decode(z), v.expand(4001, 1, 6, 6)) for v in x])
+    prior = torch.distributions.Normal(0.0, 1.0).log_prob(z[:, 0])
+    exact = torch.logsumexp(likelihood + prior, 1) + torch.log(z[1] - z[0])
+    assert (small.elbo(x, seed=3) < exact + 2).all()
+    torch.testing.assert_close(small.bound(x, 2000, seed=1), exact, rtol=0, atol=0.05)
+
+
+def test_anomaly_score_finds_what_was_not_trained():
+    """Trained on images with one bright column; noise of the same values scores higher."""
+    from test_train import blobs
+
+    model = checkpoint.initialised(lambda: VAE(36, 24, 5), SEED)
+    data = blobs()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for step in range(150):
+        optimizer.zero_grad()
+        model.loss(data.train.images, seed=SEED, stream=step).backward()
+        optimizer.step()
+    normal = model.anomaly_score(data.test.images)
+    order = genfast.rand(36, seed=9).argsort()
+    strange = model.anomaly_score(data.test.images.flatten(1)[:, order])
+    assert normal.max() < strange.min()
+    assert torch.equal(normal, model.anomaly_score(data.test.images))
+    with pytest.raises(ValueError, match="draws: expected"):
+        model.anomaly_score(data.test.images, 0)

@@ -1,4 +1,4 @@
-"""The `genfast` command: info, bench, train, generate.
+"""The `genfast` command: info, bench, train, generate, evaluate, inspect.
 
 Exit codes: 0 done; 1 a proof or a run failed; 2 wrong input or a missing package, with a message
 that says what to do. Each subcommand is one module with `add(subparsers)`, which sets `run`.
@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 from genfast import __version__
 from genfast._extras import MissingExtra
-from genfast.cli import bench, generate, info, train
+from genfast.cli import bench, evaluate, generate, info, inspect, train
 
-COMMANDS = (info, bench, train, generate)
+COMMANDS = (info, bench, train, generate, evaluate, inspect)
 
 
 def parser() -> argparse.ArgumentParser:

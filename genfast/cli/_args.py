@@ -25,13 +25,15 @@ def seed(text: str) -> int:
     return value
 
 
-def output_file(suffix: str):
-    """A path that ends in suffix and whose folder exists: refused before the work, not after."""
+def output_file(*suffixes: str):
+    """A path that ends in one of them, in a folder that exists: refused before the work."""
 
     def check(text: str) -> Path:
         path = Path(text)
-        if path.suffix.lower() != suffix:
-            raise argparse.ArgumentTypeError(f"expected a file name in {suffix}, got {text!r}")
+        if path.suffix.lower() not in suffixes:
+            raise argparse.ArgumentTypeError(
+                f"expected a file name in {' or '.join(suffixes)}, got {text!r}"
+            )
         if not path.parent.is_dir():
             raise argparse.ArgumentTypeError(f"the folder {path.parent} does not exist")
         return path

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
 from pathlib import Path
 
 from genfast._extras import need
-from genfast.cli._args import add_options, chosen, positive, seed
+from genfast.cli._args import add_options, chosen, output_file, positive, seed
 from genfast.train.recipes import RECIPES
 
 OPTIONS = {name: recipe.sample_options for name, recipe in RECIPES.items()}
@@ -21,14 +23,14 @@ def add(commands) -> None:
         "--batch-size", type=positive, default=64, help="samples at a time; never changes a bit"
     )
     p.add_argument("--out", type=Path, metavar="FILE",
-                   help="default: DIR/generated-SEED.png; for text, stdout")  # fmt: skip
+                   help="images: .png (default: DIR/generated-SEED.png) or .safetensors; "
+                   "text: .txt (default: stdout)")  # fmt: skip
     add_options(p.add_argument_group("options of the models"), OPTIONS)
     p.set_defaults(run=run)
 
 
 def run(args) -> None:
-    from genfast.cli._args import output_file
-    from genfast.train import checkpoint
+    from genfast.train import checkpoint, provenance
 
     need("safetensors", "PIL")
     model, about = checkpoint.load(args.folder)
@@ -38,16 +40,24 @@ def run(args) -> None:
     if out is None and recipe.suffix == ".png":
         out = args.folder / f"generated-{args.seed}.png"
     if out is not None:
-        out = output_file(recipe.suffix)(str(out))
+        try:
+            out = output_file(recipe.suffix, *recipe.other_suffixes)(str(out))
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"--out: {error}") from None
     samples = [
         recipe.sample(model, about, min(args.batch_size, args.count - at), args.seed, at, options)
-        for at in range(0, args.count, args.batch_size)
+        for at in track(range(0, args.count, args.batch_size))
     ]
-    provenance = {
-        "model": about["model"],
-        "checkpoint_sha256": checkpoint.digest(args.folder / checkpoint.CHECKPOINT),
-        "seed": args.seed,
-        "count": args.count,
-        **options,
-    }
-    print(recipe.write(samples, out, about, provenance))
+    facts = provenance.facts(args.folder, about, args.seed, args.count, options)
+    print(recipe.write(samples, out, about, facts))
+
+
+def track(batches):
+    """batches, with a progress bar on a terminal."""
+    if not sys.stderr.isatty():
+        return batches
+    need("rich")
+    from rich.console import Console
+    from rich.progress import track as bar
+
+    return bar(batches, "drawing", console=Console(stderr=True), transient=True)

@@ -382,7 +382,8 @@ class Diffusion(nn.Module):
 
         def tile(first: int) -> Tensor:
             seeds = sample_seeds(TILE, seed, start=first, device=device)
-            x_T = randn(TILE, *self.shape, seed=seeds, stream=START, device=device)
+            x_T = randn(TILE, *self.shape, seed=seeds, stream=START, device=device,
+                        dtype=self.alpha.dtype)  # fmt: skip
             model = self._denoiser(of_tile(y, first), of_tile(c, first), guidance)
             x = schedulers.sample(
                 model, plan, plan.init_noise_sigma * x_T, seed=seeds, stream=STEPS,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from genfast._extras import need
-from genfast._files import write_atomic
+from genfast._files import write_tensors
 from genfast.train.recipes import RECIPES
 
 CHECKPOINT = "model.safetensors"
@@ -29,14 +29,8 @@ def facts(name: str, model: nn.Module) -> dict:
 
 def save(folder: Path, name: str, model: nn.Module, notes: dict) -> Path:
     """Writes folder/model.safetensors. notes: JSON values kept beside the configuration."""
-    need("safetensors")
-    from safetensors.torch import save_file
-
-    about = {**facts(name, model), **notes}
-    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     path = folder / CHECKPOINT
-    # One entry: with two, their order in the file would be random, and its hash with it.
-    write_atomic(path, lambda p: save_file(tensors, p, {"genfast": json.dumps(about)}))
+    write_tensors(path, model.state_dict(), {**facts(name, model), **notes})
     return path
 
 

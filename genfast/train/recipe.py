@@ -51,7 +51,7 @@ class Recipe(ABC):
     data: names of its data sets, for messages and --help.
     settings: defaults of `genfast.train.loop.Settings` that differ for this model.
     options, sample_options: flag -> `Option`, of `train` (architecture, loss) and of `generate`.
-    suffix: of the file that `generate` writes.
+    suffix: of the file that `generate` writes; other_suffixes: what it writes too if asked for.
     """
 
     model: type[nn.Module]
@@ -60,6 +60,7 @@ class Recipe(ABC):
     options: dict[str, Option] = {}
     sample_options: dict[str, Option] = {}
     suffix: str
+    other_suffixes: tuple[str, ...] = ()
 
     @abstractmethod
     def load(self, data: str, options: dict) -> Split:

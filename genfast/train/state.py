@@ -7,14 +7,13 @@ the optimizer's moments, and where the run stands. Tensors: `model.NAME`, `ema.N
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from genfast._files import write_atomic
+from genfast._files import write_tensors
 from genfast.train.checkpoint import BadCheckpoint, read
 
 STATE = "state.safetensors"
@@ -43,16 +42,12 @@ def save(
     progress: Progress, about: dict,
 ) -> None:  # fmt: skip
     """about: what a resume needs to build the same run, JSON."""
-    from safetensors.torch import save_file
-
     tensors = {f"model.{name}": x for name, x in model.state_dict().items()}
     tensors |= {f"ema.{name}": x for name, x in ema.items()}
     for name, p in model.named_parameters():
         moments = optimizer.state.get(p, {})
         tensors |= {f"optimizer.{name}.{key}": x for key, x in moments.items()}
-    tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-    text = json.dumps({**about, "progress": asdict(progress)})
-    write_atomic(folder / STATE, lambda p: save_file(tensors, p, {"genfast": text}))
+    write_tensors(folder / STATE, tensors, {**about, "progress": asdict(progress)})
 
 
 def about(folder: Path) -> dict:

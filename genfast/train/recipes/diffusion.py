@@ -46,7 +46,7 @@ class DiffusionRecipe(ImageRecipe):
         "steps": Option(20, "of the solver"),
         "guidance": Option(1.0, "scale w of uncond + w (cond - uncond)"),
         "label": Option(-1, "draw this class; -1: one after another"),
-        "data": Option("", "inpaint, super-resolution: where the given parts come from"),
+        "given": Option("", "inpaint, super-resolution: data whose test part gives the known"),
     }
 
     def build(self, about: dict, options: dict) -> Diffusion:
@@ -76,7 +76,7 @@ class DiffusionRecipe(ImageRecipe):
         more = {"plan": plan, "y": y, "guidance": o["guidance"]}
         if model.task == "generate":
             return model.sample(count, seed, start, **more)
-        test = self.load(o["data"] or about["data"], {}).test
+        test = self.load(o["given"] or about["data"], {}).test
         x, labels = test[torch.arange(start, start + count) % len(test)]
         if model.classes and y is None:
             more["y"] = labels

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from genfast._files import write_tensors
 from genfast.metrics import images as metrics
 from genfast.train import data, images
 from genfast.train.recipe import Recipe, Split
@@ -15,6 +16,7 @@ from genfast.train.recipe import Recipe, Split
 class ImageRecipe(Recipe):
     data = tuple(data.DATASETS)
     suffix = ".png"
+    other_suffixes = (".safetensors",)
 
     def load(self, name: str, options: dict) -> Split:
         return data.split(data.load(name))
@@ -23,7 +25,10 @@ class ImageRecipe(Recipe):
         if out is None:
             return ""
         pixels = torch.cat(samples).view(-1, *about["shape"])
-        images.save_png(out, images.grid(pixels), provenance)
+        if out.suffix == self.suffix:
+            images.save_png(out, images.grid(pixels), provenance)
+        else:
+            write_tensors(out, {"images": pixels}, provenance)
         return f"wrote {out}"
 
     def judge(self, drawn: Tensor, data: Split, seed: int) -> dict[str, float]:

@@ -1,0 +1,75 @@
+"""Where a generated file comes from: written into it, and read back by `genfast inspect`.
+
+The facts are one JSON object under the key `genfast`: a text chunk of a PNG, the metadata of a
+safetensors file.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime, timezone
+from pathlib import Path
+
+import genfast
+from genfast._extras import need
+from genfast.train import checkpoint
+
+KEY = "genfast"
+
+
+class NoProvenance(ValueError):
+    pass
+
+
+def facts(folder: Path, about: dict, seed: int, count: int, options: dict) -> dict:
+    """What is said of samples drawn from the checkpoint in `folder`."""
+    return {
+        "model": about["model"],
+        "checkpoint_sha256": checkpoint.digest(folder / checkpoint.CHECKPOINT),
+        "data": about.get("data"),
+        "seed": seed,
+        "count": count,
+        "options": options,
+        "genfast": genfast.__version__,
+        "noise_version": genfast.NOISE_VERSION,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def read(path: Path) -> dict:
+    """What a PNG or safetensors file of genfast says of itself; NoProvenance otherwise."""
+    readers = {".png": _png, ".safetensors": _safetensors, ".json": lambda p: p.read_text()}
+    if path.suffix.lower() not in readers:
+        raise NoProvenance(f"{path}: expected a file in {', '.join(readers)}")
+    if not path.is_file():
+        raise NoProvenance(f"{path}: no such file")
+    try:
+        found = json.loads(readers[path.suffix.lower()](path) or "null")
+    except json.JSONDecodeError as error:
+        raise NoProvenance(f"{path}: its genfast metadata is no JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise NoProvenance(f"{path}: says nothing of genfast; `genfast generate` writes it in")
+    return found
+
+
+def _png(path: Path) -> str | None:
+    need("PIL")
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image.info.get(KEY)
+    except (UnidentifiedImageError, OSError) as error:
+        raise NoProvenance(f"{path}: not a readable PNG ({error})") from None
+
+
+def _safetensors(path: Path) -> str | None:
+    need("safetensors")
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get(KEY)
+    except SafetensorError as error:
+        raise NoProvenance(f"{path}: not a readable safetensors file ({error})") from None
