@@ -42,7 +42,9 @@ from torch import Tensor
 from genfast._native import _C
 
 # Order of the table; a family appears when its file does.
-FAMILIES = ("rng", "sampling", "diffusion", "schedulers", "attention", "models")
+FAMILIES = (
+    "rng", "sampling", "diffusion", "schedulers", "attention", "models", "transformers",
+)  # fmt: skip
 
 Call = Callable[[], object]
 

@@ -1,6 +1,7 @@
 """Models on the fused ops: plain nn.Modules in their papers' letters, each with a `config`."""
 
 from genfast.models.diffusion import Diffusion, UNet
+from genfast.models.transformer import BERT, GPT, T5, ViT
 from genfast.models.vae import VAE, ConvVAE
 
-__all__ = ["VAE", "ConvVAE", "Diffusion", "UNet"]
+__all__ = ["BERT", "GPT", "T5", "VAE", "ConvVAE", "Diffusion", "UNet", "ViT"]

@@ -2,12 +2,14 @@
 
 from genfast.train.recipe import Batch, Option, Part, Recipe, Split
 from genfast.train.recipes.diffusion import DiffusionRecipe
+from genfast.train.recipes.transformers import TRANSFORMERS
 from genfast.train.recipes.vae import ConvVAERecipe, VAERecipe
 
 RECIPES: dict[str, Recipe] = {
     "vae": VAERecipe(),
     "conv-vae": ConvVAERecipe(),
     "diffusion": DiffusionRecipe(),
+    **TRANSFORMERS,
 }
 
 __all__ = ["RECIPES", "Batch", "Option", "Part", "Recipe", "Split"]
