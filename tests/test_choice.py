@@ -113,3 +113,10 @@ def test_options_gradients_and_empty_calls_stay_ours(by_torch):
     with pytest.raises(ValueError, match="query: expected as many heads"):
         genfast.scaled_dot_product_attention(q, k[:, :2], v[:, :2])
     assert not by_torch
+
+
+def test_a_forced_backend_that_cannot_run_says_why():
+    """Triton without a GPU and without its interpreter."""
+    with genfast.backend("triton"), pytest.raises(RuntimeError, match="Triton does not run on cpu"):
+        genfast.randn(4, seed=1)
+    assert genfast.randn(4, seed=1).shape == (4,)

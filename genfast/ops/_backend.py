@@ -1,7 +1,8 @@
 """Which implementation runs. `auto`: the native kernel where one exists and PyTorch is not faster,
 then on a GPU the Triton kernel, else the composite; `cuda`: as `auto`, but CUDA tensors take the
 CUDA C++ kernels first, which `auto` does not choose before benchmarks/results holds a run of them
-on a GPU; `triton`: Triton kernels, else the composite; `reference`: plain PyTorch for everything
+on a GPU; `triton`: Triton kernels, an error where Triton cannot run, the composite for what it lacks;
+`reference`: plain PyTorch for everything
 (the noise stays the contract's).
 """
 
@@ -67,6 +68,12 @@ def _triton(name: str):
     def run(*args):
         x = next(a for a in args if isinstance(a, torch.Tensor))
         if not triton_runs(x.device):
+            if _state["name"] == "triton":
+                raise RuntimeError(
+                    f'backend: "triton" was set, and Triton does not run on {x.device.type} tensors'
+                    " here; move them to a GPU, set TRITON_INTERPRET=1 before the import, or "
+                    'genfast.set_backend("auto")'
+                )
             return _REFUSED.get(name, False)
         module = importlib.import_module(f"genfast.kernels.{_TRITON[name]}")
         return getattr(module, name)(*args)
