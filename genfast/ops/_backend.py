@@ -1,9 +1,8 @@
 """Which implementation runs. `auto`: the native kernel where one exists and PyTorch is not faster,
 then on a GPU the Triton kernel, else the composite; `cuda`: as `auto`, but CUDA tensors take the
 CUDA C++ kernels first, which `auto` does not choose before benchmarks/results holds a run of them
-on a GPU; `triton`: Triton kernels, an error where Triton cannot run, the composite for what it lacks;
-`reference`: plain PyTorch for everything
-(the noise stays the contract's).
+on a GPU; `triton`: Triton kernels, an error where Triton cannot run, the composite for what it
+lacks; `reference`: plain PyTorch for everything (the noise stays the contract's).
 """
 
 from __future__ import annotations
