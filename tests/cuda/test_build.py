@@ -29,6 +29,9 @@ SPILLS: dict[str, tuple[int, str]] = {
     # other architectures, and none without options.
     "mma_forwardINS1_3F16ELi256ELb1": (136, "options at 256 columns, sm_120"),
     "mma_forwardINS1_3F16ELi128ELb1": (36, "options at 128 columns, sm_120"),
+    "mma_forwardINS1_3F16ELi256ELb0": (28, "256 columns at 255 registers, sm_100"),
+    "append_rows": (36, "two values kept around the five calls of the 64-bit division, sm_100"),
+    "sink_gradient": (8, "one value kept around the calls of the 64-bit division, sm_100"),
 }
 
 nvcc = shutil.which("nvcc")

@@ -249,9 +249,8 @@ def test_resources(family, target):
     for r in found:
         assert r.spills <= SPILLS.get((r.kernel, target), (0, ""))[0], r
         assert r.shared <= SHARED_LIMIT[target], r
-        if (
-            target.startswith("sm_") and r.kernel not in FUSED
-        ):  # products must be rounded: the noise contract
+        exact = family != "attention" and r.kernel not in FUSED
+        if target.startswith("sm_") and exact:  # products must be rounded: the noise contract
             assert r.count(r"^\s*fma\.") == 0, r.kernel
             assert r.count(r"sqrt\.approx|div\.(full|approx)|\.ftz") == 0, r.kernel
 
