@@ -8,13 +8,17 @@ called by its name alone.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genfast._extras import need
 from genfast.ops.rng import rand
-from genfast.train.recipe import Split
+
+if TYPE_CHECKING:
+    from genfast.train.recipe import Split
 
 
 def psnr(x: Tensor, truth: Tensor) -> Tensor:

@@ -260,7 +260,7 @@ def _sample(mu, logvar, seed, stream, offset, generator, transform, side, reduct
                 and mu.shape == logvar.shape
                 and mu.device == logvar.device
                 and has_kernels(mu.device)
-                and (seeds is None or seeds.numel() == 1)
+                and (seeds is None or seeds.numel() == 1 or seeds.shape == mu.shape[:1])
                 and offset >= 0
             ):
                 return _Reparameterize.apply(
