@@ -167,9 +167,9 @@ def train(
 
     Writes to out: model.safetensors at every best epoch, state.safetensors to resume from, a line
     per epoch to log.jsonl. Killed at any moment, it leaves each of them whole; `resume` goes on.
-    Leaves the best epoch's weights in `model`. notes: JSON facts for the files. show: told the
-    progress after each step, with a record after each epoch. device: "auto" or "cpu". Raises
-    Diverged, and Collapsed (`genfast.train.alarms`) if so set.
+    Leaves the best epoch's weights in `model`. notes: JSON facts for the files; "options" in it are
+    the recipe's. show: told the progress after each step, with a record after each epoch. device:
+    "auto" or "cpu". Raises Diverged, and Collapsed (`genfast.train.alarms`) if so set.
     """
     s, processes = settings, Processes(settings, device)
     devices = [processes.device] if processes.device.type == "cuda" else []
@@ -181,7 +181,7 @@ def _train(name, recipe, model, data, s, out, notes, show, resume, processes) ->
     accelerator, n = processes.accelerator, len(data.train)
     steps = s.epochs * math.ceil(n / s.batch_size)
     model.to(processes.device).train()
-    table = seats(recipe, model, s)
+    table = seats(recipe, model, notes.get("options", {}), s)
     optimizers = [seat.optimizer for seat in table]
     averaged = (seat.parameters for seat in table if seat.player.averaged)
     average = Average({k: p for parameters in averaged for k, p in parameters.items()}, s.ema)

@@ -60,9 +60,11 @@ class Seat:
             group["lr"] = lr * self.player.lr
 
 
-def seats(recipe: Recipe, model: nn.Module, settings: Settings) -> list[Seat]:
-    """A seat for each player. ValueError where a player has nothing to move, or two the same."""
-    players = recipe.players(model)
+def seats(recipe: Recipe, model: nn.Module, options: dict, settings: Settings) -> list[Seat]:
+    """A seat for each player. options: where they differ from the recipe's defaults. ValueError
+    where a player has nothing to move, or two the same."""
+    defaults = {name: option.default for name, option in recipe.options.items()}
+    players = recipe.players(model, {**defaults, **options})
     free = {name: p for name, p in model.named_parameters() if p.requires_grad}
     owned = [{name: p for name, p in free.items() if player.owns(name)} for player in players]
     for player, own in zip(players, owned, strict=True):

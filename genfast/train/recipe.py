@@ -126,8 +126,9 @@ class Recipe(ABC):
         seeds[b], so neither batch size nor number of processes changes it."""
         raise NotImplementedError(f"{type(self).__name__}: define `loss`, or `players` and `best`")
 
-    def players(self, model: nn.Module) -> Sequence[Player]:
-        """Who moves what, in order; one player that lessens `loss` unless told otherwise."""
+    def players(self, model: nn.Module, options: dict) -> Sequence[Player]:
+        """Who moves what, in order; one player that lessens `loss` unless told otherwise. options:
+        of the run, as in `build`."""
         return (Player("", lambda model, batch, seeds, step: self.loss(model, batch, seeds)),)
 
     def watch(self, model: nn.Module, data: Split, part: Part, seed: int) -> dict[str, float]:
