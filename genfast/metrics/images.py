@@ -8,6 +8,7 @@ called by its name alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -83,10 +84,13 @@ def trained_classifier(data: Split, seed: int = 0, steps: int = 400) -> Classifi
 _last: list = []  # of `classifier_of`: data, seed, classifier
 
 
-def classifier_of(data: Split, seed: int = 0) -> Classifier:
-    """`trained_classifier`, kept until another is asked for: a run judges every epoch with it."""
+def classifier_of(
+    data: Split, seed: int = 0, labelled: Callable[[Split], Split] = lambda data: data
+) -> Classifier:
+    """`trained_classifier`, kept until another is asked for: a run judges every epoch with it.
+    labelled: makes a data set with labels of `data`."""
     if not _last or _last[0] is not data or _last[1] != seed:
-        _last[:] = [data, seed, trained_classifier(data, seed)]
+        _last[:] = [data, seed, trained_classifier(labelled(data), seed)]
     return _last[2]
 
 
