@@ -16,10 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from genfast.models._seeds import evaluating
-from genfast.models.gan import (  # noqa: I001
-    FAKE, LATENT, MIX, OBJECTIVES, REAL, Adversarial, check_images, check_shape, discriminator,
-    features, generator, narrow,
-)  # fmt: skip
+from genfast.models.gan import (
+    FAKE,
+    LATENT,
+    MIX,
+    OBJECTIVES,
+    REAL,
+    Adversarial,
+    check_images,
+    check_shape,
+    discriminator,
+    features,
+    generator,
+    narrow,
+)
 from genfast.ops.sampling import reparameterize
 
 POSTERIOR = 1 + max(LATENT, REAL, FAKE, MIX)  # stream of z ~ q(z|x)
@@ -63,8 +73,8 @@ class VAEGAN(Adversarial):
     def _unlikely(self, x: Tensor, z: Tensor) -> Tensor:
         """L_like of each sample but for its constant, (B,)."""
         body = self.D[:-2]  # without the linear layer and the flattening after it
-        real, ours = body(check_images(x, self.x_shape)), body(self.G(z))
-        return 0.5 * (real - ours).square().sum(1)
+        real, ours = body(check_images(x, self.x_shape)), body(self.fake(z))
+        return 0.5 * (real - ours).to(z.dtype).square().sum(1)
 
     def e_loss(self, x: Tensor, *, seed, step: int = 0) -> Tensor:
         """Of the encoder on images x (B, C, H, W) in [0, 1], mean, ()."""
@@ -77,7 +87,7 @@ class VAEGAN(Adversarial):
             z, _ = self._drawn(x, seed)
         game = OBJECTIVES[self.objective]
         fooled = sum(
-            game.G(self.D(self.noisy(self.G(code), seed, FAKE, step))).mean()
+            game.G(self.judged(self.noisy(self.fake(code), seed, FAKE, step))).mean()
             for code in (z, self.latent(len(x), seed))
         )
         return self.gamma * self._unlikely(x, z).mean() + fooled
@@ -86,10 +96,10 @@ class VAEGAN(Adversarial):
         """Of the discriminator, mean, (): half of each kind of its fakes counts as one fake."""
         with torch.no_grad():
             codes = self._drawn(x, seed)[0], self.latent(len(x), seed)
-            fakes = [self.noisy(self.G(code), seed, FAKE, step) for code in codes]
-        real = self.D(self.noisy(check_images(x, self.x_shape), seed, REAL, step))
+            fakes = [self.noisy(self.fake(code), seed, FAKE, step) for code in codes]
+        real = self.judged(self.noisy(check_images(x, self.x_shape), seed, REAL, step))
         game = OBJECTIVES[self.objective]
-        return 0.5 * sum(game.D(real, self.D(fake)).mean() for fake in fakes)
+        return 0.5 * sum(game.D(real, self.judged(fake)).mean() for fake in fakes)
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
