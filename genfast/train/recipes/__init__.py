@@ -1,6 +1,8 @@
 """`RECIPES`: the table behind `genfast train NAME`."""
 
 from genfast.train.recipe import Batch, Option, Part, Recipe, Split
+from genfast.train.recipes.autoencoder import AutoencoderRecipe
+from genfast.train.recipes.clip import CLIPRecipe
 from genfast.train.recipes.diffusion import DiffusionRecipe
 from genfast.train.recipes.transformers import TRANSFORMERS
 from genfast.train.recipes.vae import ConvVAERecipe, VAERecipe
@@ -10,6 +12,8 @@ RECIPES: dict[str, Recipe] = {
     "conv-vae": ConvVAERecipe(),
     "diffusion": DiffusionRecipe(),
     **TRANSFORMERS,
+    "clip": CLIPRecipe(),
+    "autoencoder": AutoencoderRecipe(),
 }
 
 __all__ = ["RECIPES", "Batch", "Option", "Part", "Recipe", "Split"]
