@@ -1,8 +1,18 @@
 """Models on the fused ops: plain nn.Modules in their papers' letters, each with a `config`."""
 
 from genfast.models.diffusion import Diffusion, UNet
-from genfast.models.hybrid import CLIP
+from genfast.models.hybrid import (
+    CLIP,
+    DiffusionPrior,
+    DiT,
+    DiTDiffusion,
+    KLAutoencoder,
+    LatentDiffusion,
+)
 from genfast.models.transformer import BERT, GPT, T5, ViT
 from genfast.models.vae import VAE, ConvVAE
 
-__all__ = ["BERT", "CLIP", "GPT", "T5", "VAE", "ConvVAE", "Diffusion", "UNet", "ViT"]
+__all__ = [
+    "BERT", "CLIP", "GPT", "T5", "VAE", "ConvVAE", "DiT", "DiTDiffusion", "Diffusion",
+    "DiffusionPrior", "KLAutoencoder", "LatentDiffusion", "UNet", "ViT",
+]  # fmt: skip

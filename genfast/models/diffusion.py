@@ -465,12 +465,16 @@ class Diffusion(nn.Module):
 
     def _x0(self, x: Tensor, m: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """The predicted x0, clipped to [-1, 1]."""
-        a, s = alpha[:, None, None, None], sigma[:, None, None, None]
-        found = {
-            "epsilon": lambda: (x - s * m) / a, "sample": lambda: m,
-            "v_prediction": lambda: a * x - s * m,
-        }[self.prediction]()  # fmt: skip
-        return found.clamp(-1, 1)
+        return predicted_x0(self.prediction, x, m, alpha, sigma).clamp(-1, 1)
+
+
+def predicted_x0(prediction: str, x: Tensor, m: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """x0 of x_t = alpha x0 + sigma eps and a model's output m; alpha, sigma (B,)."""
+    a, s = alpha[:, None, None, None], sigma[:, None, None, None]
+    return {
+        "epsilon": lambda: (x - s * m) / a, "sample": lambda: m,
+        "v_prediction": lambda: a * x - s * m,
+    }[prediction]()  # fmt: skip
 
 
 def discrete_log_likelihood(x: Tensor, mean: Tensor, std: float) -> Tensor:
