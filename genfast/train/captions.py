@@ -23,6 +23,7 @@ TEMPLATES = (
     "a picture of a {}", "the number {} in white on black", "this is a {}", "a {} drawn by hand",
     "an image of the digit {}",
 )  # fmt: skip
+A_CAPTION = "a handwritten {}"
 # Never trained on: what the zero-shot accuracy is measured with.
 HELD_BACK = ("the handwritten number {}", "a drawing of the digit {}", "here is the number {}")
 
@@ -30,26 +31,26 @@ CAPTION = 1 << 40  # stream of a sample's seed
 LONGEST = 40  # tokens of a caption, the end included
 
 
-def tokens(caption: str, longest: int = LONGEST) -> list[int]:
-    """Bytes, the end, padding: `longest` ids; ValueError for a text that is longer."""
+def tokens(caption: str) -> list[int]:
+    """Bytes, the end, padding: LONGEST ids; ValueError for a text that is longer."""
     ids = [*encode(caption), EOS]
-    if len(ids) > longest:
+    if len(ids) > LONGEST:
         raise ValueError(
-            f"prompt: expected at most {longest - 1} bytes, got {len(ids) - 1}: {caption!r}; "
+            f"prompt: expected at most {LONGEST - 1} bytes, got {len(ids) - 1}: {caption!r}; "
             "shorten it"
         )
-    return padded(ids, longest)
+    return padded(ids, LONGEST)
 
 
-def table(data: str, templates: tuple[str, ...] = TEMPLATES, longest: int = LONGEST) -> Tensor:
-    """All captions of each class of a data set, (classes, captions, longest) int64."""
+def table(data: str, templates: tuple[str, ...] = TEMPLATES) -> Tensor:
+    """All captions of each class of a data set, (classes, captions, LONGEST) int64."""
     if data not in NAMES:
         raise ValueError(
-            f"data: expected a data set whose classes have names, one of {', '.join(NAMES)}, got "
+            f"data: expected a set whose classes have names, one of {', '.join(NAMES)}, got "
             f"{data!r}; add its names to genfast.train.captions.NAMES"
         )
     return torch.tensor([
-        [tokens(t.format(name), longest) for t in templates for name in names]
+        [tokens(t.format(name)) for t in templates for name in names]
         for names in NAMES[data]
     ])  # fmt: skip
 
@@ -83,8 +84,9 @@ def draw(captions: Tensor, seeds: Tensor) -> Tensor:
     return captions[torch.arange(B, device=captions.device), pick[:, 0]]
 
 
-def prompts(text: str, count: int, start: int = 0, longest: int = LONGEST) -> Tensor:
-    """(count, longest) ids of samples start ... start + count - 1: the prompts of a text, separated
-    by |, one after another."""
-    rows = [tokens(part.strip(), longest) for part in text.split("|")]
-    return torch.tensor([rows[(start + i) % len(rows)] for i in range(count)]).view(count, longest)
+def wanted(text: str, data: str) -> Tensor:
+    """ids (P, LONGEST) of what a user asks for: the prompts of a text, separated by |; for an empty
+    text a caption of each class of a data set. Sample i is drawn for prompt i % P."""
+    if text:
+        return torch.tensor([tokens(part.strip()) for part in text.split("|")])
+    return table(data, (A_CAPTION,))[:, -1]

@@ -8,4 +8,12 @@ from genfast.models.hybrid.latent import LatentDiffusion
 from genfast.models.hybrid.prior import DiffusionPrior
 from genfast.models.hybrid.process import DiTDiffusion
 
-__all__ = ["CLIP", "CLIPGuide", "DiT", "DiTDiffusion", "DiffusionPrior", "KLAutoencoder", "LatentDiffusion"]
+__all__ = [
+    "CLIP",
+    "CLIPGuide",
+    "DiT",
+    "DiTDiffusion",
+    "DiffusionPrior",
+    "KLAutoencoder",
+    "LatentDiffusion",
+]

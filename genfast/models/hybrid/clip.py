@@ -155,6 +155,5 @@ class CLIP(nn.Module):
         return (self.encode_image(x) @ F.normalize(z_t, dim=-1).T).argmax(1)
 
     def log_p(self, x: Tensor, z_t: Tensor) -> Tensor:
-        """ln p(c | x) but for a constant of c, (B,): e^tau z_i z_t, a row of z_t (B, e) an image.
-        """
+        """ln p(c | x) but for a constant of c, (B,): e^tau z_i z_t; z_t (B, e)."""
         return self.scale() * (self.encode_image(x) * z_t).sum(-1)

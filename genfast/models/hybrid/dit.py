@@ -1,8 +1,8 @@
 """DiT: diffusion whose denoiser is a transformer over patches.
 
-    c = W t + W y (+ W z);  (gamma, beta, alpha)_1,2 = W SiLU(c)           adaLN-Zero, W = 0 at first
+    c = W t + W y (+ W z);  (gamma, beta, alpha)_1,2 = W SiLU(c)        adaLN-Zero, W = 0 at first
     h = h + alpha_1 attention((1 + gamma_1) norm(h) + beta_1)
-    h = h + W cross-attention(norm(h), tokens)                             with text
+    h = h + cross-attention(norm(h), tokens)                            with text
     h = h + alpha_2 feed_forward((1 + gamma_2) norm(h) + beta_2)
 
 Peebles & Xie, "Scalable diffusion models with transformers", 2023, section 3.2; cross-attention to
@@ -220,8 +220,8 @@ def learned_range(alpha_bar: Tensor) -> dict[str, Tensor]:
 
 
 def variational_bound(error: Tensor, v: Tensor, of_x0: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """KL(q(x_(t-1) | x_t, x0) || N(mean, e^logvar)), bits a dimension, (B,): Nichol & Dhariwal 2021,
-    eq. 4 to 6 and 15, in letters of `learned_range`.
+    """KL(q(x_(t-1) | x_t, x0) || N(mean, e^logvar)), bits a dimension, (B,): Nichol & Dhariwal
+    2021, eq. 4 to 6 and 15, in letters of `learned_range`.
 
     error (B, ...): predicted x0 minus x0, without gradient: L_vlb shall train the variance alone.
     v like error. The term of t = 0 is the KL too, not the likelihood of 8-bit values: latents have
