@@ -133,9 +133,10 @@ class DiffusionPrior(nn.Module):
         self, n: int, seed: int, start: int = 0, *, ids: Tensor, plan=None, guidance: float = 1.0,
         candidates: int = 2,
     ) -> Tensor:  # fmt: skip
-        """Image embeddings of length 1 for texts ids (n, S), (n, e): samples start ...
-        start + n - 1 of `seed`, the same bits however they are cut into calls. candidates: draws of which the one
-        nearest to z_t is kept. guidance: scale w of uncond + w (cond - uncond), 1: none."""
+        """Image embeddings of length 1 for texts ids (n, S), (n, e): of samples start ...
+        start + n - 1 of `seed`, the same bits however they are cut into calls. candidates: draws
+        of which the one nearest to z_t is kept. guidance: scale w of uncond + w (cond - uncond),
+        1: none."""
         if len(ids) != n:
             raise ValueError(f"ids: expected a text for each of {n} samples, got {len(ids)}")
         if candidates < 1:
