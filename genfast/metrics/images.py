@@ -71,12 +71,12 @@ def trained_classifier(data: Split, seed: int = 0, steps: int = 400) -> Classifi
             at = step * 64 % n
             if at < 64:  # a new pass
                 order = torch.argsort(rand(n, seed=seed, stream=step), stable=True)
-            x, y = data.train[order[at : at + 64]]
+            x, y = data.train[order[at : at + 64]][:2]
             optimizer.zero_grad()
             F.cross_entropy(model.logits(x), y).backward()
             optimizer.step()
     model.eval().requires_grad_(False)
-    x, y = data.test[torch.arange(len(data.test))]
+    x, y = data.test[torch.arange(len(data.test))][:2]
     model.accuracy = (model.logits(x).argmax(1) == y).float().mean().item()
     return model
 
