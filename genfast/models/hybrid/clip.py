@@ -1,14 +1,14 @@
 """CLIP: an image and a text encoder whose embeddings agree on pairs (image, caption).
 
-    z_i = W_i ViT(x) / |.|,  z_t = W_t T(c)[EOS] / |.|,  logits = e^tau z_i z_t^T  (B, B)
+    z_i = W_i I(x) / |.|,  z_t = W_t T(c)[EOS] / |.|,  logits = e^tau z_i z_t^T  (B, B)
     loss = (CE(logits, 1 ... B) + CE(logits^T, 1 ... B)) / 2
 
 Radford et al., "Learning transferable visual models from natural language supervision", 2021,
-figure 3 and section 2.4 (causal text encoder, features of the end token, learned temperature). At
-the optimum e^tau z_i z_t = ln p(x, c) / (p(x) p(c)) + const (van den Oord et al., "Contrastive
-predictive coding", 2018, eq. 6), whose gradient is that of ln p(c | x): what guidance adds to a
-diffusion model's score (Dhariwal & Nichol, "Diffusion models beat GANs", 2021, section 4.2; Nichol
-et al., "GLIDE", 2022, section 2.3).
+figure 3 and section 2.4 (convolutional image encoder, causal text encoder, features of the end
+token, learned temperature). At the optimum e^tau z_i z_t = ln p(x, c) / (p(x) p(c)) + const (van
+den Oord et al., "Contrastive predictive coding", 2018, eq. 6), whose gradient is that of ln p(c |
+x): what guidance adds to a diffusion model's score (Dhariwal & Nichol, "Diffusion models beat
+GANs", 2021, section 4.2; Nichol et al., "GLIDE", 2022, section 2.3).
 
 Letters: x (B, C, H, W) in [0, 1]; c, ids (B, S) int64 tokens, ended by `eos`, filled up behind it;
 e width of the embeddings; z_i, z_t (B, e) of length 1.
@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genfast.models.diffusion import groups
 from genfast.models.transformer import blocks
 from genfast.models.transformer.blocks import Attention, Block, FeedForward
-from genfast.models.transformer.vit import ViT
 from genfast.ops.diffusion import add_noise
 from genfast.ops.rng import rand, randint
 
@@ -57,9 +57,27 @@ class TextEncoder(nn.Module):
         return self.norm(x)
 
 
+class ImageEncoder(nn.Sequential):
+    """x (B, C, H, W) in [-1, 1] -> (B, e): three convolutions of stride 2, to `width`, 2 and 4
+    width channels, with GroupNorm and SiLU, and two linear layers. In its place a ViT of as many
+    products knew 43 % of the digits after 450 steps on 4,000 of them.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], width: int, e: int):
+        c, *places = shape
+        layers: list[nn.Module] = []
+        for c_out in (width, 2 * width, 4 * width):
+            layers += [nn.Conv2d(c, c_out, 3, 2, 1), nn.GroupNorm(groups(c_out), c_out), nn.SiLU()]
+            c, places = c_out, [-(-n // 2) for n in places]
+        flat = c * math.prod(places)
+        super().__init__(
+            *layers, nn.Flatten(), nn.Linear(flat, c), nn.SiLU(), nn.Linear(c, e, bias=False)
+        )
+
+
 class CLIP(nn.Module):
-    """image: (H, W) or one int; patch, channels, d, layers, heads: of the `ViT`; vocab, eos,
-    context, text_layers: of the text encoder, as wide as the ViT; e: width of the embeddings.
+    """shape: (C, H, W) of the images; width: of the `ImageEncoder`, a multiple of 4; vocab, eos,
+    context, d, layers, heads: of the text encoder; e: width of the embeddings.
 
     shift, noise: in training an image is moved by up to `shift` pixels and gets noise of a
     deviation up to `noise` (of [0, 1]), both by its seed: the encoder shall judge a diffusion
@@ -68,16 +86,14 @@ class CLIP(nn.Module):
 
     def __init__(
         self,
-        image: int | tuple[int, int] = 28,
-        patch: int = 4,
-        channels: int = 1,
+        shape: tuple[int, int, int] = (1, 28, 28),
+        width: int = 32,
         vocab: int = 259,
         eos: int = 1,
         context: int = 40,
         d: int = 64,
-        layers: int = 3,
+        layers: int = 2,
         heads: int = 4,
-        text_layers: int = 2,
         e: int = 32,
         shift: int = 2,
         noise: float = 0.3,
@@ -86,10 +102,15 @@ class CLIP(nn.Module):
         self.config = blocks.arguments(locals())
         if shift < 0 or noise < 0:
             raise ValueError(f"shift, noise: expected numbers >= 0, got {shift} and {noise}")
-        self.e, self.eos, self.context, self.width = e, eos, context, d
+        if len(shape) != 3 or width % 4 or width < 4:
+            raise ValueError(
+                f"shape, width: expected (C, H, W) and a multiple of 4, got {tuple(shape)} and "
+                f"{width}"
+            )
+        self.e, self.eos, self.context, self.d = e, eos, context, d
         self.shift, self.noise = shift, noise
-        self.image = ViT(image, patch, channels, e, d, layers, heads)  # its head is W_i
-        self.text = TextEncoder(vocab, d, text_layers, heads, context)
+        self.image = ImageEncoder(tuple(shape), width, e)  # its last layer is W_i
+        self.text = TextEncoder(vocab, d, layers, heads, context)
         self.project = nn.Linear(d, e, bias=False)  # W_t
         self.tau = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 

@@ -54,7 +54,7 @@ class DiffusionPrior(nn.Module):
         self.T, self.condition_dropout = T, condition_dropout
         self.clip = frozen(CLIP, clip)
         e, S = self.clip.e, self.clip.context
-        self.of_token, self.of_text = nn.Linear(self.clip.width, d), nn.Linear(e, d)
+        self.of_token, self.of_text = nn.Linear(self.clip.d, d), nn.Linear(e, d)
         self.no_token, self.no_text = nn.Parameter(torch.zeros(d)), nn.Parameter(torch.zeros(d))
         self.time = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d))
         self.of_z, self.last = nn.Linear(e, d), nn.Parameter(torch.empty(d))

@@ -63,7 +63,7 @@ CONDITIONS = {
         lambda m, x, c: Conditions(y=c), lambda m, c: Conditions(y=c),
     ),
     "text": Condition(
-        "token ids (n, S) int64", lambda n, clip: {"z": clip.e, "tokens": clip.width},
+        "token ids (n, S) int64", lambda n, clip: {"z": clip.e, "tokens": clip.d},
         lambda m, x, c: _text(m, c), _text,
     ),
     "image": Condition(

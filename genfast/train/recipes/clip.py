@@ -18,10 +18,9 @@ class CLIPRecipe(ImageRecipe):
     data = tuple(captions.NAMES)
     settings = {"epochs": 20, "batch_size": 128, "lr": 2e-3, "clip": 1.0, "weight_decay": 0.05}
     options = {
-        "patch": Option(4, "pixels along a patch's side"),
-        "d": Option(64, "width of both encoders"),
-        "layers": Option(3, "blocks of the image encoder"),
-        "text_layers": Option(2, "blocks of the text encoder"),
+        "width": Option(32, "channels of the image encoder's first convolution"),
+        "d": Option(64, "width of the text encoder"),
+        "layers": Option(2, "blocks of the text encoder"),
         "heads": Option(4, "attention heads"),
         "e": Option(32, "width of the embeddings"),
         "shift": Option(2, "pixels that a training image is moved by, at most"),
@@ -33,9 +32,9 @@ class CLIPRecipe(ImageRecipe):
         return captions.captioned(super().load(name, options), name)
 
     def build(self, about: dict, options: dict) -> CLIP:
-        channels, height, width = about["shape"]
-        return CLIP((height, width), channels=channels, vocab=text.VOCAB, eos=text.EOS,
-                    context=captions.LONGEST, **options)  # fmt: skip
+        return CLIP(
+            about["shape"], vocab=text.VOCAB, eos=text.EOS, context=captions.LONGEST, **options
+        )
 
     def loss(self, model: CLIP, batch: Batch, seeds: Tensor) -> Tensor:
         x, _, given = batch
