@@ -90,8 +90,12 @@ class Dropin:
         """The engine that describes this scheduler as it is."""
         e = self._genfast
         if e is None or not unchanged(self.__dict__, e.watched):
-            e = self._genfast_engine()
+            e = self._genfast_renewed()
         return e
+
+    @torch.compiler.disable  # the planner is NumPy, which Dynamo would trace
+    def _genfast_renewed(self):
+        return self._genfast_engine()
 
     def _genfast_engine(self):
         """A new engine for the present attributes; rows are shared with equal ones."""
@@ -125,6 +129,7 @@ class Dropin:
             timesteps=self.timesteps.detach().cpu().double().numpy(),
         )
 
+    @torch.compiler.disable
     def _genfast_row(self, e, key):
         """e.rows[key], made now; None where no row can express it (`genfast_fallback` says why)."""
         try:

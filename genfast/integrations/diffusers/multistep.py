@@ -291,7 +291,7 @@ class UniPCMultistepScheduler(
     def _genfast_now(self):
         e = super()._genfast_now()
         if e.data["uncorrected"] != tuple(self.disable_corrector):  # a list: edited in place
-            e = self._genfast_engine()
+            e = self._genfast_renewed()
         return e
 
     def _genfast_data(self):
