@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from genfast.ops import _check
 from genfast.ops._road import _C, DIRECT, gate, is_compiling
 from genfast.ops.diffusion import (
     diffusion_step,
@@ -65,6 +66,8 @@ def step(
     """
     r, x, history = state.row, state.x, state.history
     steps = plan._steps or plan.steps
+    if r.__class__ is not int:
+        _check.integer("state.row", r)
     if not 0 <= r < len(steps):
         raise ValueError(f"state.row: expected 0..{len(plan) - 1}, got {r}; the plan is finished")
     outputs, more, place, writes, read, variance, noisy, _, _, table = row = steps[r]
@@ -77,10 +80,10 @@ def step(
             "pass noise= or seed="
         )
     if read:
-        if len(history) != plan.slots:
+        if len(history or ()) != plan.slots:
             raise ValueError(
-                f"state.history: expected {plan.slots} places for {plan.name}, got {len(history)}; "
-                "start with SolverState.start(plan, x_T)"
+                f"state.history: expected {plan.slots} places for {plan.name}, got "
+                f"{len(history or ())}; start with SolverState.start(plan, x_T)"
             )
         held = tuple(history)  # what the row does not read has the coefficient 0
     if denoised:
@@ -128,6 +131,8 @@ def _recycling(row, r, outputs, x, m, history, held, noise, seed, stream):
 
 
 def _public(plan, r, row, x, m, read, noise, seed, stream, weights, outputs):
+    _check.tensor("state.x", x)
+    _check.integer("stream", stream)
     wide = x.dtype == torch.float64
     table = plan.table_on(x.device, torch.float64 if wide else torch.float32)
     threshold = None
