@@ -127,7 +127,7 @@ struct OnCuda {  // keeps the null pointer below out of the deduction
 };
 template <class Params, class Result>
 bool run(const Params& p, const TensorView& like, Result (*cpu::Kernels::*on_cpu)(const Params&),
-         typename OnCuda<Params>::Function on_cuda = nullptr) {
+         typename OnCuda<Params>::Function on_cuda = nullptr, int64_t brief = 4096) {
   if (like.is_cuda() && on_cuda != nullptr) {
     const char* error;
     {
@@ -138,7 +138,7 @@ bool run(const Params& p, const TensorView& like, Result (*cpu::Kernels::*on_cpu
     return true;
   }
   if (!like.is_cpu()) return false;
-  if (like.numel < 4096) {  // releasing and taking the GIL again costs more than it frees
+  if (like.numel < brief) {  // releasing and taking the GIL again costs more than it frees
     (cpu::kernels().*on_cpu)(p);
   } else {
     py::gil_scoped_release release;

@@ -33,6 +33,7 @@ from genfast.ops.sampling import (
     sample_tokens,
     tanh_normal,
 )
+from genfast.schedulers import sample
 
 __version__ = _version("genfast")
 
@@ -61,6 +62,7 @@ __all__ = [
     "relaxed_bernoulli",
     "reparameterize",
     "restore",
+    "sample",
     "sample_categorical",
     "sample_tokens",
     "scale_model_input",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from genfast.ops import _check
 from genfast.ops._road import _C, DIRECT, gate, is_compiling
 from genfast.ops.diffusion import (
     diffusion_step,
@@ -65,50 +66,52 @@ def step(
     """
     r, x, history = state.row, state.x, state.history
     steps = plan._steps or plan.steps
+    if r.__class__ is not int:
+        _check.integer("state.row", r)
     if not 0 <= r < len(steps):
         raise ValueError(f"state.row: expected 0..{len(plan) - 1}, got {r}; the plan is finished")
-    row = steps[r]
-    if not row.needs_noise:
+    outputs, more, place, writes, read, variance, noisy, _, _, table = row = steps[r]
+    held = ()
+    if not noisy:
         noise = seed = None
     elif noise is None and seed is None:
         raise ValueError(
             f"noise: row {r} of {plan.name} needs a tensor of shape {tuple(x.shape)}, got None; "
             "pass noise= or seed="
         )
-    read = row.reads
     if read:
-        if len(history) != plan.slots:
+        if len(history or ()) != plan.slots:
             raise ValueError(
-                f"state.history: expected {plan.slots} places for {plan.name}, got {len(history)}; "
-                "start with SolverState.start(plan, x_T)"
+                f"state.history: expected {plan.slots} places for {plan.name}, got "
+                f"{len(history or ())}; start with SolverState.start(plan, x_T)"
             )
-        read = tuple([h if used else None for h, used in zip(history, read, strict=True)])
-    outputs = row.outputs_denoised if denoised else row.outputs
+        held = tuple(history)  # what the row does not read has the coefficient 0
+    if denoised:
+        outputs = more
     outs = None
     if weights is None and plan.threshold is None and not is_compiling():
         try:  # the kernel without ceremony; it refuses other devices and anything unusual
-            if recycle and row.writes:
-                outs = _recycling(row, r, outputs, x, m, history, read, noise, seed, stream)
+            if recycle and writes:
+                outs = _recycling(row, r, outputs, x, m, history, held, noise, seed, stream)
             else:
                 outs = _step_row(
-                    row.table, r, outputs, x, m, read, noise, seed, stream + r,
-                    _LEARNED[row.variance], 0,
-                )  # fmt: skip
+                    table, r, outputs, x, m, held, noise, seed, stream + r, _LEARNED[variance], 0
+                )
         except (TypeError, ValueError, AttributeError):
             pass  # the public function names the argument
     if outs is None:
+        read = [h if used else None for h, used in zip(held, read, strict=True)]
         outs = _public(plan, r, row, x, m, read, noise, seed, stream, weights, outputs)
-    if row.writes:
-        history = list(history)
-        for output, slot in row.writes:
+    if writes:
+        history = [*history]
+        for output, slot in writes:
             history[slot] = outs[output]
-    place = row.denoised
     return SolverState(outs[0], history, r + 1, outs[place] if denoised and place >= 0 else None)
 
 
-def _recycling(row, r, outputs, x, m, history, read, noise, seed, stream):
+def _recycling(row, r, outputs, x, m, history, held, noise, seed, stream):
     """Outputs by the kernel, new history entries in the memory of those that they replace."""
-    if gate(x, m, noise, *read) != DIRECT:
+    if gate(x, m, noise, *held) != DIRECT:
         return None
     slots, outs = dict(row.writes), [_empty_like(x)]
     for output in range(1, outputs):
@@ -121,13 +124,15 @@ def _recycling(row, r, outputs, x, m, history, read, noise, seed, stream):
     outs = tuple(outs)
     number, seeds = (0, seed) if isinstance(seed, torch.Tensor) else (seed or 0, None)
     done = _C.diffusion_step(
-        outs, x, (m,), None, row.table, None, r, read, noise, number, seeds, stream + r, 0,
+        outs, x, (m,), None, row.table, None, r, held, noise, number, seeds, stream + r, 0,
         seed is not None, _LEARNED[row.variance],
     )  # fmt: skip
     return outs if done else None
 
 
 def _public(plan, r, row, x, m, read, noise, seed, stream, weights, outputs):
+    _check.tensor("state.x", x)
+    _check.integer("stream", stream)
     wide = x.dtype == torch.float64
     table = plan.table_on(x.device, torch.float64 if wide else torch.float32)
     threshold = None
