@@ -103,7 +103,8 @@ def frechet_distance(features: nn.Module, real: Tensor, drawn: Tensor) -> float:
     need("torchmetrics")
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    fid = FrechetInceptionDistance(feature=features, normalize=True)
+    # Of this process alone: in a run of several the others may not take part.
+    fid = FrechetInceptionDistance(feature=features, normalize=True, sync_on_compute=False)
     for batch, is_real in ((real, True), (drawn, False)):
         for part in batch.split(500):
             fid.update(part, real=is_real)
