@@ -81,7 +81,7 @@ def trained_classifier(data: Split, seed: int = 0, steps: int = 400) -> Classifi
     return model
 
 
-_last: list = []  # of `classifier_of`: data, seed, classifier
+_last: list[tuple] = []  # of `classifier_of`, at most one: data, seed, classifier
 
 
 def classifier_of(
@@ -89,9 +89,12 @@ def classifier_of(
 ) -> Classifier:
     """`trained_classifier`, kept until another is asked for: a run judges every epoch with it.
     labelled: makes a data set with labels of `data`."""
-    if not _last or _last[0] is not data or _last[1] != seed:
-        _last[:] = [data, seed, trained_classifier(labelled(data), seed)]
-    return _last[2]
+    for of, its_seed, classifier in _last[:]:  # a copy: another thread may replace it
+        if of is data and its_seed == seed:
+            return classifier
+    classifier = trained_classifier(labelled(data), seed)
+    _last[:] = [(data, seed, classifier)]
+    return classifier
 
 
 # ---- distances -----------------------------------------------------------------------------------
