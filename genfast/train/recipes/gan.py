@@ -107,7 +107,7 @@ class GANRecipe(AdversarialRecipe):
 
 class DCGANRecipe(AdversarialRecipe):
     model = DCGAN
-    settings = {**COMMON, "epochs": 24, "lr": 5e-4}
+    settings = {**COMMON, "epochs": 20, "lr": 5e-4}
     options = LATENT | CONVOLUTIONS | OBJECTIVE
     options |= {"batch_norm": Option(True, "in the discriminator too")} | NORMED | PENALTIES | GAME
 
