@@ -465,7 +465,17 @@ def test_a_dcgan_learns_real_digits(tmp_path):
     [
         (lambda: GAN(objective="hing"), "objective: expected one of non-saturating.*got 'hing'"),
         (lambda: GAN(r1=-1.0), "r1: expected a number >= 0, got -1"),
-        (lambda: GAN(z_dim=0), "z_dim, noise_steps: expected ints >= 1"),
+        (lambda: GAN(z_dim=0), "z_dim: expected an int >= 1, got 0"),
+        (lambda: GAN(noise=0.1, noise_steps=0), "noise_steps: expected an int >= 1"),
+        (lambda: GAN(h_dim=0), "h_dim: expected an int >= 1"),
+        (lambda: GAN((28, 28)), r"shape: expected \(C, H, W\) with C >= 1.*got \(28, 28\)"),
+        (lambda: DCGAN(width=-1), "width: expected an int >= 1, got -1"),
+        (lambda: VAEGAN(width=0), "width: expected an int >= 1"),
+        (lambda: CycleGAN(blocks=0), "blocks: expected an int >= 1"),
+        (lambda: CycleGAN((1, 4, 8)), r"H, W >= 8, got \(1, 4, 8\)"),
+        (lambda: tiny("gan").d_loss(torch.zeros(0, *SHAPE), seed=1), "at least one sample"),
+        (lambda: tiny("cyclegan").g_loss(torch.zeros(0, *SHAPE), torch.zeros(1, *SHAPE)),
+         "x: expected at least one image"),
         (lambda: DCGAN((1, 30, 28)), r"divisible by 4 for 2 levels, got \(1, 30, 28\); take fewer"),
         (lambda: DCGAN(levels=0), "levels: expected an int >= 1"),
         (lambda: WGAN(clip_weight=math.inf), "clip_weight: expected a number >= 0"),
@@ -487,6 +497,15 @@ def test_a_dcgan_learns_real_digits(tmp_path):
 def test_bad_input_names_what_was_expected(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("name", ["gan", "vae-gan", "cyclegan"])
+def test_bytes_are_refused(name):
+    x = torch.zeros(2, *SHAPE, dtype=torch.uint8)
+    model = tiny(name)
+    call = model if name == "cyclegan" else lambda x: model.d_loss(x, seed=1)
+    with pytest.raises(TypeError, match=r"x: expected floats in \[0, 1\], got torch.uint8; divide"):
+        call(x)
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import genfast
-from genfast.models import GAN
+from genfast.models import DCGAN, GAN
 from genfast.models._seeds import sample_seeds
 from genfast.train import alarms, checkpoint, data, loop, plot, state
 from genfast.train.players import STRIDE, seats
 from genfast.train.recipe import Player
-from genfast.train.recipes.gan import GANRecipe
+from genfast.train.recipes.gan import DCGANRecipe, GANRecipe
 from genfast.train.settings import Settings
 
 SEED = 3
@@ -46,13 +46,14 @@ def fresh(**more):
     return checkpoint.initialised(lambda: GAN((1, 6, 6), 4, 12, **{**PENALTIES, **more}), SEED)
 
 
-def run(folder, model=None, recipe=None, resume=False, show=None, options=None, **settings):
+def run(folder, model=None, recipe=None, resume=False, show=None, options=None, name="gan",
+        **settings):  # fmt: skip
     folder.mkdir(exist_ok=True)
     model = model or fresh()
     chosen = Settings(**{"epochs": 3, "batch_size": 32, "lr": 1e-2, "warmup": 0.0, **settings})
     more = {"show": show} if show else {}
     notes = {"options": {"n_critic": 2, "d_lr": 0.5, **(options or {})}}
-    summary = loop.train("gan", recipe or Recipe(), model, blobs(), chosen, folder, notes,
+    summary = loop.train(name, recipe or Recipe(), model, blobs(), chosen, folder, notes,
                          resume=resume, **more)  # fmt: skip
     return model, summary
 
@@ -192,8 +193,17 @@ import sys, pathlib
 sys.path.insert(0, sys.argv[2])
 import test_train_players as t
 t.torch.set_num_threads(1)
-t.run(pathlib.Path(sys.argv[1]), epochs=2, batch_size=33, ema=0.9)
+folder = pathlib.Path(sys.argv[1])
+t.run(folder, epochs=2, batch_size=33, ema=0.9)
+t.run_dcgan(folder / "dcgan")
 """
+
+
+def run_dcgan(folder):
+    """BatchNorm, spectral norm's buffers, and all that the recipe really watches."""
+    more = {"spectral_norm": True, "noise": 0.1}
+    model = checkpoint.initialised(lambda: DCGAN((1, 6, 6), 4, 4, 1, **more), SEED)
+    return run(folder, model, DCGANRecipe(), name="dcgan", epochs=1, batch_size=33, ema=0.9)
 
 
 def test_two_gloo_processes_play_as_one(tmp_path):
@@ -214,6 +224,10 @@ def test_two_gloo_processes_play_as_one(tmp_path):
     for a, b in zip(*logs, strict=True):
         for name in ("discriminator_loss", "generator_loss", "validation_classifier_fid"):
             assert a[name] == pytest.approx(b[name], rel=1e-3), name
+    _, summary = run_dcgan(tmp_path / "one" / "dcgan")
+    name = "validation_classifier_fid"  # BatchNorm took its statistics of other rows
+    for record in loop.records(tmp_path / "two" / "dcgan" / loop.LOG):
+        assert record[name] == pytest.approx(summary[name], rel=0.2)
 
 
 # ---- alarms --------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def trained_classifier(data: Split, seed: int = 0, steps: int = 400) -> Classifi
     return model
 
 
-_last: list = []  # of `classifier_of`: data, seed, classifier
+_last: list[tuple] = []  # of `classifier_of`, at most one: data, seed, classifier
 
 
 def classifier_of(
@@ -89,9 +89,12 @@ def classifier_of(
 ) -> Classifier:
     """`trained_classifier`, kept until another is asked for: a run judges every epoch with it.
     labelled: makes a data set with labels of `data`."""
-    if not _last or _last[0] is not data or _last[1] != seed:
-        _last[:] = [data, seed, trained_classifier(labelled(data), seed)]
-    return _last[2]
+    for of, its_seed, classifier in _last[:]:  # a copy: another thread may replace it
+        if of is data and its_seed == seed:
+            return classifier
+    classifier = trained_classifier(labelled(data), seed)
+    _last[:] = [(data, seed, classifier)]
+    return classifier
 
 
 # ---- distances -----------------------------------------------------------------------------------
@@ -103,7 +106,8 @@ def frechet_distance(features: nn.Module, real: Tensor, drawn: Tensor) -> float:
     need("torchmetrics")
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    fid = FrechetInceptionDistance(feature=features, normalize=True)
+    # Of this process alone: in a run of several the others may not take part.
+    fid = FrechetInceptionDistance(feature=features, normalize=True, sync_on_compute=False)
     for batch, is_real in ((real, True), (drawn, False)):
         for part in batch.split(500):
             fid.update(part, real=is_real)

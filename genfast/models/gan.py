@@ -146,10 +146,19 @@ def narrow(model: nn.Module, std: float = 0.02) -> None:
             nn.init.normal_(m.weight, 1.0, std)
 
 
-def check_shape(shape: tuple[int, ...], levels: int) -> tuple[int, int, int]:
-    if levels < 1:
-        raise ValueError(f"levels: expected an int >= 1, got {levels}")
-    if len(shape) != 3 or shape[1] % 2**levels or shape[2] % 2**levels:
+def check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name}: expected an int >= 1, got {value}")
+
+
+def check_shape(shape: tuple[int, ...], levels: int = 0, least: int = 1) -> tuple[int, int, int]:
+    """levels: how often H and W are halved; least: of both."""
+    if len(shape) != 3 or shape[0] < 1 or min(shape[1:]) < least:
+        raise ValueError(
+            f"shape: expected (C, H, W) with C >= 1 and H, W >= {least}, got {tuple(shape)}"
+        )
+    if shape[1] % 2**levels or shape[2] % 2**levels:
         raise ValueError(
             f"shape: expected (C, H, W) with H and W divisible by {2**levels} for {levels} levels, "
             f"got {tuple(shape)}; take fewer levels, or crop or pad the images"
@@ -163,6 +172,10 @@ def check_images(x: Tensor, shape: tuple[int, ...], name: str = "x") -> Tensor:
         raise ValueError(
             f"{name}: expected (B, {', '.join(map(str, shape))}), got shape {tuple(x.shape)}; "
             "resize the images or build the model for this size"
+        )
+    if not x.is_floating_point():
+        raise TypeError(
+            f"{name}: expected floats in [0, 1], got {x.dtype}; divide bytes by 255: x / 255"
         )
     return 2 * x - 1
 
@@ -190,10 +203,8 @@ class Adversarial(nn.Module):
         if objective not in OBJECTIVES:
             known = ", ".join(OBJECTIVES)
             raise ValueError(f"objective: expected one of {known}, got {objective!r}")
-        if z_dim < 1 or noise_steps < 1:
-            raise ValueError(
-                f"z_dim, noise_steps: expected ints >= 1, got {z_dim} and {noise_steps}"
-            )
+        check_counts(z_dim=z_dim, noise_steps=noise_steps)
+        check_shape(shape)
         numbers = {"penalty": penalty, "r1": r1, "noise": noise, "clip_weight": clip_weight}
         for name, value in numbers.items():
             if not 0 <= value < math.inf:
@@ -204,6 +215,8 @@ class Adversarial(nn.Module):
 
     def latent(self, n: int, seed) -> Tensor:
         """z (n, z_dim)."""
+        if n < 1:
+            raise ValueError(f"n: expected at least one sample in a batch, got {n}")
         weight = next(self.G.parameters())
         z = randn(n, self.z_dim, seed=seed, stream=LATENT, device=weight.device)
         return z.to(weight.dtype)
@@ -287,6 +300,7 @@ class GAN(Adversarial):
         objective: str = "non-saturating", spectral_norm: bool = False, **penalties,
     ):  # fmt: skip
         super().__init__(shape, z_dim, objective, **penalties)
+        check_counts(h_dim=h_dim)
         self.config = {
             "shape": list(shape), "z_dim": z_dim, "h_dim": h_dim, "objective": objective,
             "spectral_norm": spectral_norm, **penalties,
@@ -312,6 +326,7 @@ class DCGAN(Adversarial):
         levels: int = 2, objective: str = "non-saturating", batch_norm: bool = True,
         spectral_norm: bool = False, **penalties,
     ):  # fmt: skip
+        check_counts(levels=levels, width=width)
         super().__init__(check_shape(shape, levels), z_dim, objective, **penalties)
         self.config = {
             "shape": list(shape), "z_dim": z_dim, "width": width, "levels": levels,
@@ -407,7 +422,8 @@ class CycleGAN(nn.Module):
         blocks: int = 3, cycle: float = 10.0, identity: float = 0.5,
     ):  # fmt: skip
         super().__init__()
-        self.x_shape = check_shape(shape, 2)
+        check_counts(width=width, d_width=d_width, blocks=blocks)
+        self.x_shape = check_shape(shape, 2, least=8)  # InstanceNorm needs more than one place
         for name, value in {"cycle": cycle, "identity": identity}.items():
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name}: expected a number >= 0, got {value}")
@@ -423,6 +439,9 @@ class CycleGAN(nn.Module):
         narrow(self)
 
     def _pair(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        for name, images in {"x": x, "y": y}.items():
+            if not len(images):
+                raise ValueError(f"{name}: expected at least one image in a batch, got none")
         return check_images(x, self.x_shape, "x"), check_images(y, self.x_shape, "y")
 
     def g_loss(self, x: Tensor, y: Tensor) -> Tensor:

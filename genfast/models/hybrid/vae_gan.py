@@ -23,6 +23,7 @@ from genfast.models.gan import (
     OBJECTIVES,
     REAL,
     Adversarial,
+    check_counts,
     check_images,
     check_shape,
     discriminator,
@@ -43,6 +44,7 @@ class VAEGAN(Adversarial):
         self, shape: tuple[int, int, int] = (1, 28, 28), z_dim: int = 32, width: int = 32,
         levels: int = 2, gamma: float = 1e-3, **penalties,
     ):  # fmt: skip
+        check_counts(levels=levels, width=width)
         super().__init__(check_shape(shape, levels), z_dim, "non-saturating", **penalties)
         if not gamma > 0:
             raise ValueError(f"gamma: expected a number > 0, got {gamma}")

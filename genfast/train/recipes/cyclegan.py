@@ -31,7 +31,7 @@ class CycleGANRecipe(ImageRecipe):
 
     model = CycleGAN
     data = tuple(data.DOMAINS)
-    settings = {"epochs": 15, "batch_size": 16, "lr": 1e-3, "schedule": "linear", "ema": 0.995,
+    settings = {"epochs": 6, "batch_size": 16, "lr": 1e-3, "schedule": "linear", "ema": 0.995,
                 "patience": 60}  # fmt: skip
     best = "classifier_fid"
     options = {

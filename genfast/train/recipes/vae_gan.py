@@ -10,14 +10,17 @@ from genfast.metrics import images as metrics
 from genfast.models.hybrid import VAEGAN
 from genfast.train import images
 from genfast.train.recipe import Option, Part, Player, Split
-from genfast.train.recipes.gan import CONVOLUTIONS, GAME, AdversarialRecipe, DCGANRecipe
+from genfast.train.recipes.gan import COMMON, CONVOLUTIONS, GAME, AdversarialRecipe
 
 
 class VAEGANRecipe(AdversarialRecipe):
     model = VAEGAN
-    settings = DCGANRecipe.settings
-    options = {"z_dim": Option(32, "latent dimensions")} | CONVOLUTIONS
-    options |= {"gamma": Option(1e-3, "weight of the features' likelihood for the decoder")} | GAME
+    settings = {**COMMON, "epochs": 20, "lr": 1e-3}
+    options = CONVOLUTIONS | GAME | {
+        "z_dim": Option(32, "latent dimensions"),
+        "width": CONVOLUTIONS["width"]._replace(default=16),
+        "gamma": Option(1e-3, "weight of the features' likelihood for the decoder"),
+    }  # fmt: skip
 
     def players(self, model: VAEGAN, options: dict) -> tuple[Player, ...]:
         """Algorithm 1 of the paper, one after another: encoder, decoder, discriminator."""
