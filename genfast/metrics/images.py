@@ -80,6 +80,16 @@ def trained_classifier(data: Split, seed: int = 0, steps: int = 400) -> Classifi
     return model
 
 
+_last: list = []  # of `classifier_of`: data, seed, classifier
+
+
+def classifier_of(data: Split, seed: int = 0) -> Classifier:
+    """`trained_classifier`, kept until another is asked for: a run judges every epoch with it."""
+    if not _last or _last[0] is not data or _last[1] != seed:
+        _last[:] = [data, seed, trained_classifier(data, seed)]
+    return _last[2]
+
+
 # ---- distances -----------------------------------------------------------------------------------
 
 
@@ -94,6 +104,12 @@ def frechet_distance(features: nn.Module, real: Tensor, drawn: Tensor) -> float:
         for part in batch.split(500):
             fid.update(part, real=is_real)
     return fid.compute().item()
+
+
+def classes_covered(labels: Tensor, classes: int, share: float = 0.01) -> int:
+    """How many classes have at least this share of the labels (N,) int64 of drawn images: all of
+    them unless a generator has lost modes."""
+    return int((labels.bincount(minlength=classes) >= max(share * len(labels), 1)).sum())
 
 
 def precision_recall_density_coverage(real: Tensor, drawn: Tensor, k: int = 5) -> dict[str, float]:

@@ -1,7 +1,11 @@
 """Models on the fused ops: plain nn.Modules in their papers' letters, each with a `config`."""
 
 from genfast.models.diffusion import Diffusion, UNet
+from genfast.models.gan import DCGAN, GAN, WGAN, WGANGP, CycleGAN
 from genfast.models.transformer import BERT, GPT, T5, ViT
 from genfast.models.vae import VAE, ConvVAE
 
-__all__ = ["BERT", "GPT", "T5", "VAE", "ConvVAE", "Diffusion", "UNet", "ViT"]
+__all__ = [
+    "BERT", "DCGAN", "GAN", "GPT", "T5", "VAE", "WGAN", "WGANGP", "ConvVAE", "CycleGAN",
+    "Diffusion", "UNet", "ViT",
+]  # fmt: skip

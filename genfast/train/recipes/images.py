@@ -34,10 +34,12 @@ class ImageRecipe(Recipe):
     def judge(self, drawn: Tensor, data: Split, seed: int) -> dict[str, float]:
         """Drawn images (N, C, H, W) against the test part, in the features of a classifier trained
         on the training part."""
-        features = metrics.trained_classifier(data, seed)
+        features = metrics.classifier_of(data, seed)
         real, _ = data.test[torch.arange(len(data.test))]
+        labels = features.logits(drawn).argmax(1)
         return {
             f"{features.kind} accuracy": features.accuracy,
             f"{features.kind} FID": metrics.frechet_distance(features, real, drawn),
+            "classes covered": metrics.classes_covered(labels, data.about["classes"]),
             **metrics.precision_recall_density_coverage(features(real), features(drawn)),
         }
