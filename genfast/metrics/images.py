@@ -8,6 +8,7 @@ called by its name alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -70,12 +71,12 @@ def trained_classifier(data: Split, seed: int = 0, steps: int = 400) -> Classifi
             at = step * 64 % n
             if at < 64:  # a new pass
                 order = torch.argsort(rand(n, seed=seed, stream=step), stable=True)
-            x, y = data.train[order[at : at + 64]]
+            x, y = data.train[order[at : at + 64]][:2]
             optimizer.zero_grad()
             F.cross_entropy(model.logits(x), y).backward()
             optimizer.step()
     model.eval().requires_grad_(False)
-    x, y = data.test[torch.arange(len(data.test))]
+    x, y = data.test[torch.arange(len(data.test))][:2]
     model.accuracy = (model.logits(x).argmax(1) == y).float().mean().item()
     return model
 
@@ -83,10 +84,13 @@ def trained_classifier(data: Split, seed: int = 0, steps: int = 400) -> Classifi
 _last: list = []  # of `classifier_of`: data, seed, classifier
 
 
-def classifier_of(data: Split, seed: int = 0) -> Classifier:
-    """`trained_classifier`, kept until another is asked for: a run judges every epoch with it."""
+def classifier_of(
+    data: Split, seed: int = 0, labelled: Callable[[Split], Split] = lambda data: data
+) -> Classifier:
+    """`trained_classifier`, kept until another is asked for: a run judges every epoch with it.
+    labelled: makes a data set with labels of `data`."""
     if not _last or _last[0] is not data or _last[1] != seed:
-        _last[:] = [data, seed, trained_classifier(data, seed)]
+        _last[:] = [data, seed, trained_classifier(labelled(data), seed)]
     return _last[2]
 
 
@@ -99,7 +103,8 @@ def frechet_distance(features: nn.Module, real: Tensor, drawn: Tensor) -> float:
     need("torchmetrics")
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    fid = FrechetInceptionDistance(feature=features, normalize=True)
+    # Of this process alone: in a run of several the others may not take part.
+    fid = FrechetInceptionDistance(feature=features, normalize=True, sync_on_compute=False)
     for batch, is_real in ((real, True), (drawn, False)):
         for part in batch.split(500):
             fid.update(part, real=is_real)

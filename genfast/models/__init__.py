@@ -2,10 +2,20 @@
 
 from genfast.models.diffusion import Diffusion, UNet
 from genfast.models.gan import DCGAN, GAN, WGAN, WGANGP, CycleGAN
+from genfast.models.hybrid import (
+    CLIP,
+    VAEGAN,
+    DiffusionPrior,
+    DiT,
+    DiTDiffusion,
+    KLAutoencoder,
+    LatentDiffusion,
+)
 from genfast.models.transformer import BERT, GPT, T5, ViT
 from genfast.models.vae import VAE, ConvVAE
 
 __all__ = [
-    "BERT", "DCGAN", "GAN", "GPT", "T5", "VAE", "WGAN", "WGANGP", "ConvVAE", "CycleGAN",
-    "Diffusion", "UNet", "ViT",
+    "BERT", "CLIP", "DCGAN", "GAN", "GPT", "T5", "VAE", "VAEGAN", "WGAN", "WGANGP", "ConvVAE",
+    "CycleGAN", "DiT", "DiTDiffusion", "Diffusion", "DiffusionPrior", "KLAutoencoder",
+    "LatentDiffusion", "UNet", "ViT",
 ]  # fmt: skip

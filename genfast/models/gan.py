@@ -214,6 +214,14 @@ class Adversarial(nn.Module):
             raise ValueError(f"z: expected (B, {self.z_dim}), got shape {tuple(z.shape)}")
         return (self.G(z) + 1) * 0.5
 
+    def fake(self, z: Tensor) -> Tensor:
+        """G(z) in z's dtype, also under autocast."""
+        return self.G(z).to(z.dtype)
+
+    def judged(self, x: Tensor) -> Tensor:
+        """D(x) likewise."""
+        return self.D(x).to(x.dtype)
+
     def noisy(self, x: Tensor, seed, stream: int, step: int) -> Tensor:
         """x with the instance noise of a step."""
         sigma = self.noise * max(0.0, 1 - step / self.noise_steps)
@@ -226,9 +234,9 @@ class Adversarial(nn.Module):
         of the training, for the instance noise."""
         x = check_images(x, self.x_shape)
         with torch.no_grad():
-            fake = self.G(self.latent(len(x), seed))
+            fake = self.fake(self.latent(len(x), seed))
         x, fake = self.noisy(x, seed, REAL, step), self.noisy(fake, seed, FAKE, step)
-        loss = OBJECTIVES[self.objective].D(self.D(x), self.D(fake)).mean()
+        loss = OBJECTIVES[self.objective].D(self.judged(x), self.judged(fake)).mean()
         if self.penalty:
             loss = loss + self.penalty * gradient_penalty(self.D, x, fake, seed)
         if self.r1:
@@ -237,8 +245,8 @@ class Adversarial(nn.Module):
 
     def g_loss(self, n: int, *, seed, step: int = 0) -> Tensor:
         """Of the generator on n samples of its own, mean, ()."""
-        fake = self.noisy(self.G(self.latent(n, seed)), seed, FAKE, step)
-        return OBJECTIVES[self.objective].G(self.D(fake)).mean()
+        fake = self.noisy(self.fake(self.latent(n, seed)), seed, FAKE, step)
+        return OBJECTIVES[self.objective].G(self.judged(fake)).mean()
 
     @torch.no_grad()
     def clip_weights(self) -> None:
@@ -312,7 +320,8 @@ class DCGAN(Adversarial):
         }  # fmt: skip
         self.G = generator(self.x_shape, z_dim, width, levels)
         self.D = discriminator(self.x_shape, width, levels, batch_norm, spectral_norm)
-        narrow(self)
+        # Without BatchNorm to widen them again, N(0, 0.02) leaves a discriminator nearly flat.
+        narrow(self if batch_norm else self.G)
 
 
 class WGAN(DCGAN):
@@ -420,7 +429,7 @@ class CycleGAN(nn.Module):
         """Of both generators on images x of X and y of Y (B, C, H, W) in [0, 1], no pairs; mean,
         (). Eq. 3."""
         x, y = self._pair(x, y)
-        Gx, Fy = self.G(x), self.F(y)
+        Gx, Fy = self.G(x).to(x.dtype), self.F(y).to(y.dtype)
         loss = self.objective.G(self.D_Y(Gx)).mean() + self.objective.G(self.D_X(Fy)).mean()
         back = F.l1_loss(self.F(Gx), x) + F.l1_loss(self.G(Fy), y)
         loss = loss + self.cycle * back
@@ -433,7 +442,7 @@ class CycleGAN(nn.Module):
         """Of both discriminators, mean, ()."""
         x, y = self._pair(x, y)
         with torch.no_grad():
-            Gx, Fy = self.G(x), self.F(y)
+            Gx, Fy = self.G(x).to(x.dtype), self.F(y).to(y.dtype)
         of_x = self.objective.D(self.D_X(x), self.D_X(Fy)).mean()
         return of_x + self.objective.D(self.D_Y(y), self.D_Y(Gx)).mean()
 

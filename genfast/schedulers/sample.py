@@ -255,7 +255,7 @@ def sample(
     seed: int | torch.Tensor | None = None,
     stream: int = 0,
     generator: torch.Generator | list | None = None,
-    guidance: float | dict | None = None,
+    guidance: float | Sequence[float] | dict | None = None,
     callback: Callable[[int, SolverState], SolverState | None] | None = None,
     progress: bool = False,
     state: SolverState | None = None,
@@ -263,13 +263,15 @@ def sample(
     """Run a plan: x_T (B, ...) to the sample, same shape and dtype.
 
     model: called as model(x, t) with x scaled for it and t an int (or float, if the plan says so);
-        returns m like x. With guidance it is called as model(x, t) and must return (cond, uncond).
+        returns m like x. With guidance it is called as model(x, t) and must return (cond, uncond),
+        or as many outputs as `guidance` has weights.
     seed, stream: row k adds the noise of (seed, stream + k), the same on every machine; an int64
         tensor (B,) seeds each sample by itself.
     generator (or a list, one per sample): draw from torch instead, in number and order as diffusers
         does. Neither seed nor generator: torch's default generator.
     guidance: scale, or a dict of arguments of `genfast.guide` such as
-        dict(scale=5.0, method="apg").
+        dict(scale=5.0, method="apg"), or the weights g_j of m = sum_j g_j m_j, a number per output:
+        (w, 1 - w, s) adds a classifier's gradient to classifier-free guidance.
     callback: called after each row with (row, state), state.denoised included; may return a changed
         state.
     progress: show a tqdm bar. state: continue from here instead of x_T at row 0.
@@ -278,6 +280,7 @@ def sample(
         raise ValueError("seed, generator: expected at most one of them, got both")
     if not x_T.is_floating_point():
         raise TypeError(f"x_T: expected a floating point tensor, got {x_T.dtype}")
+    given = tuple(guidance) if isinstance(guidance, (tuple, list)) else None
     options = guidance if isinstance(guidance, dict) else dict(scale=guidance)
     private = callback is None and state is None  # nobody else holds the history
     state = state or SolverState.start(plan, x_T)
@@ -293,7 +296,14 @@ def sample(
             x if row.input_scale == 1.0 else scale_model_input(x, row.input_scale), row.timestep
         )
         weights = None
-        if guidance is not None:
+        if given is not None:
+            if not (isinstance(m, (tuple, list)) and len(m) == len(given)):
+                raise TypeError(
+                    f"model: with {len(given)} weights of guidance expected it to return as many "
+                    f"outputs, got {len(m) if isinstance(m, (tuple, list)) else type(m).__name__}"
+                )
+            weights, m = given, tuple(m)
+        elif guidance is not None:
             if not (isinstance(m, (tuple, list)) and len(m) == 2):
                 raise TypeError(
                     f"model: with guidance expected it to return (cond, uncond), got "
