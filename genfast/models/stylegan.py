@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genfast.models._seeds import in_tiles, sample_seeds
+from genfast.models.gan import check_images
 from genfast.nn.filtering import BiasAct, Downsample2d, Upsample2d
 from genfast.ops.filtering import bias_act, upfirdn2d
 from genfast.ops.rng import rand, randn
@@ -273,21 +274,12 @@ class StyleGAN2(nn.Module):
         self.D = Discriminator(shape, sizes, widths, group)
         self.register_buffer("path_mean", torch.zeros(()))  # a: the mean path length so far
 
-    def _images(self, x: Tensor) -> Tensor:
-        """[0, 1] (B, C, H, W) -> [-1, 1]."""
-        if x.shape[1:] != self.x_shape:
-            raise ValueError(
-                f"x: expected (B, {', '.join(map(str, self.x_shape))}), got {tuple(x.shape)}; "
-                "resize the images or build the model for this size"
-            )
-        return 2 * x - 1
-
-    def d_loss(self, x: Tensor, seeds: Tensor, step: int = 0) -> Tensor:
+    def d_loss(self, x: Tensor, *, seed: Tensor, step: int = 0) -> Tensor:
         """Loss of D on real images x in [0, 1] and as many of G, (); R1 times its interval at each
-        r1_every-th step (lazy regularisation)."""
-        real = self._images(x)
+        r1_every-th step (lazy regularisation). seed: int64 (B,), one a sample."""
+        real = check_images(x, self.x_shape)
         with torch.no_grad():
-            fake = self.G(seeds, self.mixing)
+            fake = self.G(seed, self.mixing)
         lazy = self.r1 > 0 and step % self.r1_every == 0
         if lazy:
             real = real.detach().requires_grad_()
@@ -299,16 +291,16 @@ class StyleGAN2(nn.Module):
             loss = loss + 0.5 * self.r1 * self.r1_every * penalty
         return loss
 
-    def g_loss(self, seeds: Tensor, step: int = 0) -> Tensor:
-        """Loss of G, (); the path length times its interval at each path_every-th step, on half
-        of the seeds. Moves w_avg and path_mean."""
-        ws = self.G.styles(seeds, self.mixing)
+    def g_loss(self, *, seed: Tensor, step: int = 0) -> Tensor:
+        """Loss of G on a sample of each seed, int64 (B,), (); the path length times its interval at
+        each path_every-th step, on half of them. Moves w_avg and path_mean."""
+        ws = self.G.styles(seed, self.mixing)
         if self.training:
             with torch.no_grad():
                 self.G.mapping.w_avg.lerp_(ws[:, 0].mean(0), 0.005)
-        loss = F.softplus(-self.D(self.G.synthesis(ws, seeds))).mean()
+        loss = F.softplus(-self.D(self.G.synthesis(ws, seed))).mean()
         if self.path > 0 and step % self.path_every == 0:
-            loss = loss + self.path * self.path_every * self._path_penalty(seeds)
+            loss = loss + self.path * self.path_every * self._path_penalty(seed)
         return loss
 
     def _path_penalty(self, seeds: Tensor) -> Tensor:
@@ -326,6 +318,13 @@ class StyleGAN2(nn.Module):
             if self.training:
                 self.path_mean.copy_(mean)
         return (lengths - mean).square().mean()
+
+    @torch.no_grad()
+    def accuracy(self, x: Tensor, fake: Tensor) -> tuple[float, float]:
+        """Shares of x and of fake (B, C, H, W) in [0, 1] that D takes for what they are; 1/2 both:
+        D can only guess."""
+        real, fake = (self.D(check_images(images, self.x_shape)) for images in (x, fake))
+        return (real > 0).float().mean().item(), (fake <= 0).float().mean().item()
 
     @torch.no_grad()
     def sample(self, n: int, seed: int, start: int = 0, psi: float = 1.0) -> Tensor:
