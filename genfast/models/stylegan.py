@@ -52,7 +52,7 @@ class Dense(nn.Module):
 class Conv(nn.Module):
     """A k x k convolution of equalized learning rate; down: half the size, filtered first."""
 
-    def __init__(self, n_in: int, n_out: int, k: int, act: str | None = "lrelu", down: bool = False):
+    def __init__(self, n_in: int, n_out: int, k: int, act: str | None = "lrelu", down=False):
         super().__init__()
         self.gain, self.down = 1 / math.sqrt(n_in * k * k), down
         self.weight = nn.Parameter(torch.randn(n_out, n_in, k, k))
@@ -80,7 +80,7 @@ class ModulatedConv(nn.Module):
     """
 
     def __init__(
-        self, n_in: int, n_out: int, k: int, w_dim: int, *, demodulate: bool = True, up: bool = False
+        self, n_in: int, n_out: int, k: int, w_dim: int, *, demodulate: bool = True, up=False
     ):
         super().__init__()
         self.demodulate, self.up, self.gain = demodulate, up, 1 / math.sqrt(n_in * k * k)

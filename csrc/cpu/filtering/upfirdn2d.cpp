@@ -30,8 +30,7 @@ struct Axis {
   int64_t in, out, up, down;
   std::vector<std::vector<Tap>> phases;
 
-  Axis(int64_t in, int64_t out, int64_t up, int64_t down, int64_t before, const float* f,
-       int64_t n)
+  Axis(int64_t in, int64_t out, int64_t up, int64_t down, int64_t before, const float* f, int64_t n)
       : in(in), out(out), up(up), down(down), phases(up) {
     for (int64_t s = 0; s < up; ++s)
       for (int64_t k = 0; k < n; ++k) {
@@ -128,6 +127,17 @@ struct Buffer {
   }
 };
 
+// n values in fp32 to a dtype.
+void narrowed(const float* from, int64_t n, char* to, Dtype d) {
+  if (d == Dtype::f32) {
+    std::copy_n(from, n, reinterpret_cast<float*>(to));
+    return;
+  }
+  const int size = dtype_bytes(d);
+  for (int64_t i = 0; i < n; i += kChunk)
+    from_f32(from + i, static_cast<int>(std::min<int64_t>(kChunk, n - i)), to + i * size, d);
+}
+
 // What one task works with: rows in fp32 that may be read past their end.
 class Rows {
  public:
@@ -178,27 +188,17 @@ class Rows {
         if (at < 0 || at % y_.up != 0 || at / y_.up >= y_.in) continue;
         along(x_[k], input(plane, at / y_.up), first, false);
         first = false;
-        }
+      }
       if (first) {
         const int64_t n = pixel_ == 1 ? columns_.up * woven_stride_ : columns_.out * pixel_;
         std::fill_n(pixel_ == 1 ? woven_.get(0) : out, n, 0.0f);
       }
     }
     if (pixel_ == 1) weave(out);
-    from_f32(out, columns_.out * pixel_, to, dtype);
+    narrowed(out, columns_.out * pixel_, to, dtype);
   }
 
  private:
-  static void from_f32(const float* from, int64_t n, char* to, Dtype d) {
-    if (d == Dtype::f32) {
-      std::copy_n(from, n, reinterpret_cast<float*>(to));
-      return;
-    }
-    const int size = dtype_bytes(d);
-    for (int64_t i = 0; i < n; i += kChunk)
-      cpu::from_f32(from + i, static_cast<int>(std::min<int64_t>(kChunk, n - i)), to + i * size, d);
-  }
-
   // A row of the input, readable up to the next whole vector: in place where memory goes on.
   const float* input(const char* plane, int64_t row) {
     const char* from = plane + row * width_ * size_;
@@ -260,7 +260,7 @@ class Rows {
     if (d == 1) {
       std::copy_n(row, n, to);
     } else if (d == 2) {
-      float *__restrict even = to, *__restrict odd = to + stride_;
+      float* __restrict even = to, * __restrict odd = to + stride_;
       for (int64_t j = 0; j < n / 2; ++j) even[j] = row[2 * j], odd[j] = row[2 * j + 1];
       if (n % 2) even[n / 2] = row[n - 1];
     } else {
@@ -306,6 +306,134 @@ class Rows {
   Buffer column_, phases_, woven_, out_;
 };
 
+// A plane at a time, for a filter of rank one and planes that stay in the cache: the phases of the
+// plane lie with zeros around them, so that every tap of every row is one run. A row of 28 alone
+// costs more to set up than to filter (100 ns a row against 15).
+class Planes {
+ public:
+  // Floats of one task's buffers, at most (256 KiB).
+  static constexpr int64_t kMost = 65536;
+
+  Planes(const UpfirdnParams& p, const Axis& y, const Axis& x)
+      : p_(p), y_(y), x_(x), size_(dtype_bytes(p.x.dtype)) {
+    const Margin rows(y), columns(x);
+    lead_y_ = rows.lead, lead_x_ = columns.lead;
+    stride_ = columns.lead + columns.reach;
+    plane_ = (rows.lead + rows.reach) * stride_;
+    high_ = y.count(0) * stride_;
+    terms_ = 0;
+    for (const Axis* axis : {&y, &x})
+      for (const auto& taps : axis->phases) terms_ = std::max<int64_t>(terms_, taps.size());
+    past_ = 2 * W + stride_;
+    floats_ = y.down * x.down * plane_ + x.down * high_ + y.up * x.up * high_ + 3 * past_;
+  }
+  int64_t floats() const { return floats_; }
+  int64_t stride() const { return stride_; }
+
+  // What a task works with.
+  class Task {
+   public:
+    explicit Task(const Planes& s)
+        : s_(s),
+          in_(s.y_.down * s.x_.down * s.plane_ + s.past_, 0.0f),
+          middle_(s.x_.down * s.high_ + s.past_, 0.0f),
+          out_(s.y_.up * s.x_.up * s.high_ + s.past_),
+          line_(s.terms_),
+          row_(rounded(std::max(s.x_.in, s.x_.out))) {}
+
+    void run(const char* from, char* to) {
+      const Axis &y = s_.y_, &x = s_.x_;
+      for (int64_t r = 0; r < y.in; ++r) split(from + r * x.in * s_.size_, r);
+      for (int64_t s = 0; s < y.up; ++s) {
+        for (int64_t q = 0; q < x.down; ++q) {
+          const float* phase = in_.data() + q * s_.plane_ + s_.lead_y_ * s_.stride_;
+          int64_t n = 0;
+          for (const Tap& t : y.phases[s])
+            line_[n++] = {phase + t.phase * x.down * s_.plane_ + t.shift * s_.stride_, t.c};
+          sums(line_.data(), n, y.count(s) * s_.stride_, true, middle_.data() + q * s_.high_);
+        }
+        for (int64_t u = 0; u < x.up; ++u) {
+          int64_t n = 0;
+          for (const Tap& t : x.phases[u])
+            line_[n++] = {middle_.data() + t.phase * s_.high_ + s_.lead_x_ + t.shift, t.c};
+          sums(line_.data(), n, y.count(s) * s_.stride_, true, plane(s, u));
+        }
+      }
+      for (int64_t r = 0; r < y.out; ++r) weave(r, to + r * x.out * dtype_bytes(s_.p_.y.dtype));
+    }
+
+   private:
+    float* plane(int64_t s, int64_t u) { return out_.data() + (s * s_.x_.up + u) * s_.high_; }
+
+    // Row r of the input to its places in the phases.
+    void split(const char* from, int64_t r) {
+      const int64_t d = s_.x_.down, n = s_.x_.in;
+      const float* row = reinterpret_cast<const float*>(from);
+      if (s_.p_.x.dtype != Dtype::f32) row = widened(from, n);
+      float* to = in_.data() + r % s_.y_.down * d * s_.plane_ +
+                  (s_.lead_y_ + r / s_.y_.down) * s_.stride_ + s_.lead_x_;
+      if (d == 1) {
+        std::copy_n(row, n, to);
+      } else if (d == 2) {
+        float* __restrict even = to, * __restrict odd = to + s_.plane_;
+        for (int64_t j = 0; j < n / 2; ++j) even[j] = row[2 * j], odd[j] = row[2 * j + 1];
+        if (n % 2) even[n / 2] = row[n - 1];
+      } else {
+        for (int64_t i = 0; i < n; ++i) to[i % d * s_.plane_ + i / d] = row[i];
+      }
+    }
+
+    const float* widened(const char* from, int64_t n) {
+      for (int64_t i = 0; i < n; i += kChunk)
+        to_f32(from + i * s_.size_, s_.p_.x.dtype,
+               static_cast<int>(std::min<int64_t>(kChunk, n - i)), row_.data() + i);
+      return row_.data();
+    }
+
+    // Row r of the output from its phases.
+    void weave(int64_t r, char* to) {
+      const int64_t up = s_.x_.up, n = s_.x_.out, at = r / s_.y_.up * s_.stride_;
+      const float* from = plane(r % s_.y_.up, 0) + at;
+      if (up == 2) {
+        const float* odd = from + s_.high_;
+        for (int64_t m = 0; 2 * m < n; m += W) {
+          f32v low, high;
+          interleave(load(from + m), load(odd + m), low, high);
+          store(row_.data() + 2 * m, low);
+          if (2 * m + W < n) store(row_.data() + 2 * m + W, high);
+        }
+      } else if (up > 2) {
+        for (int64_t i = 0; i < n; ++i) row_[i] = from[i % up * s_.high_ + i / up];
+      }
+      narrowed(up == 1 ? from : row_.data(), n, to, s_.p_.y.dtype);
+    }
+
+    const Planes& s_;
+    std::vector<float> in_, middle_, out_;
+    std::vector<Source> line_;
+    std::vector<float> row_;
+  };
+
+ private:
+  // Places before a phase, and from its first to the last that a tap or the input reaches.
+  struct Margin {
+    int64_t lead = 0, reach;
+    explicit Margin(const Axis& axis) : reach((axis.in + axis.down - 1) / axis.down) {
+      for (int64_t s = 0; s < axis.up; ++s)
+        for (const Tap& t : axis.phases[s]) {
+          lead = std::max(lead, -t.shift);
+          reach = std::max(reach, axis.count(s) + t.shift);
+        }
+      reach = std::max(reach, axis.count(0));
+    }
+  };
+
+  const UpfirdnParams& p_;
+  const Axis &y_, &x_;
+  int size_;
+  int64_t lead_y_, lead_x_, stride_, plane_, high_, terms_, past_, floats_;
+};
+
 }  // namespace
 
 void upfirdn2d(const UpfirdnParams& p) {
@@ -323,11 +451,25 @@ void upfirdn2d(const UpfirdnParams& p) {
   const int64_t planes = p.channels_inner ? images : images * channels;
   const int64_t in_bytes = H * Wd * pixel * dtype_bytes(p.x.dtype);
   const int64_t row_bytes = OW * pixel * dtype_bytes(p.y.dtype);
+  const int threads = p.y.numel < 32 * kChunk ? 1 : p.threads;
+  if (f.separable && pixel == 1) {
+    const Planes whole(p, y, x[0]);
+    if (whole.floats() <= Planes::kMost) {
+      const int64_t group = std::max<int64_t>(1, 16384 / (OH * OW));
+      parallel_for((planes + group - 1) / group, threads, [&](int64_t task) {
+        Planes::Task work(whole);
+        for (int64_t n = task * group; n < std::min(planes, (task + 1) * group); ++n)
+          work.run(static_cast<const char*>(p.x.data) + n * in_bytes,
+                   static_cast<char*>(p.y.data) + n * OH * row_bytes);
+      });
+      return;
+    }
+  }
   // About 16384 output values a task, of several planes or of a part of one.
   const int64_t rows = planes * OH;
   const int64_t per_task = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, OW * pixel));
   const int64_t tasks = (rows + per_task - 1) / per_task;
-  parallel_for(tasks, p.y.numel < 32 * kChunk ? 1 : p.threads, [&](int64_t task) {
+  parallel_for(tasks, threads, [&](int64_t task) {
     Rows work(p, f, y, x, pixel);
     for (int64_t r = task * per_task; r < std::min(rows, (task + 1) * per_task); ++r)
       work.run(static_cast<const char*>(p.x.data) + r / OH * in_bytes, r % OH,
