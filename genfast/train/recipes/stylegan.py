@@ -14,7 +14,7 @@ class StyleGAN2Recipe(AdversarialRecipe):
     r1_every-th and path_every-th step their losses have the penalty, times that interval."""
 
     model = StyleGAN2
-    settings = {**COMMON, "batch_size": 32, "epochs": 14, "lr": 2e-3}
+    settings = {**COMMON, "batch_size": 32, "epochs": 12, "lr": 2e-3}
     options = {
         "width": Option(16, "channels at the last size, twice as many at each one before"),
         "z_dim": Option(64, "latent dimensions"),
