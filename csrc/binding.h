@@ -158,5 +158,6 @@ inline void add_fast(py::module_& m, PyMethodDef& method) {
 }
 
 void register_attention(py::module_& m);  // bindings_attention.cpp
+void register_filtering(py::module_& m);  // bindings_filtering.cpp
 
 }  // namespace genfast

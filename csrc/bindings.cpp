@@ -229,4 +229,5 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("categorical", &categorical);
   register_attention(m);
   register_diffusion(m);
+  register_filtering(m);
 }

@@ -2,6 +2,7 @@
 #pragma once
 #include "api/attention.h"
 #include "api/diffusion.h"
+#include "api/filtering.h"
 #include "api/limits.h"
 #include "api/rng.h"
 #include "api/sampling.h"
@@ -25,6 +26,9 @@ struct Kernels {
   void (*attention_forward)(const AttentionParams&);
   void (*attention_backward)(const AttentionGradParams&);
   void (*attention_append)(const AttentionAppendParams&);
+  void (*bias_act)(const BiasActParams&);
+  void (*bias_act_backward)(const BiasActBackwardParams&);
+  void (*upfirdn2d)(const UpfirdnParams&);
   double (*fma_limit)(const LimitParams&);
   double (*read_limit)(const LimitParams&);
 };
@@ -56,6 +60,9 @@ void denoising_loss(const LossParams&);
 void attention_forward(const AttentionParams&);
 void attention_backward(const AttentionGradParams&);
 void attention_append(const AttentionAppendParams&);
+void bias_act(const BiasActParams&);
+void bias_act_backward(const BiasActBackwardParams&);
+void upfirdn2d(const UpfirdnParams&);
 double fma_limit(const LimitParams&);
 double read_limit(const LimitParams&);
 extern const Kernels table;

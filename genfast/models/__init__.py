@@ -11,11 +11,12 @@ from genfast.models.hybrid import (
     KLAutoencoder,
     LatentDiffusion,
 )
+from genfast.models.stylegan import StyleGAN2
 from genfast.models.transformer import BERT, GPT, T5, ViT
 from genfast.models.vae import VAE, ConvVAE
 
 __all__ = [
     "BERT", "CLIP", "DCGAN", "GAN", "GPT", "T5", "VAE", "VAEGAN", "WGAN", "WGANGP", "ConvVAE",
     "CycleGAN", "DiT", "DiTDiffusion", "Diffusion", "DiffusionPrior", "KLAutoencoder",
-    "LatentDiffusion", "UNet", "ViT",
+    "LatentDiffusion", "StyleGAN2", "UNet", "ViT",
 ]  # fmt: skip

@@ -25,7 +25,8 @@ _HAVE_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _state = {"name": "auto"}
 
-# Native entry point -> module of its Triton twin, which takes the same arguments.
+# Native entry point -> module of its Triton twin, which takes the same arguments; None: there is
+# none, nor a CUDA kernel, and a GPU takes the composite.
 _TRITON = {
     "random": "rng",
     "reparameterize": "sampling",
@@ -44,6 +45,9 @@ _TRITON = {
     "attention_backward": "attention",
     "attention_cached": "attention",
     "attention_append": "attention",
+    "bias_act": None,
+    "bias_act_backward": None,
+    "upfirdn2d": None,
 }
 _REFUSED = {"categorical": -1}  # what "not handled" is; False elsewhere
 
@@ -64,6 +68,9 @@ def triton_runs(device: torch.device) -> bool:
 
 
 def _triton(name: str):
+    if _TRITON[name] is None:
+        return lambda *args: False
+
     def run(*args):
         x = next(a for a in args if isinstance(a, torch.Tensor))
         if not triton_runs(x.device):
@@ -146,8 +153,10 @@ def forced_reference() -> bool:
     return _state["name"] == "reference"
 
 
-def has_kernels(device: torch.device) -> bool:
-    """There are kernels, native or Triton, for tensors on `device`."""
+def has_kernels(device: torch.device, name: str = "random") -> bool:
+    """There is a kernel, native or Triton, of this entry point for tensors on `device`."""
+    if _TRITON[name] is None:
+        return device.type == "cpu" and _state["name"] != "triton"
     if _state["name"] == "triton":
         return triton_runs(device)
     return device.type == "cpu" or (

@@ -48,6 +48,7 @@ _UNMEASURED = "no measurement on a GPU yet"
 ROWS = (
     Row("attention", "cuda", ANY, ANY, "decode", ALL_SIZES, "torch", _UNMEASURED),
     Row("attention", "cuda", ANY, ANY, "forward", ALL_SIZES, "torch", _UNMEASURED),
+    Row("filtering", "cuda", ANY, ANY, ANY, ALL_SIZES, "reference", "CPU kernels only so far"),
     Row(ANY, "cpu", ANY, ANY, ANY, ALL_SIZES, "cpu", "benchmarks/results/2026-11-24-*.json"),
     Row(ANY, "cuda", ANY, ANY, ANY, ALL_SIZES, "triton", _UNMEASURED),
     Row(ANY, "cuda", ANY, ANY, ANY, ALL_SIZES, "reference", "always possible"),

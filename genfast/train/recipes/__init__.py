@@ -7,6 +7,7 @@ from genfast.train.recipes.cyclegan import CycleGANRecipe
 from genfast.train.recipes.diffusion import DiffusionRecipe
 from genfast.train.recipes.gan import GANS
 from genfast.train.recipes.latent import DiTRecipe, LatentDiffusionRecipe, PriorRecipe
+from genfast.train.recipes.stylegan import StyleGAN2Recipe
 from genfast.train.recipes.transformers import TRANSFORMERS
 from genfast.train.recipes.vae import ConvVAERecipe, VAERecipe
 from genfast.train.recipes.vae_gan import VAEGANRecipe
@@ -16,6 +17,7 @@ RECIPES: dict[str, Recipe] = {
     "conv-vae": ConvVAERecipe(),
     "diffusion": DiffusionRecipe(),
     **GANS,
+    "stylegan2": StyleGAN2Recipe(),
     "cyclegan": CycleGANRecipe(),
     "vae-gan": VAEGANRecipe(),
     **TRANSFORMERS,
