@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from genfast.ops import _check
-from genfast.ops._road import _C, DIRECT, gate, is_compiling
+from genfast.ops._road import _C, DIRECT, gate
 from genfast.ops.diffusion import (
     diffusion_step,
     dynamic_threshold,
@@ -21,6 +21,7 @@ from .plan import D_M, D_X, VARIANCE, SolverPlan
 
 _VARIANCE_NAMES = tuple(VARIANCE)
 _empty_like, _step_row = torch.empty_like, _C.step_row
+_is_traced = torch.compiler.is_dynamo_compiling  # other tracers are seen by the gate
 _LEARNED = tuple((code, *[None] * 7) if code else None for code in VARIANCE.values())
 
 
@@ -89,7 +90,7 @@ def step(
     if denoised:
         outputs = more
     outs = None
-    if weights is None and plan.threshold is None and not is_compiling():
+    if weights is None and plan.threshold is None and not _is_traced():
         try:  # the kernel without ceremony; it refuses other devices and anything unusual
             if recycle and writes:
                 outs = _recycling(row, r, outputs, x, m, history, held, noise, seed, stream)

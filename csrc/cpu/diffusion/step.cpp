@@ -129,21 +129,29 @@ struct FlatOutput {
 template <int K, int O, bool full>
 void walk(const Sources& sources, const FlatOutput* out, int64_t at, int n) {
   const float* from[K];
+  float c[O][K], *to[O];
+#pragma GCC unroll 6
   for (int k = 0; k < K; ++k) from[k] = sources[out[0].source[k]];
+#pragma GCC unroll 3
+  for (int o = 0; o < O; ++o) {
+    to[o] = out[o].to + at;
+#pragma GCC unroll 6
+    for (int k = 0; k < K; ++k) c[o][k] = k < out[o].n ? out[o].c[k] : 0.0f;
+  }
   for (int i = 0; i < n; i += W) {
     f32v v[K], sum[O];
 #pragma GCC unroll 6
     for (int k = 0; k < K; ++k) v[k] = load(from[k] + i);
 #pragma GCC unroll 3
     for (int o = 0; o < O; ++o) {
-      fetch_to_write(out[o].to + at + i);
-      sum[o] = v[0] * out[o].c[0] + v[1] * out[o].c[1];
+      fetch_to_write(to[o] + i);
+      sum[o] = v[0] * c[o][0] + v[1] * c[o][1];
 #pragma GCC unroll 6
       for (int k = 2; k < K; ++k)
-        if (o == 0 || (full && o == O - 1)) sum[o] = sum[o] + v[k] * out[o].c[k];
+        if (o == 0 || (full && o == O - 1)) sum[o] = sum[o] + v[k] * c[o][k];
     }
 #pragma GCC unroll 3
-    for (int o = 0; o < O; ++o) store(out[o].to + at + i, sum[o]);
+    for (int o = 0; o < O; ++o) store(to[o] + i, sum[o]);
   }
 }
 
