@@ -235,8 +235,8 @@ def attention_fwd_kernel(
                     b_o, b_m, b_l, b_q, first, p_k, p_v, strides[1], strides[2], k_row, p_table,
                     page_size, pages, o_i, b_head, i_b, i_h, Hq, n_q, n_k, offset, left, right,
                     scale, softcap, alibi, alibi_step, mask, mask_strides, seeds, seed, stream,
-                    noise_Sq, noise_Sk, threshold, D, DV, SOFTCAP, MASK, LEFT, RIGHT, DROPOUT, SEEDS,
-                    WHOLE, ALIGNED, TMA, FOLD, PRECISION, BM, BN, BD, BV, True,
+                    noise_Sq, noise_Sk, threshold, D, DV, SOFTCAP, MASK, LEFT, RIGHT, DROPOUT,
+                    SEEDS, WHOLE, ALIGNED, TMA, FOLD, PRECISION, BM, BN, BD, BV, True,
                 )  # fmt: skip
         for first in range(all_from, all_to, BN):
             b_o, b_m, b_l = attend_block(
