@@ -233,26 +233,26 @@ def attention_fwd_kernel(
             for first in range(start, all_from, BN):
                 b_o, b_m, b_l = attend_block(
                     b_o, b_m, b_l, b_q, first, p_k, p_v, strides[1], strides[2], k_row, p_table,
-                    page_size, pages, o_i, b_head, i_b, i_h, Hq, n_q, n_k, offset, left, right, scale,
-                    softcap, alibi, alibi_step, mask, mask_strides, seeds, seed, stream, noise_Sq,
-                    noise_Sk, threshold, D, DV, SOFTCAP, MASK, LEFT, RIGHT, DROPOUT, SEEDS, WHOLE,
-                    ALIGNED, TMA, FOLD, PRECISION, BM, BN, BD, BV, True,
+                    page_size, pages, o_i, b_head, i_b, i_h, Hq, n_q, n_k, offset, left, right,
+                    scale, softcap, alibi, alibi_step, mask, mask_strides, seeds, seed, stream,
+                    noise_Sq, noise_Sk, threshold, D, DV, SOFTCAP, MASK, LEFT, RIGHT, DROPOUT,
+                    SEEDS, WHOLE, ALIGNED, TMA, FOLD, PRECISION, BM, BN, BD, BV, True,
                 )  # fmt: skip
         for first in range(all_from, all_to, BN):
             b_o, b_m, b_l = attend_block(
                 b_o, b_m, b_l, b_q, first, p_k, p_v, strides[1], strides[2], k_row, p_table,
-                page_size, pages, o_i, b_head, i_b, i_h, Hq, n_q, n_k, offset, left, right, scale,
-                softcap, alibi, alibi_step, mask, mask_strides, seeds, seed, stream, noise_Sq,
-                noise_Sk, threshold, D, DV, SOFTCAP, MASK, LEFT, RIGHT, DROPOUT, SEEDS, WHOLE,
-                ALIGNED, TMA, FOLD, PRECISION, BM, BN, BD, BV, False,
+                page_size, pages, o_i, b_head, i_b, i_h, Hq, n_q, n_k, offset, left, right,
+                scale, softcap, alibi, alibi_step, mask, mask_strides, seeds, seed, stream,
+                noise_Sq, noise_Sk, threshold, D, DV, SOFTCAP, MASK, LEFT, RIGHT, DROPOUT, SEEDS,
+                WHOLE, ALIGNED, TMA, FOLD, PRECISION, BM, BN, BD, BV, False,
             )  # fmt: skip
         for first in range(all_to, end, BN):
             b_o, b_m, b_l = attend_block(
                 b_o, b_m, b_l, b_q, first, p_k, p_v, strides[1], strides[2], k_row, p_table,
-                page_size, pages, o_i, b_head, i_b, i_h, Hq, n_q, n_k, offset, left, right, scale,
-                softcap, alibi, alibi_step, mask, mask_strides, seeds, seed, stream, noise_Sq,
-                noise_Sk, threshold, D, DV, SOFTCAP, MASK, LEFT, RIGHT, DROPOUT, SEEDS, WHOLE,
-                ALIGNED, TMA, FOLD, PRECISION, BM, BN, BD, BV, True,
+                page_size, pages, o_i, b_head, i_b, i_h, Hq, n_q, n_k, offset, left, right,
+                scale, softcap, alibi, alibi_step, mask, mask_strides, seeds, seed, stream,
+                noise_Sq, noise_Sk, threshold, D, DV, SOFTCAP, MASK, LEFT, RIGHT, DROPOUT, SEEDS,
+                WHOLE, ALIGNED, TMA, FOLD, PRECISION, BM, BN, BD, BV, True,
             )  # fmt: skip
 
         if part_o is None:
