@@ -1,4 +1,4 @@
-"""bias_act against its reference in fp64: values, gradients of any order, noise, tracing, errors."""
+"""bias_act against its reference in fp64: values, gradients of any order, noise, errors."""
 
 import pytest
 import torch
