@@ -380,7 +380,8 @@ class Diffusion(nn.Module):
         uncond + w (cond - uncond), 1: none (Ho & Salimans 2022). c (n, ...): the task's channels,
         see `inpaint` and `super_resolve`. guide: eps - s sigma grad ln p for eps, s = guide_scale,
         with grad by x_t through the predicted x0 (Dhariwal & Nichol 2021, alg. 2; None: without);
-        it must judge each image by itself.
+        it must judge each image by itself. For plans that step from x_t and x0, such as ddpm: ddim
+        takes eps before x0 is clamped, and what is left of the gradient's term then points away.
         """
         plan = plan or self.plan()
         device = self.alpha.device

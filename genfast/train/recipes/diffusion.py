@@ -56,7 +56,7 @@ class DiffusionRecipe(ImageRecipe):
             "what clip guides to; several, separated by |, in turn; none: a "
             "caption of each class in turn",
         ),
-        "clip_scale": Option(1.0, "scale s of clip's gradient"),
+        "clip_scale": Option(8.0, "scale s of clip's gradient; with plan ddpm"),
     }
 
     def load(self, name: str, options: dict) -> Split:
