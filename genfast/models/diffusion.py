@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from genfast import schedulers
 from genfast.models._seeds import in_tiles, sample_seeds
+from genfast.ops import _check
 from genfast.ops.attention import attention
 from genfast.ops.diffusion import add_noise, denoising_loss
 from genfast.ops.rng import rand, randn
@@ -67,6 +68,11 @@ class AttentionBlock(nn.Module):
     def __init__(self, channels: int, head_dim: int):
         super().__init__()
         self.heads = max(channels // head_dim, 1)
+        if channels % self.heads:
+            raise ValueError(
+                f"widths: expected multiples of {self.heads} heads where the U-Net attends, got "
+                f"{channels}; take a multiple of head_dim = {head_dim}"
+            )
         self.norm = nn.GroupNorm(groups(channels), channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = zeroed(nn.Linear(channels, channels))
@@ -98,7 +104,20 @@ class Up(nn.Conv2d):
 
 def groups(channels: int) -> int:
     """32 as in the papers, fewer for few channels: at least 4 a group."""
-    return math.gcd(32, channels // 4) or 1
+    return math.gcd(32, channels // 4 or 1, channels)
+
+
+def check_levels(widths: tuple[int, ...], attention: tuple[int, ...]) -> None:
+    if not widths or any(width < 2 or width % 2 for width in widths):
+        raise ValueError(
+            "widths: expected an even number of channels >= 2 for every level, such as 16,32,64, "
+            f"got {','.join(map(str, widths)) or 'none'}"
+        )
+    if any(not 0 <= level < len(widths) for level in attention):
+        raise ValueError(
+            f"attention: expected levels in 0 ... {len(widths) - 1}, counted along widths, got "
+            f"{','.join(map(str, attention))}"
+        )
 
 
 def zeroed(layer: nn.Module) -> nn.Module:
@@ -279,6 +298,11 @@ class Diffusion(nn.Module):
         super().__init__()
         if task not in TASKS:
             raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
+        check_levels(widths, attention)
+        _check.counts(blocks=blocks, head_dim=head_dim, T=T, factor=factor)
+        _check.integer("classes", classes, low=0)
+        for name, share in (("dropout", dropout), ("label_dropout", label_dropout)):
+            _check.number(name, share, low=0.0, high=1.0)
         self.config = {
             "shape": list(shape), "widths": list(widths), "blocks": blocks,
             "attention": list(attention), "head_dim": head_dim, "dropout": dropout,

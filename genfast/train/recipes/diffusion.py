@@ -121,7 +121,12 @@ class DiffusionRecipe(ImageRecipe):
         x, y = data.test[torch.arange(len(data.test))]
         labels = y if model.classes else None
         if model.task != "generate":
-            given, found = self.complete(model, x, seed, y=labels)
+            x = x[:count]
+            plan = model.plan(options["plan"], options["steps"])
+            given, found = self.complete(
+                model, x, seed, y=y[:count] if model.classes else None, plan=plan,
+                guidance=options["guidance"],
+            )  # fmt: skip
             return {
                 "PSNR, dB": metrics.psnr(found, x).item(),
                 "PSNR of what was given, dB": metrics.psnr(given, x).item(),
