@@ -45,8 +45,9 @@ _UNMEASURED = "no measurement on a GPU yet"
 # Attention on CPU has no row for PyTorch. On an AMD EPYC every case of the benchmark is at least
 # 1.0x, at AVX2 and at AVX-512. (Under 10 us the call itself decides, and handing it on costs 4 us.)
 # On an Intel Xeon with a matrix unit PyTorch's bf16 beats our vectors (0.35x at S 1024, D 128), so
-# level amx has that unit too; fp32 comes to 0.89x at the lowest (2026-11-25-xeon-avx512): one query
-# without groups and (64, 4, 16, 32), within what a calibration there decides.
+# level amx has that unit too: at least 1.29x, fp16 1.20x (2026-11-25-xeon-amx). fp32 there comes to
+# 0.89x at the lowest (…-xeon-avx512): one query without groups and (64, 4, 16, 32); a calibration
+# on the machine decides those.
 ROWS = (
     Row("attention", "cuda", ANY, ANY, "decode", ALL_SIZES, "torch", _UNMEASURED),
     Row("attention", "cuda", ANY, ANY, "forward", ALL_SIZES, "torch", _UNMEASURED),
