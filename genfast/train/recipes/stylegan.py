@@ -14,16 +14,16 @@ class StyleGAN2Recipe(AdversarialRecipe):
     r1_every-th and path_every-th step their losses have the penalty, times that interval."""
 
     model = StyleGAN2
-    settings = {**COMMON, "batch_size": 32, "epochs": 12, "lr": 2e-3}
+    settings = {**COMMON, "batch_size": 16, "epochs": 14, "lr": 2e-3}
     options = {
-        "width": Option(16, "channels at the last size, twice as many at each one before"),
+        "width": Option(12, "channels at the last size, twice as many at each one before"),
         "z_dim": Option(64, "latent dimensions"),
         "w_dim": Option(64, "dimensions of a style"),
         "mapping_layers": Option(4, "of the mapping network"),
         "mixing": Option(0.9, "share of style mixing"),
-        "r1": Option(1.0, "gamma of the R1 penalty; 0: none"),
+        "r1": Option(0.1, "gamma of the R1 penalty; 0: none"),
         "r1_every": Option(16, "steps between two R1 penalties"),
-        "path": Option(2.0, "weight of the path-length penalty; 0: none"),
+        "path": Option(0.5, "weight of the path-length penalty; 0: none"),
         "path_every": Option(8, "steps between two path-length penalties"),
     }
     sample_options = {"psi": Option(1.0, "truncation: 1 none, 0 the mean image")}
