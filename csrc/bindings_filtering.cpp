@@ -89,8 +89,7 @@ bool bias_act_backward(TensorArgument& grad, TensorArgument& dz, TensorArgument&
             alpha, gain, clamp))
     return false;
   if (!vector_of(db, Dtype::f32, q.forward.planes.channels) ||
-      !vector_of(d_strength, Dtype::f32, 1) ||
-      (d_strength.defined() && !noise.defined() && !draws))
+      !vector_of(d_strength, Dtype::f32, 1) || (d_strength.defined() && !noise.defined() && !draws))
     return false;
   q.from_y = from_y, q.grad = grad, q.dz = dz, q.db = db, q.d_strength = d_strength;
   return run(q, source, &cpu::Kernels::bias_act_backward);

@@ -224,8 +224,8 @@ CALLS = {
         "temperature", "top_k", "top_p", "min_p", "seed", "stream", "offset", "generator"
     ),
 }  # fmt: skip
-POSITIONAL = {genfast.randint: 3, genfast.upfirdn2d: 2, genfast.reparameterize: 2, genfast.gaussian_kl: 2,
-              genfast.tanh_normal: 2, genfast.log_normal: 2}  # fmt: skip
+POSITIONAL = {genfast.randint: 3, genfast.upfirdn2d: 2, genfast.reparameterize: 2,
+              genfast.gaussian_kl: 2, genfast.tanh_normal: 2, genfast.log_normal: 2}  # fmt: skip
 
 
 def small(x):

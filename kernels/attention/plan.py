@@ -259,8 +259,8 @@ AMD_CONFIGS = {
 }
 
 
-# Hopper, timed on an H100 (bf16, 16 heads, 8192 rows; TFLOP/s): two stages double a backward, 291 at
-# 64 (126 with one stage and 8 warps) and 321 at 128 (154); 180 at 256 (61 with blocks of 32).
+# Hopper, timed on an H100 (bf16, 16 heads, 8192 rows; TFLOP/s): two stages double a backward, 291
+# at 64 (126 with one stage and 8 warps) and 321 at 128 (154); 180 at 256 (61 with blocks of 32).
 # Forward at 256 takes 492 with 128 rows (174 with 64). At 128, 128 keys a block are no better than
 # 64 when causal (445 against 478), 4 stages no better than 3 (466, 472).
 HOPPER_CONFIGS = {

@@ -33,8 +33,8 @@ double slope_of(Activation act, double z, double alpha) {
 void bias_acts(Pick& pick, int64_t outer, int64_t channels, int64_t inner) {
   BiasActParams p;
   p.planes = {outer, channels, inner, pick.one_in(2)};
-  const Shape shape = p.planes.channels_inner ? Shape{outer, inner, channels}
-                                              : Shape{outer, channels, inner};
+  const Shape shape =
+      p.planes.channels_inner ? Shape{outer, inner, channels} : Shape{outer, channels, inner};
   const Dtype dtype = any_float(pick);
   Tensor x(shape, dtype), y(shape, dtype), grad(shape, dtype), dz(shape, dtype);
   Tensor b({channels}, any_float(pick)), strength({1}, Dtype::f32), db({channels}, Dtype::f32);
@@ -90,9 +90,9 @@ void bias_acts(Pick& pick, int64_t outer, int64_t channels, int64_t inner) {
         const int64_t at = p.planes.channels_inner ? (o * inner + i) * channels + c
                                                    : (o * channels + c) * inner + i;
         const double n = noisy ? ns[noisy == 1 && shared ? i : o * inner + i] : 0.0;
-        const float v = static_cast<float>(
-            static_cast<float>(xs[at]) + static_cast<float>(s) * static_cast<float>(n) +
-            static_cast<float>(biased ? bs[c] : 0.0));
+        const float v = static_cast<float>(static_cast<float>(xs[at]) +
+                                           static_cast<float>(s) * static_cast<float>(n) +
+                                           static_cast<float>(biased ? bs[c] : 0.0));
         double want = value_of(p.act, v, p.alpha) * p.gain;
         const bool inside = p.clamp < 0 || std::fabs(want) < p.clamp;
         if (p.clamp >= 0) want = std::fmin(std::fmax(want, -p.clamp), p.clamp);
@@ -165,8 +165,9 @@ void filters(Pick& pick, int64_t N, int64_t C, int64_t H, int64_t W_) {
               if (u < 0 || v < 0 || u % p.up[0] || v % p.up[1]) continue;
               const int64_t iy = u / p.up[0], ix = v / p.up[1];
               if (iy >= H || ix >= W_) continue;
-              want += tap(i, j) * xs[last ? ((n * H + iy) * W_ + ix) * C + c
-                                          : ((n * C + c) * H + iy) * W_ + ix];
+              want +=
+                  tap(i, j) *
+                  xs[last ? ((n * H + iy) * W_ + ix) * C + c : ((n * C + c) * H + iy) * W_ + ix];
             }
           const double got = ys[last ? ((n * out[0] + oy) * out[1] + ox) * C + c
                                      : ((n * C + c) * out[0] + oy) * out[1] + ox];

@@ -168,8 +168,8 @@ void bias_act(const BiasActParams& p) {
                  float* y = to.target(first, n, buffer);
                  if (clamped)
                    for (int i = 0; i < n; i += W)
-                     store(y + i, clamp_symmetric<f32v>(
-                                      Act::value(load(z + i), p.alpha) * p.gain, splat(p.clamp)));
+                     store(y + i, clamp_symmetric<f32v>(Act::value(load(z + i), p.alpha) * p.gain,
+                                                        splat(p.clamp)));
                  else
                    for (int i = 0; i < n; i += W)
                      store(y + i, Act::value(load(z + i), p.alpha) * p.gain);
@@ -209,8 +209,8 @@ void bias_act_backward(const BiasActBackwardParams& q) {
         for (int i = 0; i < n; i += W) {
           const f32v v = load(z + i), y = q.from_y ? v : Act::value(v, p.alpha) * p.gain;
           const f32v size = select(y < 0.0f, -y, y);
-          store(dz + i, select(size < p.clamp, load(g + i) * (Act::slope(v, p.alpha) * p.gain),
-                               f32v{}));
+          store(dz + i,
+                select(size < p.clamp, load(g + i) * (Act::slope(v, p.alpha) * p.gain), f32v{}));
         }
       else
         for (int i = 0; i < n; i += W)
