@@ -50,6 +50,12 @@ inline const char* error_text(cudaError_t error, int device) {
   return text;
 }
 
+inline int shared_of_multiprocessor(int device) {  // bytes
+  int n = 0;
+  cudaDeviceGetAttribute(&n, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  return n;
+}
+
 inline int multiprocessors(int device) {
   int n = 0;
   cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device);

@@ -18,9 +18,10 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-# (order of threads and blocks, byte that shared memory starts with): a race or a read of
-# uninitialised shared memory changes a result between them.
-SCHEDULES = ((0, 0xFF), (1, 0x5A), (7, 0x00))
+# (order of threads and blocks, byte that shared memory starts with, whether asynchronous copies
+# land at once or when waited for): a race or a read of uninitialised shared memory changes a
+# result between them.
+SCHEDULES = ((0, 0xFF, 0), (1, 0x5A, 1), (7, 0x00, 0))
 
 
 def _tool(name: str) -> str:
@@ -64,10 +65,12 @@ class Simt:
         self.module.init(torch)
         self.module.enable_cuda(True)
         self.library = ctypes.CDLL(str(path))
-        self.library.simt_launches.restype = ctypes.c_int64
+        for count in ("launches", "matrices", "conflicts"):
+            getattr(self.library, f"simt_{count}").restype = ctypes.c_int64
 
-    def launches(self) -> int:
-        return self.library.simt_launches()
+    def count(self, name: str) -> int:
+        """So far: kernel "launches", 8 x 8 "matrices" read, bank "conflicts" among their rows."""
+        return getattr(self.library, f"simt_{name}")()
 
     def call(self, name: str, outputs, *arguments):
         """Runs `name(*arguments)` once per schedule on fresh outputs; all must agree bit for bit.
@@ -75,19 +78,19 @@ class Simt:
         outputs: the tensors among `arguments` that are written. Returns their values as a list.
         """
         results = None
-        for order, poison in SCHEDULES:
-            self.library.simt_configure(order, poison)
+        for schedule in SCHEDULES:
+            self.library.simt_configure(*schedule)
             for out in outputs:
                 out.fill_(-7)
-            before = self.launches()
+            before = self.count("launches")
             answer = getattr(self.module, name)(*arguments)
             assert answer is True or answer == 0, f"{name}: not handled ({answer})"
-            assert self.launches() > before or all(o.numel() == 0 for o in outputs)
+            assert self.count("launches") > before or all(o.numel() == 0 for o in outputs)
             found = [out.clone() for out in outputs]
             for a, b in zip(results or found, found, strict=True):
                 assert same_bits(a, b), f"{name}: depends on the schedule (race or garbage read)"
             results = found
-        self.library.simt_configure(0, 0xFF)
+        self.library.simt_configure(*SCHEDULES[0])
         return results
 
 

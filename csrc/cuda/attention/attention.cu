@@ -5,6 +5,7 @@ namespace genfast::cuda {
 
 const char* mma_forward_f16(const AttentionParams& p, bool options);
 const char* mma_forward_bf16(const AttentionParams& p, bool options);
+const char* mma_decode_any(const AttentionParams& p);
 const char* exact_forward_any(const AttentionParams& p);
 const char* attention_merge(const AttentionParams& p);
 const char* attention_row_stats(const AttentionGradParams& g);
@@ -15,14 +16,16 @@ const char* exact_backward_rest(const AttentionGradParams& g);
 
 namespace {
 
-// What costs registers in the inner loop; lengths, windows, sinks and LSE do not.
+// What costs registers in the inner loop; lengths, windows, sinks and LSE do not. Without options
+// the maximum is found before the scale is applied, which wants a positive one.
 bool has_options(const AttentionParams& p) {
-  return p.softcap > 0.0f || p.alibi_slopes != nullptr || p.mask.kind != MaskKind::none ||
-         p.dropout;
+  return !(p.scale > 1e-30f) || p.softcap > 0.0f || p.alibi_slopes != nullptr ||
+         p.mask.kind != MaskKind::none || p.dropout;
 }
 
 const char* forward_of(const AttentionParams& p) {
   if (p.dtype == Dtype::f32 || p.D > 256 || p.Dv > 256) return exact_forward_any(p);
+  if (p.Sq * (p.Hq / p.Hkv) <= 16) return mma_decode_any(p);
   // Hopper: TMA and wgmma of sm_90a take the 16-bit calls without options from here.
   return p.dtype == Dtype::f16 ? mma_forward_f16(p, has_options(p))
                                : mma_forward_bf16(p, has_options(p));

@@ -43,18 +43,22 @@ __device__ __forceinline__ float& stat_at(const AttentionStats& t, int64_t b, in
                                           int64_t s) {
   return t.data[b * t.b_stride + h * t.h_stride + s * t.s_stride];
 }
+// The page that holds a row of a sequence, and the row's place in it.
+struct Page {
+  int64_t entry, row;
+};
+__device__ __forceinline__ Page page_of(const AttentionParams& p, const Sequence& s, int64_t row) {
+  const uint32_t at = static_cast<uint32_t>(row), size = static_cast<uint32_t>(p.page_size);
+  const uint32_t block = at / size;
+  const int64_t entry = p.block_table[s.b * p.block_table_stride + block];
+  return {entry < 0 ? 0 : entry >= p.entries ? p.entries - 1 : entry, at - block * size};
+}
 // Row j of the keys (or values) of a sequence, through the page table when there is one.
 __device__ __forceinline__ char* key_row(const AttentionParams& p, const AttentionRows& t,
                                          int bytes, const Sequence& s, int64_t h, int j) {
-  int64_t entry = s.entry, row = s.k_row + j;
-  if (p.block_table != nullptr) {
-    const uint32_t at = static_cast<uint32_t>(row), size = static_cast<uint32_t>(p.page_size);
-    const uint32_t block = at / size;
-    entry = p.block_table[s.b * p.block_table_stride + block];
-    entry = entry < 0 ? 0 : entry >= p.entries ? p.entries - 1 : entry;
-    row = at - block * size;
-  }
-  return row_at(t, bytes, entry, h, row);
+  if (p.block_table == nullptr) return row_at(t, bytes, s.entry, h, s.k_row + j);
+  const Page page = page_of(p, s, s.k_row + j);
+  return row_at(t, bytes, page.entry, h, page.row);
 }
 
 // Row r of a key/value head's queries, in the order (head of the group, position): a grouped-query

@@ -170,7 +170,8 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
   cudaDevAttrComputeCapabilityMajor = 75,
-  cudaDevAttrComputeCapabilityMinor = 76
+  cudaDevAttrComputeCapabilityMinor = 76,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81
 };
 
 namespace simt {
@@ -197,7 +198,10 @@ inline cudaError_t cudaGetDevice(int* d) {
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 // Three multiprocessors: small grids already wrap around, and it divides nothing evenly.
 inline cudaError_t cudaDeviceGetAttribute(int* v, cudaDeviceAttr a, int) {
-  *v = a == cudaDevAttrMultiProcessorCount ? 3 : a == cudaDevAttrComputeCapabilityMajor ? 8 : 0;
+  *v = a == cudaDevAttrMultiProcessorCount                ? 3
+       : a == cudaDevAttrMaxSharedMemoryPerMultiprocessor ? simt::options.multiprocessor_kib << 10
+       : a == cudaDevAttrComputeCapabilityMajor           ? 8
+                                                          : 0;
   return cudaSuccess;
 }
 template <class F>
