@@ -177,11 +177,12 @@ def _eager_loss(output, x0, eps, alpha, sigma, prediction):
     return (error * weight).mean()
 
 
-def _loss(shape, prediction, device):
+def _loss(shape, prediction, given, device):
     output, x0, eps = _inputs(3, shape, device)
     alpha, sigma = _levels(shape[0], device)
     leaf = output.detach().requires_grad_()
-    options = dict(prediction=prediction, weighting="min_snr", seed=SEED)
+    options = dict(prediction=prediction, weighting="min_snr")
+    options |= dict(noise=eps) if given else dict(seed=SEED)
 
     def ours():
         return torch.autograd.grad(genfast.denoising_loss(leaf, x0, alpha, sigma, **options), leaf)
@@ -195,25 +196,27 @@ def _loss(shape, prediction, device):
 
     def proof():
         n = max(1, 2**18 // math.prod(shape[1:]))
-        eps = noise.random((n, *shape[1:]), "normal", SEED).to(device)
+        z = eps[:n] if given else noise.random((n, *shape[1:]), "normal", SEED).to(device)
+        some = dict(options, noise=z) if given else options
 
         def plain(kind):
             o = output[:n].to(kind).requires_grad_()
-            rest = (x0[:n].to(kind), eps.to(kind), alpha[:n].to(kind), sigma[:n].to(kind))
+            rest = (x0[:n].to(kind), z.to(kind), alpha[:n].to(kind), sigma[:n].to(kind))
             loss = _eager_loss(o, *rest, prediction)
             return loss.detach(), torch.autograd.grad(loss, o)[0]
 
         o = output[:n].detach().requires_grad_()
-        loss = genfast.denoising_loss(o, x0[:n], alpha[:n], sigma[:n], **options)
+        loss = genfast.denoising_loss(o, x0[:n], alpha[:n], sigma[:n], **some)
         got = (loss.detach(), torch.autograd.grad(loss, o)[0])
         for name, a, b, c in zip(
             ("loss", "gradient"), got, plain(torch.float32), plain(torch.float64), strict=True
         ):
             assert_judged(name, a, b, c, 3.0)
 
+    redrawn = {} if given else {"eager, redrawn": make_eager(_eager_loss, True)}
     return Work(
         ours=ours,
-        rivals={"eager": make_eager(_eager_loss), "eager, redrawn": make_eager(_eager_loss, True)},
+        rivals={"eager": make_eager(_eager_loss), **redrawn},
         late={"compile": lambda: make_eager(torch.compile(_eager_loss, dynamic=False))},
         proof=proof,
     )
@@ -280,12 +283,14 @@ CASES = [
     *(
         Case(
             "diffusion",
-            f"loss {prediction} fwd+bwd",
+            f"loss {prediction}{', given noise' * given} fwd+bwd",
             BATCH,
-            partial(_loss, BATCH, prediction),
-            bytes=4 * math.prod(BATCH) * passes,
-            targets={"eager": 4.0, "eager, redrawn": 4.0},
+            partial(_loss, BATCH, prediction, given),
+            bytes=4 * math.prod(BATCH) * (passes + 2 * given),
+            targets={"eager": 4.0} if given else {"eager": 4.0, "eager, redrawn": 4.0},
+            note="eager reads a stored eps, redrawn draws it as a training step does",
         )
+        for given in (False, True)
         for prediction, passes in (("epsilon", 3), ("v_prediction", 5))
     ),
     *(

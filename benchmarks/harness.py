@@ -43,7 +43,8 @@ from genfast._native import _C
 
 # Order of the table; a family appears when its file does.
 FAMILIES = (
-    "rng", "sampling", "diffusion", "schedulers", "attention", "models", "transformers",
+    "rng", "sampling", "diffusion", "schedulers", "attention", "filtering", "models",
+    "transformers", "gan",
 )  # fmt: skip
 
 Call = Callable[[], object]

@@ -45,6 +45,9 @@ inline bool given(Views views) {
   return true;
 }
 
+// Threads for one pass over t. Few elements run on one thread: torch need not be asked (60 ns).
+inline int threads_for(const TensorView& t) { return t.numel < 4096 ? 1 : g_gate.threads(); }
+
 inline bool floats(Views views) {
   for (const TensorView* v : views)
     if (v->defined() && !is_float(v->dtype)) return false;
@@ -127,7 +130,7 @@ struct OnCuda {  // keeps the null pointer below out of the deduction
 };
 template <class Params, class Result>
 bool run(const Params& p, const TensorView& like, Result (*cpu::Kernels::*on_cpu)(const Params&),
-         typename OnCuda<Params>::Function on_cuda = nullptr) {
+         typename OnCuda<Params>::Function on_cuda = nullptr, int64_t brief = 4096) {
   if (like.is_cuda() && on_cuda != nullptr) {
     const char* error;
     {
@@ -138,7 +141,7 @@ bool run(const Params& p, const TensorView& like, Result (*cpu::Kernels::*on_cpu
     return true;
   }
   if (!like.is_cpu()) return false;
-  if (like.numel < 4096) {  // releasing and taking the GIL again costs more than it frees
+  if (like.numel < brief) {  // releasing and taking the GIL again costs more than it frees
     (cpu::kernels().*on_cpu)(p);
   } else {
     py::gil_scoped_release release;
@@ -155,5 +158,6 @@ inline void add_fast(py::module_& m, PyMethodDef& method) {
 }
 
 void register_attention(py::module_& m);  // bindings_attention.cpp
+void register_filtering(py::module_& m);  // bindings_filtering.cpp
 
 }  // namespace genfast

@@ -30,7 +30,7 @@ bool random(TensorArgument& out, int distribution, py::handle seed, TensorArgume
   if (!NoiseArgument(seed, stream, offset).fill(p.noise, seeds, out)) return false;
   p.low = low;
   p.range = range;
-  p.threads = g_gate.threads();
+  p.threads = threads_for(out);
   return run(p, out, GENFAST_KERNEL(random));
 }
 
@@ -69,7 +69,7 @@ bool reparameterize(TensorArgument& mu, TensorArgument& logvar, TensorArgument& 
   if (scratch.defined() && (scratch.dtype != Dtype::f64 || !is_contiguous(scratch) || p.rows < 1 ||
                             scratch.numel % p.rows != 0))
     return false;
-  p.threads = g_gate.threads();
+  p.threads = threads_for(mu);
   return run(p, mu, GENFAST_KERNEL(reparameterize));
 }
 
@@ -229,4 +229,5 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("categorical", &categorical);
   register_attention(m);
   register_diffusion(m);
+  register_filtering(m);
 }

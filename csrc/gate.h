@@ -27,8 +27,8 @@ class Gate {
     empty_like_ = grab(torch, "empty_like");
     forward_ad_ = pybind11::module_::import("torch.autograd.forward_ad").attr("__dict__").ptr();
     current_level_ = PyUnicode_InternFromString("_current_level");
-    requires_grad_ = PyUnicode_InternFromString("requires_grad");
-    is_neg_ = PyUnicode_InternFromString("is_neg");
+    requires_grad_ = grab(torch.attr("Tensor"), "requires_grad");  // without a look-up per tensor
+    is_neg_ = grab(torch.attr("Tensor"), "is_neg");
     if (PyErr_Occurred()) throw pybind11::error_already_set();
     ready_ = true;
   }
@@ -48,11 +48,11 @@ class Gate {
       if (x == Py_None) continue;
       PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(x));
       if (type != tensor_ && type != parameter_) return kSlow;
-      PyObject* negative = PyObject_CallMethodNoArgs(x, is_neg_);
+      PyObject* negative = PyObject_CallOneArg(is_neg_, x);
       if (negative == nullptr) return fail();
       Py_DECREF(negative);
       if (negative == Py_True) return kSlow;
-      PyObject* grad = PyObject_GetAttr(x, requires_grad_);
+      PyObject* grad = Py_TYPE(requires_grad_)->tp_descr_get(requires_grad_, x, type);
       if (grad == nullptr) return fail();
       Py_DECREF(grad);
       wanted |= grad == Py_True;

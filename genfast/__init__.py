@@ -22,6 +22,14 @@ from genfast.ops.diffusion import (
     step_log_prob,
     velocity,
 )
+from genfast.ops.filtering import (
+    bias_act,
+    downsample2d,
+    filter2d,
+    setup_filter,
+    upfirdn2d,
+    upsample2d,
+)
 from genfast.ops.rng import NOISE_VERSION, rand, rand_like, randint, randn, randn_like
 from genfast.ops.sampling import (
     gaussian_kl,
@@ -33,6 +41,7 @@ from genfast.ops.sampling import (
     sample_tokens,
     tanh_normal,
 )
+from genfast.schedulers import sample
 
 __version__ = _version("genfast")
 
@@ -44,9 +53,12 @@ __all__ = [
     "attention_with_kvcache",
     "add_noise",
     "backend",
+    "bias_act",
     "denoising_loss",
     "diffusion_step",
+    "downsample2d",
     "dynamic_threshold",
+    "filter2d",
     "gaussian_kl",
     "get_backend",
     "guidance_weights",
@@ -61,13 +73,17 @@ __all__ = [
     "relaxed_bernoulli",
     "reparameterize",
     "restore",
+    "sample",
     "sample_categorical",
     "sample_tokens",
     "scale_model_input",
     "scale_noise",
     "scaled_dot_product_attention",
     "set_backend",
+    "setup_filter",
     "step_log_prob",
     "tanh_normal",
+    "upfirdn2d",
+    "upsample2d",
     "velocity",
 ]

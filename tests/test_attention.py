@@ -242,8 +242,9 @@ def test_strides(dtype):
         assert torch.equal(leaf.grad.permute(2, 0, 3, 1, 4)[i], x.grad)
 
 
-def test_threads_do_not_change_bits():
-    tensors = [x.requires_grad_() for x in inputs(1, 3, 1, 200, 1100, 48)]
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_do_not_change_bits(dtype):
+    tensors = [x.requires_grad_() for x in inputs(1, 3, 1, 200, 1100, 48, dtype=dtype)]
     found = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)

@@ -7,7 +7,7 @@ import torch
 
 import genfast
 from genfast.benchmarks import calibrate
-from genfast.ops import _choice
+from genfast.ops import _backend, _choice
 from genfast.ops._choice import ALL_SIZES, ANY, Row
 from genfast.ops.attention import core
 
@@ -43,6 +43,71 @@ def test_the_first_fitting_row_decides():
     assert _choice.torch_below(rows, "cpu", "float32", "forward") == 0
     assert _choice.torch_below(rows, "cpu", "float16", "decode") == 0
     assert _choice.torch_below(rows, "cuda", "float16", "decode") == 7
+
+
+def test_what_goes_to_triton_before_cuda():
+    rows = _choice.ROWS
+    assert _choice.triton_from(rows, "rng", "random", "float32") == ALL_SIZES
+    assert _choice.triton_from(rows, "diffusion", "dynamic_threshold", "bfloat16") == 0
+    assert _choice.triton_from(rows, "attention", "attention_forward", "float32") == 0
+    assert _choice.triton_from(rows, "attention", "attention_forward", "float16") == ALL_SIZES
+    assert _choice.triton_from(rows, "attention", "attention_backward", "bfloat16") == 2**33
+
+
+class Tensors:
+    """A native and a Triton kernel that write down who was asked; CUDA refuses until enabled."""
+
+    def __init__(self, monkeypatch, covered):
+        self.asked, self.enabled = [], False
+        gpu = lambda on: setattr(self, "enabled", on)  # noqa: E731
+        patch = monkeypatch.setattr
+        patch(_backend, "_native", lambda name: lambda *a: self.ask("cuda") and self.enabled)
+        patch(_backend, "_triton", lambda name: lambda *a: self.ask("triton"))
+        patch(_backend, "_HAVE_TRITON", True)
+        patch(_backend, "covers", lambda archs, capability: covered)
+        patch(_backend._C, "enable_cuda", gpu)
+        patch(torch.version, "cuda", "13.0")
+        patch(torch.cuda, "device_count", lambda: 1)
+        patch(torch.cuda, "get_device_capability", lambda i: (9, 0))
+        monkeypatch.setitem(_backend._cuda_covers, "gpus", None)
+
+    def ask(self, who):
+        self.asked.append(who)
+        return True
+
+    def of(self, *shape, dtype=torch.float32):
+        class OnGpu(torch.Tensor):
+            is_cuda = True
+
+        return torch.zeros(shape, dtype=dtype).as_subclass(OnGpu)
+
+
+@pytest.mark.parametrize("covered", [True, False])
+def test_cuda_is_settled_at_the_first_tensor_and_falls_through(monkeypatch, covered):
+    t = Tensors(monkeypatch, covered)
+    random = _backend._both("random")
+    assert random(t.of(4))
+    assert t.asked == (["cuda", "cuda"] if covered else ["cuda", "cuda", "triton"])
+    assert t.enabled is covered
+    t.asked.clear()
+    assert random(t.of(4))
+    assert t.asked == (["cuda"] if covered else ["cuda", "triton"])
+
+
+def test_the_table_puts_triton_first(monkeypatch):
+    t = Tensors(monkeypatch, True)
+    forward, backward = (_backend._both(f"attention_{n}") for n in ("forward", "backward"))
+    half = t.of(1, 1, 4, 8, dtype=torch.float16)
+    long = torch.empty(1, dtype=torch.float16).expand(1, 8, 2**14, 64)
+    long = long.as_subclass(type(half))
+    for call in (
+        lambda: forward(half),
+        lambda: forward(t.of(1, 1, 4, 8)),
+        lambda: backward(half, *[None] * 6, half, half),
+        lambda: backward(long, *[None] * 6, long, long),
+    ):
+        assert call()
+    assert t.asked == ["cuda", "cuda", "triton", "cuda", "triton"]  # the first: before settling
 
 
 def test_a_calibrated_table_is_read_back_on_its_own_machine_only(tmp_path, monkeypatch):

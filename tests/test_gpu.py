@@ -124,7 +124,8 @@ def test_gradients(name):
         leaves = [x.to(device).requires_grad_() for x in xs]
         out = call(*leaves)
         total = sum(o.cos().sum() for o in (out if isinstance(out, tuple) else (out,)))
-        grads.append([g.cpu() for g in torch.autograd.grad(total, leaves)])
+        found = torch.autograd.grad(total, leaves, allow_unused=True)  # epsilon's target has no x0
+        grads.append([torch.zeros(1) if g is None else g.cpu() for g in found])
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-5)
 
 
@@ -148,6 +149,7 @@ def test_seed_per_sample_on_the_device():
 def test_current_stream():
     """Work goes to torch's current stream: it waits for what that stream does, nothing else."""
     x, stream = torch.zeros(1 << 22, device="cuda"), torch.cuda.Stream()
+    genfast.reparameterize(x, torch.full_like(x, -200.0), seed=1)  # loading a kernel waits
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)

@@ -243,6 +243,15 @@ def test_discrete_likelihood_sums_to_one():
         (lambda m: Diffusion((1, 10, 8), (8, 8, 8)), "divisible by 4 for 3 levels, got 10 x 8"),
         (lambda m: Diffusion((1, 8, 8), (8, 8), task="paint"), "task: expected one of generate"),
         (lambda m: Diffusion((1, 8, 8), (8, 8), schedule="cos"), "expected one of"),
+        (lambda m: Diffusion((1, 8, 8), ()), "widths: expected an even number .* got none"),
+        (lambda m: Diffusion((1, 8, 8), (8, 0)), "widths: expected an even number .* got 8,0"),
+        (lambda m: Diffusion((1, 8, 8), (8, 98)), "widths: expected multiples of 3 heads"),
+        (lambda m: Diffusion((1, 8, 8), (8,), attention=(5,)), r"levels in 0 \.\.\. 0"),
+        (lambda m: Diffusion((1, 8, 8), (8,), label_dropout=2.0), "label_dropout: expected"),
+        (
+            lambda m: Diffusion((1, 8, 8), (8,), task="super-resolution", factor=0),
+            "factor: expected an int >= 1, got 0",
+        ),
         (lambda m: m.plan("dim"), "plan: expected one of ddpm"),
         (lambda m: m.plan("ddim", 0), "steps: expected an int in 1 ... 100, got 0"),
         (lambda m: m.loss(torch.zeros(2, 1, 8, 8), seed=1), "y: expected labels in 0 ... 3"),
@@ -283,3 +292,10 @@ def test_training_on_real_digits_learns(tmp_path):
     drawn = model.eval().sample(50, 1, guidance=2.0, plan=model.plan("ddim", 10))
     right = (judge.logits(drawn).argmax(1) == torch.arange(50) % 10).float().mean()
     assert judge.accuracy > 0.9 and right > 0.5  # chance is 0.1
+
+
+@pytest.mark.parametrize("widths", [(2, 4), (8, 10), (14, 6)])
+def test_widths_of_any_even_number(widths):
+    """Each norm's groups divide its channels, those of two levels put together too."""
+    model = tiny(widths=widths)
+    assert model.loss(torch.rand(2, 1, 8, 8), torch.tensor([0, 1]), seed=1).isfinite()

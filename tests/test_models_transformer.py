@@ -302,11 +302,17 @@ def test_greedy_eos_and_lengths():
     [
         (lambda m: m(ids(1, 65)), ValueError, "ids: expected at most 64 tokens"),
         (lambda m: m(ids(1, 5).float()), TypeError, "ids: expected an int64 tensor"),
+        (lambda m: m.generate([ids(70)], 5), ValueError, r"prompts\[0\]: expected at most 64 tok"),
         (lambda m: m.generate([ids(60)], 5), ValueError, "tokens: expected at most 4 behind"),
         (lambda m: m.generate([ids(4)[:0]], 5), ValueError, r"prompts\[0\]: expected \(S,\)"),
         (lambda m: m.generate([ids(4) + 97], 5), ValueError, r"ids in \[0, 97\)"),
         (lambda m: m.generate([ids(4)], 5, seed=torch.arange(2)), ValueError, "seed: expected"),
         (lambda m: m.generate([ids(4)], 5, tile=0), ValueError, "tile: expected"),
+        (lambda m: gpt(layers=0), ValueError, "layers: expected an int >= 1, got 0"),
+        (lambda m: gpt(context=0), ValueError, "context: expected an int >= 1, got 0"),
+        (lambda m: BERT(97, 0, 1, 4), ValueError, "d: expected an int >= 1, got 0"),
+        (lambda m: ViT(8, 4, 1, 2, d=0), ValueError, "d: expected an int >= 1, got 0"),
+        (lambda m: T5(97, 48, 0, heads=4), ValueError, "layers: expected an int >= 1, got 0"),
         (lambda m: gpt(heads=5), ValueError, "heads: expected a divisor of d = 48, got 5"),
         (lambda m: gpt(kv_heads=3), ValueError, "kv_heads: expected a divisor of heads = 4"),
         (lambda m: gpt(norm="batch"), ValueError, "norm: expected one of rms, layer"),
@@ -317,6 +323,10 @@ def test_greedy_eos_and_lengths():
         (lambda m: ViT(8, 3, 1, 2), ValueError, "patch: expected a divisor of image = 8, got 3"),
         (lambda m: ViT(8, 4, 1, 2)(torch.zeros(1, 3, 8, 8)), ValueError, r"\(B, 1, 8, 8\)"),
         (lambda m: T5(97, 48, 1, heads=4).generate(ids(1, 3), 4, beams=0), ValueError, "beams"),
+        (
+            lambda m: T5(97, 48, 1, heads=4).generate(ids(1, 3), 4, length_penalty=float("nan")),
+            ValueError, "length_penalty: expected a finite number",
+        ),
     ],
 )  # fmt: skip
 def test_refusals(call, error, message):

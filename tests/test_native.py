@@ -231,7 +231,9 @@ def everything(seed=3):
     """Only genfast's own kernels: torch's hang in a forked child (its OpenMP team is not there)."""
     x = genfast.randn(300, 701, seed=1)
     z, kl = genfast.reparameterize(x, x, seed=seed, return_kl=True, kl_reduction="sum")
+    rows = genfast.randn(2, 4, 300, 64, seed=seed, dtype=torch.bfloat16)  # a matrix unit's, if any
     return (
+        genfast.attention(rows, rows, rows).view(torch.int16),
         z, kl, genfast.gumbel_softmax(x, 0.5, seed=seed), genfast.relaxed_bernoulli(x, seed=seed),
         genfast.sample_tokens(x, 0.8, top_p=0.9, seed=torch.arange(300)),
         genfast.gaussian_kl(x, x, reduction="none"),

@@ -211,6 +211,8 @@ CALLS = {
     genfast.randint: ("seed", "stream", "offset", "generator", "dtype", "out"),
     genfast.randn_like: ("seed", "stream", "offset", "generator", "dtype"),
     genfast.rand_like: ("seed", "stream", "offset", "generator", "dtype"),
+    genfast.bias_act: ("b", "dim", "act", "alpha", "gain", "clamp", "noise", "strength", "seed"),
+    genfast.upfirdn2d: ("down", "flip_filter", "gain"),
     genfast.reparameterize: ("seed", "stream", "offset", "generator", "kl_reduction"),
     genfast.gaussian_kl: ("reduction",),
     genfast.tanh_normal: ("seed", "stream", "offset", "generator"),
@@ -222,8 +224,8 @@ CALLS = {
         "temperature", "top_k", "top_p", "min_p", "seed", "stream", "offset", "generator"
     ),
 }  # fmt: skip
-POSITIONAL = {genfast.randint: 3, genfast.reparameterize: 2, genfast.gaussian_kl: 2,
-              genfast.tanh_normal: 2, genfast.log_normal: 2}  # fmt: skip
+POSITIONAL = {genfast.randint: 3, genfast.upfirdn2d: 2, genfast.reparameterize: 2,
+              genfast.gaussian_kl: 2, genfast.tanh_normal: 2, genfast.log_normal: 2}  # fmt: skip
 
 
 def small(x):

@@ -335,7 +335,8 @@ def test_schedules_rise_then_keep_their_shape(name):
     [
         {"epochs": 0}, {"lr": -1.0}, {"lr": math.nan}, {"warmup": 2.0}, {"clip": 0.0},
         {"seed": -1}, {"ema": 1.0}, {"schedule": "cosin"}, {"precision": "fp8"},
-        {"save_every": -1}, {"weight_decay": math.inf},
+        {"save_every": -1}, {"weight_decay": math.inf}, {"alarm": "shout"}, {"alarm_after": 0},
+        {"coverage_floor": 1.5}, {"accuracy_ceiling": -0.1},
     ],
     ids=str,
 )  # fmt: skip
@@ -398,8 +399,8 @@ def test_bad_checkpoints_are_refused(tmp_path):
     save_file({"x": torch.ones(1)}, path)
     with pytest.raises(checkpoint.BadCheckpoint, match="not a genfast checkpoint"):
         checkpoint.load(tmp_path)
-    checkpoint.save(tmp_path, "gan", fresh(), {})
-    with pytest.raises(checkpoint.BadCheckpoint, match="expected one of vae.*, got 'gan'"):
+    checkpoint.save(tmp_path, "gqn", fresh(), {})
+    with pytest.raises(checkpoint.BadCheckpoint, match="expected one of vae.*, got 'gqn'"):
         checkpoint.load(tmp_path)
 
 

@@ -1,17 +1,13 @@
-// Chooses the ISA level once. CPUID and XGETBV are asked directly: __builtin_cpu_supports with a
-// level name is always false under clang.
+// Chooses the ISA level once.
 #include <cstdlib>
 #include <cstring>
 
 #include "cpu/kernels.h"
-
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
+#include "cpu/processor.h"
 
 // Best first; CMakeLists.txt compiles the kernel files for the same list.
 #if defined(__x86_64__)
-#define GENFAST_FOR_EACH_ISA(X) X(v4) X(v3) X(v2) X(base)
+#define GENFAST_FOR_EACH_ISA(X) X(amx) X(v4) X(v3) X(v2) X(base)
 #else
 #define GENFAST_FOR_EACH_ISA(X) X(base)
 #endif
@@ -26,28 +22,6 @@ GENFAST_FOR_EACH_ISA(GENFAST_LEVEL)
 #undef GENFAST_LEVEL
 
 namespace {
-
-#if defined(__x86_64__)
-bool has_bits(unsigned value, unsigned mask) { return (value & mask) == mask; }
-
-int x86_level() {
-  unsigned a, b, c, d;
-  if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
-  const unsigned basic = c;
-  if (!has_bits(basic, 1u << 0 | 1u << 9 | 1u << 13 | 1u << 19 | 1u << 20 | 1u << 23)) return 0;
-  const unsigned avx = 1u << 12 | 1u << 22 | 1u << 27 | 1u << 28 | 1u << 29;  // FMA…F16C
-  if (!has_bits(basic, avx)) return 2;
-  unsigned low, high;
-  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  if (!has_bits(low, 0x6u) || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 2;
-  const unsigned leaf7 = b;
-  if (!has_bits(leaf7, 1u << 3 | 1u << 5 | 1u << 8)) return 2;
-  unsigned extended = 0;
-  if (!__get_cpuid(0x80000001u, &a, &b, &extended, &d) || !(extended & 1u << 5)) return 2;
-  const unsigned avx512 = 1u << 16 | 1u << 17 | 1u << 28 | 1u << 30 | 1u << 31;
-  return has_bits(low, 0xE6u) && has_bits(leaf7, avx512) ? 4 : 3;
-}
-#endif
 
 struct Level {
   const char* name;
@@ -69,10 +43,7 @@ struct Levels {
     };
     int count = 0;
     for (const Level& level : built) {  // built is listed best first
-#if defined(__x86_64__)
-      const int need = level.name[0] == 'v' ? level.name[1] - '0' : 0;
-      if (need > x86_level()) continue;
-#endif
+      if (!runs(level.name)) continue;
       names[count] = level.name;
       usable[count++] = level;
     }

@@ -2,6 +2,7 @@
 #pragma once
 #include "api/attention.h"
 #include "api/diffusion.h"
+#include "api/filtering.h"
 #include "api/limits.h"
 #include "api/rng.h"
 #include "api/sampling.h"
@@ -25,6 +26,9 @@ struct Kernels {
   void (*attention_forward)(const AttentionParams&);
   void (*attention_backward)(const AttentionGradParams&);
   void (*attention_append)(const AttentionAppendParams&);
+  void (*bias_act)(const BiasActParams&);
+  void (*bias_act_backward)(const BiasActBackwardParams&);
+  void (*upfirdn2d)(const UpfirdnParams&);
   double (*fma_limit)(const LimitParams&);
   double (*read_limit)(const LimitParams&);
 };
@@ -36,6 +40,10 @@ const char* isa_name();
 const char* const* isa_usable();
 
 }  // namespace genfast::cpu
+
+namespace genfast::cpu::v4 {
+extern const Kernels table;  // level amx stands on it
+}
 
 // Every kernel file is compiled once per level with GENFAST_ISA = base, v2, v3, v4 or neon.
 #if defined(GENFAST_ISA)
@@ -56,6 +64,9 @@ void denoising_loss(const LossParams&);
 void attention_forward(const AttentionParams&);
 void attention_backward(const AttentionGradParams&);
 void attention_append(const AttentionAppendParams&);
+void bias_act(const BiasActParams&);
+void bias_act_backward(const BiasActBackwardParams&);
+void upfirdn2d(const UpfirdnParams&);
 double fma_limit(const LimitParams&);
 double read_limit(const LimitParams&);
 extern const Kernels table;

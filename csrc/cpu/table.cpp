@@ -19,6 +19,9 @@ extern const Kernels table = {
     attention_forward,
     attention_backward,
     attention_append,
+    bias_act,
+    bias_act_backward,
+    upfirdn2d,
     fma_limit,
     read_limit,
 };

@@ -9,12 +9,6 @@ namespace genfast {
 
 // ---- the step ---------------------------------------------------------------------------------
 
-// min(max(v, -bound), bound); NaN stays NaN.
-template <class F>
-GENFAST_FN F clamp_symmetric(F v, F bound) {
-  return minimum(bound, maximum(-bound, v));
-}
-
 // x0 = clamp(d_x x + d_m m, +-clip).
 template <class F>
 GENFAST_FN F predicted_x0(F x, F m, F d_x, F d_m, F clip) {

@@ -350,6 +350,11 @@ template <class F>
 GENFAST_FN F maximum(F a, F b) {
   return select(a > b, a, b);
 }
+// min(max(v, -bound), bound); NaN stays NaN.
+template <class F>
+GENFAST_FN F clamp_symmetric(F v, F bound) {
+  return minimum(bound, maximum(-bound, v));
+}
 // y 2^n for a whole n in [-252, 254], rounded once: two factors, so that 2^128 and 2^-150 are in
 // reach; the first product is exact for the y near 1 that reach it.
 template <class F>

@@ -121,8 +121,11 @@ def follow(args, name: str, settings: Settings, options: dict, data_name: str) -
         def show(progress, record) -> None:
             bar.update(task, completed=progress.step / per_epoch, epoch=progress.epoch)
             if record:
-                losses = (f"{k} {record[k + '_loss']:.4g}" for k in ("train", "validation"))
-                bar.update(task, description="  ".join(losses))
+                losses = [k for k in record if k.endswith("_loss")]
+                best = f"validation_{recipe.best}"
+                shown = {k.removesuffix("_loss"): record[k] for k in dict.fromkeys([*losses, best])}
+                text = (f"{k} {v:.4g}" for k, v in shown.items() if v is not None)
+                bar.update(task, description="  ".join(text))
 
         summary = loop.train(
             name, recipe, model, data, settings, args.out, {"data": data_name, "options": options},
@@ -130,11 +133,12 @@ def follow(args, name: str, settings: Settings, options: dict, data_name: str) -
         )  # fmt: skip
     if not summary["main"]:
         return
-    plot.losses(loop.records(args.out / loop.LOG), args.out / plot.PLOT)
+    plot.losses(loop.records(args.out / loop.LOG), args.out / plot.PLOT, recipe.best)
+    best = recipe.best
     files = recipe.finish(model.cpu().eval(), data, settings.seed, args.out)
     print(
         f"best epoch {summary['best_epoch']} of {summary['epochs']} in {summary['seconds']:.1f} s: "
-        f"loss {summary['validation_loss']:.4g} on the validation part, "
-        f"{summary['test_loss']:.4g} on the test part ({len(data.test)} samples)"
+        f"{best} {summary[f'validation_{best}']:.4g} on the validation part, "
+        f"{summary[f'test_{best}']:.4g} on the test part ({len(data.test)} samples)"
     )
     print(f"wrote {', '.join((checkpoint.CHECKPOINT, loop.LOG, plot.PLOT, *files))}: {args.out}")

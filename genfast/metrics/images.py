@@ -8,6 +8,7 @@ called by its name alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -70,14 +71,30 @@ def trained_classifier(data: Split, seed: int = 0, steps: int = 400) -> Classifi
             at = step * 64 % n
             if at < 64:  # a new pass
                 order = torch.argsort(rand(n, seed=seed, stream=step), stable=True)
-            x, y = data.train[order[at : at + 64]]
+            x, y = data.train[order[at : at + 64]][:2]
             optimizer.zero_grad()
             F.cross_entropy(model.logits(x), y).backward()
             optimizer.step()
     model.eval().requires_grad_(False)
-    x, y = data.test[torch.arange(len(data.test))]
+    x, y = data.test[torch.arange(len(data.test))][:2]
     model.accuracy = (model.logits(x).argmax(1) == y).float().mean().item()
     return model
+
+
+_last: list[tuple] = []  # of `classifier_of`, at most one: data, seed, classifier
+
+
+def classifier_of(
+    data: Split, seed: int = 0, labelled: Callable[[Split], Split] = lambda data: data
+) -> Classifier:
+    """`trained_classifier`, kept until another is asked for: a run judges every epoch with it.
+    labelled: makes a data set with labels of `data`."""
+    for of, its_seed, classifier in _last[:]:  # a copy: another thread may replace it
+        if of is data and its_seed == seed:
+            return classifier
+    classifier = trained_classifier(labelled(data), seed)
+    _last[:] = [(data, seed, classifier)]
+    return classifier
 
 
 # ---- distances -----------------------------------------------------------------------------------
@@ -89,11 +106,18 @@ def frechet_distance(features: nn.Module, real: Tensor, drawn: Tensor) -> float:
     need("torchmetrics")
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    fid = FrechetInceptionDistance(feature=features, normalize=True)
+    # Of this process alone: in a run of several the others may not take part.
+    fid = FrechetInceptionDistance(feature=features, normalize=True, sync_on_compute=False)
     for batch, is_real in ((real, True), (drawn, False)):
         for part in batch.split(500):
             fid.update(part, real=is_real)
     return fid.compute().item()
+
+
+def classes_covered(labels: Tensor, classes: int, share: float = 0.01) -> int:
+    """How many classes have at least this share of the labels (N,) int64 of drawn images: all of
+    them unless a generator has lost modes."""
+    return int((labels.bincount(minlength=classes) >= max(share * len(labels), 1)).sum())
 
 
 def precision_recall_density_coverage(real: Tensor, drawn: Tensor, k: int = 5) -> dict[str, float]:

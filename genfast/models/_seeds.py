@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from genfast.ops.rng import randint
 
@@ -29,3 +30,14 @@ def in_tiles(call: Callable[[int], Tensor], n: int, start: int, tile: int) -> Te
     first = start // tile * tile
     rows = [call(at) for at in range(first, max(start + n, first + 1), tile)]
     return torch.cat(rows)[start - first : start - first + n]
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode within: BatchNorm then makes of a row the same in any batch."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

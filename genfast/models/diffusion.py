@@ -5,13 +5,15 @@
 Ho et al., "Denoising diffusion probabilistic models", 2020 (U-Net, loss, eq. 4 and 14); Nichol &
 Dhariwal, "Improved DDPM", 2021 (cosine schedule); Dhariwal & Nichol, "Diffusion models beat GANs",
 2021 (the scale-shift ResBlock); Ho & Salimans, "Classifier-free diffusion guidance", 2022; Saharia
-et al., "Palette", 2022, and "SR3", 2021 (conditioning by channels). Letters: x (B, C, H, W) in
+et al., "Palette", 2022, and "SR3", 2021 (conditioning by channels); Dhariwal & Nichol, section 4
+(guidance by a classifier's gradient). Letters: x (B, C, H, W) in
 [-1, 1] inside, images in [0, 1] outside; t (B,) int; y (B,) class labels; eps the noise.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from genfast import schedulers
 from genfast.models._seeds import in_tiles, sample_seeds
+from genfast.ops import _check
 from genfast.ops.attention import attention
 from genfast.ops.diffusion import add_noise, denoising_loss
 from genfast.ops.rng import rand, randn
@@ -65,6 +68,11 @@ class AttentionBlock(nn.Module):
     def __init__(self, channels: int, head_dim: int):
         super().__init__()
         self.heads = max(channels // head_dim, 1)
+        if channels % self.heads:
+            raise ValueError(
+                f"widths: expected multiples of {self.heads} heads where the U-Net attends, got "
+                f"{channels}; take a multiple of head_dim = {head_dim}"
+            )
         self.norm = nn.GroupNorm(groups(channels), channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = zeroed(nn.Linear(channels, channels))
@@ -96,7 +104,20 @@ class Up(nn.Conv2d):
 
 def groups(channels: int) -> int:
     """32 as in the papers, fewer for few channels: at least 4 a group."""
-    return math.gcd(32, channels // 4) or 1
+    return math.gcd(32, channels // 4 or 1, channels)
+
+
+def check_levels(widths: tuple[int, ...], attention: tuple[int, ...]) -> None:
+    if not widths or any(width < 2 or width % 2 for width in widths):
+        raise ValueError(
+            "widths: expected an even number of channels >= 2 for every level, such as 16,32,64, "
+            f"got {','.join(map(str, widths)) or 'none'}"
+        )
+    if any(not 0 <= level < len(widths) for level in attention):
+        raise ValueError(
+            f"attention: expected levels in 0 ... {len(widths) - 1}, counted along widths, got "
+            f"{','.join(map(str, attention))}"
+        )
 
 
 def zeroed(layer: nn.Module) -> nn.Module:
@@ -216,6 +237,17 @@ def masked(x0: Tensor, known: Tensor) -> Tensor:
     return torch.cat([x0 * known, known], 1)
 
 
+# ---- guidance by a gradient ----------------------------------------------------------------------
+
+# guide(x0 (B, C, H, W) in [-1, 1], index (B,) int64 of the images) -> ln p(wanted | x0), (B,)
+Guide = Callable[[Tensor, Tensor], Tensor]
+# prediction -> factor of grad ln p in the model's output: that of eps - sigma grad, in its letters.
+_GUIDED = {
+    "epsilon": lambda alpha, sigma: -sigma,
+    "sample": lambda alpha, sigma: sigma**2 / alpha,
+    "v_prediction": lambda alpha, sigma: -sigma / alpha,
+}
+
 # ---- the model -----------------------------------------------------------------------------------
 
 # Names for plans -> the diffusers scheduler whose steps they are, and options that keep the
@@ -266,6 +298,11 @@ class Diffusion(nn.Module):
         super().__init__()
         if task not in TASKS:
             raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
+        check_levels(widths, attention)
+        _check.counts(blocks=blocks, head_dim=head_dim, T=T, factor=factor)
+        _check.integer("classes", classes, low=0)
+        for name, share in (("dropout", dropout), ("label_dropout", label_dropout)):
+            _check.number(name, share, low=0.0, high=1.0)
         self.config = {
             "shape": list(shape), "widths": list(widths), "blocks": blocks,
             "attention": list(attention), "head_dim": head_dim, "dropout": dropout,
@@ -357,13 +394,18 @@ class Diffusion(nn.Module):
         y: Tensor | None = None,
         guidance: float = 1.0,
         c: Tensor | None = None,
+        guide: Guide | None = None,
+        guide_scale: float = 1.0,
     ) -> Tensor:
         """Images start ... start + n - 1 of `seed`, (n, C, H, W) in [0, 1]. The same bits for image
         i however the images are cut into calls (see TILE).
 
         plan: default `self.plan()`. y (n,): labels; default i % classes. guidance: scale w of
         uncond + w (cond - uncond), 1: none (Ho & Salimans 2022). c (n, ...): the task's channels,
-        see `inpaint` and `super_resolve`.
+        see `inpaint` and `super_resolve`. guide: eps - s sigma grad ln p for eps, s = guide_scale,
+        with grad by x_t through the predicted x0 (Dhariwal & Nichol 2021, alg. 2; None: without);
+        it must judge each image by itself. For plans that step from x_t and x0, such as ddpm: ddim
+        takes eps before x0 is clamped, and what is left of the gradient's term then points away.
         """
         plan = plan or self.plan()
         device = self.alpha.device
@@ -391,9 +433,15 @@ class Diffusion(nn.Module):
             x_T = randn(TILE, *self.shape, seed=seeds, stream=START, device=device,
                         dtype=self.alpha.dtype)  # fmt: skip
             model = self._denoiser(of_tile(y, first), of_tile(c, first), guidance)
+            weights = None if guidance == 1 else (guidance, 1 - guidance)
+            if guide is not None:
+                weights = weights or (1.0,)
+                index = torch.arange(first, first + TILE, device=device)
+                model = self._guided(model, weights, lambda x0: guide(x0, index))
+                weights = (*weights, guide_scale)
             x = schedulers.sample(
                 model, plan, plan.init_noise_sigma * x_T, seed=seeds, stream=STEPS,
-                guidance=None if guidance == 1 else guidance,
+                guidance=weights,
             )  # fmt: skip
             return x.add_(1).mul_(0.5).clamp_(0, 1)
 
@@ -413,6 +461,24 @@ class Diffusion(nn.Module):
             return m[:B], m[B:]
 
         return model
+
+    def _guided(self, model, weights: tuple[float, ...], log_p: Callable[[Tensor], Tensor]):
+        """model with one output more, the gradient's; weights: of the others."""
+
+        def guided(x, t):
+            at = torch.full((len(x),), round(t), device=x.device)
+            alpha, sigma = self.alpha[at], self.sigma[at]
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                m = model(x, t)
+                m = m if isinstance(m, tuple) else (m,)
+                mixed = sum(w * part for w, part in zip(weights, m, strict=True))
+                p = log_p(self._x0(x, mixed, alpha, sigma))
+                (gradient,) = torch.autograd.grad(p.sum(), x)
+            factor = _GUIDED[self.prediction](alpha, sigma)[:, None, None, None]
+            return (*(part.detach() for part in m), factor * gradient)
+
+        return guided
 
     def inpaint(self, image: Tensor, known: Tensor, seed: int, start: int = 0, **options) -> Tensor:
         """Draws what is unknown. image (n, C, H, W) in [0, 1]; known (n, 1, H, W): 1 where the
@@ -465,12 +531,16 @@ class Diffusion(nn.Module):
 
     def _x0(self, x: Tensor, m: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """The predicted x0, clipped to [-1, 1]."""
-        a, s = alpha[:, None, None, None], sigma[:, None, None, None]
-        found = {
-            "epsilon": lambda: (x - s * m) / a, "sample": lambda: m,
-            "v_prediction": lambda: a * x - s * m,
-        }[self.prediction]()  # fmt: skip
-        return found.clamp(-1, 1)
+        return predicted_x0(self.prediction, x, m, alpha, sigma).clamp(-1, 1)
+
+
+def predicted_x0(prediction: str, x: Tensor, m: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """x0 of x_t = alpha x0 + sigma eps and a model's output m; alpha, sigma (B,)."""
+    a, s = alpha[:, None, None, None], sigma[:, None, None, None]
+    return {
+        "epsilon": lambda: (x - s * m) / a, "sample": lambda: m,
+        "v_prediction": lambda: a * x - s * m,
+    }[prediction]()  # fmt: skip
 
 
 def discrete_log_likelihood(x: Tensor, mean: Tensor, std: float) -> Tensor:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genfast.models._seeds import in_tiles, sample_seeds
+from genfast.ops import _check
 from genfast.ops.rng import randn
 from genfast.ops.sampling import reparameterize
 
@@ -135,6 +136,8 @@ class VAE(GaussianVAE):
 
     def __init__(self, x_dim: int = 784, h_dim: int = 400, z_dim: int = 20, beta: float = 1.0):
         super().__init__()
+        _check.counts(x_dim=x_dim, h_dim=h_dim, z_dim=z_dim)
+        _check.number("beta", beta, low=0.0)
         self.config = {"x_dim": x_dim, "h_dim": h_dim, "z_dim": z_dim, "beta": beta}
         self.x_shape, self.z_dim, self.beta = (x_dim,), z_dim, beta
         self.fc1 = nn.Linear(x_dim, h_dim)
@@ -161,6 +164,8 @@ class ConvVAE(GaussianVAE):
         beta: float = 1.0,
     ):  # fmt: skip
         super().__init__()
+        _check.counts(width=width, z_dim=z_dim)
+        _check.number("beta", beta, low=0.0)
         if len(shape) != 3 or shape[1] % 4 or shape[2] % 4:
             raise ValueError(
                 f"shape: expected (C, H, W) with H and W multiples of 4, got {tuple(shape)}; crop "

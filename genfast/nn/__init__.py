@@ -1,6 +1,7 @@
 """Drop-in modules, thin over `genfast.ops`."""
 
 from genfast.nn.attention import MultiheadAttention
+from genfast.nn.filtering import BiasAct, Downsample2d, Upsample2d
 from genfast.nn.sampling import (
     DiagonalGaussianDistribution,
     GaussianReparameterize,
@@ -10,11 +11,14 @@ from genfast.nn.sampling import (
 from genfast.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
+    "BiasAct",
     "DiagonalGaussianDistribution",
+    "Downsample2d",
     "GaussianReparameterize",
     "GumbelSoftmax",
     "MultiheadAttention",
     "Normal",
     "TransformerDecoderLayer",
     "TransformerEncoderLayer",
+    "Upsample2d",
 ]

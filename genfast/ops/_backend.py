@@ -1,8 +1,8 @@
 """Which implementation runs. `auto`: the native kernel where one exists and PyTorch is not faster,
-then on a GPU the Triton kernel, else the composite; `cuda`: as `auto`, but CUDA tensors take the
-CUDA C++ kernels first, which `auto` does not choose before benchmarks/results holds a run of them
-on a GPU; `triton`: Triton kernels, an error where Triton cannot run, the composite for what it
-lacks; `reference`: plain PyTorch for everything (the noise stays the contract's).
+then on a GPU the Triton kernel (first where the table of _choice.py says so, and alone on a GPU
+that the package holds no code for), else the composite; `cuda`: CUDA tensors always take the CUDA
+C++ kernels first; `triton`: Triton kernels, an error where Triton cannot run, the composite for
+what it lacks; `reference`: plain PyTorch for everything (the noise stays the contract's).
 """
 
 from __future__ import annotations
@@ -14,18 +14,25 @@ from collections.abc import Iterator
 
 import torch
 
+from genfast._archs import covers
 from genfast._native import _C
+from genfast.ops._choice import ALL_SIZES, table, triton_from
 from genfast.ops._scratch import with_scratch
 
 BACKENDS = ("auto", "cuda", "triton", "reference")
 _HAVE_CUDA = _C.build_info()["cuda"]
 _GPU = torch.version.cuda is not None or torch.version.hip is not None
 _HAVE_TRITON = importlib.util.find_spec("triton") is not None
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # Decides at the first import of the kernels, for good: they then run on the CPU, for tests.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _state = {"name": "auto"}
+# Whether `auto` takes the CUDA kernels; None: not known before the first CUDA tensor, because
+# asking for the GPU starts CUDA, and a process that has started it cannot be forked.
+_cuda_covers = {"gpus": None if _HAVE_CUDA and _GPU else False}
 
-# Native entry point -> module of its Triton twin, which takes the same arguments.
+# Native entry point -> module of its Triton twin, which takes the same arguments; None: there is
+# none, nor a CUDA kernel, and a GPU takes the composite.
 _TRITON = {
     "random": "rng",
     "reparameterize": "sampling",
@@ -44,6 +51,9 @@ _TRITON = {
     "attention_backward": "attention",
     "attention_cached": "attention",
     "attention_append": "attention",
+    "bias_act": None,
+    "bias_act_backward": None,
+    "upfirdn2d": None,
 }
 _REFUSED = {"categorical": -1}  # what "not handled" is; False elsewhere
 
@@ -64,6 +74,9 @@ def triton_runs(device: torch.device) -> bool:
 
 
 def _triton(name: str):
+    if _TRITON[name] is None:
+        return lambda *args: False
+
     def run(*args):
         x = next(a for a in args if isinstance(a, torch.Tensor))
         if not triton_runs(x.device):
@@ -84,18 +97,64 @@ def _native(name: str):
     return with_scratch(name, getattr(_C, name)) if _GPU else getattr(_C, name)
 
 
+def _settle() -> None:
+    """At the first CUDA tensor: are there CUDA kernels for all GPUs of this machine?"""
+    gpus = range(torch.cuda.device_count())
+    archs = _C.build_info()["cuda_archs"]
+    _cuda_covers["gpus"] = torch.version.cuda is not None and all(
+        covers(archs, torch.cuda.get_device_capability(i)) for i in gpus
+    )
+    if _state["name"] == "auto":
+        _C.enable_cuda(_cuda_covers["gpus"])
+
+
 def _both(name: str):
+    """CUDA, then Triton; under `auto` the other way round from the table's sizes on."""
     native, portable, refused = _native(name), _triton(name), _REFUSED.get(name, False)
 
     def run(*args):
         done = native(*args)
-        return done if done != refused else portable(*args)
+        if done != refused:
+            return done
+        if _cuda_covers["gpus"] is None and next(_tensors(args)).is_cuda:
+            _settle()
+            return run(*args)
+        return portable(*args)
 
-    return run
+    rows = table()
+    limits = {dtype: triton_from(rows, _TRITON[name], name, _name(dtype)) for dtype in _FLOATS}
+    if not _HAVE_TRITON or _state["name"] != "auto" or min(limits.values()) == ALL_SIZES:
+        return run
+
+    def portable_first(*args):
+        x = next(_tensors(args))
+        if x.is_cuda and _size(name, args) >= limits.get(x.dtype, ALL_SIZES):
+            done = portable(*args)
+            if done != refused:
+                return done
+        return run(*args)
+
+    return portable_first
+
+
+def _tensors(args: tuple) -> Iterator[torch.Tensor]:
+    return (a for a in args if isinstance(a, torch.Tensor))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _size(name: str, args: tuple) -> int:
+    """B Hq Sq Sk D of a backward call (dO, dLSE, five gradients, q, k, ...); elements elsewhere."""
+    if name == "attention_backward":
+        q, k = args[7:9]
+        return q.numel() * k.shape[-2]
+    return next(_tensors(args)).numel()
 
 
 def _choose(name: str) -> None:
-    make = _triton if name == "triton" else _both if _GPU and _HAVE_TRITON else _native
+    make = _triton if name == "triton" else _both if _GPU else _native
     for entry in _TRITON:
         setattr(kernels, entry, make(entry))
 
@@ -124,7 +183,7 @@ def set_backend(name: str) -> None:
     _choose(name)
     # So that the fast roads never have to look.
     _C.force_slow_road(name in ("triton", "reference"))
-    _C.enable_cuda(name == "cuda")
+    _C.enable_cuda(name == "cuda" or (name == "auto" and bool(_cuda_covers["gpus"])))
 
 
 def get_backend() -> str:
@@ -146,13 +205,17 @@ def forced_reference() -> bool:
     return _state["name"] == "reference"
 
 
-def has_kernels(device: torch.device) -> bool:
-    """There are kernels, native or Triton, for tensors on `device`."""
+def has_kernels(device: torch.device, name: str = "random") -> bool:
+    """There is a kernel, native or Triton, of this entry point for tensors on `device`."""
+    if _TRITON[name] is None:
+        return device.type == "cpu" and _state["name"] != "triton"
     if _state["name"] == "triton":
         return triton_runs(device)
-    return device.type == "cpu" or (
-        device.type == "cuda" and (_HAVE_TRITON or _state["name"] == "cuda")
-    )
+    if device.type == "cuda" and not _HAVE_TRITON and _state["name"] == "auto":
+        if _cuda_covers["gpus"] is None:
+            _settle()
+        return _cuda_covers["gpus"]
+    return device.type in ("cpu", "cuda")
 
 
 if os.environ.get("GENFAST_BACKEND"):

@@ -100,6 +100,11 @@ def integer(name: str, value: Any, *, low: int | None = None, high: int | None =
         raise ValueError(f"{name}: expected an int <= {high}, got {value!r}")
 
 
+def counts(**values: Any) -> None:
+    for name, value in values.items():
+        integer(name, value, low=1)
+
+
 def output(out: Any, shape: Sequence[int], dtype: torch.dtype | None) -> None:
     if out.requires_grad:
         raise ValueError(

@@ -26,8 +26,8 @@ ALL_SIZES = 2**63 - 1
 class Row(NamedTuple):
     """device: cpu or cuda. arch: instruction set of the CPU kernels, or sm_NN of a GPU. dtype:
     torch's name. feature: a kind of call; of attention "decode" (one query) and "forward", both
-    without gradient and without options that PyTorch's fused kernel lacks. below: sizes under it
-    (B Hq Sq Sk D of attention). ANY fits all.
+    without gradient and without options that PyTorch's fused kernel lacks; else a native entry
+    point. below: sizes under it (B Hq Sq Sk D of attention). ANY fits all.
     """
 
     family: str
@@ -40,16 +40,32 @@ class Row(NamedTuple):
     why: str
 
 
-_UNMEASURED = "no measurement on a GPU yet"
+_H100 = "benchmarks/results/2026-11-26-h100-*.json"
 
-# Attention on this CPU family needs no row for PyTorch: every case of the benchmark is at least
+# Attention on CPU has no row for PyTorch. On an AMD EPYC every case of the benchmark is at least
 # 1.0x, at AVX2 and at AVX-512. (Under 10 us the call itself decides, and handing it on costs 4 us.)
-# Processors with matrix units (AMX) may: calibrate there.
+# On an Intel Xeon with a matrix unit PyTorch's bf16 beats our vectors (0.35x at S 1024, D 128), so
+# level amx has that unit too: at least 1.29x, fp16 1.20x (2026-11-25-xeon-amx). fp32 there comes to
+# 0.89x at the lowest (…-xeon-avx512): one query without groups and (64, 4, 16, 32); a calibration
+# on the machine decides those.
+#
+# On a GPU a small call costs what its launch costs the host: 9 us by CUDA, 49 by Triton, 8 by
+# PyTorch. So CUDA comes first where the package holds code for the GPU. Triton is ahead where its
+# kernel is so much faster that the launch is paid: fp32 attention (three tf32 products against the
+# plain cores: 1.2 against 2.7 ms), the backward of long 16-bit rows (35 ms of 68 at 16k) and the
+# quantile (0.25 against 0.95 ms).
 ROWS = (
-    Row("attention", "cuda", ANY, ANY, "decode", ALL_SIZES, "torch", _UNMEASURED),
-    Row("attention", "cuda", ANY, ANY, "forward", ALL_SIZES, "torch", _UNMEASURED),
+    Row("attention", "cuda", ANY, ANY, "decode", ALL_SIZES, "torch", _H100),
+    Row("attention", "cuda", ANY, ANY, "forward", ALL_SIZES, "torch", _H100),
+    Row("attention", "cuda", ANY, "float32", "attention_forward", ALL_SIZES, "triton", _H100),
+    Row("attention", "cuda", ANY, "float32", "attention_backward", ALL_SIZES, "triton", _H100),
+    Row("attention", "cuda", ANY, ANY, "attention_backward", 2**33, "cuda", _H100),
+    Row("attention", "cuda", ANY, ANY, "attention_backward", ALL_SIZES, "triton", _H100),
+    Row("diffusion", "cuda", ANY, ANY, "dynamic_threshold", ALL_SIZES, "triton", _H100),
+    Row("filtering", "cuda", ANY, ANY, ANY, ALL_SIZES, "reference", "CPU kernels only so far"),
     Row(ANY, "cpu", ANY, ANY, ANY, ALL_SIZES, "cpu", "benchmarks/results/2026-11-24-*.json"),
-    Row(ANY, "cuda", ANY, ANY, ANY, ALL_SIZES, "triton", _UNMEASURED),
+    Row(ANY, "cuda", ANY, ANY, ANY, ALL_SIZES, "cuda", _H100),
+    Row(ANY, "cuda", ANY, ANY, ANY, ALL_SIZES, "triton", "where CUDA is not built in, and on AMD"),
     Row(ANY, "cuda", ANY, ANY, ANY, ALL_SIZES, "reference", "always possible"),
 )
 
@@ -104,6 +120,15 @@ def torch_below(rows: Iterable[Row], device: str, dtype: str, feature: str) -> i
         if all(have in (ANY, want) for have, want in fits):
             return row.below if row.backend == "torch" else 0
     return 0
+
+
+def triton_from(rows: Iterable[Row], family: str, entry: str, dtype: str) -> int:
+    """Sizes from which a GPU takes the Triton kernel of this entry point before the CUDA one."""
+    for row in rows:
+        fits = zip(row[:5], (family, "cuda", ANY, dtype, entry), strict=True)
+        if all(have in (ANY, want) for have, want in fits):
+            return row.below if row.backend == "cuda" else 0
+    return ALL_SIZES
 
 
 def _attention_limits(device: str) -> dict[torch.dtype, tuple[int, int]]:

@@ -36,7 +36,7 @@ import contextlib
 import hashlib
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import numpy as np
@@ -339,6 +339,9 @@ class SolverPlan:
     @classmethod
     def from_dict(cls, d: dict) -> SolverPlan:
         """Inverse of `to_dict`. Raises ValueError on a table that is not a valid plan."""
+        needed = [f.name for f in fields(cls) if f.init]
+        if set(d) != set(needed):
+            raise ValueError(f"d: expected the keys {needed} of to_dict(), got {list(d)}")
         return cls(**d)
 
     def __reduce__(self):

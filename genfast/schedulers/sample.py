@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from genfast.ops._road import _C, DIRECT, gate, is_compiling
+from genfast.ops import _check
+from genfast.ops._road import _C, DIRECT, gate
 from genfast.ops.diffusion import (
     diffusion_step,
     dynamic_threshold,
@@ -20,6 +21,7 @@ from .plan import D_M, D_X, VARIANCE, SolverPlan
 
 _VARIANCE_NAMES = tuple(VARIANCE)
 _empty_like, _step_row = torch.empty_like, _C.step_row
+_is_traced = torch.compiler.is_dynamo_compiling  # other tracers are seen by the gate
 _LEARNED = tuple((code, *[None] * 7) if code else None for code in VARIANCE.values())
 
 
@@ -65,50 +67,52 @@ def step(
     """
     r, x, history = state.row, state.x, state.history
     steps = plan._steps or plan.steps
+    if r.__class__ is not int:
+        _check.integer("state.row", r)
     if not 0 <= r < len(steps):
         raise ValueError(f"state.row: expected 0..{len(plan) - 1}, got {r}; the plan is finished")
-    row = steps[r]
-    if not row.needs_noise:
+    outputs, more, place, writes, read, variance, noisy, _, _, table = row = steps[r]
+    held = ()
+    if not noisy:
         noise = seed = None
     elif noise is None and seed is None:
         raise ValueError(
             f"noise: row {r} of {plan.name} needs a tensor of shape {tuple(x.shape)}, got None; "
             "pass noise= or seed="
         )
-    read = row.reads
     if read:
-        if len(history) != plan.slots:
+        if len(history or ()) != plan.slots:
             raise ValueError(
-                f"state.history: expected {plan.slots} places for {plan.name}, got {len(history)}; "
-                "start with SolverState.start(plan, x_T)"
+                f"state.history: expected {plan.slots} places for {plan.name}, got "
+                f"{len(history or ())}; start with SolverState.start(plan, x_T)"
             )
-        read = tuple([h if used else None for h, used in zip(history, read, strict=True)])
-    outputs = row.outputs_denoised if denoised else row.outputs
+        held = tuple(history)  # what the row does not read has the coefficient 0
+    if denoised:
+        outputs = more
     outs = None
-    if weights is None and plan.threshold is None and not is_compiling():
+    if weights is None and plan.threshold is None and not _is_traced():
         try:  # the kernel without ceremony; it refuses other devices and anything unusual
-            if recycle and row.writes:
-                outs = _recycling(row, r, outputs, x, m, history, read, noise, seed, stream)
+            if recycle and writes:
+                outs = _recycling(row, r, outputs, x, m, history, held, noise, seed, stream)
             else:
                 outs = _step_row(
-                    row.table, r, outputs, x, m, read, noise, seed, stream + r,
-                    _LEARNED[row.variance], 0,
-                )  # fmt: skip
+                    table, r, outputs, x, m, held, noise, seed, stream + r, _LEARNED[variance], 0
+                )
         except (TypeError, ValueError, AttributeError):
             pass  # the public function names the argument
     if outs is None:
+        read = [h if used else None for h, used in zip(held, read, strict=True)]
         outs = _public(plan, r, row, x, m, read, noise, seed, stream, weights, outputs)
-    if row.writes:
-        history = list(history)
-        for output, slot in row.writes:
+    if writes:
+        history = [*history]
+        for output, slot in writes:
             history[slot] = outs[output]
-    place = row.denoised
     return SolverState(outs[0], history, r + 1, outs[place] if denoised and place >= 0 else None)
 
 
-def _recycling(row, r, outputs, x, m, history, read, noise, seed, stream):
+def _recycling(row, r, outputs, x, m, history, held, noise, seed, stream):
     """Outputs by the kernel, new history entries in the memory of those that they replace."""
-    if gate(x, m, noise, *read) != DIRECT:
+    if gate(x, m, noise, *held) != DIRECT:
         return None
     slots, outs = dict(row.writes), [_empty_like(x)]
     for output in range(1, outputs):
@@ -121,13 +125,15 @@ def _recycling(row, r, outputs, x, m, history, read, noise, seed, stream):
     outs = tuple(outs)
     number, seeds = (0, seed) if isinstance(seed, torch.Tensor) else (seed or 0, None)
     done = _C.diffusion_step(
-        outs, x, (m,), None, row.table, None, r, read, noise, number, seeds, stream + r, 0,
+        outs, x, (m,), None, row.table, None, r, held, noise, number, seeds, stream + r, 0,
         seed is not None, _LEARNED[row.variance],
     )  # fmt: skip
     return outs if done else None
 
 
 def _public(plan, r, row, x, m, read, noise, seed, stream, weights, outputs):
+    _check.tensor("state.x", x)
+    _check.integer("stream", stream)
     wide = x.dtype == torch.float64
     table = plan.table_on(x.device, torch.float64 if wide else torch.float32)
     threshold = None
@@ -255,7 +261,7 @@ def sample(
     seed: int | torch.Tensor | None = None,
     stream: int = 0,
     generator: torch.Generator | list | None = None,
-    guidance: float | dict | None = None,
+    guidance: float | Sequence[float] | dict | None = None,
     callback: Callable[[int, SolverState], SolverState | None] | None = None,
     progress: bool = False,
     state: SolverState | None = None,
@@ -263,13 +269,15 @@ def sample(
     """Run a plan: x_T (B, ...) to the sample, same shape and dtype.
 
     model: called as model(x, t) with x scaled for it and t an int (or float, if the plan says so);
-        returns m like x. With guidance it is called as model(x, t) and must return (cond, uncond).
+        returns m like x. With guidance it is called as model(x, t) and must return (cond, uncond),
+        or as many outputs as `guidance` has weights.
     seed, stream: row k adds the noise of (seed, stream + k), the same on every machine; an int64
         tensor (B,) seeds each sample by itself.
     generator (or a list, one per sample): draw from torch instead, in number and order as diffusers
         does. Neither seed nor generator: torch's default generator.
     guidance: scale, or a dict of arguments of `genfast.guide` such as
-        dict(scale=5.0, method="apg").
+        dict(scale=5.0, method="apg"), or the weights g_j of m = sum_j g_j m_j, a number per output:
+        (w, 1 - w, s) adds a classifier's gradient to classifier-free guidance.
     callback: called after each row with (row, state), state.denoised included; may return a changed
         state.
     progress: show a tqdm bar. state: continue from here instead of x_T at row 0.
@@ -278,6 +286,7 @@ def sample(
         raise ValueError("seed, generator: expected at most one of them, got both")
     if not x_T.is_floating_point():
         raise TypeError(f"x_T: expected a floating point tensor, got {x_T.dtype}")
+    given = tuple(guidance) if isinstance(guidance, (tuple, list)) else None
     options = guidance if isinstance(guidance, dict) else dict(scale=guidance)
     private = callback is None and state is None  # nobody else holds the history
     state = state or SolverState.start(plan, x_T)
@@ -293,7 +302,14 @@ def sample(
             x if row.input_scale == 1.0 else scale_model_input(x, row.input_scale), row.timestep
         )
         weights = None
-        if guidance is not None:
+        if given is not None:
+            if not (isinstance(m, (tuple, list)) and len(m) == len(given)):
+                raise TypeError(
+                    f"model: with {len(given)} weights of guidance expected it to return as many "
+                    f"outputs, got {len(m) if isinstance(m, (tuple, list)) else type(m).__name__}"
+                )
+            weights, m = given, tuple(m)
+        elif guidance is not None:
             if not (isinstance(m, (tuple, list)) and len(m) == 2):
                 raise TypeError(
                     f"model: with guidance expected it to return (cond, uncond), got "

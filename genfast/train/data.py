@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from genfast._extras import need
@@ -96,16 +97,17 @@ DATASETS: dict[str, Callable[[], Images]] = {
 }
 
 
-def load(name: str) -> Images:
-    """The data set of that name (UnknownData otherwise)."""
-    if name not in DATASETS:
-        raise UnknownData(f"data: expected one of {', '.join(DATASETS)}, got {name!r}")
-    return DATASETS[name]()
+def load(name: str, table: dict[str, Callable] | None = None) -> Images:
+    """The data set of that name in a table, DATASETS unless given (UnknownData otherwise)."""
+    table = DATASETS if table is None else table
+    if name not in table:
+        raise UnknownData(f"data: expected one of {', '.join(table)}, got {name!r}")
+    return table[name]()
 
 
-def split(data: Images, validation: float = 0.1, test: float = 0.1, seed: int = 0) -> Split:
-    """A split by shares, the same for the same seed (the order of contract noise)."""
-    n = len(data)
+def shares(n: int, validation: float = 0.1, test: float = 0.1, seed: int = 0) -> list[Tensor]:
+    """The indices of a training, validation and test part of n samples, the same for the same seed
+    (the order of contract noise)."""
     order = torch.argsort(rand(n, seed=seed), stable=True)
     counts = [round(n * validation), round(n * test)]
     if min(counts) < 1 or sum(counts) >= n:
@@ -113,6 +115,66 @@ def split(data: Images, validation: float = 0.1, test: float = 0.1, seed: int = 
             f"validation, test: expected shares that leave samples in every part of {n}, "
             f"got {validation} and {test}"
         )
-    parts = order.split([n - sum(counts), *counts])
+    return list(order.split([n - sum(counts), *counts]))
+
+
+def split(data: Images, validation: float = 0.1, test: float = 0.1, seed: int = 0) -> Split:
+    """The `shares` of a data set."""
+    parts = shares(len(data), validation, test, seed)
     about = {"shape": list(data.images.shape[1:]), "classes": int(data.labels.max()) + 1}
     return Split(*(Images(*data[i]) for i in parts), about)
+
+
+def split_unpaired(data: Unpaired, seed: int = 0) -> Split:
+    parts = shares(len(data), seed=seed)
+    return Split(*(data.take(i) for i in parts), {"shape": list(data.x.shape[1:])})
+
+
+# ---- two domains without pairs -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Unpaired:
+    """x, y: (N, C, H, W) in [0, 1], images of two domains; x[i] and y[i] have nothing in common.
+    truths: x as images of the second domain and y as ones of the first, where that is known; to
+    judge by, no batch holds them."""
+
+    x: Tensor
+    y: Tensor
+    truths: tuple[Tensor, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: Tensor) -> Batch:
+        return self.x[index], self.y[index]
+
+    def take(self, index: Tensor) -> Unpaired:
+        truths = self.truths and tuple(t[index] for t in self.truths)
+        return Unpaired(self.x[index], self.y[index], truths)
+
+
+def thinner(x: Tensor) -> Tensor:
+    """Grey erosion by a square of 2 x 2: strokes lose a pixel of their width."""
+    return -F.max_pool2d(F.pad(-x, (0, 1, 0, 1)), 2, 1)
+
+
+def thicker(x: Tensor) -> Tensor:
+    """Grey dilation by a square of 2 x 2: strokes gain a pixel."""
+    return F.max_pool2d(F.pad(x, (1, 0, 1, 0)), 2, 1)
+
+
+def _thin_thick() -> Unpaired:
+    """Thin digits from one half of mnist5k, thick ones from the other."""
+    x = _mnist5k().images  # sorted by digit
+    x, y = x[0::2], x[1::2]
+    return Unpaired(thinner(x), thicker(y), (thicker(x), thinner(y)))
+
+
+def _two_photos() -> Unpaired:
+    """Patches of china.jpg, and of flower.jpg."""
+    data = _photos()
+    return Unpaired(data.images[data.labels == 0], data.images[data.labels == 1])
+
+
+DOMAINS: dict[str, Callable[[], Unpaired]] = {"thin-thick": _thin_thick, "two-photos": _two_photos}

@@ -1,9 +1,9 @@
 """The training loop. The same settings give the same run: every random number is a function of
 (seed, step), so a resumed run repeats, bit for bit, the one that was never interrupted.
 
-Streams of the run's seed: the seeds of step s's samples have stream s, the shuffle of epoch e
-SHUFFLE + e, the seeds of an evaluation EVALUATION. Dropout and the like, which draw from torch's
-generator, find it seeded anew at every step.
+Streams of the run's seed: the seeds of step s's samples have stream s, for player k (the first is
+0) k STRIDE + s, the shuffle of epoch e SHUFFLE + e, the seeds of an evaluation EVALUATION. Dropout
+and the like, which draw from torch's generator, find it seeded anew at every move.
 
 Processes (torchrun, accelerate launch) share each batch: process r of W takes rows r, r + W, …; the
 seeds go with the rows, so W changes nothing but the order of sums.
@@ -26,7 +26,8 @@ from genfast._extras import need
 from genfast._files import remove_leftovers, write_atomic
 from genfast.models._seeds import sample_seeds
 from genfast.ops.rng import rand
-from genfast.train import checkpoint, state
+from genfast.train import alarms, checkpoint, state
+from genfast.train.players import alone, means, seats, together, torch_seed
 from genfast.train.recipe import Batch, Part, Recipe, Split
 from genfast.train.settings import Settings
 from genfast.train.state import Progress
@@ -38,17 +39,6 @@ DEVICES = ("auto", "cpu")
 
 class Diverged(RuntimeError):
     """The loss became NaN or infinite; the checkpoint of the best epoch is untouched."""
-
-
-class Objective(nn.Module):
-    """The loss as a module: what DDP and autocast wrap."""
-
-    def __init__(self, recipe: Recipe, model: nn.Module):
-        super().__init__()
-        self.recipe, self.model = recipe, model
-
-    def forward(self, batch: Batch, seeds: Tensor) -> Tensor:
-        return self.recipe.loss(self.model, batch, seeds)
 
 
 class Processes:
@@ -70,6 +60,15 @@ class Processes:
         if self.count == 1:
             return value
         return self.accelerator.reduce(torch.tensor(value, dtype=torch.float64)).item()
+
+    def of_main(self, call: Callable[[], dict]) -> dict:
+        """call() of the first process, in all of them."""
+        found = [call() if self.main else None]
+        if self.count > 1:
+            from accelerate.utils import broadcast_object_list
+
+            broadcast_object_list(found)
+        return found[0]
 
     def take(self, part: Part, index: Tensor, seeds: Tensor) -> tuple[Batch, Tensor, float]:
         """This process's rows of a batch, on its device, and their share of it times the number of
@@ -100,20 +99,42 @@ def evaluate(
     return (processes.sum(total) if processes else total) / len(part)
 
 
+def validate(
+    recipe: Recipe, model: nn.Module, data: Split, part: Part, seed: int, processes: Processes
+) -> dict[str, float]:
+    """What the recipe watches on a part, and the loss where that decides which epoch is best."""
+
+    @torch.no_grad()
+    def watched() -> dict[str, float]:
+        model.eval()
+        found = recipe.watch(model, data, part, seed)
+        model.train()
+        return found
+
+    found = {}
+    if recipe.best == "loss":
+        found["loss"] = evaluate(recipe, model, part, seed, processes)
+    # Of one process: each has seen other rows, so where there is a BatchNorm they may differ.
+    found |= processes.of_main(watched)
+    if recipe.best not in found:
+        raise ValueError(f"best: expected one of {', '.join(found)}, got {recipe.best!r}")
+    return found
+
+
 class Average:
     """An exponential moving average of the weights (Polyak & Juditsky 1992), none when decay is 0.
 
     The decay of step s is at most (1 + s) / (10 + s): early weights are soon forgotten.
     """
 
-    def __init__(self, model: nn.Module, decay: float):
-        self.model, self.decay = model, decay
-        self.tensors = {k: p.detach().clone() for k, p in model.named_parameters()} if decay else {}
+    def __init__(self, parameters: dict[str, nn.Parameter], decay: float):
+        self.parameters, self.decay = parameters if decay else {}, decay
+        self.tensors = {k: p.detach().clone() for k, p in self.parameters.items()}
 
     def update(self, step: int) -> None:
-        if self.decay:
+        if self.parameters:
             decay = min(self.decay, (1 + step) / (10 + step))
-            weights = [p.detach() for p in self.model.parameters()]
+            weights = [p.detach() for p in self.parameters.values()]
             torch._foreach_lerp_(list(self.tensors.values()), weights, 1 - decay)
 
     @contextlib.contextmanager
@@ -126,9 +147,8 @@ class Average:
             self._swap()
 
     def _swap(self) -> None:
-        for name, p in self.model.named_parameters():
-            if name in self.tensors:
-                p.data, self.tensors[name] = self.tensors[name], p.data
+        for name, p in self.parameters.items():
+            p.data, self.tensors[name] = self.tensors[name], p.data
 
 
 def train(
@@ -143,13 +163,13 @@ def train(
     resume: bool = False,
     device: str = "auto",
 ) -> dict:
-    """Trains `model` on `recipe.loss` and returns a summary.
+    """Trains `model` on the losses of `recipe.players` and returns a summary.
 
     Writes to out: model.safetensors at every best epoch, state.safetensors to resume from, a line
     per epoch to log.jsonl. Killed at any moment, it leaves each of them whole; `resume` goes on.
-    Leaves the best epoch's weights in `model`. notes: JSON facts for the files. show: told the
-    progress after each step, with a record after each epoch. device: "auto" or "cpu". Raises
-    Diverged.
+    Leaves the best epoch's weights in `model`. notes: JSON facts for the files; "options" in it are
+    the recipe's. show: told the progress after each step, with a record after each epoch. device:
+    "auto" or "cpu". Raises Diverged, and Collapsed (`genfast.train.alarms`) if so set.
     """
     s, processes = settings, Processes(settings, device)
     devices = [processes.device] if processes.device.type == "cuda" else []
@@ -159,15 +179,16 @@ def train(
 
 def _train(name, recipe, model, data, s, out, notes, show, resume, processes) -> dict:
     accelerator, n = processes.accelerator, len(data.train)
-    steps_per_epoch = math.ceil(n / s.batch_size)
-    steps = s.epochs * steps_per_epoch
+    steps = s.epochs * math.ceil(n / s.batch_size)
     model.to(processes.device).train()
-    average = Average(model, s.ema)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, weight_decay=s.weight_decay)
+    table = seats(recipe, model, notes.get("options", {}), s)
+    optimizers = [seat.optimizer for seat in table]
+    averaged = (seat.parameters for seat in table if seat.player.averaged)
+    average = Average({k: p for parameters in averaged for k, p in parameters.items()}, s.ema)
     facts = {**data.about, **notes, "settings": asdict(s)}
     progress = Progress()
     if resume:
-        progress = state.restore(out, model, average.tensors, optimizer)
+        progress = state.restore(out, model, average.tensors, optimizers)
         if progress.scaler and accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(progress.scaler)
     if processes.main:
@@ -175,7 +196,9 @@ def _train(name, recipe, model, data, s, out, notes, show, resume, processes) ->
             (out / state.STATE).unlink(missing_ok=True)  # of an earlier run
         remove_leftovers(out)
         log = _Log(out / LOG, progress.epoch if resume else 1)
-    objective, stepper = accelerator.prepare(Objective(recipe, model), optimizer)
+    for seat in table:
+        alone(seat, table)
+        seat.prepare(accelerator, model)
 
     def save_state():
         progress.seconds = seconds + time.perf_counter() - start
@@ -183,74 +206,86 @@ def _train(name, recipe, model, data, s, out, notes, show, resume, processes) ->
             progress.scaler = accelerator.scaler.state_dict()
         if processes.main:
             about = {**checkpoint.facts(name, model), **facts}
-            state.save(out, model, average.tensors, optimizer, progress, about)
+            state.save(out, model, average.tensors, optimizers, progress, about)
         accelerator.wait_for_everyone()
+
+    def move(seat, index):
+        step, player = progress.step, seat.player
+        torch.manual_seed(torch_seed(s.seed, step, processes.rank, processes.count, seat))
+        alone(seat, table)
+        seat.set_lr(s.lr_at(step, steps))
+        seeds = sample_seeds(len(index), s.seed, seat.stream + step)
+        loss, norm = seat.gradients(*processes.take(data.train, index, seeds), step)
+        value, norm = processes.sum(loss.item() / processes.count), norm.item()
+        # With fp16 an infinite norm only lowers the loss scale.
+        if not math.isfinite(value) or (s.precision != "fp16" and not math.isfinite(norm)):
+            kept = f"epoch {progress.best_epoch} is kept" if progress.best_epoch else "none yet"
+            who = f", {player.name}" if player.name else ""
+            raise Diverged(
+                f"step {step} (epoch {progress.epoch}){who}: loss {value}, gradient norm {norm}; "
+                f"checkpoint: {kept}. Try a smaller lr or clip."
+            )
+        seat.stepper.step()
+        with torch.no_grad():
+            player.after(model)
+        before = progress.sums.get(player.name, [0.0] * 4)
+        more = (value * len(index), len(index), norm, 1)
+        progress.sums[player.name] = [a + b for a, b in zip(before, more, strict=True)]
 
     seconds, start = progress.seconds, time.perf_counter()
     while not progress.finished:
         epoch = progress.epoch
         order = torch.argsort(rand(n, seed=s.seed, stream=SHUFFLE + epoch), stable=True)
         for index in order.split(s.batch_size)[progress.done :]:
-            step = progress.step
-            torch.manual_seed((s.seed * 2**32 + step * processes.count + processes.rank) % 2**63)
-            for group in optimizer.param_groups:
-                group["lr"] = s.lr_at(step, steps)
-            batch, seeds, share = processes.take(
-                data.train, index, sample_seeds(len(index), s.seed, step)
-            )
-            loss = objective(batch, seeds) * share
-            stepper.zero_grad()
-            accelerator.backward(loss)
-            norm = accelerator.clip_grad_norm_(model.parameters(), s.clip).item()
-            value = processes.sum(loss.item() / processes.count)
-            # With fp16 an infinite norm only lowers the loss scale.
-            if not math.isfinite(value) or (s.precision != "fp16" and not math.isfinite(norm)):
-                kept = f"epoch {progress.best_epoch} is kept" if progress.best_epoch else "none yet"
-                raise Diverged(
-                    f"step {step} (epoch {epoch}): loss {value}, gradient norm {norm}; "
-                    f"checkpoint: {kept}. Try a smaller lr or clip."
-                )
-            stepper.step()
-            average.update(step)
+            for seat in table:
+                if seat.moves(progress.step):
+                    move(seat, index)
+            average.update(progress.step)
             progress.step += 1
             progress.done += 1
-            progress.loss += value * len(index)
-            progress.norm += norm
             show(progress, None)
             if s.save_every and progress.step % s.save_every == 0:
                 save_state()
         with average.shown():
-            found = evaluate(recipe, model, data.validation, s.seed, processes)
+            watched = validate(recipe, model, data, data.validation, s.seed, processes)
+            alarm = alarms.check(watched, progress.alarms, s, epoch)
             record = {
                 "epoch": epoch,
                 "step": progress.step,
-                "train_loss": progress.loss / n,
-                "validation_loss": found,
-                "grad_norm": progress.norm / steps_per_epoch,
-                "lr": optimizer.param_groups[0]["lr"],
+                **means(progress.sums, table, "loss"),
+                **{f"validation_{k}": v for k, v in watched.items()},
+                **means(progress.sums, table, "grad_norm"),
+                "lr": s.lr_at(progress.step - 1, steps),
                 "seconds": round(seconds + time.perf_counter() - start, 3),
             }
+            if alarm.on:
+                record["alarms"] = alarm.on
             if processes.main:
                 log.add(record)
             show(progress, record)
+            found = watched[recipe.best]
             if math.isfinite(found) and (progress.best is None or found < progress.best):
                 progress.best, progress.best_epoch = found, epoch
                 if processes.main:
-                    kept = {"epoch": epoch, "validation_loss": found}
+                    kept = {"epoch": epoch, f"validation_{recipe.best}": found}
                     checkpoint.save(out, name, model, {**kept, **facts})
-        progress.epoch, progress.done, progress.loss, progress.norm = epoch + 1, 0, 0.0, 0.0
+        if alarm.stop:
+            raise alarms.Collapsed(alarm.stop)
+        progress.epoch, progress.done, progress.sums = epoch + 1, 0, {}
         late = epoch - progress.best_epoch >= s.patience
         progress.finished = late or progress.epoch > s.epochs
         save_state()
+    together(table)
     if not progress.best_epoch:
-        raise Diverged("the validation loss was never finite; try a smaller lr")
+        raise Diverged(f"the validation {recipe.best} was never finite; try a smaller lr")
     best, _ = checkpoint.load(out)
     model.load_state_dict(best.state_dict())
+    test = validate(recipe, model, data, data.test, s.seed, processes)
     return {
         "best_epoch": progress.best_epoch,
         "epochs": progress.epoch - 1,
-        "validation_loss": progress.best,
-        "test_loss": evaluate(recipe, model, data.test, s.seed, processes),
+        f"validation_{recipe.best}": progress.best,
+        f"test_{recipe.best}": test[recipe.best],
         "seconds": progress.seconds,
         "main": processes.main,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from genfast._extras import need
@@ -10,18 +11,22 @@ from genfast._files import write_atomic
 PLOT = "loss.png"
 
 
-def losses(records: list[dict], path: Path) -> None:
-    """records: the lines of log.jsonl."""
+def losses(records: list[dict], path: Path, best: str = "loss") -> None:
+    """records: the lines of log.jsonl. best: `Recipe.best`, under the losses if it is none."""
     need("matplotlib")
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.subplots()
+    panels = [[k for k in records[0] if k.endswith("_loss")]]
+    if best != "loss":
+        panels.append([f"validation_{best}"])
+    figure = Figure(figsize=(6, 3.5 if len(panels) == 1 else 5), layout="constrained")
     epochs = [r["epoch"] for r in records]
-    for name in ("train", "validation"):
-        axes.plot(epochs, [r[f"{name}_loss"] for r in records], label=name, marker=".")
+    for axes, names in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
+        for name in names:
+            values = [math.nan if r[name] is None else r[name] for r in records]
+            axes.plot(epochs, values, label=name.removesuffix("_loss"), marker=".")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        axes.set_ylabel("loss" if names == panels[0] else best)
     axes.set_xlabel("epoch")
-    axes.set_ylabel("loss")
-    axes.grid(alpha=0.3)
-    axes.legend()
     write_atomic(path, lambda p: figure.savefig(p, format="png", dpi=120))

@@ -7,11 +7,12 @@ here and a row in `RECIPES`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 Batch = tuple[Tensor, ...]  # each (B, ...)
@@ -44,6 +45,54 @@ class Option(NamedTuple):
     help: str
 
 
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "rmsprop": torch.optim.RMSprop,
+}
+
+
+@dataclass(frozen=True)
+class Player:
+    """One side of a game between parts of a model. A model with one loss is a game of one.
+
+    In a step every player, in order, makes a move on the step's batch: a step of its own optimizer
+    along the gradient of its own loss, of its own parameters only; the others stand still.
+
+    loss(model, batch, seeds, step): the mean over the batch's samples, (). seeds (B,) int64: as in
+    `Recipe.loss`, different ones for each player. step: of the run, for what a loss adds at every
+    k-th step only (lazy regularisation).
+    moves: beginnings of the names of its parameters: "G" is G itself and all of G.*; "": all. No
+    parameter has two players; what has none stays as it is.
+    optimizer: a key of OPTIMIZERS; arguments: more of its arguments (betas). lr: multiple of the
+    run's (TTUR, Heusel et al. 2017). every: moves at each k-th step, k - 1 the first, so that the
+    others see k batches meanwhile (n_critic). averaged: `Settings.ema` averages what it moves.
+    after(model): after each of its moves, without gradients (WGAN clips its critic's weights).
+    """
+
+    name: str
+    loss: Callable[[nn.Module, Batch, Tensor, int], Tensor]
+    moves: tuple[str, ...] = ("",)
+    optimizer: str = "adamw"
+    arguments: dict[str, Any] = field(default_factory=dict)
+    lr: float = 1.0
+    every: int = 1
+    averaged: bool = True
+    after: Callable[[nn.Module], None] = lambda model: None
+
+    def __post_init__(self):
+        if self.optimizer not in OPTIMIZERS:
+            known = ", ".join(OPTIMIZERS)
+            raise ValueError(f"optimizer: expected one of {known}, got {self.optimizer!r}")
+        if self.every < 1:
+            raise ValueError(f"every: expected an int >= 1, got {self.every}")
+        if not self.lr > 0:
+            raise ValueError(f"lr: expected a multiple > 0, got {self.lr}")
+
+    def owns(self, parameter: str) -> bool:
+        """parameter: its name in the model."""
+        return any(m in ("", parameter) or parameter.startswith(m + ".") for m in self.moves)
+
+
 class Recipe(ABC):
     """The class attributes are tables; the methods hold no state.
 
@@ -52,6 +101,7 @@ class Recipe(ABC):
     settings: defaults of `genfast.train.loop.Settings` that differ for this model.
     options, sample_options: flag -> `Option`, of `train` (architecture, loss) and of `generate`.
     suffix: of the file that `generate` writes; other_suffixes: what it writes too if asked for.
+    best: what is least at the epoch that is kept: "loss", or a name of `watch`.
     """
 
     model: type[nn.Module]
@@ -61,6 +111,7 @@ class Recipe(ABC):
     sample_options: dict[str, Option] = {}
     suffix: str
     other_suffixes: tuple[str, ...] = ()
+    best: str = "loss"
 
     @abstractmethod
     def load(self, data: str, options: dict) -> Split:
@@ -70,10 +121,20 @@ class Recipe(ABC):
     def build(self, about: dict, options: dict) -> nn.Module:
         """A fresh model for data of these facts (`Split.about`)."""
 
-    @abstractmethod
     def loss(self, model: nn.Module, batch: Batch, seeds: Tensor) -> Tensor:
         """Mean over the batch's samples, (). seeds (B,) int64: sample b draws all its noise from
         seeds[b], so neither batch size nor number of processes changes it."""
+        raise NotImplementedError(f"{type(self).__name__}: define `loss`, or `players` and `best`")
+
+    def players(self, model: nn.Module, options: dict) -> Sequence[Player]:
+        """Who moves what, in order; one player that lessens `loss` unless told otherwise. options:
+        of the run, as in `build`."""
+        return (Player("", lambda model, batch, seeds, step: self.loss(model, batch, seeds)),)
+
+    def watch(self, model: nn.Module, data: Split, part: Part, seed: int) -> dict[str, float]:
+        """Metrics of a model in eval mode on a part of `data`, for the log of every epoch; the same
+        for the same seed. `genfast.train.alarms` knows some of the names."""
+        return {}
 
     @abstractmethod
     def sample(

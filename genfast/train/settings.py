@@ -17,6 +17,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda p: 1.0,
 }
 PRECISIONS = ("fp32", "bf16", "fp16")
+ON_ALARM = ("warn", "stop", "off")
 
 
 def _setting(default, help):
@@ -34,12 +35,18 @@ class Settings:
     clip: float = _setting(50.0, "largest norm of the gradient")
     ema: float = _setting(0.0, "decay of the average of the weights that is evaluated and kept")
     patience: int = _setting(8, "epochs without a better validation loss before stopping")
+    coverage_floor: float = _setting(0.05, "watched coverage under which a run has collapsed")
+    accuracy_ceiling: float = _setting(
+        0.99, "watched accuracy of a discriminator, on real and on fake, above which it has won"
+    )
+    alarm_after: int = _setting(5, "epochs in a row beyond such a limit before the alarm")
+    alarm: str = _setting("warn", f"what it does: {', '.join(ON_ALARM)}")
     precision: str = _setting("fp32", f"of the forward pass: {', '.join(PRECISIONS)}")
     save_every: int = _setting(0, "steps between states to resume from; 0: every epoch")
     seed: int = _setting(0, "of weights, data order and noise")
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "patience"):
+        for name in ("epochs", "batch_size", "patience", "alarm_after"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected an int >= 1, got {getattr(self, name)}")
         for name in ("lr", "clip"):
@@ -48,13 +55,16 @@ class Settings:
         for name in ("weight_decay", "save_every"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
-        for name, table in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
+        for name, table in (
+            ("schedule", SCHEDULES), ("precision", PRECISIONS), ("alarm", ON_ALARM),
+        ):  # fmt: skip
             if getattr(self, name) not in table:
                 raise ValueError(
                     f"{name}: expected one of {', '.join(table)}, got {getattr(self, name)!r}"
                 )
-        if not 0 <= self.warmup <= 1:
-            raise ValueError(f"warmup: expected a share in [0, 1], got {self.warmup}")
+        for name in ("warmup", "coverage_floor", "accuracy_ceiling"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a share in [0, 1], got {getattr(self, name)}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema: expected a decay in [0, 1), got {self.ema}")
         if not 0 <= self.seed < 2**63:

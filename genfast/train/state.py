@@ -1,13 +1,14 @@
 """The state that a run resumes from: one safetensors file, replaced as a whole.
 
 Data order, noise and dropout are functions of (seed, step), so the state is weights, their average,
-the optimizer's moments, and where the run stands. Tensors: `model.NAME`, `ema.NAME`,
-`optimizer.NAME.MOMENT`.
+the optimizers' moments, and where the run stands. Tensors: `model.NAME`, `ema.NAME`,
+`optimizer.NAME.MOMENT` (a parameter has one optimizer, its player's).
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -21,33 +22,41 @@ STATE = "state.safetensors"
 
 @dataclass
 class Progress:
-    """step: done in all; done: in this epoch; loss, norm: their sums over this epoch.
-    best: least validation loss so far (None: none yet). seconds: of training. scaler: fp16's.
+    """step: done in all; done: in this epoch. best: least validation loss, or what else the recipe
+    names, so far (None: none yet). seconds: of training. scaler: fp16's.
+
+    sums: of each player over this epoch: loss x samples, samples, gradient norms, moves.
+    alarms: epochs in a row that each watched metric has been beyond its limit.
     """
 
     step: int = 0
     epoch: int = 1
     done: int = 0
-    loss: float = 0.0
-    norm: float = 0.0
     best: float | None = None
     best_epoch: int = 0
     seconds: float = 0.0
     finished: bool = False
     scaler: dict | None = None
+    sums: dict[str, list[float]] = field(default_factory=dict)
+    alarms: dict[str, int] = field(default_factory=dict)
 
 
 def save(
-    folder: Path, model: nn.Module, ema: dict[str, Tensor], optimizer: Optimizer,
+    folder: Path, model: nn.Module, ema: dict[str, Tensor], optimizers: Sequence[Optimizer],
     progress: Progress, about: dict,
 ) -> None:  # fmt: skip
     """about: what a resume needs to build the same run, JSON."""
     tensors = {f"model.{name}": x for name, x in model.state_dict().items()}
     tensors |= {f"ema.{name}": x for name, x in ema.items()}
-    for name, p in model.named_parameters():
-        moments = optimizer.state.get(p, {})
-        tensors |= {f"optimizer.{name}.{key}": x for key, x in moments.items()}
+    for name, p, state in _states(model, optimizers):
+        tensors |= {f"optimizer.{name}.{key}": x for key, x in state.get(p, {}).items()}
     write_tensors(folder / STATE, tensors, {**about, "progress": asdict(progress)})
+
+
+def _states(model: nn.Module, optimizers: Sequence[Optimizer]):
+    """(name, parameter, the state of its optimizer) of all that an optimizer moves."""
+    owners = {p: o.state for o in optimizers for group in o.param_groups for p in group["params"]}
+    return [(name, p, owners[p]) for name, p in model.named_parameters() if p in owners]
 
 
 def about(folder: Path) -> dict:
@@ -65,7 +74,7 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def restore(
-    folder: Path, model: nn.Module, ema: dict[str, Tensor], optimizer: Optimizer
+    folder: Path, model: nn.Module, ema: dict[str, Tensor], optimizers: Sequence[Optimizer]
 ) -> Progress:
     """Puts a saved state back, in place."""
     tensors, facts = _read(folder)
@@ -76,10 +85,8 @@ def restore(
     model.load_state_dict(part("model."))
     for name, x in part("ema.").items():
         ema[name].copy_(x)
-    for name, p in model.named_parameters():
+    for name, p, state in _states(model, optimizers):
         moments = part(f"optimizer.{name}.")
         # Adam keeps its step count on the CPU, whatever the device.
-        optimizer.state[p] = {
-            key: x if key == "step" else x.to(p.device) for key, x in moments.items()
-        }
+        state[p] = {key: x if key == "step" else x.to(p.device) for key, x in moments.items()}
     return Progress(**facts["progress"])

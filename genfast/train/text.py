@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from genfast.ops import _check
 from genfast.ops.rng import rand
 from genfast.train.recipe import Batch, Split
 
@@ -127,6 +128,7 @@ class Windows:
 
     @classmethod
     def of(cls, documents: Sequence[str], size: int) -> Windows:
+        _check.integer("context", size, low=1)
         ids = [EOS]
         for document in documents:
             ids += [*encode(document), EOS]

@@ -11,35 +11,60 @@ import triton.language as tl
 
 from .._launch import ceil_div, hidden, launch
 from ..rng import shown
-from .plan import NOTHING, Call, aligned, config, same_layout
-from .score import LN2, LOG2E, SCALARS, keeps, key_offsets, load_rows, scores, sequence_of, step
+from .plan import NOTHING, Call, aligned, config, descriptors, same_layout
+from .score import (
+    LN2,
+    LOG2E,
+    SCALARS,
+    keeps,
+    key_offsets,
+    load_rows,
+    scores,
+    seen,
+    sequence_of,
+    step,
+)
 
 
 @triton.jit
 def attend_block(
     b_o, b_m, b_l, b_q, first, p_k, p_v, k_strides, v_strides, k_row, p_table, page_size, pages,
-    o_i, b_head, i_b, Hq, Sq, Sk, offset, left, right, scale, softcap, alibi, alibi_step, mask,
+    o_i, b_head, i_b, i_h, Hq, Sq, Sk, offset, left, right, scale, softcap, alibi, alibi_step, mask,
     mask_strides, seeds, seed, stream, noise_Sq, noise_Sk, threshold,
     D: tl.constexpr, DV: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, DROPOUT: tl.constexpr, SEEDS: tl.constexpr,
-    WHOLE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, EDGE: tl.constexpr,
+    WHOLE: tl.constexpr, ALIGNED: tl.constexpr, TMA: tl.constexpr, FOLD: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    BV: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """One key block: O [BM, BV], running maximum m [BM, 1] (log2 units), running sum l [BM, 1]."""
-    o_j = first + tl.arange(0, BN)  # [BN]
-    o_d, o_x = tl.arange(0, BD), tl.arange(0, BV)
-    k_s, v_s = step(k_strides[2], ALIGNED), step(v_strides[2], ALIGNED)
-    k_b, v_b = step(k_strides[0], ALIGNED), step(v_strides[0], ALIGNED)
-    o_k = key_offsets(o_j, Sk, k_row, k_b, k_s, p_table, page_size, pages)  # [BN]
-    b_k = load_rows(p_k, o_k[None, :], o_j[None, :] < Sk, o_d[:, None], D, BD, EDGE)  # [BD, BN]
+    """One key block: O [BM, BV], running maximum m [BM, 1] (log2 units), running sum l [BM, 1].
+
+    p_k, p_v: the head's first row, or with TMA a descriptor that gives 0 beyond the last key."""
+    o_n = tl.arange(0, BN)  # [BN]
+    o_j = first + o_n[None, :]  # [1, BN]
+    if TMA:
+        b_k = p_k.load([i_b, i_h, first, 0]).reshape([BN, BD]).T  # [BD, BN]
+    else:
+        k_b, k_s = step(k_strides[0], ALIGNED), step(k_strides[2], ALIGNED)
+        o_k = key_offsets(first, o_n, Sk, k_row, k_b, k_s, p_table, page_size, pages)[None, :]
+        b_k = load_rows(p_k, o_k, o_j < Sk, tl.arange(0, BD)[:, None], D, BD, EDGE)  # [BD, BN]
     b_s = tl.dot(b_q, b_k, input_precision=PRECISION)  # [BM, BN]
-    b_s, b_t = scores(
-        b_s, o_i, o_j[None, :], b_head, i_b, Sq, Sk, offset, left, right, scale, softcap, alibi,
-        alibi_step, mask, mask_strides, SOFTCAP, MASK, LEFT, RIGHT, EDGE,
-    )  # fmt: skip
-    b_new = tl.maximum(b_m, tl.max(b_s, axis=1, keep_dims=True))
+    if FOLD:  # a positive factor commutes with the maximum: scaled and shifted in one fused step
+        if EDGE:
+            m_seen = seen(o_i, o_j, Sk, offset, left, right, LEFT, RIGHT)
+            b_s = tl.where(m_seen, b_s, float("-inf"))
+        b_scale = scale * LOG2E
+        b_top = tl.max(b_s, axis=1, keep_dims=True) * b_scale
+    else:
+        b_s, b_t = scores(
+            b_s, o_i, o_j, b_head, i_b, Sq, Sk, offset, left, right, scale, softcap, alibi,
+            alibi_step, mask, mask_strides, SOFTCAP, MASK, LEFT, RIGHT, EDGE,
+        )  # fmt: skip
+        b_scale = 1.0
+        b_top = tl.max(b_s, axis=1, keep_dims=True)
+    b_new = tl.maximum(b_m, b_top)
     b_base = tl.where(b_new == float("-inf"), 0.0, b_new)  # a row may see nothing so far
-    b_p = tl.exp2(b_s - b_base)
+    b_p = tl.exp2(b_s * b_scale - b_base)
     b_down = tl.exp2(b_m - b_base)
     b_l = b_l * b_down + tl.sum(b_p, axis=1, keep_dims=True)
     if DROPOUT:
@@ -48,8 +73,13 @@ def attend_block(
             SEEDS, WHOLE, BM, BN,
         )  # fmt: skip
         b_p = tl.where(b_keep, b_p, 0.0)
-    o_v = key_offsets(o_j, Sk, k_row, v_b, v_s, p_table, page_size, pages)  # [BN]
-    b_v = load_rows(p_v, o_v[:, None], o_j[:, None] < Sk, o_x[None, :], DV, BV, EDGE)  # [BN, BV]
+    if TMA:
+        b_v = p_v.load([i_b, i_h, first, 0]).reshape([BN, BV])
+    else:
+        v_b, v_s = step(v_strides[0], ALIGNED), step(v_strides[2], ALIGNED)
+        o_v = key_offsets(first, o_n, Sk, k_row, v_b, v_s, p_table, page_size, pages)[:, None]
+        m_v = (first + o_n)[:, None] < Sk
+        b_v = load_rows(p_v, o_v, m_v, tl.arange(0, BV)[None, :], DV, BV, EDGE)  # [BN, BV]
     b_o = b_o * b_down
     b_o = tl.dot(b_p.to(b_v.dtype), b_v, acc=b_o, input_precision=PRECISION)
     return b_o, b_new, b_l
@@ -84,7 +114,7 @@ def store_rows(
 @triton.jit(do_not_specialize=[*SCALARS, "tiles", "splits", "split_keys"])
 def attention_fwd_kernel(
     q,  # (B, Hq, Sq, D), strides below; packed: (T, H, D) with b stride 0
-    k,
+    k,  # (B, Hkv, Sk, D), a descriptor of blocks (1, 1, BN, BD) with TMA
     v,
     out,
     lse,  # fp32 (B, Hq, Sq), or None
@@ -138,6 +168,8 @@ def attention_fwd_kernel(
     SEEDS: tl.constexpr,
     WHOLE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    TMA: tl.constexpr,
+    FOLD: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -170,14 +202,15 @@ def attention_fwd_kernel(
         o_q = b_head * step(strides[0][1], ALIGNED) + (q_row + o_i) * q_s  # [BM, 1]
         p_q = q + i_b * step(strides[0][0], ALIGNED)
         b_q = load_rows(p_q, o_q, m_row, tl.arange(0, BD)[None, :], D, BD, True)  # [BM, BD]
-        p_k = k + i_h * step(strides[1][1], ALIGNED)
-        p_v = v + i_h * step(strides[2][1], ALIGNED)
-        p_table = block_table
-        if block_table is None:
-            p_k += entry * step(strides[1][0], ALIGNED)
-            p_v += entry * step(strides[2][0], ALIGNED)
-        else:
-            p_table += i_b * table_stride
+        p_k, p_v, p_table = k, v, block_table
+        if not TMA:
+            p_k += i_h * step(strides[1][1], ALIGNED)
+            p_v += i_h * step(strides[2][1], ALIGNED)
+            if block_table is None:
+                p_k += entry * step(strides[1][0], ALIGNED)
+                p_v += entry * step(strides[2][0], ALIGNED)
+            else:
+                p_table += i_b * table_stride
 
         # keys that some row sees [start, end), keys that all see [all_from, all_to)
         start, all_from = n_k * 0, n_k * 0
@@ -200,26 +233,26 @@ def attention_fwd_kernel(
             for first in range(start, all_from, BN):
                 b_o, b_m, b_l = attend_block(
                     b_o, b_m, b_l, b_q, first, p_k, p_v, strides[1], strides[2], k_row, p_table,
-                    page_size, pages, o_i, b_head, i_b, Hq, n_q, n_k, offset, left, right, scale,
-                    softcap, alibi, alibi_step, mask, mask_strides, seeds, seed, stream, noise_Sq,
-                    noise_Sk, threshold, D, DV, SOFTCAP, MASK, LEFT, RIGHT, DROPOUT, SEEDS, WHOLE,
-                    ALIGNED, PRECISION, BM, BN, BD, BV, True,
+                    page_size, pages, o_i, b_head, i_b, i_h, Hq, n_q, n_k, offset, left, right,
+                    scale, softcap, alibi, alibi_step, mask, mask_strides, seeds, seed, stream,
+                    noise_Sq, noise_Sk, threshold, D, DV, SOFTCAP, MASK, LEFT, RIGHT, DROPOUT,
+                    SEEDS, WHOLE, ALIGNED, TMA, FOLD, PRECISION, BM, BN, BD, BV, True,
                 )  # fmt: skip
         for first in range(all_from, all_to, BN):
             b_o, b_m, b_l = attend_block(
                 b_o, b_m, b_l, b_q, first, p_k, p_v, strides[1], strides[2], k_row, p_table,
-                page_size, pages, o_i, b_head, i_b, Hq, n_q, n_k, offset, left, right, scale,
-                softcap, alibi, alibi_step, mask, mask_strides, seeds, seed, stream, noise_Sq,
-                noise_Sk, threshold, D, DV, SOFTCAP, MASK, LEFT, RIGHT, DROPOUT, SEEDS, WHOLE,
-                ALIGNED, PRECISION, BM, BN, BD, BV, False,
+                page_size, pages, o_i, b_head, i_b, i_h, Hq, n_q, n_k, offset, left, right,
+                scale, softcap, alibi, alibi_step, mask, mask_strides, seeds, seed, stream,
+                noise_Sq, noise_Sk, threshold, D, DV, SOFTCAP, MASK, LEFT, RIGHT, DROPOUT, SEEDS,
+                WHOLE, ALIGNED, TMA, FOLD, PRECISION, BM, BN, BD, BV, False,
             )  # fmt: skip
         for first in range(all_to, end, BN):
             b_o, b_m, b_l = attend_block(
                 b_o, b_m, b_l, b_q, first, p_k, p_v, strides[1], strides[2], k_row, p_table,
-                page_size, pages, o_i, b_head, i_b, Hq, n_q, n_k, offset, left, right, scale,
-                softcap, alibi, alibi_step, mask, mask_strides, seeds, seed, stream, noise_Sq,
-                noise_Sk, threshold, D, DV, SOFTCAP, MASK, LEFT, RIGHT, DROPOUT, SEEDS, WHOLE,
-                ALIGNED, PRECISION, BM, BN, BD, BV, True,
+                page_size, pages, o_i, b_head, i_b, i_h, Hq, n_q, n_k, offset, left, right,
+                scale, softcap, alibi, alibi_step, mask, mask_strides, seeds, seed, stream,
+                noise_Sq, noise_Sk, threshold, D, DV, SOFTCAP, MASK, LEFT, RIGHT, DROPOUT, SEEDS,
+                WHOLE, ALIGNED, TMA, FOLD, PRECISION, BM, BN, BD, BV, True,
             )  # fmt: skip
 
         if part_o is None:
@@ -312,6 +345,8 @@ def _run(c: Call, out, lse, paging=NOTHING) -> bool:
         part_o = c.scratch(splits, c.B, c.Hq, c.Sq, c.Dv)
         part_ml = c.scratch(2, splits, c.B, c.Hq, c.Sq)
     flags = {**c.flags, "ALIGNED": c.flags["ALIGNED"] and aligned(out)}
+    keys = None if paging is not NOTHING else descriptors(c, bn)
+    flags |= {"TMA": keys is not None, "FOLD": c.folds}
     lse_strides = c.stats_strides(lse)
     strides = hidden((*c.strides, c.row_strides(out), lse_strides))
     launch(
@@ -319,8 +354,7 @@ def _run(c: Call, out, lse, paging=NOTHING) -> bool:
         programs * splits,
         c.q,
         c.q,
-        c.k,
-        c.v,
+        *(keys or (c.k, c.v)),
         out,
         lse,
         strides,

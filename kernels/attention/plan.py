@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .._launch import FLOATS, hidden
 from .score import ADDITIVE, BOOLEAN, NO_MASK
@@ -63,6 +64,7 @@ class Call:
     Dv: int
     entries: int
     has_slopes: bool
+    scale: float
     keep_scale: float
     strides: tuple  # of q, k, v
     options: tuple  # left ... keep_scale, in the kernels' order
@@ -71,6 +73,13 @@ class Call:
     @property
     def group(self) -> int:
         return self.Hq // self.Hkv
+
+    @property
+    def folds(self) -> bool:
+        """Scores are q k times a positive number and nothing else."""
+        f = self.flags
+        plain = not (f["SOFTCAP"] or f["MASK"] or self.has_slopes)
+        return plain and self.scale > 0
 
     @property
     def packed(self) -> bool:
@@ -187,7 +196,7 @@ class Call:
         }
         return Call(
             q, k, v, mask, cu_q, cu_k, sinks, B, Hq, Hkv, Sq, Sk, Tq, Tk, D, Dv, k.shape[0],
-            alibi is not None, keep_scale, tuple(rows), options, flags,
+            alibi is not None, scale, keep_scale, tuple(rows), options, flags,
         )  # fmt: skip
 
 
@@ -250,6 +259,48 @@ AMD_CONFIGS = {
 }
 
 
+# Hopper, timed on an H100 (bf16, 16 heads, 8192 rows; TFLOP/s): two stages double a backward, 291
+# at 64 (126 with one stage and 8 warps) and 321 at 128 (154); 180 at 256 (61 with blocks of 32).
+# Forward at 256 takes 492 with 128 rows (174 with 64). At 128, 128 keys a block are no better than
+# 64 when causal (445 against 478), 4 stages no better than 3 (466, 472).
+HOPPER_CONFIGS = {
+    ("forward", 2): {256: (128, 64, 8, 2)},
+    ("backward", 2): {128: (64, 64, 4, 2), 256: (64, 64, 8, 2)},
+}
+
+
+def tables() -> tuple[dict, ...]:
+    """Of the GPU that will run; the first with an entry decides."""
+    backend, arch = target()
+    if backend == "hip":
+        return AMD_CONFIGS, CONFIGS
+    return (HOPPER_CONFIGS, CONFIGS) if arch == 90 else (CONFIGS,)
+
+
+def has_tma() -> bool:
+    """Blocks are copied by the tensor memory accelerator: no address is computed in the loop."""
+    backend, arch = target()
+    return backend == "cuda" and arch >= 90
+
+
+def descriptors(c: Call, bn: int) -> tuple[TensorDescriptor, TensorDescriptor] | None:
+    """Of k and v, in blocks of bn rows of a head; None where the accelerator is no help: packed
+    sequences (it would read the next one's rows), fp32, heads over 256, addresses off 16 bytes."""
+    flags = c.flags
+    if not has_tma() or c.packed or c.Sk == 0 or c.q.element_size() != 2 or not flags["ALIGNED"]:
+        return None
+    if max(flags["BD"], flags["BV"]) > 256:
+        return None
+    found = []
+    for x, width in ((c.k, flags["BD"]), (c.v, flags["BV"])):
+        # the step of a dimension of one is never taken, and may be anything
+        strides = [t if n > 1 else 8 for n, t in zip(x.shape, x.stride(), strict=True)]
+        if min(strides[:3]) <= 0:
+            return None
+        found.append(TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, 1, bn, width]))
+    return tuple(found)
+
+
 def config(kind: str, c: Call, rows: int) -> tuple[int, int, int, int]:
     """(BM, BN, warps, stages)."""
     flags = c.flags
@@ -258,6 +309,6 @@ def config(kind: str, c: Call, rows: int) -> tuple[int, int, int, int]:
     elif flags["MASK"] or flags["DROPOUT"] or flags["SOFTCAP"] or c.has_slopes:
         kind += " options"
     key = kind, c.q.element_size()
-    configs = AMD_CONFIGS if target()[0] == "hip" and key in AMD_CONFIGS else CONFIGS
     width = max(flags["BD"], flags["BV"])
-    return next(v for widest, v in configs[key].items() if width <= widest)
+    rows = (t.get(key, {}).items() for t in tables())
+    return next(v for row in rows for widest, v in row if width <= widest)

@@ -67,12 +67,13 @@ def sequence_of(
 
 
 @triton.jit
-def key_offsets(o_j, Sk, k_row, b_stride, s_stride, p_table, page_size, pages):
-    """Elements from the head's first row to key rows o_j (int64, the shape of o_j)."""
-    o_at = k_row + o_j
-    if p_table is None:
-        return o_at * s_stride
+def key_offsets(first, o_k, Sk, k_row, b_stride, s_stride, p_table, page_size, pages):
+    """Elements from the head's first row to key rows first + o_k (int64, the shape of o_k)."""
+    if p_table is None:  # o_k s_stride never changes: a block adds one number to each address
+        return (k_row + first) * s_stride + o_k * s_stride
     else:
+        o_j = first + o_k
+        o_at = k_row + o_j
         o_page = o_at.to(tl.int32) // page_size  # a 64-bit division is a call with a stack
         b_page = tl.load(p_table + o_page, mask=o_j < Sk, other=0)
         b_page = tl.minimum(tl.maximum(b_page.to(tl.int64), 0), pages.to(tl.int64) - 1)
@@ -109,6 +110,18 @@ def tanh_of(x):
 
 
 @triton.jit
+def seen(o_i, o_j, Sk, offset, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """Keys that exist and that the rows' windows hold: one comparison a side and score."""
+    b_last = Sk - 1
+    if RIGHT:
+        b_last = tl.minimum(o_i + (offset + right), b_last)
+    m = o_j <= b_last
+    if LEFT:
+        m = m & (o_j >= o_i + (offset - left))
+    return m
+
+
+@triton.jit
 def scores(
     b_s, o_i, o_j, b_head, i_b, Sq, Sk, offset, left, right, scale, softcap, alibi, alibi_step,
     mask, mask_strides,
@@ -128,12 +141,6 @@ def scores(
     if alibi is not None:
         b_slope = tl.load(alibi + i_b * alibi_step + b_head) * LOG2E
         b_s -= b_slope * tl.abs((o_i + offset - o_j).to(tl.float32))
-    m_seen = o_j < Sk
-    if EDGE:
-        if LEFT:
-            m_seen = m_seen & (o_j - o_i - offset >= -left)
-        if RIGHT:
-            m_seen = m_seen & (o_j - o_i - offset <= right)
     if MASK != NO_MASK:
         p_mask = mask + i_b * shown(mask_strides[0]) + b_head * shown(mask_strides[1])
         p_mask = p_mask + o_i * shown(mask_strides[2]) + o_j * shown(mask_strides[3])
@@ -144,6 +151,7 @@ def scores(
         else:
             b_s += tl.load(p_mask, mask=m_there, other=0.0).to(tl.float32) * LOG2E
     if EDGE:
+        m_seen = seen(o_i, o_j, Sk, offset, left, right, LEFT, RIGHT)
         b_s = tl.where(m_seen, b_s, float("-inf"))
     return b_s, b_t
 

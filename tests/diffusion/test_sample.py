@@ -189,11 +189,16 @@ BAD = [
     ),  # noqa: E501
     ("m:", lambda p, s, m: S.step(p, s, m[:1], seed=1)),
     ("noise:", lambda p, s, m: S.step(p, s, m)),
+    ("state.row: expected an int", lambda p, s, m: S.step(p, S.SolverState(m, [], 0.5), m, seed=1)),
+    ("state.history: expected", lambda p, s, m: S.step(p, S.SolverState(m, None, 2), m, seed=1)),
+    ("state.x: expected", lambda p, s, m: S.step(p, S.SolverState(None, s.history), m, seed=1)),
+    ("stream: expected an int", lambda p, s, m: S.step(p, s, m, seed=1, stream="a")),
+    ("d: expected the keys", lambda p, s, m: S.SolverPlan.from_dict({"name": "ddim"})),
 ]
 
 
 @pytest.mark.parametrize("message, call", BAD, ids=range(len(BAD)))
 def test_bad_input(message, call):
     plan = PLANS["dpm sde"](5)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         call(plan, S.SolverState.start(plan, torch.zeros(2, 3)), torch.zeros(2, 3))

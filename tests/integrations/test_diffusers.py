@@ -372,6 +372,23 @@ def test_under_inference_mode():
             close(run(make(name)), run(make(name, library=diffusers)))
 
 
+@pytest.mark.parametrize(
+    "name", ["DDIM", "EulerDiscrete", "UniPCMultistep", "HeunDiscrete", "PNDM"]
+)
+def test_inside_a_compiled_loop(name):
+    """Rows are made outside the graph: Dynamo would trace the planner's NumPy and fail."""
+
+    def loop(s, x):
+        for t in s.timesteps[:3]:
+            x = s.step(torch.tanh(x), t, x).prev_sample
+        return x
+
+    x = torch.randn(1, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    torch.compiler.reset()
+    compiled = torch.compile(loop, backend="eager")
+    close(compiled(started(make(name), 5), x), loop(started(make(name), 5), x))
+
+
 def test_gradients_flow_through_a_step():
     for name in ("DDIM", "EulerDiscrete", "DPMSolverMultistep", "FlowMatchEulerDiscrete"):
         found = []

@@ -507,7 +507,7 @@ void thresholds(Pick& pick, const Shape& shape) {
 int main(int argc, char**) {
   const bool quick = argc > 1;  // ThreadSanitizer: the shapes with work for several threads
   const char* level = GENFAST_TEXT(GENFAST_ISA);
-  if (!level_runs(level)) return 77;
+  if (!cpu::runs(level)) return 77;
   const auto every = [](Pick& pick, const Shape& shape) {
     for (const auto& family : {steps, step_gradients, mixes, losses, guidance, thresholds})
       family(pick, shape);

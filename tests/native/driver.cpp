@@ -248,7 +248,7 @@ void special_values() {
 int main(int argc, char**) {
   const bool quick = argc > 1;  // ThreadSanitizer: one shape with work for several threads
   const char* level = GENFAST_TEXT(GENFAST_ISA);
-  if (!genfast::test::level_runs(level)) return 77;
+  if (!genfast::cpu::runs(level)) return 77;
   known_answers();
   lanes_agree();
   conversions();

@@ -14,6 +14,7 @@
 #include "cpu/convert.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "cpu/processor.h"
 
 #define CHECK(condition)                                                       \
   do {                                                                         \
@@ -29,15 +30,6 @@
 namespace genfast::test {
 
 inline int g_case = 0;  // what a failed check names; the drivers count their drawn cases
-
-inline bool level_runs(const char* level) {
-#if defined(__x86_64__)
-  if (std::strcmp(level, "v3") == 0)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-           __builtin_cpu_supports("f16c");
-#endif
-  return std::strcmp(level, "base") == 0;
-}
 
 // Row-major; column-major; every second element; rows three elements apart; dimensions 1 and 2
 // exchanged in memory, as (B, H, S, D) lies when it was made as (B, S, H, D).

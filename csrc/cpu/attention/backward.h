@@ -18,29 +18,40 @@ namespace {
 // Key rows of a block: a multiple of MR and NR (6, 12 and 8, 16, 32).
 constexpr int BK = 96;
 
+template <class Unit>
 struct BackwardScratch {
   const char** rows;
-  Tile* tile;
+  Tile<Unit::rows>* tile;
   float *kt, *vt, *kp;    // K and V by columns, K by panels
-  float *q, *dout;        // rows of a tile; q times scale * log2(e)
+  float *q, *dout;        // rows of a tile; q times scale * log2(e) where they are fp32
   float *P, *dS, *slope;  // [BR][lds]; slope: derivative of the softcap
-  float *dk, *dv, *dq;    // [BK][ldq], [BK][ldo], [rows][ldq]
+  float *dk, *dv, *dq;    // [BK][ldk], [BK][ldv], [rows][ldk]
   float* sums;            // mask gradient: [Sq or 1][BK]
+  float *qp, *dp;         // matrix unit: q and dout by panels,
+  float *Pt, *dSt;        // P and dS of a tile by keys, [BK][ldt]
 };
 
+template <class Unit>
 struct Backward {
+  using Tile = cpu::Tile<Unit::rows>;
+  using BackwardScratch = cpu::BackwardScratch<Unit>;
+  static constexpr int RB = Unit::rows;
+
   const AttentionGradParams& g;
   const AttentionParams& p;
-  int64_t ldq, ldo, lds;
+  int64_t ldq, ldo, ldk, ldv, lds;
+  static constexpr int64_t ldt = odd_lines(BR / Unit::depth);
   int64_t longest_q = 0, longest_k = 0;
   int64_t splits = 1, split_keys = 0;
   bool options, row_pass;
   float *lse2 = nullptr, *delta = nullptr;  // [B][Hq][longest_q]
-  float* part_dq = nullptr;                 // [splits][B][Hkv][group * longest_q][ldq]
+  float* part_dq = nullptr;                 // [splits][B][Hkv][group_rows][ldk]
 
   explicit Backward(const AttentionGradParams& params) : g(params), p(params.p) {
-    ldq = odd_lines(p.D);
-    ldo = odd_lines(p.Dv);
+    ldq = odd_lines(Unit::words(p.D));
+    ldo = odd_lines(Unit::words(p.Dv));
+    ldk = odd_lines(p.D);
+    ldv = odd_lines(p.Dv);
     lds = odd_lines(BK);
     options = has_score_options(p);
     row_pass = options || p.dropout;
@@ -58,32 +69,37 @@ struct Backward {
   }
 
   int64_t group() const { return p.Hq / p.Hkv; }
-  int64_t group_rows() const { return group() * longest_q; }
+  int64_t group_rows() const { return round_up(group() * longest_q, Unit::whole); }
   int64_t stat_index(int64_t b, int64_t head, int64_t i) const {
     return (b * p.Hq + head) * longest_q + i;
   }
   float* part_of(int64_t split, int64_t b, int64_t kv_head) const {
-    return part_dq + ((split * p.B + b) * p.Hkv + kv_head) * group_rows() * ldq;
+    return part_dq + ((split * p.B + b) * p.Hkv + kv_head) * group_rows() * ldk;
   }
 
   BackwardScratch lay_out(Arena& a, bool for_mask) const {
     BackwardScratch x;
-    const int64_t rows = group_rows() < BR ? group_rows() : BR;
+    const int64_t rows = group_rows() < BR ? group_rows() : BR;  // whole tiles where there are some
     const int64_t keys = longest_k < BK ? round_up(longest_k, NR) : BK;
     x.rows = a.take<const char*>(BR > BK ? BR : BK);
     x.tile = a.take<Tile>(1);
-    x.kt = a.take<float>(keys * round_up(p.D, W));
-    x.vt = a.take<float>(keys * round_up(p.Dv, W));
-    x.kp = a.take<float>(for_mask ? 0 : BK * round_up(p.D, NR));
+    x.kt = a.take<float>(keys * round_up(Unit::words(p.D), W));
+    x.vt = a.take<float>(keys * round_up(Unit::words(p.Dv), W));
+    x.kp = a.take<float>(for_mask ? 0 : BK / Unit::depth * round_up(p.D, NR));
     x.q = a.take<float>(rows * ldq);
     x.dout = a.take<float>(rows * ldo);
-    x.P = a.take<float>(rows * lds);
-    x.dS = a.take<float>(rows * lds);
-    x.slope = a.take<float>(p.softcap > 0.0f ? rows * lds : 0);
-    x.dk = a.take<float>(for_mask ? 0 : BK * ldq);
-    x.dv = a.take<float>(for_mask ? 0 : BK * ldo);
-    x.dq = a.take<float>(for_mask || splits > 1 ? 0 : group_rows() * ldq);
+    const int64_t score_rows = Unit::matrix && rows > RB ? RB : rows;
+    x.P = a.take<float>(score_rows * lds);
+    x.dS = a.take<float>(score_rows * lds);
+    x.slope = a.take<float>(p.softcap > 0.0f ? score_rows * lds : 0);
+    x.dk = a.take<float>(for_mask ? 0 : BK * ldk);
+    x.dv = a.take<float>(for_mask ? 0 : BK * ldv);
+    x.dq = a.take<float>(for_mask || splits > 1 ? 0 : group_rows() * ldk);
     x.sums = a.take<float>(for_mask ? mask_rows() * (BK + W) : 0);
+    x.qp = a.take<float>(Unit::matrix ? BR / 2 * round_up(p.D, NR) : 0);
+    x.dp = a.take<float>(Unit::matrix ? BR / 2 * round_up(p.Dv, NR) : 0);
+    x.Pt = a.take<float>(Unit::matrix ? BK * ldt : 0);
+    x.dSt = a.take<float>(Unit::matrix ? BK * ldt : 0);
     return x;
   }
 
@@ -110,10 +126,14 @@ struct Backward {
     const Tile& t = *x.tile;
     for (int r = 0; r < t.n; ++r)
       x.rows[r] = row_at(p.q, p.dtype, s.b, t.head[r], s.q_row + t.position[r]);
-    pack_rows(x.rows, t.n, p.dtype, static_cast<int>(p.D), p.scale * kLog2e, x.q, ldq);
+    Unit::pack_rows(x.rows, t.n, p.dtype, static_cast<int>(p.D), p.scale * kLog2e, x.q, ldq);
+    if constexpr (Unit::matrix)
+      Unit::pack_panels(x.rows, t.n, p.dtype, static_cast<int>(p.D), BR, x.qp);
     for (int r = 0; r < t.n; ++r)
       x.rows[r] = row_at(g.dout, p.out_dtype, s.b, t.head[r], s.q_row + t.position[r]);
-    pack_rows(x.rows, t.n, p.out_dtype, static_cast<int>(p.Dv), 1.0f, x.dout, ldo);
+    Unit::pack_rows(x.rows, t.n, p.out_dtype, static_cast<int>(p.Dv), 1.0f, x.dout, ldo);
+    if constexpr (Unit::matrix)
+      Unit::pack_panels(x.rows, t.n, p.out_dtype, static_cast<int>(p.Dv), BR, x.dp);
   }
 
   // Weights P (times the dropout factor) and dS of the tile in x and the block [first, first + n).
@@ -127,12 +147,12 @@ struct Backward {
       row_lse[r] = lse2[at];
       row_delta[r] = delta[at];
     }
-    const int row_blocks = (t.n + MR - 1) / MR;
+    const int row_blocks = (t.n + RB - 1) / RB;
     for (int j = 0; j < n; j += NR) {
       const int columns = n - j < NR ? n - j : NR;
       for (int rb = 0; rb < row_blocks; ++rb) {
         if (j < spans[rb].lo || j >= spans[rb].hi) continue;
-        const int r0 = rb * MR, m = t.n - r0 < MR ? t.n - r0 : MR;
+        const int r0 = rb * RB, m = t.n - r0 < RB ? t.n - r0 : RB;
         const bool plain = !options && spans[rb].full, ragged = columns % W != 0;
         multiply<false>(m, columns, p.D, x.q + r0 * ldq, ldq, x.kt + j * round_up(p.D, W), NR,
                         [&](int row0, auto& acc) {
@@ -157,7 +177,7 @@ struct Backward {
       }
     }
     for (int r = 0; r < t.n; ++r) {
-      const Span& span = spans[r / MR];
+      const Span& span = spans[r / RB];
       if (span.lo >= span.hi || (!options && span.full)) continue;
       float* row = x.P + r * lds;
       if (options)
@@ -171,7 +191,7 @@ struct Backward {
       const int columns = n - j < NR ? n - j : NR;
       for (int rb = 0; rb < row_blocks; ++rb) {
         if (j < spans[rb].lo || j >= spans[rb].hi) continue;
-        const int r0 = rb * MR, m = t.n - r0 < MR ? t.n - r0 : MR;
+        const int r0 = rb * RB, m = t.n - r0 < RB ? t.n - r0 : RB;
         multiply<false>(m, columns, p.Dv, x.dout + r0 * ldo, ldo, x.vt + j * round_up(p.Dv, W), NR,
                         [&](int row0, auto& acc) {
                           constexpr int M = sizeof(acc) / sizeof(acc[0]);
@@ -192,7 +212,7 @@ struct Backward {
     }
     if (!row_pass) return;
     for (int r = 0; r < t.n; ++r) {
-      const Span& span = spans[r / MR];
+      const Span& span = spans[r / RB];
       if (span.lo >= span.hi) continue;
       float *P = x.P + r * lds, *dS = x.dS + r * lds;
       alignas(64) float keep[BK + W];
@@ -216,7 +236,7 @@ struct Backward {
   // to[key][:] += sum over query rows of w[row][key] * from[row][:], for the rows that see the key.
   void add_transposed(const Tile& t, const Span* spans, int n, const float* w, const float* from,
                       int64_t ld, int64_t dim, float* to) const {
-    const int row_blocks = (t.n + MR - 1) / MR;
+    const int row_blocks = (t.n + RB - 1) / RB;
     for (int k0 = 0; k0 < n; k0 += BK / 4) {  // a multiple of 12 keys
       const int m = n - k0 < BK / 4 ? n - k0 : BK / 4;
       int begin = row_blocks, end = 0;
@@ -226,7 +246,7 @@ struct Backward {
           end = rb + 1;
         }
       if (begin >= end) continue;
-      const int r0 = begin * MR, depth = (end * MR < t.n ? end * MR : t.n) - r0;
+      const int r0 = begin * RB, depth = (end * RB < t.n ? end * RB : t.n) - r0;
       for (int64_t d = 0; d < dim; d += NR)
         multiply<true>(m, static_cast<int>(dim - d < NR ? dim - d : NR), depth, w + r0 * lds + k0,
                        lds, from + r0 * ld + d, ld, [&](int row0, auto& acc) {
@@ -244,31 +264,124 @@ struct Backward {
 
   void add_dq(const Tile& t, const Span* spans, const BackwardScratch& x, float* dq) const {
     for (int64_t d = 0; d < p.D; d += NR)
-      for (int rb = 0; rb * MR < t.n; ++rb) {
+      for (int rb = 0; rb * RB < t.n; ++rb) {
         const Span& span = spans[rb];
         if (span.lo >= span.hi) continue;
-        const int r0 = rb * MR, m = t.n - r0 < MR ? t.n - r0 : MR;
+        const int r0 = rb * RB, m = t.n - r0 < RB ? t.n - r0 : RB;
         multiply<false>(m, static_cast<int>(p.D - d < NR ? p.D - d : NR), span.hi - span.lo,
                         x.dS + r0 * lds + span.lo, lds, x.kp + d * BK + span.lo * NR, NR,
                         [&](int row0, auto& acc) {
                           constexpr int M = sizeof(acc) / sizeof(acc[0]);
                           constexpr int N = sizeof(acc[0]) / sizeof(f32v);
-                          float* o = dq + (r0 + row0) * ldq + d;
+                          float* o = dq + (r0 + row0) * ldk + d;
 #pragma GCC unroll 16
                           for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
                             for (int c = 0; c < N; ++c)
-                              store(o + i * ldq + c * W, load(o + i * ldq + c * W) + acc[i][c]);
+                              store(o + i * ldk + c * W, load(o + i * ldk + c * W) + acc[i][c]);
                         });
       }
   }
+
+#if defined(__AMX_BF16__)
+  // P and dS of one row in place of S (times `factor`, still to come) and dP.
+  void weigh_row(const Sequence& s, ScoreOptions& mods, const Tile& t, int r, const Span& span,
+                 int hi, int64_t first, float* P, float* dS, float* slope) const {
+    const int lo = span.lo;
+    const int64_t at = stat_index(s.b, t.head[r], t.position[r]);
+    float factor = p.scale * kLog2e;
+    if (options || factor <= 0.0f) {
+      for (int j = lo; j < hi; j += W) store(P + j, load(P + j) * factor);
+      factor = 1.0f;
+      if (options)
+        mods.apply(t.head[r], t.position[r], first, lo, hi, P, p.softcap > 0.0f ? slope : nullptr);
+    }
+    if (options || !span.full || hi != span.hi) {
+      const int64_t end = first + span.hi;
+      mask_edges({t.keys[r].lo, t.keys[r].hi < end ? t.keys[r].hi : end}, first, lo, hi, P);
+    }
+    alignas(64) float keep[BK + W];
+    if (p.dropout)
+      keep_factors(p, s.b, t.head[r], t.position[r], first, lo, hi, p.dropout_scale, keep);
+    const f32v times = splat(factor), minus = splat(-lse2[at]), shift = splat(delta[at]);
+    for (int j = lo; j < hi; j += W) {
+      const f32v w = exp2_of_scores(fused_multiply_add(load(P + j), times, minus));
+      f32v d = load(dS + j);
+      if (p.dropout) {
+        const f32v k = load(keep + j);
+        d = d * k;
+        store(P + j, w * k);
+      } else {
+        store(P + j, w);
+      }
+      d = w * (d - shift);
+      if (p.softcap > 0.0f) d = d * load(slope + j);
+      // A key behind the last has no value: its dP is noise, and 0 * NaN no zero.
+      store(dS + j, select(w == 0.0f, f32v{}, d));
+    }
+  }
+
+  // to[key][pair] = rows (r, r + 1) of m rows of w, bf16; zeros outside the keys [lo, hi) of n.
+  static void pairs_by_keys(const float* w, int64_t ld, int m, int lo, int hi, int n, float* to) {
+    for (int j = 0; j < n; j += W) {
+      f32v v[W];
+      const bool some = j >= lo && j < hi;
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) {
+        const float* row = w + 2 * i * ld + j;
+        v[i] = pair_words(some && 2 * i < m ? load(row) : f32v{},
+                          some && 2 * i + 1 < m ? load(row + ld) : f32v{});
+      }
+      if (some) transpose(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) store(to + (j + i) * ldt, v[i]);
+    }
+  }
+
+  // The five products of the tile in x and the block [first, first + n); row blocks one by one, so
+  // that P and dS stay in L1 from product to product.
+  void tile_by_tiles(const Sequence& s, ScoreOptions& mods, const BackwardScratch& x, int64_t first,
+                     int n, float* dq) const {
+    const Tile& t = *x.tile;
+    const int64_t depth = Unit::words(p.D), value_depth = Unit::words(p.Dv);
+    const int keys = static_cast<int>(round_up(n, NR));
+    for (int r0 = 0; r0 < t.n; r0 += RB) {
+      const Span span = span_of(t, r0 / RB, first, n);
+      const int m = t.n - r0 < RB ? t.n - r0 : RB;
+      const bool some = span.lo < span.hi;
+      const int lo = some ? span.lo : 0, hi = some ? static_cast<int>(round_up(span.hi, NR)) : 0;
+      if (some) {
+        multiply_tiles(m, hi - lo, depth, x.q + r0 * ldq, ldq, x.kt + lo * depth, depth * NR,
+                       x.P + lo, lds, false);
+        multiply_tiles(m, hi - lo, value_depth, x.dout + r0 * ldo, ldo, x.vt + lo * value_depth,
+                       value_depth * NR, x.dS + lo, lds, false);
+        for (int r = 0; r < m; ++r)
+          weigh_row(s, mods, t, r0 + r, span, hi, first, x.P + r * lds, x.dS + r * lds,
+                    x.slope + r * lds);
+      }
+      pairs_by_keys(x.P, lds, m, lo, hi, keys, x.Pt + r0 / 2);
+      pairs_by_keys(x.dS, lds, m, lo, hi, keys, x.dSt + r0 / 2);
+      if (!some) continue;
+      for (int r = 0; r < m; ++r)
+        for (int j = lo; j < hi; j += 2 * W) {
+          float* row = x.dS + r * lds;
+          store(row + j / 2, row_words(load(row + j), load(row + j + W)));
+        }
+      multiply_tiles(m, p.D, (hi - lo) / 2, x.dS + lo / 2, lds, x.kp + lo / 2 * NR, BK / 2 * NR,
+                     dq + r0 * ldk, ldk, true);
+    }
+    const int64_t pairs = round_up(t.n, RB) / 2;
+    multiply_tiles(n, p.Dv, pairs, x.Pt, ldt, x.dp, BR / 2 * NR, x.dv, ldv, true);
+    multiply_tiles(n, p.D, pairs, x.dSt, ldt, x.qp, BR / 2 * NR, x.dk, ldk, true);
+  }
+#endif
 
   // Spans of all row blocks; weights outside them are cleared when some row block has a part only,
   // since the transposed products run over rectangles.
   bool spans_of(const BackwardScratch& x, int64_t first, int n, Span* spans) const {
     const Tile& t = *x.tile;
     bool dense = true, some = false;
-    for (int rb = 0; rb * MR < t.n; ++rb) {
+    for (int rb = 0; rb * RB < t.n; ++rb) {
       spans[rb] = span_of(t, rb, first, n);
       dense &= spans[rb].lo == 0 && spans[rb].hi == n;
       some |= spans[rb].lo < spans[rb].hi;
@@ -287,35 +400,44 @@ struct Backward {
     ScoreOptions mods(p, s);
     const int64_t rows = s.Sq * group();
     float* dq = splits > 1 ? part_of(split, b, kv_head) : x.dq;
-    __builtin_memset(dq, 0, sizeof(float) * rows * ldq);
+    __builtin_memset(dq, 0, sizeof(float) * rows * ldk);
     const int64_t last = (split + 1) * split_keys < s.Sk ? (split + 1) * split_keys : s.Sk;
-    float ones[BK], ln2s[BK];
-    for (int j = 0; j < BK; ++j) ones[j] = 1.0f, ln2s[j] = kLn2;  // q carries scale * log2(e)
+    float ones[BK], scales[BK];
+    for (int j = 0; j < BK; ++j)
+      ones[j] = 1.0f, scales[j] = Unit::matrix ? p.scale : kLn2;  // fp32 q carries scale * log2(e)
     for (int64_t first = split * split_keys; first < last; first += BK) {
       const int n = static_cast<int>(last - first < BK ? last - first : BK);
       key_rows(p, p.k, s, kv_head, first, n, x.rows);
-      pack_columns(x.rows, n, p.dtype, static_cast<int>(p.D), x.kt);
-      pack_panels(x.rows, n, p.dtype, static_cast<int>(p.D), BK, x.kp);
+      pack_columns<Unit>(x.rows, n, p.dtype, static_cast<int>(p.D), x.kt);
+      Unit::pack_panels(x.rows, n, p.dtype, static_cast<int>(p.D), BK, x.kp);
       key_rows(p, p.v, s, kv_head, first, n, x.rows);
-      pack_columns(x.rows, n, p.dtype, static_cast<int>(p.Dv), x.vt);
-      __builtin_memset(x.dk, 0, sizeof(float) * n * ldq);
-      __builtin_memset(x.dv, 0, sizeof(float) * n * ldo);
+      pack_columns<Unit>(x.rows, n, p.dtype, static_cast<int>(p.Dv), x.vt);
+      __builtin_memset(x.dk, 0, sizeof(float) * n * ldk);
+      __builtin_memset(x.dv, 0, sizeof(float) * n * ldv);
       for (int64_t index = 0; index < tile_count(rows); ++index) {
         make_tile(p, s, kv_head * group(), group(), index, *x.tile);
         const Tile& t = *x.tile;
-        Span spans[BR / MR];
-        if (t.seen.lo >= first + n || t.seen.hi <= first || !spans_of(x, first, n, spans)) continue;
+        if (t.seen.lo >= first + n || t.seen.hi <= first) continue;
+#if defined(__AMX_BF16__)
+        if constexpr (Unit::matrix) {
+          load_tile(s, x);
+          tile_by_tiles(s, mods, x, first, n, dq + index * BR * ldk);
+          continue;
+        }
+#endif
+        Span spans[BR / RB];
+        if (!spans_of(x, first, n, spans)) continue;
         load_tile(s, x);
         weights(s, mods, x, spans, first, n, false);
         add_transposed(t, spans, n, x.P, x.dout, ldo, p.Dv, x.dv);
         add_transposed(t, spans, n, x.dS, x.q, ldq, p.D, x.dk);
-        add_dq(t, spans, x, dq + index * BR * ldq);
+        add_dq(t, spans, x, dq + index * BR * ldk);
       }
       key_rows(p, g.dk, s, kv_head, first, n, x.rows);
-      unpack_rows(x.dk, ldq, n, static_cast<int>(p.D), ln2s, const_cast<char* const*>(x.rows),
+      unpack_rows(x.dk, ldk, n, static_cast<int>(p.D), scales, const_cast<char* const*>(x.rows),
                   p.dtype);
       key_rows(p, g.dv, s, kv_head, first, n, x.rows);
-      unpack_rows(x.dv, ldo, n, static_cast<int>(p.Dv), ones, const_cast<char* const*>(x.rows),
+      unpack_rows(x.dv, ldv, n, static_cast<int>(p.Dv), ones, const_cast<char* const*>(x.rows),
                   p.dtype);
     }
     if (splits == 1) store_dq(s, kv_head, dq);
@@ -325,14 +447,14 @@ struct Backward {
     const float factor = p.scale;
     for (int64_t r = 0; r < s.Sq * group(); ++r) {
       char* row = row_at(g.dq, p.dtype, s.b, kv_head * group() + r / s.Sq, s.q_row + r % s.Sq);
-      unpack_rows(dq + r * ldq, ldq, 1, static_cast<int>(p.D), &factor, &row, p.dtype);
+      unpack_rows(dq + r * ldk, ldk, 1, static_cast<int>(p.D), &factor, &row, p.dtype);
     }
   }
 
   void merge_dq(int64_t b, int64_t kv_head) const {
     const Sequence s = sequence_of(p, b);
     float* total = part_of(0, b, kv_head);
-    const int64_t count = s.Sq * group() * ldq;
+    const int64_t count = s.Sq * group() * ldk;
     for (int64_t k = 1; k < splits; ++k) {
       const float* part = part_of(k, b, kv_head);
       for (int64_t c = 0; c < count; c += W) store(total + c, load(total + c) + load(part + c));
@@ -374,18 +496,18 @@ struct Backward {
         for (int64_t first = block * BK; first < end; first += BK) {
           const int n = static_cast<int>(end - first < BK ? end - first : BK);
           key_rows(p, p.k, s, head / group(), first, n, x.rows);
-          pack_columns(x.rows, n, p.dtype, static_cast<int>(p.D), x.kt);
+          pack_columns<Unit>(x.rows, n, p.dtype, static_cast<int>(p.D), x.kt);
           key_rows(p, p.v, s, head / group(), first, n, x.rows);
-          pack_columns(x.rows, n, p.dtype, static_cast<int>(p.Dv), x.vt);
+          pack_columns<Unit>(x.rows, n, p.dtype, static_cast<int>(p.Dv), x.vt);
           for (int64_t index = 0; index < tile_count(s.Sq); ++index) {
             make_tile(p, s, head, 1, index, *x.tile);
-            Span spans[BR / MR];
+            Span spans[BR / RB];
             if (!spans_of(x, first, n, spans)) continue;
             load_tile(s, x);
             weights(s, mods, x, spans, first, n, true);
             const Tile& t = *x.tile;
             for (int r = 0; r < t.n; ++r) {
-              const Span& span = spans[r / MR];
+              const Span& span = spans[r / RB];
               float* to = x.sums + (every_i ? 0 : t.position[r] * (BK + W));
               const float* dS = x.dS + r * lds;
               for (int j = span.lo; j < span.hi; ++j) to[every_j ? 0 : j] += dS[j];

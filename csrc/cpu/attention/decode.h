@@ -10,6 +10,9 @@ namespace {
 // In place up to this many query rows per key/value head and from this many keys on; beside it,
 // packing pays for itself.
 constexpr int64_t kDecodeRows = 8, kDecodeKeys = 64;
+inline bool decodes(int64_t rows, int64_t keys) {
+  return rows <= kDecodeRows && keys >= kDecodeKeys;
+}
 
 struct LoadF32 {
   static constexpr int bytes = 4;

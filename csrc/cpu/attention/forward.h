@@ -15,22 +15,29 @@
 namespace genfast::cpu {
 namespace {
 
+template <class Unit>
 struct TileState {
-  Tile tile;
+  Tile<Unit::rows> tile;
   float m[BR];  // running maximum, log2 units
   f32v l[BR];   // running sum, by lanes
-  float* q;     // rows [BR][ldq], times scale * log2(e)
+  float* q;     // rows [BR][ldq]; times scale * log2(e) where they are fp32
   float* o;     // rows [BR][ldo]
 };
 
+template <class Unit>
 struct ForwardScratch {
-  TileState* tiles;
+  TileState<Unit>* tiles;
   const char** rows;
   float *k, *v, *s;
   float* out;  // one row
 };
 
+template <class Unit>
 struct Forward {
+  using TileState = cpu::TileState<Unit>;
+  using ForwardScratch = cpu::ForwardScratch<Unit>;
+  static constexpr int RB = Unit::rows;
+
   const AttentionParams& p;
   int64_t ldq, ldo, lds;
   int64_t longest_q = 0, longest_k = 0;
@@ -41,7 +48,7 @@ struct Forward {
   float *part_o = nullptr, *part_m = nullptr, *part_l = nullptr;
 
   explicit Forward(const AttentionParams& params) : p(params) {
-    ldq = odd_lines(p.D);
+    ldq = odd_lines(Unit::words(p.D));
     ldo = odd_lines(p.Dv);
     lds = odd_lines(BC);
     options = has_score_options(p);
@@ -51,7 +58,7 @@ struct Forward {
       if (s.Sk > longest_k) longest_k = s.Sk;
     }
     const int64_t rows = longest_q * group();
-    in_place = rows <= kDecodeRows && longest_k >= kDecodeKeys;
+    in_place = !Unit::matrix && decodes(rows, longest_k);
     tiles_per_head = tile_count(rows);
     const int64_t heads = p.B * p.Hkv, tiles = heads * tiles_per_head;
     // Six tiles share a packed block: packing is 2 % of the work then, and their q and o rows,
@@ -80,17 +87,18 @@ struct Forward {
   ForwardScratch lay_out(Arena& a) const {
     ForwardScratch x;
     const int64_t rows = longest_q * group();
-    const int64_t tile_rows = rows < BR ? rows : BR, keys = rows_of_block();
+    const int64_t tile_rows = round_up(rows < BR ? rows : BR, Unit::whole);
+    const int64_t keys = rows_of_block();
     x.tiles = a.take<TileState>(tiles_per_task);
     for (int64_t t = 0; t < tiles_per_task; ++t) {
       float *q = a.take<float>(tile_rows * ldq), *o = a.take<float>(tile_rows * ldo);
       if (x.tiles != nullptr) x.tiles[t].q = q, x.tiles[t].o = o;
     }
     x.rows = a.take<const char*>(BC > BR ? BC : BR);
-    x.s = a.take<float>(tile_rows * lds);
+    x.s = a.take<float>((Unit::matrix && tile_rows > RB ? RB : tile_rows) * lds);
     x.out = a.take<float>(ldo);
-    x.k = a.take<float>(in_place ? 0 : keys * round_up(p.D, W));
-    x.v = a.take<float>(in_place ? 0 : keys * round_up(p.Dv, NR));
+    x.k = a.take<float>(in_place ? 0 : keys * round_up(Unit::words(p.D), W));
+    x.v = a.take<float>(in_place ? 0 : keys / Unit::depth * round_up(p.Dv, NR));
     return x;
   }
 
@@ -107,16 +115,16 @@ struct Forward {
       st.m[r] = -kInf;
       st.l[r] = f32v{};
     }
-    pack_rows(rows, n, p.dtype, static_cast<int>(p.D), p.scale * kLog2e, st.q, ldq);
+    Unit::pack_rows(rows, n, p.dtype, static_cast<int>(p.D), p.scale * kLog2e, st.q, ldq);
     __builtin_memset(st.o, 0, sizeof(float) * n * ldo);
   }
 
   // Turns the scores of rows into weights: S -> P in place, updates m and l, alpha[r] = 2^(m - m').
   void softmax_rows(TileState& st, ScoreOptions& mods, const Span* spans, const f32v* most,
                     int64_t first, float* scores, float* alpha) const {
-    const Tile& t = st.tile;
+    const auto& t = st.tile;
     for (int r = 0; r < t.n; ++r) {
-      const Span span = spans[r / MR];
+      const Span span = spans[r / RB];
       if (span.lo >= span.hi) continue;
       float* row = scores + r * lds;
       if (options) mods.apply(t.head[r], t.position[r], first, span.lo, span.hi, row, nullptr);
@@ -144,11 +152,11 @@ struct Forward {
 
   void attend_block(TileState& st, ScoreOptions& mods, const ForwardScratch& x, int64_t first,
                     int n) const {
-    const Tile& t = st.tile;
-    Span spans[BR / MR] = {};
+    const auto& t = st.tile;
+    Span spans[BR / RB] = {};
     f32v most[BR];
     float alpha[BR];
-    const int row_blocks = (t.n + MR - 1) / MR;
+    const int row_blocks = (t.n + RB - 1) / RB;
     for (int rb = 0; rb < row_blocks; ++rb) spans[rb] = span_of(t, rb, first, n);
     for (int r = 0; r < t.n; ++r) most[r] = f32v{} - kInf;
     const int64_t depth = round_up(p.D, W);
@@ -158,7 +166,7 @@ struct Forward {
       const f32v edge = past_end(columns);
       for (int rb = 0; rb < row_blocks; ++rb) {
         if (j < spans[rb].lo || j >= spans[rb].hi) continue;
-        const int r0 = rb * MR, m = t.n - r0 < MR ? t.n - r0 : MR;
+        const int r0 = rb * RB, m = t.n - r0 < RB ? t.n - r0 : RB;
         multiply<false>(m, columns, p.D, st.q + r0 * ldq, ldq, x.k + j * depth, NR,
                         [&](int row0, auto& acc) {
                           constexpr int M = sizeof(acc) / sizeof(acc[0]);
@@ -186,7 +194,7 @@ struct Forward {
       for (int rb = 0; rb < row_blocks; ++rb) {
         const Span& span = spans[rb];
         if (span.lo >= span.hi) continue;
-        const int r0 = rb * MR, m = t.n - r0 < MR ? t.n - r0 : MR;
+        const int r0 = rb * RB, m = t.n - r0 < RB ? t.n - r0 : RB;
         multiply<false>(m, columns, span.hi - span.lo, x.s + r0 * lds + span.lo, lds,
                         x.v + d * rows_of_block() + span.lo * NR, NR, [&](int row0, auto& acc) {
                           constexpr int M = sizeof(acc) / sizeof(acc[0]);
@@ -203,13 +211,87 @@ struct Forward {
     }
   }
 
+#if defined(__AMX_BF16__)
+  // Scores of a row, times `factor` still to come, to bf16 weights in place; updates m and l and
+  // returns 2^(m - m'). [lo, hi): whole words; what stands behind key `end` is no score.
+  float weigh_row(TileState& st, ScoreOptions& mods, int r, const Span& span, int hi, int64_t first,
+                  float* row) const {
+    const auto& t = st.tile;
+    const int lo = span.lo;
+    float factor = p.scale * kLog2e;
+    // An infinity times a factor that is not positive is no mask.
+    if (options || factor <= 0.0f) {
+      for (int j = lo; j < hi; j += W) store(row + j, load(row + j) * factor);
+      factor = 1.0f;
+      if (options) mods.apply(t.head[r], t.position[r], first, lo, hi, row, nullptr);
+    }
+    f32v most = f32v{} - kInf;
+    if (options || !span.full || hi != span.hi) {
+      const int64_t end = first + span.hi;
+      most =
+          mask_edges({t.keys[r].lo, t.keys[r].hi < end ? t.keys[r].hi : end}, first, lo, hi, row);
+    } else {
+      f32v other = most;
+      for (int j = lo; j < hi; j += 2 * W) {
+        most = maximum(most, load(row + j));
+        other = maximum(other, load(row + j + W));
+      }
+      most = maximum(most, other);
+    }
+    const float block_max = horizontal_max(most) * factor;
+    const float m = st.m[r] > block_max ? st.m[r] : block_max;
+    const float base = m == -kInf ? 0.0f : m;
+    const float alpha = m == st.m[r] ? 1.0f : exp2_nonpositive<float>(st.m[r] - base);
+    st.m[r] = m;
+    f32v sum = f32v{};
+    const f32v times = splat(factor), minus = splat(-base);
+    for (int j = lo; j < hi; j += 2 * W) {
+      f32v e = exp2_of_scores(fused_multiply_add(load(row + j), times, minus));
+      f32v f = exp2_of_scores(fused_multiply_add(load(row + j + W), times, minus));
+      sum += e + f;
+      if (p.dropout) {
+        alignas(64) float keep[4 * W];
+        keep_factors(p, mods.s.b, t.head[r], t.position[r], first + j, 0, 2 * W, 1.0f, keep);
+        e = e * load(keep);
+        f = f * load(keep + W);
+      }
+      store(row + j / 2, row_words(e, f));  // behind what was read
+    }
+    st.l[r] = st.l[r] * alpha + sum;
+    return alpha;
+  }
+
+  // Row block by row block, so that its scores (32 KiB) stay in L1 from product to product.
+  void attend_by_tiles(TileState& st, ScoreOptions& mods, const ForwardScratch& x, int64_t first,
+                       int n) const {
+    const auto& t = st.tile;
+    const int64_t depth = Unit::words(p.D), value_panel = rows_of_block() / 2 * NR;
+    for (int r0 = 0; r0 < t.n; r0 += RB) {
+      const Span span = span_of(t, r0 / RB, first, n);
+      if (span.lo >= span.hi) continue;
+      const int m = t.n - r0 < RB ? t.n - r0 : RB;
+      const int lo = span.lo, hi = static_cast<int>(round_up(span.hi, NR));
+      multiply_tiles(m, hi - lo, depth, st.q + r0 * ldq, ldq, x.k + lo * depth, depth * NR,
+                     x.s + lo, lds, false);
+      for (int r = 0; r < m; ++r) {
+        const float alpha = weigh_row(st, mods, r0 + r, span, hi, first, x.s + r * lds);
+        float* o = st.o + (r0 + r) * ldo;
+        if (alpha != 1.0f)
+          for (int64_t d = 0; d < p.Dv; d += W) store(o + d, load(o + d) * alpha);
+      }
+      multiply_tiles(m, p.Dv, (hi - lo) / 2, x.s + lo / 2, lds, x.v + lo / 2 * NR, value_panel,
+                     st.o + r0 * ldo, ldo, true);
+    }
+  }
+#endif
+
   // A tile of few rows reads keys and values where they lie. soon: keys of the next block.
   void attend_in_place(TileState& st, ScoreOptions& mods, const ForwardScratch& x,
                        const Sequence& s, int64_t kv_head, int64_t first, int n, int soon) const {
-    const Tile& t = st.tile;
-    Span spans[BR / MR] = {};
+    const auto& t = st.tile;
+    Span spans[BR / RB] = {};
     float alpha[BR];
-    for (int rb = 0; rb * MR < t.n; ++rb) {
+    for (int rb = 0; rb * RB < t.n; ++rb) {
       spans[rb] = {0, n, false};  // not full: the products in place keep no maxima
       if (t.any[rb].lo >= first + n || t.any[rb].hi <= first) spans[rb].hi = 0;
     }
@@ -219,7 +301,7 @@ struct Forward {
     scores_in_place(p, st.q, ldq, t.n, x.rows, values, n, x.s, lds);
     softmax_rows(st, mods, spans, nullptr, first, x.s, alpha);
     for (int r = 0; r < t.n; ++r)
-      if (spans[r / MR].hi == 0) {
+      if (spans[r / RB].hi == 0) {
         alpha[r] = 1.0f;
         __builtin_memset(x.s + r * lds, 0, sizeof(float) * n);
       }
@@ -279,20 +361,26 @@ struct Forward {
         continue;
       }
       key_rows(p, p.k, s, kv_head, first, n, x.rows);
-      pack_columns(x.rows, n, p.dtype, static_cast<int>(p.D), x.k);
+      pack_columns<Unit>(x.rows, n, p.dtype, static_cast<int>(p.D), x.k);
       key_rows(p, p.v, s, kv_head, first, n, x.rows);
-      pack_panels(x.rows, n, p.dtype, static_cast<int>(p.Dv), rows_of_block(), x.v);
+      Unit::pack_panels(x.rows, n, p.dtype, static_cast<int>(p.Dv), rows_of_block(), x.v);
       for (int64_t t = begin; t < end; ++t) {
         TileState& st = x.tiles[t - begin];
-        if (st.tile.seen.lo < first + n && st.tile.seen.hi > first)
-          attend_block(st, mods, x, first, n);
+        if (st.tile.seen.lo >= first + n || st.tile.seen.hi <= first) continue;
+#if defined(__AMX_BF16__)
+        if constexpr (Unit::matrix) {
+          attend_by_tiles(st, mods, x, first, n);
+          continue;
+        }
+#endif
+        attend_block(st, mods, x, first, n);
       }
     }
     for (int64_t t = begin; t < end; ++t) finish_tile(x.tiles[t - begin], s, split, x.out);
   }
 
   void finish_tile(const TileState& st, const Sequence& s, int64_t split, float* buffer) const {
-    const Tile& t = st.tile;
+    const auto& t = st.tile;
     for (int r = 0; r < t.n; ++r) {
       const float l = horizontal_sum(st.l[r]);
       const float* o = st.o + r * ldo;

@@ -12,7 +12,7 @@
 namespace genfast::cpu {
 namespace {
 
-constexpr int BR = 96;  // query rows of a tile: a multiple of both 6 and 12
+constexpr int BR = 96;  // query rows of a tile: a multiple of 6, 12 and 32
 
 inline char* row_at(const AttentionRows& t, Dtype dtype, int64_t b, int64_t h, int64_t s) {
   return static_cast<char*>(t.data) +
@@ -44,22 +44,24 @@ inline void key_rows(const AttentionParams& p, const AttentionRows& t, const Seq
   }
 }
 
-// The rows of one tile and what they see.
+// The rows of one tile and what they see. Rows: of a row block, which is clipped as a whole.
+template <int Rows>
 struct Tile {
   int n = 0;
-  KeyRange seen{0, 0};      // union over rows
-  int32_t head[BR];         // query head
-  int64_t position[BR];     // within the sequence
-  KeyRange keys[BR];        // visible keys
-  KeyRange any[BR / MR];    // per MR rows: keys some row sees
-  KeyRange every[BR / MR];  // keys every row sees
+  KeyRange seen{0, 0};        // union over rows
+  int32_t head[BR];           // query head
+  int64_t position[BR];       // within the sequence
+  KeyRange keys[BR];          // visible keys
+  KeyRange any[BR / Rows];    // per row block: keys some row sees
+  KeyRange every[BR / Rows];  // keys every row sees
 };
 
 inline int64_t tile_count(int64_t rows) { return (rows + BR - 1) / BR; }
 
 // Tile `index` of the rows of query heads [head, head + heads).
+template <int Rows>
 inline void make_tile(const AttentionParams& p, const Sequence& s, int64_t head, int64_t heads,
-                      int64_t index, Tile& t) {
+                      int64_t index, Tile<Rows>& t) {
   const int64_t first = index * BR, rows = s.Sq * heads;
   t.n = static_cast<int>(rows - first < BR ? rows - first : BR);
   int64_t g = first / s.Sq, i = first - g * s.Sq;
@@ -68,9 +70,9 @@ inline void make_tile(const AttentionParams& p, const Sequence& s, int64_t head,
     t.head[r] = static_cast<int32_t>(head + g);
     t.position[r] = i;
     const KeyRange k = t.keys[r] = visible_keys(p, s, i);
-    KeyRange& any = t.any[r / MR];
-    KeyRange& every = t.every[r / MR];
-    if (r % MR == 0) any = {s.Sk, 0}, every = {0, s.Sk};
+    KeyRange& any = t.any[r / Rows];
+    KeyRange& every = t.every[r / Rows];
+    if (r % Rows == 0) any = {s.Sk, 0}, every = {0, s.Sk};
     if (k.lo < k.hi) {
       if (k.lo < any.lo) any.lo = k.lo;
       if (k.hi > any.hi) any.hi = k.hi;
@@ -79,7 +81,7 @@ inline void make_tile(const AttentionParams& p, const Sequence& s, int64_t head,
     if (k.hi < every.hi) every.hi = k.hi;
     if (++i == s.Sq) i = 0, ++g;
   }
-  for (int rb = 0; rb * MR < t.n; ++rb) {
+  for (int rb = 0; rb * Rows < t.n; ++rb) {
     if (t.any[rb].lo >= t.any[rb].hi) continue;
     if (t.any[rb].lo < t.seen.lo) t.seen.lo = t.any[rb].lo;
     if (t.any[rb].hi > t.seen.hi) t.seen.hi = t.any[rb].hi;
@@ -100,7 +102,8 @@ struct Span {
   bool full;
 };
 
-inline Span span_of(const Tile& t, int rb, int64_t first, int n) {
+template <int Rows>
+inline Span span_of(const Tile<Rows>& t, int rb, int64_t first, int n) {
   const int64_t lo = t.any[rb].lo - first, hi = t.any[rb].hi - first;
   Span s;
   s.lo = static_cast<int>(lo <= 0 ? 0 : lo >= n ? n : lo / NR * NR);

@@ -1,10 +1,11 @@
-// Operands of any dtype and stride into the aligned fp32 layouts that the microkernel reads.
+// Operands of any dtype and stride into the aligned layouts that the products read, in words: an
+// fp32 element for the vector unit; for the matrix unit two bf16 that lie side by side in depth.
 //   rows:    [row][ld], ld an odd number of cache lines, so that a column of rows spreads over all
 //            L1 sets (with ld = 128 floats, 96 rows would share 8 of the 64 sets)
 //   columns: [panel][depth][NR], the transpose of rows: panel p holds rows p NR ... p NR + NR - 1
-//   panels:  [panel][row][NR], columns p NR ... of every row
+//   panels:  [panel][row or pair of rows][NR], columns p NR ... of every row
 #pragma once
-#include "cpu/attention/microkernel.h"
+#include "cpu/attention/matrix.h"
 #include "cpu/convert.h"
 
 namespace genfast::cpu {
@@ -72,14 +73,15 @@ inline void pack_rows(const char* const* rows, int n, Dtype dtype, int dim, floa
   }
 }
 
+template <class Unit>
 inline void pack_columns(const char* const* rows, int n, Dtype dtype, int dim, float* to) {
   RowBuffer buffer;
-  const int64_t depth = round_up(dim, W);
+  const int64_t depth = round_up(Unit::words(dim), W);
   for (int j = 0; j < n; j += W) {
     const int count = n - j < W ? n - j : W;
     const float* from[W];
     for (int r = 0; r < count; ++r)
-      from[r] = row_f32(rows[j + r], dtype, dim, buffer.data + r * depth);
+      from[r] = Unit::row(rows[j + r], dtype, dim, buffer.data + r * depth);
     float* panel = to + (j / NR) * depth * NR + j % NR;
     for (int d = 0; d < depth; d += W) {
       f32v v[W];
@@ -114,6 +116,71 @@ inline void unpack_rows(const float* from, int64_t ld, int n, int dim, const flo
     if (!direct) from_f32(to, dim, rows[r], dtype);
   }
 }
+
+// ---- what computes the products -----------------------------------------------------------------
+
+// FMAs on fp32 copies of the operands.
+struct VectorUnit {
+  struct Turn {};  // what a thread holds while it works
+  static constexpr bool matrix = false;
+  static constexpr int rows = MR;  // of a row block
+  static constexpr int depth = 1;  // elements of a word
+  static constexpr int whole = 1;  // buffers have room for a multiple of this many rows
+  static int64_t words(int64_t dim) { return dim; }
+  static const float* row(const char* row, Dtype dtype, int dim, float* buffer) {
+    return row_f32(row, dtype, dim, buffer);
+  }
+  static constexpr auto pack_rows = cpu::pack_rows;
+  static constexpr auto pack_panels = cpu::pack_panels;
+};
+
+#if defined(__AMX_BF16__)
+// Tiles of bf16 operands as they are: nothing is rounded, so scale comes after the product.
+struct MatrixUnit {
+  using Turn = MatrixTurn;
+  static constexpr bool matrix = true;
+  static constexpr int rows = 2 * kTile;
+  static constexpr int depth = 2;
+  static constexpr int whole = kTile;
+  static int64_t words(int64_t dim) { return round_up(dim, 2 * kTile) / 2; }
+
+  // Zero up to whole tiles: the row itself where it already is that.
+  static const float* row(const char* row, Dtype, int dim, float* buffer) {
+    if (dim % (2 * kTile) == 0) return reinterpret_cast<const float*>(row);
+    char* to = reinterpret_cast<char*>(buffer);
+    __builtin_memcpy(to, row, 2 * dim);
+    __builtin_memset(to + 2 * dim, 0, 4 * words(dim) - 2 * dim);
+    return buffer;
+  }
+
+  static void pack_rows(const char* const* rows, int n, Dtype dtype, int dim, float, float* to,
+                        int64_t ld) {
+    RowBuffer buffer;
+    for (int r = 0; r < n; ++r) {
+      const float* from = row(rows[r], dtype, dim, buffer.data);
+      for (int64_t d = 0; d < words(dim); d += W) store(to + r * ld + d, load(from + d));
+    }
+  }
+
+  // Pairs of rows; zeros behind the last row up to whole tiles.
+  static void pack_panels(const char* const* rows, int n, Dtype dtype, int dim, int64_t capacity,
+                          float* to) {
+    alignas(64) static constexpr float zeros[kMaxDim / 2] = {};
+    RowBuffer even, odd;
+    for (int r = 0; r < round_up(n, 2 * kTile); r += 2) {
+      const float* x = r < n ? row(rows[r], dtype, dim, even.data) : zeros;
+      const float* y = r + 1 < n ? row(rows[r + 1], dtype, dim, odd.data) : zeros;
+      for (int64_t d = 0; d < words(dim); d += W) {  // a vector of pairs is one panel's row
+        f32v low, high;
+        interleave_halves(load(x + d), load(y + d), low, high);
+        float* panel = to + (d / W * capacity + r) / 2 * NR;
+        store(panel, low);
+        store(panel + W, high);
+      }
+    }
+  }
+};
+#endif
 
 }  // namespace
 }  // namespace genfast::cpu

@@ -10,10 +10,20 @@
 namespace genfast::cpu::GENFAST_ISA {
 namespace {
 
+// Asks for the line that a loop will store to 512 bytes on: a 64 KiB latent leaves L1, and the
+// store that misses it waits for the read of its line, 0.13 us of 1.56. Beyond the end it does no
+// harm.
+GENFAST_FN void fetch_to_write(float* p) { __builtin_prefetch(p + 128, 1, 3); }
+
 // to = c_0 s_0 + c_1 s_1 + ..., added in this order; the loop is compiled once per number of terms.
 template <int K>
-void sum_of(const float* const* s, const float* c, int n, float* to) {
+void sum_of(const float* const* sources, const float* coefficients, int n, float* to) {
+  const float* s[K];  // copies: a store to `to` might change what the arguments point at
+  float c[K];
+#pragma GCC unroll 12
+  for (int k = 0; k < K; ++k) s[k] = sources[k], c[k] = coefficients[k];
   for (int i = 0; i < n; i += W) {
+    fetch_to_write(to + i);
     f32v a = load(s[0] + i) * c[0];
 #pragma GCC unroll 12
     for (int k = 1; k < K; ++k) a = a + load(s[k] + i) * c[k];

@@ -123,15 +123,60 @@ struct FlatOutput {
   }
 };
 
-// O outputs of the same two sources (mostly x and m) in one walk: 0.35 us less on a 64 KiB latent,
-// of 1.9.
-template <int O>
-void pairs_of(const float* first, const float* second, const FlatOutput* out, int64_t at, int n) {
-  for (int i = 0; i < n; i += W) {
-    const f32v u = load(first + i), v = load(second + i);
+// O outputs in one walk, each source read once: the first of K sources; of the others the last as
+// the first where `full`, the rest of its first two (mostly x and m: history entry, predicted x0).
+// On a 64 KiB latent 0.35 us less than one after the other in blocks, of 3.1 for DPM-Solver++ 2M.
+template <int K, int O, bool full>
+void walk(const Sources& sources, const FlatOutput* out, int64_t at, int n) {
+  const float* from[K];
+  float c[O][K], *to[O];
+#pragma GCC unroll 6
+  for (int k = 0; k < K; ++k) from[k] = sources[out[0].source[k]];
 #pragma GCC unroll 3
-    for (int o = 0; o < O; ++o) store(out[o].to + at + i, u * out[o].c[0] + v * out[o].c[1]);
+  for (int o = 0; o < O; ++o) {
+    to[o] = out[o].to + at;
+#pragma GCC unroll 6
+    for (int k = 0; k < K; ++k) c[o][k] = k < out[o].n ? out[o].c[k] : 0.0f;
   }
+  for (int i = 0; i < n; i += W) {
+    f32v v[K], sum[O];
+#pragma GCC unroll 6
+    for (int k = 0; k < K; ++k) v[k] = load(from[k] + i);
+#pragma GCC unroll 3
+    for (int o = 0; o < O; ++o) {
+      fetch_to_write(to[o] + i);
+      sum[o] = v[0] * c[o][0] + v[1] * c[o][1];
+#pragma GCC unroll 6
+      for (int k = 2; k < K; ++k)
+        if (o == 0 || (full && o == O - 1)) sum[o] = sum[o] + v[k] * c[o][k];
+    }
+#pragma GCC unroll 3
+    for (int o = 0; o < O; ++o) store(to[o] + i, sum[o]);
+  }
+}
+
+using Walk = void (*)(const Sources&, const FlatOutput*, int64_t, int);
+constexpr int kWalked = 6;  // sources at most
+
+template <int K>
+Walk walk_of(int outputs, bool full) {
+  if (outputs == 2) return full ? walk<K, 2, true> : walk<K, 2, false>;
+  return full ? walk<K, 3, true> : walk<K, 3, false>;
+}
+
+// The walk of these outputs, null where they share less.
+Walk shared_walk(const FlatOutput* out, int outputs) {
+  const int n = out[0].n;
+  if (outputs < 2 || n < 2 || n > kWalked) return nullptr;
+  const bool full = out[outputs - 1].n == n;
+  for (int o = 1; o < outputs; ++o) {
+    if (out[o].n != (full && o == outputs - 1 ? n : 2)) return nullptr;
+    for (int k = 0; k < out[o].n; ++k)
+      if (out[o].source[k] != out[0].source[k]) return nullptr;
+  }
+  using Choice = Walk (*)(int, bool);
+  static constexpr Choice choices[] = {walk_of<2>, walk_of<3>, walk_of<4>, walk_of<5>, walk_of<6>};
+  return choices[n - 2](outputs, full);
 }
 
 // The everyday cases without staging: contiguous fp32 and one row for all; or guidance alone. On a
@@ -176,10 +221,7 @@ bool flat_step(const StepParams& p) {
   for (int o = 0; o < outputs; ++o) advise(p.out[o]);
 
   const NoiseAt noise(p.noise, p.x);
-  bool pairs = outputs > 1;
-  for (int o = 0; o < outputs; ++o)
-    pairs = pairs && out[o].n == 2 && out[o].source[0] == out[0].source[0] &&
-            out[o].source[1] == out[0].source[1];
+  const Walk together = shared_walk(out, outputs);
   const bool own_rows = guides && p.weights.numel > out[0].n;
   const int64_t rows = own_rows ? batch_of(p.x) : draws ? noise_rows(p.noise, p.x) : 1;
   const int64_t n = rows > 0 ? p.x.numel / rows : 0;
@@ -203,9 +245,8 @@ bool flat_step(const StepParams& p) {
         predict_x0(here[kX], here[kM], row, whole, x0.data);
         here[kX0] = x0.data;
       }
-      if (pairs) {
-        const auto walk = outputs == 2 ? pairs_of<2> : pairs_of<3>;
-        walk(here[out[0].source[0]], here[out[0].source[1]], out, at, whole);
+      if (together != nullptr) {
+        together(here, out, at, whole);
       } else if (whole > 0) {
         for (int o = 0; o < outputs; ++o) out[o].sum(here, weights, whole, out[o].to + at);
       }

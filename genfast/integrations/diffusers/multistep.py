@@ -27,17 +27,17 @@ from genfast.schedulers.euler import lms_coefficients
 from genfast.schedulers.plan import Lin, X, sym
 
 from .base import (
+    PREV,
+    PREV_X0,
     AlphaForward,
     Dropin,
     LambdaForward,
     compile_row,
-    pair,
-    single,
+    record,
     step,
 )
 from .sigma import ScaledInput
 
-_X0 = ("prev_sample", "pred_original_sample")
 _ENTRY = re.compile(r"[DE](\d+)|(saved|noise)\d+")
 #: what the planner calls an entry that is not in the list -> attribute
 _ATTRIBUTES = {"saved": "last_sample", "noise": "last_noise"}
@@ -106,12 +106,10 @@ class _History(Dropin):
         return e
 
     def _genfast_listed(self, model_output, timestep, sample, generator, seed, dtype=None, z=None):
-        """One step on `model_outputs` and `lower_order_nums`: the next sample, or None."""
-        e = self._genfast
-        if e is None or not self._genfast_fresh(e):
-            if self.num_inference_steps is None:
-                return None
-            e = self._genfast_engine()
+        """One step on `model_outputs` and `lower_order_nums`: (next sample,), or None."""
+        if self.num_inference_steps is None:
+            return None
+        e = self._genfast_now()
         i = self._step_index
         if i is None:
             self._init_step_index(timestep)
@@ -148,7 +146,7 @@ class _History(Dropin):
         if n < order:
             self.lower_order_nums = n + 1
         self._step_index = i + 1
-        return outs[0]
+        return outs[:1]
 
 
 def _zero_ends_first_order(config):
@@ -179,16 +177,15 @@ class DPMSolverMultistepScheduler(
         z = variance_noise
         if z is not None:
             z = z.to(device=model_output.device, dtype=torch.float32)
-        prev = self._genfast_listed(
+        found = self._genfast_listed(
             model_output, timestep, sample, generator, seed, torch.float32, z
         )
-        if prev is None:
+        if found is None:
             return super().step(
                 model_output, timestep, sample, generator, variance_noise, return_dict
             )
-        if not return_dict:
-            return (prev,)
-        return single(scheduling_dpmsolver_multistep.SchedulerOutput, prev)
+        kind = scheduling_dpmsolver_multistep.SchedulerOutput
+        return record(kind, PREV, found) if return_dict else found
 
 
 class EDMDPMSolverMultistepScheduler(
@@ -202,12 +199,11 @@ class EDMDPMSolverMultistepScheduler(
         return _zero_ends_first_order(self._internal_dict)
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seed=None):
-        prev = self._genfast_listed(model_output, timestep, sample, generator, seed)
-        if prev is None:
+        found = self._genfast_listed(model_output, timestep, sample, generator, seed)
+        if found is None:
             return super().step(model_output, timestep, sample, generator, return_dict)
-        if not return_dict:
-            return (prev,)
-        return single(scheduling_edm_dpmsolver_multistep.SchedulerOutput, prev)
+        kind = scheduling_edm_dpmsolver_multistep.SchedulerOutput
+        return record(kind, PREV, found) if return_dict else found
 
 
 class DEISMultistepScheduler(
@@ -217,12 +213,11 @@ class DEISMultistepScheduler(
     _refer = ""
 
     def step(self, model_output, timestep, sample, return_dict=True):
-        prev = self._genfast_listed(model_output, timestep, sample, None, None)
-        if prev is None:
+        found = self._genfast_listed(model_output, timestep, sample, None, None)
+        if found is None:
             return super().step(model_output, timestep, sample, return_dict)
-        if not return_dict:
-            return (prev,)
-        return single(scheduling_deis_multistep.SchedulerOutput, prev)
+        kind = scheduling_deis_multistep.SchedulerOutput
+        return record(kind, PREV, found) if return_dict else found
 
 
 class DPMSolverSinglestepScheduler(
@@ -241,19 +236,16 @@ class DPMSolverSinglestepScheduler(
         return self._genfast_compile(e, i, 0 if orders[i] == p else i - p + 1)
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seed=None):
-        prev = self._genfast_block(model_output, timestep, sample, generator, seed)
-        if prev is None:
+        found = self._genfast_block(model_output, timestep, sample, generator, seed)
+        if found is None:
             return super().step(model_output, timestep, sample, generator, return_dict)
-        if not return_dict:
-            return (prev,)
-        return single(scheduling_dpmsolver_singlestep.SchedulerOutput, prev)
+        kind = scheduling_dpmsolver_singlestep.SchedulerOutput
+        return record(kind, PREV, found) if return_dict else found
 
     def _genfast_block(self, model_output, timestep, sample, generator, seed):
-        e = self._genfast
-        if e is None or not self._genfast_fresh(e):
-            if self.num_inference_steps is None:
-                return None
-            e = self._genfast_engine()
+        if self.num_inference_steps is None:
+            return None
+        e = self._genfast_now()
         i = self._step_index
         if i is None:
             self._init_step_index(timestep)
@@ -286,7 +278,7 @@ class DPMSolverSinglestepScheduler(
         if p == 1:
             self.sample = sample
         self._step_index = i + 1
-        return outs[0]
+        return outs[:1]
 
 
 class UniPCMultistepScheduler(
@@ -294,14 +286,17 @@ class UniPCMultistepScheduler(
 ):
     __doc__ = scheduling_unipc_multistep.UniPCMultistepScheduler.__doc__
 
-    def _genfast_fresh(self, e):
-        return super()._genfast_fresh(e) and e.rest == self._genfast_rest()
+    _watched = (*_History._watched, "predict_x0")
 
-    def _genfast_rest(self):
-        return self.predict_x0, tuple(self.disable_corrector)
+    def _genfast_now(self):
+        e = super()._genfast_now()
+        if e.data["uncorrected"] != tuple(self.disable_corrector):  # a list: edited in place
+            e = self._genfast_renewed()
+        return e
 
     def _genfast_data(self):
-        return dict(super()._genfast_data(), rest=self._genfast_rest())
+        own = dict(predict_x0=self.predict_x0, uncorrected=tuple(self.disable_corrector))
+        return dict(super()._genfast_data(), **own)
 
     def _genfast_config(self):
         found = dict(predict_x0=self.predict_x0, disable_corrector=tuple(self.disable_corrector))
@@ -324,27 +319,24 @@ class UniPCMultistepScheduler(
         return self._genfast_compile(e, i, 0 if n >= order else i - n, note)
 
     def step(self, model_output, timestep, sample, return_dict=True):
-        prev = self._genfast_unipc(model_output, timestep, sample)
-        if prev is None:
+        found = self._genfast_unipc(model_output, timestep, sample)
+        if found is None:
             return super().step(model_output, timestep, sample, return_dict)
-        if not return_dict:
-            return (prev,)
-        return single(scheduling_unipc_multistep.SchedulerOutput, prev)
+        kind = scheduling_unipc_multistep.SchedulerOutput
+        return record(kind, PREV, found) if return_dict else found
 
     def _genfast_unipc(self, model_output, timestep, sample):
         if self.num_inference_steps is None or self.solver_p:
             self._genfast_why(None, None, "solver_p is set, or set_timesteps was not called")
             return None
-        e = self._genfast
-        if e is None or not self._genfast_fresh(e):
-            e = self._genfast_engine()
+        e = self._genfast_now()
         i = self._step_index
         if i is None:
             self._init_step_index(timestep)
             i = self._step_index
         order, _ = e.extra
         n, last = self.lower_order_nums, self.last_sample
-        corrects = i > 0 and last is not None and i - 1 not in e.rest[1]
+        corrects = i > 0 and last is not None and i - 1 not in self.disable_corrector
         key = (i, n, corrects)
         try:
             row = e.rows[key]
@@ -373,17 +365,13 @@ class UniPCMultistepScheduler(
         if n < order:
             self.lower_order_nums = n + 1
         self._step_index = i + 1
-        return outs[0]
+        return outs[:1]
 
 
 class SASolverScheduler(AlphaForward, _History, scheduling_sasolver.SASolverScheduler):
     __doc__ = scheduling_sasolver.SASolverScheduler.__doc__
 
-    def _genfast_fresh(self, e):
-        return super()._genfast_fresh(e) and e.rest is self.tau_func
-
-    def _genfast_rest(self):
-        return self.tau_func
+    _watched = (*_History._watched, "tau_func")
 
     def _genfast_data(self):
         data = super()._genfast_data()
@@ -413,19 +401,16 @@ class SASolverScheduler(AlphaForward, _History, scheduling_sasolver.SASolverSche
         return self._genfast_compile(e, i, 0 if n >= depth else i - n, note)
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seed=None):
-        prev = self._genfast_sa(model_output, timestep, sample, generator, seed)
-        if prev is None:
+        found = self._genfast_sa(model_output, timestep, sample, generator, seed)
+        if found is None:
             return super().step(model_output, timestep, sample, generator, return_dict)
-        if not return_dict:
-            return (prev,)
-        return single(scheduling_sasolver.SchedulerOutput, prev)
+        kind = scheduling_sasolver.SchedulerOutput
+        return record(kind, PREV, found) if return_dict else found
 
     def _genfast_sa(self, model_output, timestep, sample, generator, seed):
         if self.num_inference_steps is None:
             return None
-        e = self._genfast
-        if e is None or not self._genfast_fresh(e):
-            e = self._genfast_engine()
+        e = self._genfast_now()
         i = self._step_index
         if i is None:
             self._init_step_index(timestep)
@@ -475,7 +460,7 @@ class SASolverScheduler(AlphaForward, _History, scheduling_sasolver.SASolverSche
         if n < len(outputs):
             self.lower_order_nums = n + 1
         self._step_index = i + 1
-        return outs[0]
+        return outs[:1]
 
 
 class LMSDiscreteScheduler(ScaledInput, Dropin, scheduling_lms_discrete.LMSDiscreteScheduler):
@@ -495,9 +480,7 @@ class LMSDiscreteScheduler(ScaledInput, Dropin, scheduling_lms_discrete.LMSDiscr
     def step(self, model_output, timestep, sample, order=4, return_dict=True):
         if not self.is_scale_input_called:
             return super().step(model_output, timestep, sample, order, return_dict)
-        e = self._genfast
-        if e is None or not self._genfast_fresh(e):
-            e = self._genfast_engine()
+        e = self._genfast_now()
         i = self._step_index
         if i is None:
             self._init_step_index(timestep)
@@ -517,10 +500,9 @@ class LMSDiscreteScheduler(ScaledInput, Dropin, scheduling_lms_discrete.LMSDiscr
         if kept > order:
             del past[0]
         self._step_index = i + 1
-        x0 = outs[row.denoised] if row.denoised >= 0 else model_output
-        if return_dict:
-            return pair(scheduling_lms_discrete.LMSDiscreteSchedulerOutput, _X0, outs[0], x0)
-        return (outs[0], x0)
+        found = outs[0], outs[row.denoised] if row.denoised >= 0 else model_output
+        kind = scheduling_lms_discrete.LMSDiscreteSchedulerOutput
+        return record(kind, PREV_X0, found) if return_dict else found
 
 
 __all__ = [

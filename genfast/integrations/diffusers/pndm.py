@@ -8,27 +8,18 @@ from diffusers.schedulers import scheduling_ipndm, scheduling_pndm
 from genfast.schedulers.plan import M, X, sym
 from genfast.schedulers.pndm import adams_bashforth, transfer
 
-from .base import AlphaForward, Dropin, compile_row, single, step
+from .base import PREV, AlphaForward, Dropin, compile_row, record, step
 
 
 class PNDMScheduler(AlphaForward, Dropin, scheduling_pndm.PNDMScheduler):
     __doc__ = scheduling_pndm.PNDMScheduler.__doc__
-    _watched = ("alphas_cumprod", "timesteps")
-
-    def _genfast_fresh(self, e):
-        a, b = self.alphas_cumprod, self.timesteps
-        return (
-            a is e.a
-            and b is e.b
-            and a._version == e.av
-            and b._version == e.bv
-            and self._internal_dict is e.config
-            and self.num_inference_steps == e.rest[0]
-            and self.final_alpha_cumprod is e.rest[1]
-        )
-
-    def _genfast_rest(self):
-        return self.num_inference_steps, self.final_alpha_cumprod
+    _watched = (
+        "alphas_cumprod",
+        "timesteps",
+        "_internal_dict",
+        "num_inference_steps",
+        "final_alpha_cumprod",
+    )
 
     def _genfast_data(self):
         return dict(
@@ -87,9 +78,7 @@ class PNDMScheduler(AlphaForward, Dropin, scheduling_pndm.PNDMScheduler):
     def _genfast_ready(self):
         if self.num_inference_steps is None:
             return False
-        e = self._genfast
-        if e is None or not self._genfast_fresh(e):
-            self._genfast_engine()
+        self._genfast_now()
         return True
 
     def step_prk(self, model_output, timestep, sample, return_dict=True):
@@ -110,7 +99,7 @@ class PNDMScheduler(AlphaForward, Dropin, scheduling_pndm.PNDMScheduler):
             self.cur_sample = sample
         self.cur_model_output = outs[row.saves[0]] if k < 3 else 0
         self.counter += 1
-        return single(scheduling_pndm.SchedulerOutput, outs[0]) if return_dict else (outs[0],)
+        return record(scheduling_pndm.SchedulerOutput, PREV, outs[:1]) if return_dict else outs[:1]
 
     def step_plms(self, model_output, timestep, sample, return_dict=True):
         found = None
@@ -136,19 +125,15 @@ class PNDMScheduler(AlphaForward, Dropin, scheduling_pndm.PNDMScheduler):
         else:
             self.cur_sample = None
         self.counter += 1
-        return single(scheduling_pndm.SchedulerOutput, outs[0]) if return_dict else (outs[0],)
+        return record(scheduling_pndm.SchedulerOutput, PREV, outs[:1]) if return_dict else outs[:1]
 
 
 class IPNDMScheduler(Dropin, scheduling_ipndm.IPNDMScheduler):
     __doc__ = scheduling_ipndm.IPNDMScheduler.__doc__
-    _watched = ("betas", "alphas")
-
-    def _genfast_fresh(self, e):
-        a, b = self.betas, self.alphas
-        return a is e.a and b is e.b and a._version == e.av and b._version == e.bv
+    _watched = ("betas", "alphas", "_internal_dict")
 
     def _genfast_data(self):
-        return {n: getattr(self, n).detach().cpu().double().numpy() for n in self._watched}
+        return {n: getattr(self, n).detach().cpu().double().numpy() for n in ("betas", "alphas")}
 
     def _genfast_make(self, e, key):
         i, kept = key
@@ -161,9 +146,7 @@ class IPNDMScheduler(Dropin, scheduling_ipndm.IPNDMScheduler):
         return row
 
     def step(self, model_output, timestep, sample, return_dict=True):
-        e = self._genfast
-        if e is None or not self._genfast_fresh(e):
-            e = self._genfast_engine()
+        e = self._genfast_now()
         i = self._step_index
         if i is None:
             self._init_step_index(timestep)
@@ -183,7 +166,7 @@ class IPNDMScheduler(Dropin, scheduling_ipndm.IPNDMScheduler):
             del ets[:-3]  # diffusers keeps every step's tensor alive
         ets.append(outs[row.saves[0]])
         self._step_index = i + 1
-        return single(scheduling_ipndm.SchedulerOutput, outs[0]) if return_dict else (outs[0],)
+        return record(scheduling_ipndm.SchedulerOutput, PREV, outs[:1]) if return_dict else outs[:1]
 
 
 __all__ = ["IPNDMScheduler", "PNDMScheduler"]

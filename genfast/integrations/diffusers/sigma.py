@@ -21,18 +21,17 @@ from genfast.schedulers.plan import symbolic
 from genfast.schedulers.schedules import AlphaGrid, NoiseSchedule, SigmaGrid
 
 from .base import (
+    PREV,
+    PREV_X0,
     AlphaVelocity,
     Dropin,
     SigmaForward,
     compile_row,
     is_integer,
     mix,
-    pair,
-    single,
+    record,
     step,
 )
-
-_X0 = ("prev_sample", "pred_original_sample")
 
 
 class ByIndex(Dropin):
@@ -68,9 +67,7 @@ class ByIndex(Dropin):
     ):
         """(row, outputs) of one step, the step index moved on; (None, None): diffusers' own code
         must run."""
-        e = self._genfast
-        if e is None or not self._genfast_fresh(e):
-            e = self._genfast_engine()
+        e = self._genfast_now()
         i = self._step_index
         if i is None:
             self._init_step_index(timestep)
@@ -109,9 +106,7 @@ class ScaledInput(SigmaForward):
         return e
 
     def scale_model_input(self, sample, timestep):
-        e = self._genfast
-        if e is None or not self._genfast_fresh(e):
-            e = self._genfast_engine()
+        e = self._genfast_now()
         if self._step_index is None:
             self._init_step_index(timestep)
         self.is_scale_input_called = True
@@ -187,11 +182,9 @@ class EulerDiscreteScheduler(
                 generator,
                 return_dict,
             )
-        x0 = outs[row.denoised] if row.denoised >= 0 else model_output
-        if return_dict:
-            kind = scheduling_euler_discrete.EulerDiscreteSchedulerOutput
-            return pair(kind, _X0, outs[0], x0)
-        return (outs[0], x0)
+        found = outs[0], outs[row.denoised] if row.denoised >= 0 else model_output
+        kind = scheduling_euler_discrete.EulerDiscreteSchedulerOutput
+        return record(kind, PREV_X0, found) if return_dict else found
 
     def get_velocity(self, sample, noise, timesteps):
         if is_integer(timesteps):
@@ -223,11 +216,9 @@ class EulerAncestralDiscreteScheduler(
             )
         if row is None:
             return super().step(model_output, timestep, sample, generator, return_dict)
-        x0 = outs[row.denoised]
-        if return_dict:
-            kind = scheduling_euler_ancestral_discrete.EulerAncestralDiscreteSchedulerOutput
-            return pair(kind, _X0, outs[0], x0)
-        return (outs[0], x0)
+        found = outs[0], outs[row.denoised]
+        kind = scheduling_euler_ancestral_discrete.EulerAncestralDiscreteSchedulerOutput
+        return record(kind, PREV_X0, found) if return_dict else found
 
 
 class EDMEulerScheduler(ScaledInput, UpcastByIndex, scheduling_edm_euler.EDMEulerScheduler):
@@ -281,10 +272,9 @@ class EDMEulerScheduler(ScaledInput, UpcastByIndex, scheduling_edm_euler.EDMEule
                 return_dict,
                 pred_original_sample,
             )
-        x0 = outs[row.denoised]
-        if return_dict:
-            return pair(scheduling_edm_euler.EDMEulerSchedulerOutput, _X0, outs[0], x0)
-        return (outs[0], x0)
+        found = outs[0], outs[row.denoised]
+        kind = scheduling_edm_euler.EDMEulerSchedulerOutput
+        return record(kind, PREV_X0, found) if return_dict else found
 
 
 class CMStochasticIterativeScheduler(
@@ -311,32 +301,21 @@ class CMStochasticIterativeScheduler(
             row, outs = self._genfast_single(model_output, timestep, sample, generator, seed)
         if row is None:
             return super().step(model_output, timestep, sample, generator, return_dict)
-        if return_dict:
-            kind = scheduling_consistency_models.CMStochasticIterativeSchedulerOutput
-            return single(kind, outs[0])
-        return (outs[0],)
+        kind = scheduling_consistency_models.CMStochasticIterativeSchedulerOutput
+        return record(kind, PREV, outs[:1]) if return_dict else outs[:1]
 
 
 class _Distilled(AlphaVelocity, ByIndex):
     """LCM and TCD: integer timesteps, found by the step index, each going to the next one."""
 
-    _watched = ("alphas_cumprod", "timesteps")
+    _watched = (
+        "alphas_cumprod",
+        "timesteps",
+        "_internal_dict",
+        "num_inference_steps",
+        "final_alpha_cumprod",
+    )
     _tail = "repeat"
-
-    def _genfast_fresh(self, e):
-        a, b = self.alphas_cumprod, self.timesteps
-        return (
-            a is e.a
-            and b is e.b
-            and a._version == e.av
-            and b._version == e.bv
-            and self._internal_dict is e.config
-            and self.num_inference_steps == e.rest[0]
-            and self.final_alpha_cumprod is e.rest[1]
-        )
-
-    def _genfast_rest(self):
-        return self.num_inference_steps, self.final_alpha_cumprod
 
     def _genfast_engine(self):
         e = super()._genfast_engine()
@@ -364,9 +343,7 @@ class _Distilled(AlphaVelocity, ByIndex):
         """timestep is the one of this step index, as in an ordinary run."""
         if self.num_inference_steps is None:
             return False
-        e = self._genfast
-        if e is None or not self._genfast_fresh(e):
-            e = self._genfast_engine()
+        e = self._genfast_now()
         if self._step_index is None:
             self._init_step_index(timestep)
         i = self._step_index
@@ -388,11 +365,9 @@ class LCMScheduler(_Distilled, scheduling_lcm.LCMScheduler):
             )
         if row is None:
             return super().step(model_output, timestep, sample, generator, return_dict)
-        denoised = outs[row.denoised]
-        if return_dict:
-            names = ("prev_sample", "denoised")
-            return pair(scheduling_lcm.LCMSchedulerOutput, names, outs[0], denoised)
-        return (outs[0], denoised)
+        found = outs[0], outs[row.denoised]
+        kind, names = scheduling_lcm.LCMSchedulerOutput, ("prev_sample", "denoised")
+        return record(kind, names, found) if return_dict else found
 
 
 class TCDScheduler(_Distilled, scheduling_tcd.TCDScheduler):
@@ -425,11 +400,9 @@ class TCDScheduler(_Distilled, scheduling_tcd.TCDScheduler):
             )
         if row is None:
             return super().step(model_output, timestep, sample, eta, generator, return_dict)
-        at_s = outs[row.denoised]
-        if return_dict:
-            names = ("prev_sample", "pred_noised_sample")
-            return pair(scheduling_tcd.TCDSchedulerOutput, names, outs[0], at_s)
-        return (outs[0], at_s)
+        found = outs[0], outs[row.denoised]
+        kind, names = scheduling_tcd.TCDSchedulerOutput, ("prev_sample", "pred_noised_sample")
+        return record(kind, names, found) if return_dict else found
 
 
 class _Flow(ByIndex):
@@ -478,9 +451,7 @@ class FlowMatchEulerDiscreteScheduler(
         kind = scheduling_flow_match_euler_discrete.FlowMatchEulerDiscreteSchedulerOutput
         outs = None
         if per_token_timesteps is None and not is_integer(timestep):
-            e = self._genfast
-            if e is None or not self._genfast_fresh(e):
-                e = self._genfast_engine()
+            e = self._genfast_now()
             i = self._step_index
             if i is None:
                 self._init_step_index(timestep)
@@ -514,7 +485,7 @@ class FlowMatchEulerDiscreteScheduler(
                 per_token_timesteps,
                 return_dict,
             )
-        return single(kind, outs[0]) if return_dict else (outs[0],)
+        return record(kind, PREV, outs[:1]) if return_dict else outs[:1]
 
 
 class FlowMatchLCMScheduler(_Flow, scheduling_flow_match_lcm.FlowMatchLCMScheduler):
@@ -531,9 +502,8 @@ class FlowMatchLCMScheduler(_Flow, scheduling_flow_match_lcm.FlowMatchLCMSchedul
         if row is None:
             self._genfast_why(None, None, "x0 is resized between steps")
             return super().step(model_output, timestep, sample, generator, return_dict)
-        if return_dict:
-            return single(scheduling_flow_match_lcm.FlowMatchLCMSchedulerOutput, outs[0])
-        return (outs[0],)
+        kind = scheduling_flow_match_lcm.FlowMatchLCMSchedulerOutput
+        return record(kind, PREV, outs[:1]) if return_dict else outs[:1]
 
 
 __all__ = [

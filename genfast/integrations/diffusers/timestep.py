@@ -10,32 +10,14 @@ from genfast.schedulers.from_config import plan_from_config
 from genfast.schedulers.plan import symbolic
 from genfast.schedulers.schedules import AlphaGrid, NoiseSchedule
 
-from .base import AlphaVelocity, Dropin, compile_row, pair, step
-
-_X0 = ("prev_sample", "pred_original_sample")
-
+from .base import PREV_X0, AlphaVelocity, Dropin, compile_row, integer, record, step
 
 _NO_INDEX = frozenset((float, torch.float32, torch.float64, torch.float16, torch.bfloat16))
 
 
 class _ByTimestep(Dropin):
-    _watched = ("alphas_cumprod", "timesteps")
+    _watched = ("alphas_cumprod", "timesteps", "_internal_dict", "num_inference_steps")
     _final: str  # attribute: alpha_bar beyond the first timestep
-
-    def _genfast_fresh(self, e):
-        a, b = self.alphas_cumprod, self.timesteps
-        return (
-            a is e.a
-            and b is e.b
-            and a._version == e.av
-            and b._version == e.bv
-            and self._internal_dict is e.config
-            and self.num_inference_steps == e.rest[0]
-            and getattr(self, self._final) is e.rest[1]
-        )
-
-    def _genfast_rest(self):
-        return self.num_inference_steps, getattr(self, self._final)
 
     def _genfast_data(self):
         return dict(
@@ -55,13 +37,15 @@ class _ByTimestep(Dropin):
         """timestep as an int; one of `timesteps` on another device is known by its address, without
         waiting for that device.
         """
-        if timestep.__class__ is int:
-            return timestep
+        t = integer(timestep)
+        if t is not None:
+            return t
         if getattr(timestep, "dtype", float) in _NO_INDEX:
             return -1  # diffusers cannot index with it
-        if timestep.__class__ is torch.Tensor and not timestep.is_cpu and e.b.is_contiguous():
-            i, odd = divmod(timestep.data_ptr() - e.b.data_ptr(), e.b.element_size())
-            if not odd and 0 <= i < e.b.numel() and timestep.dtype is e.b.dtype:
+        known = e.timesteps
+        if timestep.__class__ is torch.Tensor and not timestep.is_cpu and known.is_contiguous():
+            i, odd = divmod(timestep.data_ptr() - known.data_ptr(), known.element_size())
+            if not odd and 0 <= i < known.numel() and timestep.dtype is known.dtype:
                 return int(e.data["timesteps"][i])
         return int(timestep)
 
@@ -114,16 +98,7 @@ class _ByTimestep(Dropin):
 class DDPMScheduler(AlphaVelocity, _ByTimestep, scheduling_ddpm.DDPMScheduler):
     __doc__ = scheduling_ddpm.DDPMScheduler.__doc__
     _final = "one"
-
-    def _genfast_rest(self):
-        return self.num_inference_steps, self.one, self.custom_timesteps, self.variance_type
-
-    def _genfast_fresh(self, e):
-        return (
-            super()._genfast_fresh(e)
-            and self.custom_timesteps == e.rest[2]
-            and self.variance_type == e.rest[3]
-        )
+    _watched = (*_ByTimestep._watched, _final, "custom_timesteps", "variance_type")
 
     def _genfast_data(self):
         return dict(super()._genfast_data(), custom=self.custom_timesteps, kind=self.variance_type)
@@ -145,9 +120,7 @@ class DDPMScheduler(AlphaVelocity, _ByTimestep, scheduling_ddpm.DDPMScheduler):
         return self._genfast_at(e, t), self._genfast_at(e, np.array(to))
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seed=None):
-        e = self._genfast
-        if e is None or not self._genfast_fresh(e):
-            e = self._genfast_engine()
+        e = self._genfast_now()
         t = self._genfast_t(e, timestep)
         try:
             row = e.rows[t]
@@ -162,15 +135,15 @@ class DDPMScheduler(AlphaVelocity, _ByTimestep, scheduling_ddpm.DDPMScheduler):
             shape, dtype = sample.shape, model_output.dtype
             z, seed = self._genfast_noise(row, sample, shape, dtype, generator, seed)
         outs = step(row, sample, model_output, (), z, False, seed, e.extra.get(t, t))
-        x0 = outs[row.denoised] if row.denoised >= 0 else model_output
-        if return_dict:
-            return pair(scheduling_ddpm.DDPMSchedulerOutput, _X0, outs[0], x0)
-        return (outs[0], x0)
+        found = outs[0], outs[row.denoised] if row.denoised >= 0 else model_output
+        kind = scheduling_ddpm.DDPMSchedulerOutput
+        return record(kind, PREV_X0, found) if return_dict else found
 
 
 class DDIMScheduler(AlphaVelocity, _ByTimestep, scheduling_ddim.DDIMScheduler):
     __doc__ = scheduling_ddim.DDIMScheduler.__doc__
     _final = "final_alpha_cumprod"
+    _watched = (*_ByTimestep._watched, _final)
 
     def step(
         self,
@@ -185,10 +158,8 @@ class DDIMScheduler(AlphaVelocity, _ByTimestep, scheduling_ddim.DDIMScheduler):
         *,
         seed=None,
     ):
-        e = self._genfast
-        if e is None or not self._genfast_fresh(e):
-            # without set_timesteps diffusers has its own message
-            e = None if self.num_inference_steps is None else self._genfast_engine()
+        # without set_timesteps diffusers has its own message
+        e = None if self.num_inference_steps is None else self._genfast_now()
         row = key = None
         if e is not None and not (eta > 0 and generator is not None and variance_noise is not None):
             key = t = self._genfast_t(e, timestep)
@@ -219,15 +190,15 @@ class DDIMScheduler(AlphaVelocity, _ByTimestep, scheduling_ddim.DDIMScheduler):
             else:
                 z, seed = variance_noise if row.noisy else None, None
         outs = step(row, sample, model_output, (), z, False, seed, e.extra.get(t, t))
-        x0 = outs[row.denoised] if row.denoised >= 0 else model_output
-        if return_dict:
-            return pair(scheduling_ddim.DDIMSchedulerOutput, _X0, outs[0], x0)
-        return (outs[0], x0)
+        found = outs[0], outs[row.denoised] if row.denoised >= 0 else model_output
+        kind = scheduling_ddim.DDIMSchedulerOutput
+        return record(kind, PREV_X0, found) if return_dict else found
 
 
 class DDIMInverseScheduler(_ByTimestep, scheduling_ddim_inverse.DDIMInverseScheduler):
     __doc__ = scheduling_ddim_inverse.DDIMInverseScheduler.__doc__
     _final = "initial_alpha_cumprod"
+    _watched = (*_ByTimestep._watched, _final)
 
     def _genfast_next(self, e, t):
         T = e.config["num_train_timesteps"]
@@ -235,9 +206,7 @@ class DDIMInverseScheduler(_ByTimestep, scheduling_ddim_inverse.DDIMInverseSched
         return self._genfast_at(e, came), self._genfast_at(e, t)
 
     def step(self, model_output, timestep, sample, return_dict=True):
-        e = self._genfast
-        if e is None or not self._genfast_fresh(e):
-            e = None if self.num_inference_steps is None else self._genfast_engine()
+        e = None if self.num_inference_steps is None else self._genfast_now()
         row = t = None
         if e is not None:
             t = self._genfast_t(e, timestep)
@@ -249,7 +218,6 @@ class DDIMInverseScheduler(_ByTimestep, scheduling_ddim_inverse.DDIMInverseSched
             self._genfast_why(e, t, "set_timesteps was not called")
             return super().step(model_output, timestep, sample, return_dict)
         outs = step(row, sample, model_output)
-        x0 = outs[row.denoised] if row.denoised >= 0 else model_output
-        if return_dict:
-            return pair(scheduling_ddim_inverse.DDIMSchedulerOutput, _X0, outs[0], x0)
-        return (outs[0], x0)
+        found = outs[0], outs[row.denoised] if row.denoised >= 0 else model_output
+        kind = scheduling_ddim_inverse.DDIMSchedulerOutput
+        return record(kind, PREV_X0, found) if return_dict else found

@@ -21,20 +21,17 @@ from genfast.schedulers.convert import ve
 from genfast.schedulers.euler import churn
 from genfast.schedulers.plan import X0, M, X, Z, sym
 
-from .base import Dropin, SigmaForward, compile_row, is_integer, mix, pair, single, step
+from .base import PREV, PREV_X0, Dropin, SigmaForward, compile_row, is_integer, mix, record, step
 from .sigma import ScaledInput, _churn
 
 _NO_CHURN = dict(s_churn=0.0, s_tmin=0.0, s_tmax=math.inf, s_noise=1.0)
-_X0 = ("prev_sample", "pred_original_sample")
 
 
 class _TwoStage(Dropin):
     _genfast_dt = (None, 0.0)  # the dt the first stage left, as the public tensor and as a number
 
     def _genfast_at(self, timestep):
-        e = self._genfast
-        if e is None or not self._genfast_fresh(e):
-            e = self._genfast_engine()
+        e = self._genfast_now()
         i = self._step_index
         if i is None:
             self._init_step_index(timestep)
@@ -98,31 +95,18 @@ class HeunDiscreteScheduler(ScaledInput, _TwoStage, scheduling_heun_discrete.Heu
             outs = step(row, sample, model_output, tuple([named[n] for n in row.reads]))
             self.prev_derivative = self.dt = self.sample = None
         self._step_index = i + 1
-        x0 = outs[row.denoised] if row.denoised >= 0 else model_output
-        if return_dict:
-            return pair(scheduling_heun_discrete.HeunDiscreteSchedulerOutput, _X0, outs[0], x0)
-        return (outs[0], x0)
+        found = outs[0], outs[row.denoised] if row.denoised >= 0 else model_output
+        kind = scheduling_heun_discrete.HeunDiscreteSchedulerOutput
+        return record(kind, PREV_X0, found) if return_dict else found
 
 
 class _KDPM2(SigmaForward, _TwoStage):
-    _more = ("sigmas_interpol",)
+    _watched = (*_TwoStage._watched, "sigmas_interpol")
     _late = 0  # the second stage reads sigmas_interpol[step_index - _late]
 
-    def _genfast_fresh(self, e):
-        return super()._genfast_fresh(e) and all(
-            getattr(self, name) is t and t._version == version
-            for name, (t, version) in zip(self._more, e.rest, strict=True)
-        )
-
-    def _genfast_rest(self):
-        with torch.inference_mode(False):
-            for name in self._more:
-                if getattr(self, name).is_inference():
-                    setattr(self, name, getattr(self, name).clone())
-        return [(getattr(self, n), getattr(self, n)._version) for n in self._more]
-
     def _genfast_data(self):
-        more = {n: getattr(self, n).detach().cpu().double().numpy() for n in self._more}
+        more = [n for n in self._watched if n.startswith("sigmas_")]
+        more = {n: getattr(self, n).detach().cpu().double().numpy() for n in more}
         return dict(super()._genfast_data(), **more)
 
     def _genfast_engine(self):
@@ -175,18 +159,16 @@ class KDPM2DiscreteScheduler(_KDPM2, scheduling_k_dpm_2_discrete.KDPM2DiscreteSc
             outs = step(row, sample, model_output, (saved,))
             self.sample = None
         self._step_index = i + 1
-        x0 = outs[row.denoised]
-        if return_dict:
-            kind = scheduling_k_dpm_2_discrete.KDPM2DiscreteSchedulerOutput
-            return pair(kind, _X0, outs[0], x0)
-        return (outs[0], x0)
+        found = outs[0], outs[row.denoised]
+        kind = scheduling_k_dpm_2_discrete.KDPM2DiscreteSchedulerOutput
+        return record(kind, PREV_X0, found) if return_dict else found
 
 
 class KDPM2AncestralDiscreteScheduler(
     _KDPM2, scheduling_k_dpm_2_ancestral_discrete.KDPM2AncestralDiscreteScheduler
 ):
     __doc__ = scheduling_k_dpm_2_ancestral_discrete.KDPM2AncestralDiscreteScheduler.__doc__
-    _more = ("sigmas_interpol", "sigmas_up", "sigmas_down")
+    _watched = (*_KDPM2._watched, "sigmas_up", "sigmas_down")
     _late = 1
     _draws = True
 
@@ -211,11 +193,9 @@ class KDPM2AncestralDiscreteScheduler(
             outs = step(row, sample, model_output, (saved,), z, False, seed, i)
             self.sample = None
         self._step_index = i + 1
-        x0 = outs[row.denoised]
-        if return_dict:
-            kind = scheduling_k_dpm_2_ancestral_discrete.KDPM2AncestralDiscreteSchedulerOutput
-            return pair(kind, _X0, outs[0], x0)
-        return (outs[0], x0)
+        found = outs[0], outs[row.denoised]
+        kind = scheduling_k_dpm_2_ancestral_discrete.KDPM2AncestralDiscreteSchedulerOutput
+        return record(kind, PREV_X0, found) if return_dict else found
 
 
 class FlowMatchHeunDiscreteScheduler(
@@ -292,10 +272,8 @@ class FlowMatchHeunDiscreteScheduler(
             outs = step(row, sample, model_output, held, z, True, seed, i)
             self.prev_derivative = self.dt = self.sample = None
         self._step_index = i + 1
-        if return_dict:
-            kind = scheduling_flow_match_heun_discrete.FlowMatchHeunDiscreteSchedulerOutput
-            return single(kind, outs[0])
-        return (outs[0],)
+        kind = scheduling_flow_match_heun_discrete.FlowMatchHeunDiscreteSchedulerOutput
+        return record(kind, PREV, outs[:1]) if return_dict else outs[:1]
 
     def scale_noise(self, sample, timestep, noise):
         if self._step_index is None:

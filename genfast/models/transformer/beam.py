@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from genfast.ops import _check
+
 Step = Callable[[Tensor, int, Tensor | None], Tensor]
 
 
@@ -29,6 +31,7 @@ def beam_search(
     for name, value, least in (("beams", beams, 1), ("tokens", tokens, 1)):
         if value < least:
             raise ValueError(f"{name}: expected an int >= {least}, got {value}")
+    _check.number("length_penalty", length_penalty)
     device = first.device
     rows = torch.arange(sources, device=device)[:, None] * beams
     total = torch.full((sources, beams), -torch.inf, device=device)

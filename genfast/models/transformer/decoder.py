@@ -17,6 +17,7 @@ from genfast.models.transformer import blocks
 from genfast.models.transformer.blocks import Attention, Block, FeedForward, Rotary
 from genfast.models.transformer.cache import KVCache
 from genfast.models.transformer.generation import generate
+from genfast.ops import _check
 
 POSITIONS = ("rotary", "learned")
 
@@ -46,6 +47,7 @@ class GPT(nn.Module):
     ):
         super().__init__()
         self.config = blocks.arguments(locals())
+        _check.counts(vocab=vocab, d=d, layers=layers, heads=heads, context=context)
         if positions not in POSITIONS:
             raise ValueError(
                 f"positions: expected one of {', '.join(POSITIONS)}, got {positions!r}"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from genfast.models.transformer import blocks
 from genfast.models.transformer.blocks import Attention, Block, FeedForward
+from genfast.ops import _check
 from genfast.ops.rng import rand, randint
 
 # Streams of a sample's seed in `mask_tokens`.
@@ -41,6 +42,7 @@ class BERT(nn.Module):
     ):
         super().__init__()
         self.config = blocks.arguments(locals())
+        _check.counts(vocab=vocab, d=d, layers=layers, heads=heads, context=context, types=types)
         self.vocab, self.context, self.types = vocab, context, types
         self.embed = nn.Embedding(vocab, d)
         self.positions = nn.Embedding(context, d)
@@ -57,7 +59,7 @@ class BERT(nn.Module):
             )
 
         self.blocks = nn.ModuleList(block() for _ in range(layers))
-        self.f = blocks.ACTIVATIONS[activation].f
+        self.f = blocks.row("activation", activation, blocks.ACTIVATIONS).f
         self.head = nn.Linear(d, d) if mlm else None
         self.head_norm = nn.LayerNorm(d, eps) if mlm else None
         self.head_bias = nn.Parameter(torch.zeros(vocab)) if mlm else None

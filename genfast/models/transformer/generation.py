@@ -25,6 +25,11 @@ def _prompts(prompts, model, tokens: int) -> list[Tensor]:
                 "start an empty prompt with the tokenizer's first token"
             )
         check_ids(name, p[None], model.vocab)
+        if len(p) > model.context:
+            raise ValueError(
+                f"{name}: expected at most {model.context} tokens (the model's context), got "
+                f"{len(p)}; cut the prompt"
+            )
         if len(p) + tokens > model.context:
             raise ValueError(
                 f"tokens: expected at most {model.context - len(p)} behind the {len(p)} of {name} "

@@ -19,6 +19,7 @@ from genfast.models.transformer import blocks
 from genfast.models.transformer.beam import beam_search
 from genfast.models.transformer.blocks import Attention, Block, FeedForward
 from genfast.models.transformer.cache import KVCache
+from genfast.ops import _check
 from genfast.ops.attention import attention
 
 
@@ -120,6 +121,7 @@ class T5(nn.Module):
     ):
         super().__init__()
         self.config = blocks.arguments(locals())
+        _check.counts(vocab=vocab, d=d, layers=layers, heads=heads)
         D, hidden = head_dim or blocks.divides("heads", heads, "d", d), hidden or 4 * d
         self.vocab, self.d, self.pad, self.eos = vocab, d, pad, eos
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from genfast.models.transformer import blocks
 from genfast.models.transformer.blocks import Attention, Block, FeedForward
+from genfast.ops import _check
 
 
 class ViT(nn.Module):
@@ -32,6 +33,7 @@ class ViT(nn.Module):
     ):
         super().__init__()
         self.config = blocks.arguments(locals())
+        _check.counts(channels=channels, classes=classes, d=d, layers=layers, heads=heads)
         self.size = (image, image) if isinstance(image, int) else tuple(image)
         self.patch, self.channels = patch, channels
         rows, columns = (blocks.divides("patch", patch, "image", n) for n in self.size)

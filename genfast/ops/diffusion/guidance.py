@@ -31,8 +31,8 @@ _NAMES = tuple(METHODS)
 
 def _identity_row(device) -> Tensor:
     row = torch.zeros(1, COLUMNS, device=device)
-    row[0, COEF + 1] = 1.0  # out_0 = m
-    row[0, 2] = float("inf")
+    row[:, COEF + 1].fill_(1.0)  # out_0 = m; on a GPU `row[0, i] = 1.0` waits for the device
+    row[:, 2].fill_(float("inf"))
     return row
 
 

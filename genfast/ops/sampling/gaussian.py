@@ -246,7 +246,10 @@ def _sample(mu, logvar, seed, stream, offset, generator, transform, side, reduct
     """(y, side sum or None)."""
     if not is_compiling() and (road := gate(mu, logvar)):
         try:
-            int_seed, seeds = _noise.resolve(seed, generator, mu.device)
+            if type(seed) is int and generator is None:  # 0.2 us of 5
+                int_seed, seeds = seed, None
+            else:
+                int_seed, seeds = _noise.resolve(seed, generator, mu.device)
             if road == DIRECT:
                 found = _forward(
                     mu, logvar, int_seed, seeds, stream, offset, transform, side, reduction

@@ -1,15 +1,31 @@
 """`RECIPES`: the table behind `genfast train NAME`."""
 
-from genfast.train.recipe import Batch, Option, Part, Recipe, Split
+from genfast.train.recipe import Batch, Option, Part, Player, Recipe, Split
+from genfast.train.recipes.autoencoder import AutoencoderRecipe
+from genfast.train.recipes.clip import CLIPRecipe
+from genfast.train.recipes.cyclegan import CycleGANRecipe
 from genfast.train.recipes.diffusion import DiffusionRecipe
+from genfast.train.recipes.gan import GANS
+from genfast.train.recipes.latent import DiTRecipe, LatentDiffusionRecipe, PriorRecipe
+from genfast.train.recipes.stylegan import StyleGAN2Recipe
 from genfast.train.recipes.transformers import TRANSFORMERS
 from genfast.train.recipes.vae import ConvVAERecipe, VAERecipe
+from genfast.train.recipes.vae_gan import VAEGANRecipe
 
 RECIPES: dict[str, Recipe] = {
     "vae": VAERecipe(),
     "conv-vae": ConvVAERecipe(),
     "diffusion": DiffusionRecipe(),
+    **GANS,
+    "stylegan2": StyleGAN2Recipe(),
+    "cyclegan": CycleGANRecipe(),
+    "vae-gan": VAEGANRecipe(),
     **TRANSFORMERS,
+    "clip": CLIPRecipe(),
+    "autoencoder": AutoencoderRecipe(),
+    "dit": DiTRecipe(),
+    "latent-diffusion": LatentDiffusionRecipe(),
+    "prior": PriorRecipe(),
 }
 
-__all__ = ["RECIPES", "Batch", "Option", "Part", "Recipe", "Split"]
+__all__ = ["RECIPES", "Batch", "Option", "Part", "Player", "Recipe", "Split"]

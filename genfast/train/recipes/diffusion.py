@@ -1,19 +1,22 @@
-"""diffusion: `genfast.models.Diffusion` on images."""
+"""diffusion: `genfast.models.Diffusion` on images, on request guided by a CLIP."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from genfast.metrics import images as metrics
-from genfast.models import Diffusion
+from genfast.models import CLIP, Diffusion
 from genfast.models.diffusion import hole, shrink
+from genfast.models.hybrid import CLIPGuide
 from genfast.ops.rng import rand
-from genfast.train import images
+from genfast.train import captions, images
 from genfast.train.recipe import Batch, Option, Split
 from genfast.train.recipes.images import ImageRecipe
+from genfast.train.recipes.parts import part
 
 
 def numbers(text: str) -> list[int]:
@@ -47,7 +50,18 @@ class DiffusionRecipe(ImageRecipe):
         "guidance": Option(1.0, "scale w of uncond + w (cond - uncond)"),
         "label": Option(-1, "draw this class; -1: one after another"),
         "given": Option("", "inpaint, super-resolution: data whose test part gives the known"),
+        "clip": Option("", "folder of a trained clip that guides to the prompt"),
+        "prompt": Option(
+            "",
+            "what clip guides to; several, separated by |, in turn; none: a "
+            "caption of each class in turn",
+        ),
+        "clip_scale": Option(8.0, "scale s of clip's gradient; with plan ddpm"),
     }
+
+    def load(self, name: str, options: dict) -> Split:
+        found = super().load(name, options)
+        return replace(found, about={**found.about, "captions": name})  # whose classes' names
 
     def build(self, about: dict, options: dict) -> Diffusion:
         o = dict(options)
@@ -73,7 +87,7 @@ class DiffusionRecipe(ImageRecipe):
                 f"label: expected a class in 0 ... {model.classes - 1}, got {o['label']}"
                 if model.classes else "label: expected none, the model was trained without labels"
             )  # fmt: skip
-        more = {"plan": plan, "y": y, "guidance": o["guidance"]}
+        more = {"plan": plan, "y": y, "guidance": o["guidance"], **self.guide(about, o)}
         if model.task == "generate":
             return model.sample(count, seed, start, **more)
         test = self.load(o["given"] or about["data"], {}).test
@@ -81,6 +95,16 @@ class DiffusionRecipe(ImageRecipe):
         if model.classes and y is None:
             more["y"] = labels
         return self.complete(model, x, seed, start, **more)[-1]
+
+    def guide(self, about: dict, options: dict) -> dict:
+        """Arguments of `Diffusion.sample` that make a CLIP guide it; none without --clip."""
+        if not options["clip"]:
+            if options["prompt"]:
+                raise ValueError("--prompt: expected --clip DIR beside it, the clip that reads it")
+            return {}
+        ids = captions.wanted(options["prompt"], about.get("captions", about.get("data", "")))
+        clip = part("--clip", options["clip"], CLIP, "clip")
+        return {"guide": CLIPGuide(clip, ids), "guide_scale": options["clip_scale"]}
 
     def complete(self, model: Diffusion, x: Tensor, seed: int, start: int = 0, **more):
         """What is given of images x, and what the model makes of it."""
@@ -97,14 +121,23 @@ class DiffusionRecipe(ImageRecipe):
         x, y = data.test[torch.arange(len(data.test))]
         labels = y if model.classes else None
         if model.task != "generate":
-            given, found = self.complete(model, x, seed, y=labels)
+            x = x[:count]
+            plan = model.plan(options["plan"], options["steps"])
+            given, found = self.complete(
+                model, x, seed, y=y[:count] if model.classes else None, plan=plan,
+                guidance=options["guidance"],
+            )  # fmt: skip
             return {
                 "PSNR, dB": metrics.psnr(found, x).item(),
                 "PSNR of what was given, dB": metrics.psnr(given, x).item(),
             }
-        drawn = self.sample(model, {}, count, seed, 0, options)
+        drawn = self.sample(model, data.about, count, seed, 0, options)
         bound = model.bound(x, labels, seed=seed).mean().item()
-        return {"bits per dimension <=": bound, **self.judge(drawn, data, seed)}
+        in_turn = options["label"] < 0 and not options["prompt"]
+        asked = None
+        if in_turn and (model.classes or options["clip"]):
+            asked = torch.arange(count) % data.about["classes"]
+        return {"bits per dimension <=": bound, **self.judge(drawn, data, seed, asked)}
 
     def finish(self, model: Diffusion, data: Split, seed: int, out: Path) -> list[str]:
         if model.task == "generate":

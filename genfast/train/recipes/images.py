@@ -31,13 +31,20 @@ class ImageRecipe(Recipe):
             write_tensors(out, {"images": pixels}, provenance)
         return f"wrote {out}"
 
-    def judge(self, drawn: Tensor, data: Split, seed: int) -> dict[str, float]:
+    def judge(
+        self, drawn: Tensor, data: Split, seed: int, asked: Tensor | None = None
+    ) -> dict[str, float]:
         """Drawn images (N, C, H, W) against the test part, in the features of a classifier trained
-        on the training part."""
-        features = metrics.trained_classifier(data, seed)
-        real, _ = data.test[torch.arange(len(data.test))]
-        return {
+        on the training part; asked (N,): the classes that they were drawn for."""
+        features = metrics.classifier_of(data, seed)
+        real = data.test[torch.arange(len(data.test))][0]
+        labels = features.logits(drawn).argmax(1)
+        found = {}
+        if asked is not None:
+            found["asked-for class"] = (labels == asked).float().mean().item()
+        return found | {
             f"{features.kind} accuracy": features.accuracy,
             f"{features.kind} FID": metrics.frechet_distance(features, real, drawn),
+            "classes covered": metrics.classes_covered(labels, data.about["classes"]),
             **metrics.precision_recall_density_coverage(features(real), features(drawn)),
         }

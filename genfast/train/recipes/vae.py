@@ -51,8 +51,8 @@ class VAERecipe(ImageRecipe):
         shape = data.about["shape"]
         x, _ = data.test[torch.arange(min(32, len(data.test)))]
         pairs = torch.stack([x, model.reconstruct(x).view_as(x)], 1).flatten(0, 1)
-        half = len(x) // 2
-        lines = model.interpolate(x[:8], x[half : half + 8], 8).view(-1, *shape)
+        n = min(8, len(x) // 2)  # lines; a small data set has few test images
+        lines = model.interpolate(x[:n], x[n : 2 * n], 8).view(-1, *shape)
         pictures = {
             "reconstructions.png": pairs,
             "interpolations.png": lines,

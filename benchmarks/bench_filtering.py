@@ -1,0 +1,201 @@
+"""filtering: StyleGAN's ops against the PyTorch lines that they replace, eager and compiled, and a
+training step of StyleGAN2 against the same module on those lines.
+
+The PyTorch lines are the reference's (`genfast.reference.filtering`): what the peers run on a CPU.
+A StyleGAN2 step is a move of both players; "lazy": one of those with R1 and the path length.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import genfast
+from genfast.benchmarks.bench_models import fresh, on_reference, prove
+from genfast.benchmarks.harness import Case, Work, assert_judged
+from genfast.models import StyleGAN2
+from genfast.models._seeds import sample_seeds
+from genfast.reference import filtering as reference
+from genfast.reference.filtering import ACTIVATIONS
+
+SEED, TAPS = 1234, (1, 3, 3, 1)
+
+
+def _draw(shape, stream, device, dtype=torch.float32) -> Tensor:
+    return genfast.randn(shape, seed=SEED, stream=stream, device=device).to(dtype)
+
+
+def _step(forward, leaves, grad):
+    """A call that runs forward and backward."""
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    return lambda: torch.autograd.grad(forward(*leaves), leaves, grad)
+
+
+def _work(ours, plain, leaves, backward: bool) -> Work:
+    """ours and plain: functions of `leaves`; plain in any dtype."""
+    first = ours(*leaves)
+    grad = torch.empty_like(first).copy_(_draw(first.shape, 9, first.device))
+
+    def calls(function):
+        return _step(function, leaves, grad) if backward else partial(function, *leaves)
+
+    def proof():
+        def values(function, dtype):
+            given = [x.detach().to(dtype).requires_grad_() for x in leaves]
+            y = function(*given)
+            return y.detach(), *torch.autograd.grad(y, given, grad.to(dtype))
+
+        three = (
+            values(ours, first.dtype), values(plain, first.dtype), values(plain, torch.float64)
+        )  # fmt: skip
+        for i, (a, b, c) in enumerate(zip(*three, strict=True)):
+            assert_judged(f"tensor {i}", a, b, c, 3.0 if i else 2.0)
+
+    return Work(
+        ours=calls(ours),
+        rivals={"eager": calls(plain)},
+        late={"compile": lambda: calls(torch.compile(plain, dynamic=False))},
+        proof=proof,
+    )
+
+
+# ---- the ops -------------------------------------------------------------------------------------
+
+
+def _bias_act(shape, act, noisy, dtype, backward, device) -> Work:
+    leaves = [_draw(shape, 1, device, dtype), _draw(shape[1:2], 2, device, dtype)]
+    found = ACTIVATIONS[act]
+    numbers = {"act": act, "alpha": found.alpha, "gain": found.gain}
+    if not noisy:
+        return _work(
+            lambda x, b: genfast.bias_act(x, b, act=act),
+            lambda x, b: reference.bias_act(x, b, **numbers), leaves, backward,
+        )  # fmt: skip
+    leaves.append(torch.tensor(0.5, device=device))
+    noise = genfast.randn(shape[0], 1, *shape[2:], seed=SEED, device=device)
+    work = _work(
+        lambda x, b, s: genfast.bias_act(x, b, act=act, strength=s, seed=SEED),
+        lambda x, b, s: reference.bias_act(x, b, noise.to(x.dtype), s, **numbers), leaves, backward,
+    )  # fmt: skip
+
+    def drawing(x, b, s):  # the rivals draw too
+        return reference.bias_act(x, b, torch.randn_like(x[:, :1]), s, **numbers)
+
+    grad = _draw(shape, 9, device, dtype)
+    make = (lambda f: _step(f, leaves, grad)) if backward else (lambda f: partial(f, *leaves))
+    work.rivals = {"eager": make(drawing)}
+    work.late = {"compile": lambda: make(torch.compile(drawing, dynamic=False))}
+    return work
+
+
+def _resample(name, shape, dtype, backward, device) -> Work:
+    f = genfast.setup_filter(TAPS, device=device)
+    up, down, padding, gain = PLAIN[name]
+
+    def plain(x):
+        return reference.upfirdn2d(x, f, (up, up), (down, down), padding, gain=gain)
+
+    ours = partial(getattr(genfast, name), f=f)
+    return _work(ours, plain, [_draw(shape, 1, device, dtype)], backward)
+
+
+# upsample2d, downsample2d and filter2d of four taps as arguments of the reference
+PLAIN = {
+    "upsample2d": (2, 1, (2, 1, 2, 1), 4.0),
+    "downsample2d": (1, 2, (1, 1, 1, 1), 1.0),
+    "filter2d": (1, 1, (2, 1, 2, 1), 1.0),
+}
+
+
+def _layer(shape, dtype, backward, device) -> Work:
+    """What follows a convolution of the generator: up-sampling, then bias and activation."""
+    f = genfast.setup_filter(TAPS, device=device)
+    leaves = [_draw(shape, 1, device, dtype), _draw(shape[1:2], 2, device, dtype)]
+    up, down, padding, gain = PLAIN["upsample2d"]
+
+    def ours(x, b):
+        return genfast.bias_act(genfast.upsample2d(x, f), b, act="lrelu")
+
+    def plain(x, b):
+        x = reference.upfirdn2d(x, f, (up, up), (down, down), padding, gain=gain)
+        return reference.bias_act(x, b, act="lrelu", alpha=0.2, gain=2**0.5)
+
+    return _work(ours, plain, leaves, backward)
+
+
+# ---- StyleGAN2 -----------------------------------------------------------------------------------
+
+
+def _moves(model, x, seeds, step) -> list[Tensor]:
+    """The losses, then the gradients of each player."""
+    losses = (
+        (model.d_loss(x, seed=seeds, step=step), model.D),
+        (model.g_loss(seed=seeds, step=step), model.G),
+    )
+    grads = [torch.autograd.grad(v, list(net.parameters())) for v, net in losses]
+    return [torch.stack([v.detach() for v, _ in losses]), *(g for own in grads for g in own)]
+
+
+def _stylegan(lazy, shape, device) -> Work:
+    B, *image = shape
+    step = 0 if lazy else 1
+    model = fresh(partial(StyleGAN2, tuple(image)), device).eval()  # its averages stay
+    x = genfast.rand(shape, seed=SEED, device=device)
+    seeds = sample_seeds(B, SEED, device=device)
+    ours = partial(_moves, model, x, seeds, step)
+
+    def compute(m):
+        return _moves(m, x[:4].to(next(m.parameters()).dtype), seeds[:4], step)
+
+    return Work(
+        ours=ours,
+        rivals={"reference": on_reference(ours)},
+        proof=lambda: prove(model, compute),
+    )
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+# The last layer of a StyleGAN2 of 256 x 256, a middle one, and one of 28 x 28.
+LARGE, MIDDLE, SMALL = (4, 64, 256, 256), (8, 256, 32, 32), (32, 16, 28, 28)
+PASSES = {"": False, " fwd+bwd": True}
+
+
+def _case(name, shape, setup, dtype=torch.float32, touched=0, **more) -> Case:
+    """touched: elements read or written, in multiples of the shape's."""
+    n = torch.Size(shape).numel()
+    size = torch.finfo(dtype).bits // 8
+    return Case("filtering", name, shape, setup, dtype=dtype, bytes=int(touched * n * size), **more)
+
+
+CASES = [
+    _case(f"bias_act {act}{' + noise' if noisy else ''}{p}", shape,
+          partial(_bias_act, shape, act, noisy, dtype, backward), dtype, 5 if backward else 2)
+    for act, noisy, dtype, shapes in (
+        ("lrelu", False, torch.float32, (LARGE, SMALL)),
+        ("lrelu", False, torch.bfloat16, (LARGE,)),
+        ("lrelu", True, torch.float32, (LARGE, SMALL)),
+        ("swish", False, torch.float32, (LARGE,)),
+    )
+    for shape in shapes
+    for p, backward in PASSES.items()
+]  # fmt: skip
+CASES += [
+    _case(f"{name}{p}", shape, partial(_resample, name, shape, dtype, backward), dtype,
+          {"upsample2d": 5, "downsample2d": 1.25, "filter2d": 2}[name] * (1 + backward))
+    for name in PLAIN
+    for shape, dtype in ((MIDDLE, torch.float32), (SMALL, torch.float32), (MIDDLE, torch.bfloat16))
+    for p, backward in PASSES.items()
+]  # fmt: skip
+CASES += [
+    _case("upsample2d + bias_act fwd+bwd", shape, partial(_layer, shape, dtype, True), dtype,
+          targets={"eager": 2.0})
+    for shape, dtype in ((MIDDLE, torch.float32), (SMALL, torch.float32), (MIDDLE, torch.bfloat16))
+]  # fmt: skip
+CASES += [
+    _case(f"StyleGAN2 train{', lazy' if lazy else ''}", (32, 1, 28, 28),
+          partial(_stylegan, lazy, (32, 1, 28, 28)), targets={"reference": 1.3})
+    for lazy in (False, True)
+]  # fmt: skip

@@ -1,0 +1,140 @@
+// Native entry points of the filtering family; bindings.cpp has the rest and the rules.
+#include <cmath>
+
+#include "api/filtering.h"
+#include "binding.h"
+
+namespace genfast {
+namespace {
+
+// Memory of `t` around the channel dimension `dim`; false when it is neither kind.
+bool planes_of(const TensorView& t, int64_t dim, Planes& planes) {
+  if (dim < 0 || dim >= t.ndim) return false;
+  planes = Planes{};
+  for (int64_t i = 0; i < t.ndim; ++i)
+    (i < dim ? planes.outer : i > dim ? planes.inner : planes.channels) *= t.shape[i];
+  if (is_contiguous(t)) {
+    planes.channels_inner = planes.inner == 1 && planes.channels > 1;
+    return true;
+  }
+  int64_t expected = planes.channels;  // dim moved to the end, contiguous
+  for (int64_t i = t.ndim - 1; i >= 0; --i) {
+    if (t.shape[i] == 1) continue;
+    if (t.strides[i] != (i == dim ? 1 : expected)) return false;
+    if (i != dim) expected *= t.shape[i];
+  }
+  planes.channels_inner = true;
+  return true;
+}
+
+bool same_memory(const TensorView& a, const TensorView& b) {
+  if (!same_shape(a, b)) return false;
+  for (int i = 0; i < a.ndim; ++i)
+    if (a.shape[i] > 1 && a.strides[i] != b.strides[i]) return false;
+  return true;
+}
+
+bool dense_floats(const TensorView& t) {
+  return !t.defined() || (is_float(t.dtype) && is_contiguous(t));
+}
+
+// The settings of both directions; `x` decides the shape.
+bool fill(BiasActParams& p, const TensorView& x, const TensorView& b, const TensorView& noise,
+          const TensorView& strength, const TensorView& seeds, py::handle seed, py::handle stream,
+          int64_t offset, bool draws, int64_t dim, int act, float alpha, float gain, float clamp) {
+  if (!is_float(x.dtype) || !planes_of(x, dim, p.planes) || act < 0 ||
+      act > static_cast<int>(Activation::swish) || !dense_floats(b) || !dense_floats(noise) ||
+      !vector_of(strength, Dtype::f32, 1))
+    return false;
+  if (b.defined() && b.numel != p.planes.channels) return false;
+  const int64_t places = p.planes.outer * p.planes.inner;
+  if (noise.defined() && noise.numel != places && noise.numel != p.planes.inner) return false;
+  draws = draws && !noise.defined();
+  if ((draws || noise.defined()) && !strength.defined()) return false;
+  TensorView rows;  // what the noise is drawn for: x with one channel
+  rows.ndim = x.ndim;
+  for (int i = 0; i < x.ndim; ++i) rows.shape[i] = i == dim ? 1 : x.shape[i];
+  if (!NoiseArgument(seed, stream, offset).fill(p.drawn, seeds, rows)) return false;
+  p.drawn_rows = rows.shape[0];
+  p.x = x, p.b = b, p.noise = noise, p.strength = strength, p.draws = draws;
+  p.act = static_cast<Activation>(act), p.alpha = alpha, p.gain = gain, p.clamp = clamp;
+  p.threads = g_gate.threads();
+  return true;
+}
+
+bool bias_act(TensorArgument& y, TensorArgument& x, TensorArgument& b, TensorArgument& noise,
+              TensorArgument& strength, TensorArgument& seeds, py::handle seed, py::handle stream,
+              int64_t offset, bool draws, int64_t dim, int act, float alpha, float gain,
+              float clamp) {
+  BiasActParams p;
+  if (!given({&y, &x}) || !same_device({&y, &x, &b, &noise, &strength, &seeds}) ||
+      !is_float(y.dtype) || !same_memory(y, x) ||
+      !fill(p, x, b, noise, strength, seeds, seed, stream, offset, draws, dim, act, alpha, gain,
+            clamp))
+    return false;
+  p.y = y;
+  return run(p, x, &cpu::Kernels::bias_act);
+}
+
+bool bias_act_backward(TensorArgument& grad, TensorArgument& dz, TensorArgument& db,
+                       TensorArgument& d_strength, TensorArgument& source, bool from_y,
+                       TensorArgument& b, TensorArgument& noise, TensorArgument& strength,
+                       TensorArgument& seeds, py::handle seed, py::handle stream, int64_t offset,
+                       bool draws, int64_t dim, int act, float alpha, float gain, float clamp) {
+  BiasActBackwardParams q;
+  if (!given({&grad, &dz, &source}) ||
+      !same_device({&grad, &dz, &db, &d_strength, &source, &b, &noise, &strength, &seeds}) ||
+      !floats({&grad, &dz}) || !same_memory(grad, source) || !same_memory(dz, source) ||
+      !fill(q.forward, source, b, noise, strength, seeds, seed, stream, offset, draws, dim, act,
+            alpha, gain, clamp))
+    return false;
+  if (!vector_of(db, Dtype::f32, q.forward.planes.channels) ||
+      !vector_of(d_strength, Dtype::f32, 1) || (d_strength.defined() && !noise.defined() && !draws))
+    return false;
+  q.from_y = from_y, q.grad = grad, q.dz = dz, q.db = db, q.d_strength = d_strength;
+  return run(q, source, &cpu::Kernels::bias_act_backward);
+}
+
+// Front and back padding of both axes; sizes that fit y are checked here, so that no kernel reads
+// or writes beyond its tensors.
+bool upfirdn2d(TensorArgument& y, TensorArgument& x, TensorArgument& f, int64_t up_x, int64_t up_y,
+               int64_t down_x, int64_t down_y, int64_t x0, int64_t x1, int64_t y0, int64_t y1,
+               bool flip, double gain) {
+  constexpr int64_t kMost = int64_t{1} << 31;
+  if (!given({&y, &x, &f}) || !same_device({&y, &x, &f}) || !floats({&y, &x}) || x.ndim != 4 ||
+      y.ndim != 4 || f.dtype != Dtype::f32 || !is_contiguous(f) || f.ndim < 1 || f.ndim > 2 ||
+      f.numel == 0 || !std::isfinite(gain))
+    return false;
+  for (int64_t v : {up_x, up_y, down_x, down_y})
+    if (v < 1 || v > kMost) return false;
+  for (int64_t v : {x0, x1, y0, y1})
+    if (v < -kMost || v > kMost) return false;
+  if (y.shape[0] != x.shape[0] || y.shape[1] != x.shape[1]) return false;
+  const auto fits = [](int64_t in, int64_t out, int64_t up, int64_t down, int64_t pad, int64_t n) {
+    const int64_t room = in * up + pad - n;
+    return in <= kMost && room >= 0 && out == room / down + 1;
+  };
+  if (!fits(x.shape[2], y.shape[2], up_y, down_y, y0 + y1, f.shape[0]) ||
+      !fits(x.shape[3], y.shape[3], up_x, down_x, x0 + x1, f.shape[f.ndim - 1]))
+    return false;
+  Planes of_x, of_y;
+  if (!planes_of(x, 1, of_x) || !planes_of(y, 1, of_y)) return false;
+  UpfirdnParams p;
+  p.channels_inner = x.shape[1] > 1 && !is_contiguous(x);
+  if (p.channels_inner ? y.numel > 1 && y.strides[1] != 1 : !is_contiguous(y)) return false;
+  p.x = x, p.f = f, p.y = y;
+  p.up[0] = up_y, p.up[1] = up_x, p.down[0] = down_y, p.down[1] = down_x;
+  p.before[0] = y0, p.before[1] = x0;
+  p.flip = flip, p.gain = gain, p.threads = g_gate.threads();
+  return run(p, y, &cpu::Kernels::upfirdn2d);
+}
+
+}  // namespace
+
+void register_filtering(py::module_& m) {
+  m.def("bias_act", &bias_act);
+  m.def("bias_act_backward", &bias_act_backward);
+  m.def("upfirdn2d", &upfirdn2d);
+}
+
+}  // namespace genfast

@@ -1,0 +1,110 @@
+// One call of forward or backward by one unit: scratch, tasks, threads.
+#pragma once
+#include "cpu/attention/backward.h"
+#include "cpu/attention/forward.h"
+#include "cpu/attention/scratch.h"
+#include "cpu/parallel.h"
+
+namespace genfast::cpu {
+namespace {
+
+inline int workers(int threads, int64_t tasks) {
+  const int64_t n = threads > 0 ? threads : 256;
+  return static_cast<int>(n < tasks ? n : tasks > 0 ? tasks : 1);
+}
+
+template <class Unit>
+void forward(const AttentionParams& p) {
+  Forward<Unit> f(p);
+  if (p.B == 0 || p.Hq == 0 || f.longest_q == 0) return;
+  const int64_t tasks = p.B * p.Hkv * f.groups * f.splits;
+  // A short task costs less than handing it out: bundle up to about 50 us of products.
+  const double flops = 2.0 * (p.D + p.Dv) * f.longest_k * f.longest_q * (p.Hq / p.Hkv) /
+                       static_cast<double>(f.groups * f.splits);
+  int64_t grain = 1;
+  while (grain < 64 && flops * grain < 2e6 &&
+         grain * 2 * 4 * (p.threads > 0 ? p.threads : 8) <= tasks)
+    grain *= 2;
+  // A second thread costs 2 us; products run at 100 flops/ns, decoding at 30.
+  const int threads = flops * tasks < (f.in_place ? 1.5e5 : 4e5) ? 1 : p.threads;
+  const int64_t bundles = (tasks + grain - 1) / grain;
+
+  Arena sizes;
+  f.lay_out(sizes);
+  Slots slots(workers(threads, bundles), sizes.used);
+  const int64_t rows = p.B * p.Hq * f.longest_q;
+  Arena parts;
+  const auto take_parts = [&] {
+    f.part_o = parts.take<float>(rows * f.splits * f.ldo);
+    f.part_m = parts.take<float>(rows * f.splits);
+    f.part_l = parts.take<float>(rows * f.splits);
+  };
+  if (f.splits > 1) take_parts();
+  Memory memory(parts.used);
+  if (f.splits > 1) {
+    parts = {memory.data(), 0};
+    take_parts();
+  }
+  parallel_for(bundles, threads, [&](int64_t bundle) {
+    slots.with([&](char* base) {
+      Arena arena{base, 0};
+      const ForwardScratch<Unit> x = f.lay_out(arena);
+      [[maybe_unused]] const typename Unit::Turn turn;
+      const int64_t end = (bundle + 1) * grain < tasks ? (bundle + 1) * grain : tasks;
+      for (int64_t t = bundle * grain; t < end; ++t) f.run_task(t, x);
+    });
+  });
+  if (f.splits > 1)
+    parallel_for(p.B * p.Hq, threads, [&](int64_t bh) {
+      for (int64_t i = 0; i < f.longest_q; ++i) f.merge_row(bh / p.Hq, bh % p.Hq, i);
+    });
+}
+
+// Runs body(scratch, task) for all tasks, each thread with its own scratch.
+template <class Unit, class Body>
+void run_with_scratch(const Backward<Unit>& f, bool for_mask, int64_t tasks, int threads,
+                      Body&& body) {
+  Arena sizes;
+  f.lay_out(sizes, for_mask);
+  Slots slots(workers(threads, tasks), sizes.used);
+  parallel_for(tasks, threads, [&](int64_t task) {
+    slots.with([&](char* base) {
+      Arena arena{base, 0};
+      [[maybe_unused]] const typename Unit::Turn turn;
+      body(f.lay_out(arena, for_mask), task);
+    });
+  });
+}
+
+// An empty batch has gradients too: those of mask, sinks and cache are zeros, and written.
+template <class Unit>
+void backward(const AttentionGradParams& g) {
+  const AttentionParams& p = g.p;
+  Backward<Unit> f(g);
+  const double flops = 2.0 * p.B * p.Hq * f.longest_q * f.longest_k * (3.0 * p.D + 2.0 * p.Dv);
+  const int threads = flops < 4e5 ? 1 : p.threads;
+  Arena sizes;
+  const auto take = [&](Arena& a) {
+    f.lse2 = a.take<float>(p.B * p.Hq * f.longest_q);
+    f.delta = a.take<float>(p.B * p.Hq * f.longest_q);
+    if (f.splits > 1) f.part_dq = a.take<float>(f.splits * p.B * p.Hkv * f.group_rows() * f.ldk);
+  };
+  take(sizes);
+  Memory memory(sizes.used);
+  Arena arena{memory.data(), 0};
+  take(arena);
+  parallel_for(p.B * p.Hq, threads, [&](int64_t bh) { f.prepare_rows(bh / p.Hq, bh % p.Hq); });
+  run_with_scratch(f, false, p.B * p.Hkv * f.splits, threads,
+                   [&](const BackwardScratch<Unit>& x, int64_t task) { f.run_task(task, x); });
+  if (f.splits > 1)
+    parallel_for(p.B * p.Hkv, threads, [&](int64_t bh) { f.merge_dq(bh / p.Hkv, bh % p.Hkv); });
+  if (g.dsinks != nullptr)
+    parallel_for(p.Hq, threads, [&](int64_t head) { f.sink_gradient(head); });
+  if constexpr (!Unit::matrix)
+    if (g.dmask.data != nullptr)
+      run_with_scratch(f, true, f.mask_batches() * f.mask_heads() * f.mask_blocks(), threads,
+                       [&](const BackwardScratch<Unit>& x, int64_t task) { f.mask_task(task, x); });
+}
+
+}  // namespace
+}  // namespace genfast::cpu

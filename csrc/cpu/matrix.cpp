@@ -1,0 +1,33 @@
+// Level amx is v4 with the matrix unit for attention of bf16, which is the one thing that gains by
+// it. Compiled once, with its own flags; every other kernel of the level is v4's.
+#include "cpu/attention/call.h"
+#include "cpu/kernels.h"
+
+namespace genfast::cpu::GENFAST_ISA {
+namespace {
+
+// The unit takes weights rounded to bf16, so a wider result is v4's.
+bool fits(const AttentionParams& p) { return p.dtype == Dtype::bf16 && p.out_dtype == Dtype::bf16; }
+
+}  // namespace
+
+// Decoding reads each key once: bound by memory, and by vectors from where it lies.
+void attention_forward(const AttentionParams& p) {
+  const bool matrix = fits(p) && !Forward<VectorUnit>(p).in_place;
+  return matrix ? forward<MatrixUnit>(p) : v4::table.attention_forward(p);
+}
+
+// A mask's gradient needs the fp32 dS.
+void attention_backward(const AttentionGradParams& g) {
+  const bool matrix = fits(g.p) && g.dmask.data == nullptr;
+  return matrix ? backward<MatrixUnit>(g) : v4::table.attention_backward(g);
+}
+
+extern const Kernels table = [] {
+  Kernels kernels = v4::table;
+  kernels.attention_forward = attention_forward;
+  kernels.attention_backward = attention_backward;
+  return kernels;
+}();
+
+}  // namespace genfast::cpu::GENFAST_ISA

@@ -1,0 +1,182 @@
+"""DiffusionPrior: from a text to the CLIP embedding of an image.
+
+    L = E |f(z_i^(t), t, c) - z_i|^2,  z_i^(t) = alpha_t z_i + sigma_t eps
+
+Ramesh et al., "Hierarchical text-conditional image generation with CLIP latents", 2022, section
+2.2: a causal transformer over the text's tokens, its CLIP embedding z_t, the time, the noised z_i
+and a last token whose output is z_i; of two draws the one is kept that fits z_t better. f predicts
+x0; the noise is squared-cosine and x0 clamped to +-5, as in diffusers' UnCLIPScheduler for this
+model. Letters: those of `clip`; embeddings inside are multiplied by sqrt(e), to deviation 1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genfast import schedulers
+from genfast.models._seeds import in_tiles, sample_seeds
+from genfast.models.diffusion import timestep_embedding
+from genfast.models.hybrid.clip import CLIP
+from genfast.models.hybrid.process import DROP, NOISE, START, STEPS, TIME, frozen
+from genfast.models.transformer import blocks
+from genfast.models.transformer.blocks import Attention, Block, FeedForward
+from genfast.ops.diffusion import add_noise, denoising_loss
+from genfast.ops.rng import rand, randn
+
+TILE = 32  # embeddings of one model call in `sample`, see `in_tiles`
+CANDIDATE = 1 << 20  # streams between the draws of one sample
+_OWN = 4  # tokens behind the text's: z_t, t, z_i^(t), the last
+_CLIP_RANGE = 5.0
+
+
+class DiffusionPrior(nn.Module):
+    """clip: the config of a `CLIP`, whose weights are put in with `adopt`. d, layers, heads: of the
+    transformer. T, schedule: of `schedulers.noise_schedule`. condition_dropout: share of training
+    samples without their text, for guidance.
+    """
+
+    def __init__(
+        self,
+        clip: dict,
+        d: int = 96,
+        layers: int = 3,
+        heads: int = 4,
+        T: int = 1000,
+        schedule: str = "squaredcos_cap_v2",
+        condition_dropout: float = 0.1,
+    ):
+        super().__init__()
+        self.config = blocks.arguments(locals())
+        self.T, self.condition_dropout = T, condition_dropout
+        self.clip = frozen(CLIP, clip)
+        e, S = self.clip.e, self.clip.context
+        self.of_token, self.of_text = nn.Linear(self.clip.d, d), nn.Linear(e, d)
+        self.no_token, self.no_text = nn.Parameter(torch.zeros(d)), nn.Parameter(torch.zeros(d))
+        self.time = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d))
+        self.of_z, self.last = nn.Linear(e, d), nn.Parameter(torch.empty(d))
+        self.positions = nn.Parameter(torch.empty(S + _OWN, d))
+        self.blocks = nn.ModuleList(
+            Block(Attention(d, heads), FeedForward(d, 4 * d), nn.LayerNorm(d), nn.LayerNorm(d))
+            for _ in range(layers)
+        )
+        self.norm, self.leave = nn.LayerNorm(d), nn.Linear(d, e)
+        blocks.initialise(self, layers, std=(2 / (5 * d)) ** 0.5)
+        for p in (self.last, self.positions):
+            nn.init.normal_(p, std=0.02)
+        self.noise = schedulers.noise_schedule(schedule, T)
+        alpha_bar = torch.from_numpy(self.noise.alpha_bar.copy())
+        self.register_buffer("alpha", alpha_bar.sqrt().float(), persistent=False)
+        self.register_buffer("sigma", (1 - alpha_bar).sqrt().float(), persistent=False)
+
+    def adopt(self, clip: CLIP) -> DiffusionPrior:
+        """Takes the weights of a trained CLIP over. Returns itself."""
+        self.clip.load_state_dict(clip.state_dict())
+        return self
+
+    def forward(
+        self, z: Tensor, t: Tensor, tokens: Tensor, seen: Tensor, z_t: Tensor,
+        drop: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The predicted sqrt(e) z_i (B, e) of the noised one z (B, e); t (B,); tokens (B, S, w),
+        seen, z_t: of `CLIP.text_tokens`; drop: (B,) bool, the samples that get no text."""
+        h, text = self.of_token(tokens), self.of_text(z_t * math.sqrt(self.clip.e))
+        if drop is not None:
+            h = torch.where(drop[:, None, None], self.no_token, h)
+            text = torch.where(drop[:, None], self.no_text, text)
+        time = self.time(timestep_embedding(t, self.last.shape[0]).to(z.dtype))
+        own = torch.stack([text, time, self.of_z(z), self.last.expand(len(z), -1)], 1)
+        x = torch.cat([h, own], 1)
+        x = x + torch.cat([self.positions[: h.shape[1]], self.positions[-_OWN:]])
+        mask = F.pad(seen, (0, _OWN), value=True)[:, None, None]
+        for block in self.blocks:
+            x = block(x, mask=mask, causal=True)
+        return self.leave(self.norm(x[:, -1]))
+
+    def losses(self, x: Tensor, ids: Tensor, *, seed) -> Tensor:
+        """Of each pair of an image x (B, C, H, W) in [0, 1] and a text ids (B, S), (B,). seed: int,
+        or int64 (B,) of one per pair."""
+        B, device = len(x), x.device
+        with torch.no_grad():
+            z_i = self.clip.encode_image(x) * math.sqrt(self.clip.e)
+            text = self.clip.text_tokens(ids)
+        t = (rand(B, seed=seed, stream=TIME, device=device) * self.T).long()
+        drop = None
+        if self.training:
+            drop = rand(B, seed=seed, stream=DROP, device=device) < self.condition_dropout
+        alpha, sigma = self.alpha[t], self.sigma[t]
+        m = self(add_noise(z_i, alpha, sigma, seed=seed, stream=NOISE), t, *text, drop)
+        return denoising_loss(m, z_i, alpha, sigma, seed=seed, stream=NOISE, prediction="sample",
+                              reduction="none")  # fmt: skip
+
+    def loss(self, x: Tensor, ids: Tensor, *, seed) -> Tensor:
+        """Mean of `losses`, ()."""
+        return self.losses(x, ids, seed=seed).mean()
+
+    def plan(self, steps: int = 25) -> schedulers.SolverPlan:
+        """DDPM's, with the clamp of the module's head."""
+        if not 1 <= steps <= self.T:
+            raise ValueError(f"steps: expected an int in 1 ... {self.T}, got {steps}")
+        config = {
+            "num_train_timesteps": self.T, "prediction_type": "sample", "clip_sample": True,
+            "clip_sample_range": _CLIP_RANGE, "timestep_spacing": "trailing",
+        }  # fmt: skip
+        return schedulers.plan_from_config(
+            "DDPMScheduler", config, steps, alphas_cumprod=self.noise.alpha_bar
+        )
+
+    @torch.no_grad()
+    def sample(
+        self, n: int, seed: int, start: int = 0, *, ids: Tensor, plan=None, guidance: float = 1.0,
+        candidates: int = 2,
+    ) -> Tensor:  # fmt: skip
+        """Image embeddings of length 1 for texts ids (n, S), (n, e): of samples start ...
+        start + n - 1 of `seed`, the same bits however they are cut into calls. candidates: draws
+        of which the one nearest to z_t is kept. guidance: scale w of uncond + w (cond - uncond),
+        1: none."""
+        if len(ids) != n:
+            raise ValueError(f"ids: expected a text for each of {n} samples, got {len(ids)}")
+        if candidates < 1:
+            raise ValueError(f"candidates: expected an int >= 1, got {candidates}")
+        plan, device, e = plan or self.plan(), ids.device, self.clip.e
+
+        def tile(first: int) -> Tensor:
+            rows = torch.arange(first, first + TILE, device=device).sub_(start).clamp_(0, n - 1)
+            text = self.clip.text_tokens(ids[rows])
+            seeds = sample_seeds(TILE, seed, start=first, device=device)
+            best = fit = None
+            for k in range(candidates):
+                x_T = randn(TILE, e, seed=seeds, stream=START + k * CANDIDATE, device=device,
+                            dtype=self.alpha.dtype)  # fmt: skip
+                z = schedulers.sample(
+                    self._denoiser(text, guidance), plan, plan.init_noise_sigma * x_T, seed=seeds,
+                    stream=STEPS + k * CANDIDATE, guidance=None if guidance == 1 else guidance,
+                )  # fmt: skip
+                z = F.normalize(z, dim=-1)
+                found = (z * text[-1]).sum(-1)
+                better = None if fit is None else found > fit
+                best = z if fit is None else torch.where(better[:, None], z, best)
+                fit = found if fit is None else torch.maximum(fit, found)
+            return best
+
+        if not n:
+            return torch.empty(0, e, device=device, dtype=self.alpha.dtype)
+        return in_tiles(tile, n, start, TILE)
+
+    def _denoiser(self, text, guidance: float):
+        """model(x, t) as `schedulers.sample` calls it; with guidance (cond, uncond) in one pass."""
+        drop = None
+        if guidance != 1:
+            text = tuple(torch.cat([a, a]) for a in text)
+            drop = torch.arange(2 * TILE, device=text[0].device) >= TILE
+
+        def model(x, t):
+            if drop is None:
+                return self(x, torch.full((TILE,), t, device=x.device), *text)
+            m = self(torch.cat([x, x]), torch.full((2 * TILE,), t, device=x.device), *text, drop)
+            return m[:TILE], m[TILE:]
+
+        return model

@@ -1,0 +1,273 @@
+"""DiTDiffusion: a `DiT` with its noise schedule, loss and sampling, on pixels.
+
+    loss = |m - target|^2 + lambda L_vlb          Nichol & Dhariwal, "Improved DDPM", 2021, eq. 16
+
+with classifier-free guidance (Ho & Salimans 2022) on any of CONDITIONS. `latent.LatentDiffusion` is
+the same on the latents of an autoencoder. Letters: those of `dit`; c: what a sample is drawn for,
+as CONDITIONS says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from genfast import schedulers
+from genfast.models._seeds import in_tiles, sample_seeds
+from genfast.models.diffusion import PLANS, predicted_x0
+from genfast.models.hybrid.clip import CLIP
+from genfast.models.hybrid.dit import (
+    NOTHING,
+    Conditions,
+    DiT,
+    learned_range,
+    variational_bound,
+)
+from genfast.ops.diffusion import add_noise, denoising_loss
+from genfast.ops.rng import rand, randn
+
+# Images of one model call in `sample`, see `in_tiles`.
+TILE = 16
+NOISE, TIME, DROP, POSTERIOR = range(4)  # streams of a training sample's seed
+START, STEPS = 0, 1  # of a generated sample's: x_T; the solver's row k has STEPS + k
+
+
+class Condition(NamedTuple):
+    """c: in words, of `sample`. widths: (classes, CLIP or None) -> arguments of `DiT`. train:
+    (model, x, c) -> `Conditions` of images x; draw: (model, c) -> those of `sample`."""
+
+    c: str
+    widths: Callable
+    train: Callable
+    draw: Callable
+
+
+def _text(model, ids) -> Conditions:
+    tokens, seen, z = model.clip.text_tokens(ids)
+    return Conditions(z=_unit(z), tokens=tokens, seen=seen)
+
+
+def _unit(z: Tensor) -> Tensor:
+    """Embeddings of length 1 -> elements of deviation 1, what a network likes to see."""
+    return z * math.sqrt(z.shape[-1])
+
+
+CONDITIONS = {
+    "none": Condition("none", lambda n, clip: {}, lambda m, x, c: NOTHING, lambda m, c: NOTHING),
+    "class": Condition(
+        "labels (n,) int64", lambda n, clip: {"classes": n},
+        lambda m, x, c: Conditions(y=c), lambda m, c: Conditions(y=c),
+    ),
+    "text": Condition(
+        "token ids (n, S) int64", lambda n, clip: {"z": clip.e, "tokens": clip.d},
+        lambda m, x, c: _text(m, c), _text,
+    ),
+    "image": Condition(
+        "CLIP's image embeddings (n, e)", lambda n, clip: {"z": clip.e},
+        lambda m, x, c: Conditions(z=_unit(m.clip.encode_image(x))),
+        lambda m, c: Conditions(z=_unit(c)),
+    ),
+}  # fmt: skip
+
+
+def frozen(build: Callable[..., nn.Module], config: dict) -> nn.Module:
+    """A part that is not trained: its weights travel in the checkpoint of the whole."""
+    return build(**config).requires_grad_(False)
+
+
+class DiTDiffusion(nn.Module):
+    """shape: (C, H, W) of the images. patch, d, layers, heads, qk_norm: of the `DiT`. condition: a
+    key of CONDITIONS; classes: number of labels; clip: the config of a `CLIP`, for text and image,
+    whose weights are put in with `adopt`. T, schedule: of `schedulers.noise_schedule`; prediction:
+    of `genfast.denoising_loss`. learn_variance: the network also gives the variance (for the plan
+    "ddpm"; other solvers leave it unread), trained by L_vlb with the weight `vlb`.
+    condition_dropout: share of training samples without their condition, for guidance.
+    """
+
+    _bounded = True  # x0 is in [-1, 1]
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int] = (1, 28, 28),
+        patch: int = 4,
+        d: int = 96,
+        layers: int = 4,
+        heads: int = 4,
+        qk_norm: bool = False,
+        condition: str = "class",
+        classes: int = 0,
+        clip: dict | None = None,
+        T: int = 1000,
+        schedule: str = "squaredcos_cap_v2",
+        prediction: str = "epsilon",
+        learn_variance: bool = True,
+        vlb: float = 0.001,
+        condition_dropout: float = 0.1,
+    ):
+        super().__init__()
+        if condition not in CONDITIONS:
+            raise ValueError(
+                f"condition: expected one of {', '.join(CONDITIONS)}, got {condition!r}"
+            )
+        if (clip is None) == (condition in ("text", "image")):
+            want = "the config of a CLIP" if clip is None else "None"
+            raise ValueError(f"clip: expected {want} for condition {condition!r}")
+        if condition == "class" and classes < 1:
+            raise ValueError(f"classes: expected an int >= 1 for condition 'class', got {classes}")
+        self.config = {
+            "shape": list(shape), "patch": patch, "d": d, "layers": layers, "heads": heads,
+            "qk_norm": qk_norm, "condition": condition, "classes": classes, "clip": clip, "T": T,
+            "schedule": schedule, "prediction": prediction, "learn_variance": learn_variance,
+            "vlb": vlb, "condition_dropout": condition_dropout,
+        }  # fmt: skip
+        C = shape[0]
+        self.shape, self.T, self.prediction, self.classes = tuple(shape), T, prediction, classes
+        self.learn_variance, self.vlb = learn_variance, vlb
+        self.condition, self.condition_dropout = condition, condition_dropout
+        self.clip = frozen(CLIP, clip) if clip else None
+        widths = CONDITIONS[condition].widths(classes, self.clip)
+        self.dit = DiT(shape, C * (1 + learn_variance), patch, d, layers, heads, qk_norm=qk_norm,
+                       **widths)  # fmt: skip
+        self.noise = schedulers.noise_schedule(schedule, T)
+        alpha_bar = torch.from_numpy(self.noise.alpha_bar.copy())
+        self.register_buffer("alpha", alpha_bar.sqrt().float(), persistent=False)
+        self.register_buffer("sigma", (1 - alpha_bar).sqrt().float(), persistent=False)
+        for name, values in learned_range(alpha_bar).items():
+            self.register_buffer(name, values.float(), persistent=False)
+
+    def adopt(self, **parts: nn.Module) -> DiTDiffusion:
+        """Takes the weights of trained parts (clip=..., autoencoder=...) over. Returns itself."""
+        for name, part in parts.items():
+            getattr(self, name).load_state_dict(part.state_dict())
+        return self
+
+    # ---- what latents do otherwise --------------------------------------------------------------
+
+    def _enter(self, x: Tensor, seed) -> Tensor:
+        """Images in [0, 1] -> x0 of the process."""
+        return 2 * x - 1
+
+    def _leave(self, x0: Tensor) -> Tensor:
+        """The inverse."""
+        return x0.add(1).mul_(0.5).clamp_(0, 1)
+
+    # ---- training -------------------------------------------------------------------------------
+
+    def losses(self, x: Tensor, c: Tensor | None = None, *, seed) -> Tensor:
+        """Of each sample, (B,). x (B, C, H, W) in [0, 1]; c: labels or token ids where the
+        condition is class or text; seed: int, or int64 (B,) of one per sample."""
+        B, device = len(x), x.device
+        with torch.no_grad():
+            self._check(c if self.condition != "image" else x, B)
+            given = CONDITIONS[self.condition].train(self, x, c)
+            x0 = self._enter(x, seed)
+        t = (rand(B, seed=seed, stream=TIME, device=device) * self.T).long()
+        drop = None
+        if self.training and self.condition != "none":
+            drop = rand(B, seed=seed, stream=DROP, device=device) < self.condition_dropout
+        alpha, sigma = self.alpha[t], self.sigma[t]
+        x_t = add_noise(x0, alpha, sigma, seed=seed, stream=NOISE)
+        m, v = self._split(self.dit(x_t, t, given, drop))
+        loss = denoising_loss(m, x0, alpha, sigma, seed=seed, stream=NOISE,
+                              prediction=self.prediction, reduction="none")  # fmt: skip
+        if v is None:
+            return loss
+        error = predicted_x0(self.prediction, x_t, m.detach(), alpha, sigma) - x0
+        bits = variational_bound(error, v, self.of_x0[t], self.low[t], self.high[t])
+        return loss + self.vlb * self.T * bits  # T: of the sum over t, of which this is one term
+
+    def loss(self, x: Tensor, c: Tensor | None = None, *, seed) -> Tensor:
+        """Mean of `losses`, ()."""
+        return self.losses(x, c, seed=seed).mean()
+
+    def _split(self, m: Tensor) -> tuple[Tensor, Tensor | None]:
+        return m.chunk(2, 1) if self.learn_variance else (m, None)
+
+    def _check(self, c: Tensor | None, n: int) -> None:
+        want = CONDITIONS[self.condition].c
+        if (c is None) != (self.condition == "none") or (c is not None and len(c) != n):
+            got = "None" if c is None else f"shape {tuple(c.shape)}"
+            raise ValueError(f"c: expected {want} of {n} samples, got {got}")
+
+    # ---- sampling -------------------------------------------------------------------------------
+
+    def plan(self, name: str = "ddpm", steps: int = 50, **options) -> schedulers.SolverPlan:
+        """A solver plan on this model's schedule. options: of the diffusers scheduler's config."""
+        if name not in PLANS:
+            raise ValueError(f"plan: expected one of {', '.join(PLANS)}, got {name!r}")
+        if not 1 <= steps <= self.T:
+            raise ValueError(f"steps: expected an int in 1 ... {self.T}, got {steps}")
+        scheduler, clipped = PLANS[name]
+        learned = {"variance_type": "learned_range"} if self.learn_variance else {}
+        config = {
+            "num_train_timesteps": self.T, "prediction_type": self.prediction,
+            "timestep_spacing": "trailing", **(clipped if self._bounded else {}),
+            **(learned if name == "ddpm" else {}), **options,
+        }  # fmt: skip
+        return schedulers.plan_from_config(
+            scheduler, config, steps, alphas_cumprod=self.noise.alpha_bar
+        )
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        seed: int,
+        start: int = 0,
+        *,
+        c: Tensor | None = None,
+        plan: schedulers.SolverPlan | None = None,
+        guidance: float = 1.0,
+    ) -> Tensor:
+        """Images start ... start + n - 1 of `seed`, (n, C, H, W) in [0, 1]. The same bits for image
+        i however the images are cut into calls (see TILE).
+
+        c: a row per image, see CONDITIONS; labels default to i % classes. plan: default
+        `self.plan()`. guidance: scale w of uncond + w (cond - uncond), 1: none.
+        """
+        plan, device = plan or self.plan(), self.alpha.device
+        if self.condition == "class" and c is None:
+            c = torch.arange(start, start + max(n, 0), device=device) % self.classes
+        self._check(c, n)
+        if guidance != 1 and self.condition == "none":
+            raise ValueError(
+                f"guidance: expected 1 for a model without conditions, got {guidance}; train it "
+                "on labels or captions"
+            )
+
+        def tile(first: int) -> Tensor:
+            rows = torch.arange(first, first + TILE, device=device).sub_(start).clamp_(0, n - 1)
+            given = CONDITIONS[self.condition].draw(self, None if c is None else c[rows])
+            seeds = sample_seeds(TILE, seed, start=first, device=device)
+            x_T = randn(TILE, *self.shape, seed=seeds, stream=START, device=device,
+                        dtype=self.alpha.dtype)  # fmt: skip
+            x0 = schedulers.sample(
+                self._denoiser(given, plan, guidance), plan, plan.init_noise_sigma * x_T,
+                seed=seeds, stream=STEPS, guidance=None if guidance == 1 else guidance,
+            )  # fmt: skip
+            return self._leave(x0)
+
+        if not n:
+            return self._leave(torch.empty(0, *self.shape, device=device, dtype=self.alpha.dtype))
+        return in_tiles(tile, n, start, TILE)
+
+    def _denoiser(self, given: Conditions, plan, guidance: float):
+        """model(x, t) as `schedulers.sample` calls it; with guidance (cond, uncond) in one pass."""
+        drop, device = None, self.alpha.device
+        if guidance != 1:
+            given = Conditions(*(None if a is None else torch.cat([a, a]) for a in given))
+            drop = torch.arange(2 * TILE, device=device) >= TILE
+        # Only a plan with a learned variance reads the second half of the channels.
+        reads = slice(None) if plan.steps[0].variance else slice(self.shape[0])
+
+        def model(x, t):
+            if drop is not None:
+                x = torch.cat([x, x])
+            m = self.dit(x, torch.full((len(x),), t, device=device), given, drop)[:, reads]
+            return m if drop is None else (m[:TILE], m[TILE:])
+
+        return model

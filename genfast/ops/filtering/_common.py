@@ -1,0 +1,26 @@
+"""What the functions of the family share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from genfast.ops._backend import has_kernels
+from genfast.ops._road import KERNEL_DTYPES
+
+
+def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """fp64 if any is, else fp32: what composites compute in, like the kernel."""
+    given = (t.dtype for t in tensors if t is not None)
+    return torch.float64 if torch.float64 in given else torch.float32
+
+
+def on_kernel(name: str, *tensors: Tensor | None) -> bool:
+    return all(
+        t is None or (t.dtype in KERNEL_DTYPES and has_kernels(t.device, name)) for t in tensors
+    )
+
+
+def like(g: Tensor, x: Tensor) -> Tensor:
+    """g in the memory order of x: a gradient can come expanded or transposed."""
+    return g if g.stride() == x.stride() else torch.empty_like(x).copy_(g)

@@ -1,0 +1,229 @@
+"""dit, latent-diffusion, prior: `genfast.models.DiTDiffusion`, `LatentDiffusion`, `DiffusionPrior`.
+
+Parts that are trained before (an autoencoder, a CLIP) are read from their folders once; their
+weights travel in the checkpoint.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from genfast.models import CLIP, DiffusionPrior, DiTDiffusion, KLAutoencoder, LatentDiffusion
+from genfast.models.hybrid.process import CONDITIONS
+from genfast.train import captions, images
+from genfast.train.recipe import Batch, Option, Split
+from genfast.train.recipes.images import ImageRecipe
+from genfast.train.recipes.parts import part
+
+_CLIP = Option("", "folder of a trained clip, for conditions text and image")
+
+
+class DiTRecipe(ImageRecipe):
+    model = DiTDiffusion
+    settings = {"epochs": 30, "batch_size": 64, "lr": 2e-3, "ema": 0.995, "clip": 1.0}
+    options = {
+        "patch": Option(4, "pixels (latents) along a patch's side"),
+        "d": Option(96, "width of the transformer"),
+        "layers": Option(4, "blocks"),
+        "heads": Option(4, "attention heads"),
+        "qk_norm": Option(False, "normalise queries and keys"),
+        "condition": Option("class", ", ".join(CONDITIONS)),
+        "clip_from": _CLIP,
+        "timesteps": Option(1000, "T of the noise schedule"),
+        "noise_schedule": Option("squaredcos_cap_v2", "a schedule of genfast.schedulers"),
+        "prediction": Option("epsilon", "epsilon, sample or v_prediction"),
+        "learn_variance": Option(True, "the network also gives the variance"),
+    }
+    sample_options = {
+        "plan": Option("ddpm", "a solver of genfast.models.diffusion.PLANS"),
+        "steps": Option(50, "of the solver"),
+        "guidance": Option(2.0, "scale w of uncond + w (cond - uncond)"),
+        "label": Option(-1, "draw this class; -1: one after another"),
+        "prompt": Option("", "condition text: what to draw; several, separated by |, in turn; "
+                         "none: a caption of each class in turn"),
+    }  # fmt: skip
+
+    def load(self, name: str, options: dict) -> Split:
+        found = super().load(name, options)
+        return captions.captioned(found, name) if name in captions.NAMES else found
+
+    def build(self, about: dict, options: dict) -> DiTDiffusion:
+        return self._build(about, options, self.model, {"shape": about["shape"]}, {})
+
+    def _build(self, about, options, kind, first: dict, parts: dict) -> DiTDiffusion:
+        o = dict(options)
+        folder, condition = o.pop("clip_from"), o["condition"]
+        clip = None
+        if condition in ("text", "image"):
+            if condition == "text":
+                captions.table(about.get("captions", "one without"))
+            parts = parts | {"clip": part("--clip-from", folder, CLIP, "clip")}
+            clip = parts["clip"].config
+        elif folder:
+            raise ValueError(f"--clip-from: expected none for condition {condition!r}")
+        return kind(
+            **first, clip=clip, classes=about["classes"] if condition == "class" else 0,
+            T=o.pop("timesteps"), schedule=o.pop("noise_schedule"), **o,
+        ).adopt(**parts)  # fmt: skip
+
+    def loss(self, model: DiTDiffusion, batch: Batch, seeds: Tensor) -> Tensor:
+        x, y, *given = batch
+        c = {"class": lambda: y, "text": lambda: captions.draw(given[0], seeds)}
+        return model.loss(x, c.get(model.condition, lambda: None)(), seed=seeds)
+
+    def wanted(self, about: dict, count: int, start: int, options: dict) -> Tensor:
+        """Captions (count, S) of samples start ... start + count - 1."""
+        ids = captions.wanted(options["prompt"], about.get("captions", ""))
+        return ids[torch.arange(start, start + count) % len(ids)]
+
+    def sample(self, model: DiTDiffusion, about, count, seed, start, options) -> Tensor:
+        o, c = options, None
+        if o["label"] >= 0:
+            if model.condition != "class" or o["label"] >= model.classes:
+                want = f"a class in 0 ... {model.classes - 1}" if model.classes else "none"
+                raise ValueError(f"--label: expected {want}, got {o['label']}")
+            c = torch.full((count,), o["label"])
+        if o["prompt"] and model.condition != "text":
+            raise ValueError(f"--prompt: expected none for condition {model.condition!r}")
+        if model.condition == "text":
+            c = self.wanted(about, count, start, o)
+        elif model.condition == "image":
+            raise ValueError("--from: this model is drawn from image embeddings; see --decoder of "
+                             "prior")  # fmt: skip
+        guidance = o["guidance"] if model.condition != "none" else 1.0
+        return model.sample(count, seed, start, c=c, plan=model.plan(o["plan"], o["steps"]),
+                            guidance=guidance)  # fmt: skip
+
+    def variations(self, model: DiTDiffusion, data: Split, count: int, seed: int, options: dict):
+        """Test images, their labels, and what condition "image" draws from their embeddings."""
+        index = torch.arange(count) % len(data.test)
+        x, y, *_ = data.test[index]
+        z = model.clip.encode_image(x)
+        plan = model.plan(options["plan"], options["steps"])
+        return x, y, model.sample(count, seed, c=z, plan=plan, guidance=options["guidance"])
+
+    @torch.no_grad()
+    def evaluate(self, model: DiTDiffusion, data: Split, seed, count, options) -> dict[str, float]:
+        """asked-for class: share of drawn images that the classifier finds to be what was asked."""
+        classes = data.about["classes"]
+        if model.condition == "image":
+            _, y, drawn = self.variations(model, data, count, seed, options)
+        else:
+            drawn = self.sample(model, data.about, count, seed, 0, options)
+            y = torch.arange(count) % classes
+        return self.judge(drawn, data, seed, None if model.condition == "none" else y)
+
+    def finish(self, model: DiTDiffusion, data: Split, seed: int, out: Path) -> list[str]:
+        options = {name: option.default for name, option in self.sample_options.items()}
+        if model.condition == "image":
+            x, _, drawn = self.variations(model, data, 30, seed, options)
+            drawn = torch.stack([x, drawn], 1).unflatten(0, (3, 10)).transpose(1, 2).flatten(0, 2)
+        else:
+            drawn = self.sample(model, data.about, 60, seed, 0, options)
+        images.save_png(out / "samples.png", images.grid(drawn, columns=10))
+        return ["samples.png"]
+
+
+class LatentDiffusionRecipe(DiTRecipe):
+    model = LatentDiffusion
+    options = {
+        "autoencoder": Option("", "folder of a trained autoencoder"),
+        **DiTRecipe.options,
+        "patch": Option(1, "pixels (latents) along a patch's side"),
+        "prediction": Option("v_prediction", "epsilon, sample or v_prediction"),
+    }
+
+    def build(self, about: dict, options: dict) -> LatentDiffusion:
+        o = dict(options)
+        stage = part("--autoencoder", o.pop("autoencoder"), KLAutoencoder, "autoencoder")
+        if list(stage.shape) != list(about["shape"]):
+            raise ValueError(f"--autoencoder: expected one of {about['shape']} images, got "
+                             f"{list(stage.shape)}")  # fmt: skip
+        first = {"autoencoder": stage.config}
+        return self._build(about, o, self.model, first, {"autoencoder": stage})
+
+
+class PriorRecipe(DiTRecipe):
+    model = DiffusionPrior
+    data = tuple(captions.NAMES)
+    settings = {"epochs": 20, "batch_size": 64, "lr": 1e-3, "ema": 0.99, "clip": 1.0}
+    options = {
+        "clip_from": Option("", "folder of a trained clip"),
+        "d": Option(96, "width of the transformer"),
+        "layers": Option(3, "blocks"),
+        "heads": Option(4, "attention heads"),
+        "timesteps": Option(1000, "T of the noise schedule"),
+        "noise_schedule": Option("squaredcos_cap_v2", "a schedule of genfast.schedulers"),
+    }
+    sample_options = {
+        "decoder": Option("", "folder of a latent-diffusion or dit of condition image, which draws "
+                          "the images"),
+        "prior_steps": Option(25, "of the prior"),
+        "prior_guidance": Option(1.0, "scale of the prior's guidance"),
+        "candidates": Option(2, "draws of the prior, of which the best is kept"),
+        **{k: v for k, v in DiTRecipe.sample_options.items() if k != "label"},
+    }  # fmt: skip
+
+    def build(self, about: dict, options: dict) -> DiffusionPrior:
+        o = dict(options)
+        clip = part("--clip-from", o.pop("clip_from"), CLIP, "clip")
+        return DiffusionPrior(
+            clip.config, T=o.pop("timesteps"), schedule=o.pop("noise_schedule"), **o
+        ).adopt(clip)
+
+    def loss(self, model: DiffusionPrior, batch: Batch, seeds: Tensor) -> Tensor:
+        x, _, given = batch
+        return model.loss(x, captions.draw(given, seeds), seed=seeds)
+
+    def embeddings(self, model: DiffusionPrior, about, count, seed, start, options) -> Tensor:
+        o = options
+        return model.sample(
+            count, seed, start, ids=self.wanted(about, count, start, o),
+            plan=model.plan(o["prior_steps"]), guidance=o["prior_guidance"],
+            candidates=o["candidates"],
+        )  # fmt: skip
+
+    def sample(self, model: DiffusionPrior, about, count, seed, start, options) -> Tensor:
+        """Text -> embedding -> image."""
+        decoder = part("--decoder", options["decoder"], DiTDiffusion, "latent-diffusion")
+        if decoder.condition != "image":
+            raise ValueError("--decoder: expected a model of condition image, got "
+                             f"{decoder.condition!r}")  # fmt: skip
+        ours, other = model.clip.state_dict(), decoder.clip.state_dict()
+        if model.clip.config != decoder.clip.config or not all(
+            torch.equal(ours[k], other[k]) for k in ours
+        ):
+            raise ValueError("--decoder: expected one trained with the prior's clip, got one of "
+                             "another; train both with the same --clip-from")  # fmt: skip
+        z = self.embeddings(model, about, count, seed, start, options)
+        plan = decoder.plan(options["plan"], options["steps"])
+        return decoder.sample(count, seed, start, c=z, plan=plan, guidance=options["guidance"])
+
+    @torch.no_grad()
+    def evaluate(self, model: DiffusionPrior, data: Split, seed, count, options):
+        """cosine: of drawn embeddings to the mean embedding of the test images of their class;
+        zero-shot: share of drawn embeddings that fit their own class's caption best."""
+        x, y, given = data.test[torch.arange(len(data.test))]
+        z_i = model.clip.encode_image(x)
+        classes = data.about["classes"]
+        means = torch.stack([z_i[y == k].mean(0) for k in range(classes)])
+        z = self.embeddings(model, data.about, count, seed, 0, options)
+        asked = torch.arange(count) % classes
+        texts = captions.table(data.about["captions"], captions.HELD_BACK[:1])[:, -1]
+        near = (z @ model.clip.encode_text(texts).T).argmax(1)
+        found = {
+            "cosine to the class's images": cosine_similarity(z, means[asked]).mean().item(),
+            "cosine of the class's images": cosine_similarity(z_i, means[y]).mean().item(),
+            "zero-shot accuracy of drawn embeddings": (near == asked).float().mean().item(),
+        }
+        if not options["decoder"]:
+            return found
+        drawn = self.sample(model, data.about, count, seed, 0, options)
+        return found | self.judge(drawn, data, seed, asked)
+
+    def finish(self, model: DiffusionPrior, data: Split, seed: int, out: Path) -> list[str]:
+        return []  # images need a decoder
