@@ -429,10 +429,12 @@ SIMT_EXPORT void simt_configure(int order, int poison, int early) {
   simt::options.poison = poison;
   simt::options.early = early != 0;
 }
-SIMT_EXPORT void simt_device(int multiprocessor_kib) {
+SIMT_EXPORT void simt_device(int generation, int multiprocessor_kib) {
+  simt::options.generation = generation;
   simt::options.multiprocessor_kib = multiprocessor_kib;
 }
 SIMT_EXPORT int64_t simt_launches() { return simt::options.launches; }
 SIMT_EXPORT int64_t simt_threads() { return simt::options.threads; }
 SIMT_EXPORT int64_t simt_matrices() { return simt::options.matrices; }
+SIMT_EXPORT int64_t simt_products() { return simt::options.products; }
 SIMT_EXPORT int64_t simt_conflicts() { return simt::options.conflicts; }

@@ -88,9 +88,11 @@ struct Options {
   int order = 0;                        // 0: as numbered; 1: reversed; else: shuffled by this seed
   int poison = 0xFF;                    // byte that fills shared memory: 0xFF makes NaNs and -1
   bool early = false;                   // asynchronous copies land at once, else when waited for
+  int generation = 8;                   // major number of the compute capability
   int multiprocessor_kib = 164;         // shared memory that the device says it has
   int64_t launches = 0, threads = 0;    // counted
   int64_t matrices = 0, conflicts = 0;  // 8 x 8 matrices read, pairs of rows in the same banks
+  int64_t products = 0;                 // of warpgroups, once per warp
 };
 extern Options options;
 

@@ -114,20 +114,6 @@ __global__ void __launch_bounds__(kMmaThreads, 2)
                       [&](int r) -> char* { return row_of(plan.g.dq, row + r); });
 }
 
-// Rows [block, block + kPass) of the queries of all heads of a group: the keys that some of them
-// see and that all of them see. Both ends move forward with a row's position, so the first and the
-// last row tell; rows of several heads count as all positions.
-template <int kPass>
-__device__ __forceinline__ Seen seen_of_rows(const AttentionParams& p, const Sequence& s,
-                                             int64_t block, int64_t rows) {
-  const int64_t i = block % s.Sq, last = i + kPass - 1;
-  const bool one_head = last < s.Sq && block + kPass <= rows;
-  const KeyRange a = visible_keys(p, s, one_head ? i : 0);
-  const KeyRange b = visible_keys(p, s, one_head ? last : s.Sq - 1);
-  return {static_cast<int>(a.lo), static_cast<int>(b.hi),
-          one_head ? static_cast<int>(b.lo) : 0x7FFFFFFF, one_head ? static_cast<int>(a.hi) : 0};
-}
-
 // dK and dV: a block owns 64 keys; the queries of all heads of the group pass by in two stages.
 template <class T, int kDim, bool kOptions>
 __global__ void __launch_bounds__(kMmaThreads, kDim <= 64 ? 2 : 1)
@@ -156,13 +142,8 @@ __global__ void __launch_bounds__(kMmaThreads, kDim <= 64 ? 2 : 1)
   float dk[1][kDim / 8][4] = {}, dv[1][kDim / 8][4] = {};
   const int64_t rows = s.Sq * (p.Hq / p.Hkv);
 
-  // The first block from `block` on that sees keys of ours.
   const auto seeing = [&](int64_t block) {
-    for (; block < rows; block += kPass) {
-      const Seen seen = seen_of_rows<kPass>(p, s, block, rows);
-      if (seen.any_lo < first + kMmaRows && seen.any_hi > first) break;
-    }
-    return block;
+    return next_seeing<kPass>(p, s, block, rows, first, first + kMmaRows);
   };
   const auto describe = [&](int slot, int64_t block) {
     if (thread >= kPass) return;

@@ -74,7 +74,9 @@ __global__ void __launch_bounds__(kMmaThreads, kDim <= 128 ? 3 : 2)
     __syncwarp();  // nobody reads them any more
     load(keys, stage, 0, block + kStages * kStep);
     mask_scores<true>(p, s, queries, block, false, w[0]);
-    soften(1.0f, w[0], m, l, o[0]);
+    float down[2];
+    soften(1.0f, w[0], m, l, down);
+    scale_rows(down, o[0]);
     if (p.dropout) drop_scores(p, s, queries, block, w[0]);
     copy_wait<2 * kStages - 1>();
     __syncwarp();

@@ -73,7 +73,9 @@ __global__ void __launch_bounds__(kMmaThreads, kDim <= 128 ? 2 : 1)
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
         mask_scores<kOptions>(p, s, queries + row + 16 * i, block, full, w[i]);
-        soften(unit, w[i], m[i], l[i], o[i]);
+        float down[2];
+        soften(unit, w[i], m[i], l[i], down);
+        scale_rows(down, o[i]);
         if constexpr (kOptions) {
           if (p.dropout) drop_scores(p, s, queries + row + 16 * i, block, w[i]);
         }
@@ -111,10 +113,7 @@ __global__ void __launch_bounds__(kMmaThreads, kDim <= 128 ? 2 : 1)
         if (t == 0) part[p.Dv] = m[i][half], part[p.Dv + 1] = l[i][half];
         continue;
       }
-      const Finish f = finish(p, at.head, m[i][half], l[i][half]);
-      factor[half] = f.factor;
-      if (p.lse.data != nullptr && t == 0 && at.position >= 0)
-        stat_at(p.lse, s.b, at.head, s.q_row + at.position) = f.lse;
+      factor[half] = finish_row(p, s, at, m[i][half], l[i][half]);
     }
     if (plan.walk.splits == 1)
       store_rows<T, kDim>(

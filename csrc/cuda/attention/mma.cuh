@@ -10,6 +10,7 @@ namespace {
 constexpr int kWarps = 4, kMmaThreads = 32 * kWarps, kMmaRows = 16 * kWarps;
 
 struct F16 {
+  static constexpr bool kBf16 = false;
   static __device__ __forceinline__ uint32_t pack(float low, float high) {
     return pack_f16(low, high);
   }
@@ -19,6 +20,7 @@ struct F16 {
   }
 };
 struct Bf16 {
+  static constexpr bool kBf16 = true;
   static __device__ __forceinline__ uint32_t pack(float low, float high) {
     return pack_bf16(low, high);
   }
@@ -29,12 +31,15 @@ struct Bf16 {
 };
 
 // Rows of kDim elements whose 16-byte chunks are permuted by the row's number: the eight rows that
-// an ldmatrix reads lie in eight different groups of banks.
-template <int kDim>
+// an ldmatrix reads lie in eight different groups of banks. kHeight: in panels of 64 columns and so
+// many rows, as a warpgroup reads them; 0: whole rows.
+template <int kDim, int kHeight = 0>
 struct Rows16 {
   uint16_t* base;
 
   __device__ __forceinline__ uint16_t* at(int row, int chunk) const {
+    if (kHeight > 0 && kDim > 64)
+      return base + (chunk / 8 * kHeight + row) * 64 + (((chunk ^ row) & 7) * 8);
     return base + row * kDim + ((chunk ^ (row & 7)) * 8);
   }
   // For instructions; rows start at multiples of their length, so the address of chunk ^ c is this
@@ -48,7 +53,7 @@ struct Rows16 {
   template <int kRows, int kThreads = kMmaThreads, class From>
   __device__ __forceinline__ void fill(int dim, bool whole, int thread, From&& from) const {
     constexpr int kChunks = kDim / 8;
-    [[maybe_unused]] constexpr int kUnroll = kDim <= 128 && kThreads == kMmaThreads ? 4 : 1;
+    [[maybe_unused]] constexpr int kUnroll = kDim <= 128 && kThreads >= kMmaThreads ? 4 : 1;
 #pragma unroll kUnroll
     for (int c = thread; c < kRows * kChunks; c += kThreads) {
       const int row = c / kChunks, chunk = c % kChunks;
@@ -71,23 +76,18 @@ struct Rows16 {
   __device__ __forceinline__ void fill_even(const char* source, int64_t step, int count, int dim,
                                             int thread) const {
     constexpr int kChunks = kDim / 8, kStep = kThreads / kChunks;
-    static_assert(kThreads % kChunks == 0 && kRows % kStep == 0, "a thread keeps its chunk");
+    static_assert(kThreads % kChunks == 0, "a thread keeps its chunk");
     const int chunk = thread % kChunks, first = thread / kChunks;
     if (chunk * 8 >= dim) count = 0;
     source += first * step + chunk * 16;
 #pragma unroll
     for (int row = 0; row < kRows; row += kStep) {
+      if (kRows % kStep != 0 && first + row >= kRows) break;
       copy_async_16(address(first + row, chunk), source, first + row < count ? 16 : 0);
       source += kStep * step;
     }
   }
 };
-
-// Whether every block of `count` keys of a call lies at equal distances: always, but for pages.
-inline bool even_keys(const AttentionParams& p, int count) {
-  return p.block_table == nullptr ||
-         (p.page_size % count == 0 && p.leftpad_k == nullptr && p.cu_seqlens_k == nullptr);
-}
 
 // Blocks of kRows keys (or values) of one head of a sequence, for kThreads threads to load. kEven:
 // all rows are whole and lie at equal distances, also in a page; else `even` says so at run time.
@@ -114,7 +114,8 @@ struct KeyLoader {
         whole(whole_rows),
         even(whole_rows && even_rows) {}
 
-  __device__ __forceinline__ void operator()(const Rows16<kDim>& to, int block) const {
+  template <class To>
+  __device__ __forceinline__ void operator()(const To& to, int block) const {
     if (kEven || even) {
       int64_t offset = block * rows.s_stride;
       if (p.block_table != nullptr) {
@@ -229,9 +230,9 @@ __device__ __forceinline__ void add_weighted(const float (&w)[kTiles][kN][4], co
 
 // Stores rows of a 16 x kDim product: element (r, c) to to(r) + c, scaled by factor(r). The warp's
 // own rows of `stage` are free to be written.
-template <class T, int kDim, class To>
+template <class T, int kDim, class Stage, class To>
 __device__ __forceinline__ void store_rows(const float (&c)[kDim / 8][4], const float (&factor)[2],
-                                           const Rows16<kDim>& stage, int row, int dim, Dtype dtype,
+                                           const Stage& stage, int row, int dim, Dtype dtype,
                                            bool whole, To&& to) {
   const int lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, t = lane % 4;
   if (dtype == Dtype::f32) {

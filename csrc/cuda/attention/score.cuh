@@ -150,6 +150,12 @@ inline bool whole_rows(const AttentionRows& t, int64_t dim) {
          t.h_stride % 8 == 0 && t.s_stride % 8 == 0;
 }
 
+// Whether every block of `count` keys of a call lies at equal distances: always, but for pages.
+inline bool even_keys(const AttentionParams& p, int count) {
+  return p.block_table == nullptr ||
+         (p.page_size % count == 0 && p.leftpad_k == nullptr && p.cu_seqlens_k == nullptr);
+}
+
 inline TensorView on(const AttentionPlace& place) {
   TensorView t;
   t.device = place.device, t.stream = place.stream;

@@ -76,10 +76,11 @@ __device__ __forceinline__ void drop_scores(const AttentionParams& p, const Sequ
 
 // Scores of a block to weights, two rows a thread. A score times `unit` (positive) is in units of
 // log2: the product and the difference to the maximum are one instruction. m: the maximum so far,
-// not yet times unit; l: this lane's part of the denominator; o: the sums so far.
-template <int kN, int kColumns>
+// not yet times unit; l: this lane's part of the denominator; down: what the sums so far are to be
+// multiplied by.
+template <int kN>
 __device__ __forceinline__ void soften(float unit, float (&w)[kN][4], float (&m)[2], float (&l)[2],
-                                       float (&o)[kColumns][4]) {
+                                       float (&down)[2]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float most = -infinite();
@@ -88,7 +89,7 @@ __device__ __forceinline__ void soften(float unit, float (&w)[kN][4], float (&m)
     most = fmaxf(most, shuffle_xor(most, 1));
     most = fmaxf(most, shuffle_xor(most, 2));
     const float top = fmaxf(m[half], most), base = top == -infinite() ? 0.0f : top * unit;
-    const float down = exp2_approx(m[half] * unit - base);
+    down[half] = exp2_approx(m[half] * unit - base);
     m[half] = top;
     float sum = 0.0f;
 #pragma unroll
@@ -98,10 +99,25 @@ __device__ __forceinline__ void soften(float unit, float (&w)[kN][4], float (&m)
         w[n][e] = exp2_approx(w[n][e] * unit - base);
         sum += w[n][e];
       }
-    l[half] = l[half] * down + sum;
-#pragma unroll
-    for (int n = 0; n < kColumns; ++n) o[n][2 * half] *= down, o[n][2 * half + 1] *= down;
+    l[half] = l[half] * down[half] + sum;
   }
+}
+
+template <int kColumns>
+__device__ __forceinline__ void scale_rows(const float (&by)[2], float (&o)[kColumns][4]) {
+#pragma unroll
+  for (int n = 0; n < kColumns; ++n)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) o[n][e] *= by[e / 2];
+}
+
+// What a finished row is multiplied by; its log-sum-exp goes out. m in units of log2; l summed.
+__device__ __forceinline__ float finish_row(const AttentionParams& p, const Sequence& s,
+                                            const Query& at, float m, float l) {
+  const Finish f = finish(p, at.head, m, l);
+  if (p.lse.data != nullptr && threadIdx.x % 4 == 0 && at.position >= 0)
+    stat_at(p.lse, s.b, at.head, s.q_row + at.position) = f.lse;
+  return f.factor;
 }
 
 }  // namespace
