@@ -107,6 +107,7 @@ WARPGROUP_SHAPES = [
     # B, Hq, Hkv, Sq, Sk, D, Dv: several blocks of keys and rows on both sides; one panel, two, four
     (1, 2, 1, 90, 300, 64, 64),
     (2, 1, 1, 150, 140, 128, 72),
+    (1, 3, 1, 70, 130, 96, 128),
     (1, 2, 2, 40, 390, 8, 128),
     (1, 1, 1, 140, 150, 256, 200),
 ]
@@ -184,6 +185,15 @@ def test_packed(options, dtype):
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=3e-2 if dtype == F16 else 1e-4,
                                    atol=1e-2 if dtype == F16 else 1e-5)  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"window": (7, 2)}], ids=str)
+def test_packed_by_warpgroups(hopper, options):
+    test_packed(options, F16)
+
+
+def test_rows_that_see_nothing_by_warpgroups(hopper):
+    test_rows_that_see_nothing(F16)
 
 
 CACHES = [

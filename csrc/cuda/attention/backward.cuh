@@ -140,12 +140,12 @@ __global__ void __launch_bounds__(kMmaThreads, kDim <= 64 ? 2 : 1)
   Loader(p, p.v, s, kv_head, p.Dv, whole, true, thread)(v, first);
   const int row = thread / 32 * 16, g = lane / 4, t = lane % 4;
   float dk[1][kDim / 8][4] = {}, dv[1][kDim / 8][4] = {};
-  const int64_t rows = s.Sq * (p.Hq / p.Hkv);
+  const int rows = static_cast<int>(s.Sq * (p.Hq / p.Hkv));
 
-  const auto seeing = [&](int64_t block) {
+  const auto seeing = [&](int block) {
     return next_seeing<kPass>(p, s, block, rows, first, first + kMmaRows);
   };
-  const auto describe = [&](int slot, int64_t block) {
+  const auto describe = [&](int slot, int block) {
     if (thread >= kPass) return;
     const Query query = query_of(p, s, kv_head, block + thread);
     queries[slot][thread] = query;
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kMmaThreads, kDim <= 64 ? 2 : 1)
     stats[slot][0][thread] = real ? plan.stats.lse2[i] : infinite();
     stats[slot][1][thread] = real ? plan.stats.delta[i] : 0.0f;
   };
-  const auto load = [&](int stage, int slot, int64_t block) {
+  const auto load = [&](int stage, int slot, int block) {
     const auto from = [&](const Rows16<kDim>& to, const AttentionRows& operand, int dim) {
       to.template fill<kPass>(dim, whole, thread, [&](int r) -> const char* {
         const Query query = queries[slot][r];
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kMmaThreads, kDim <= 64 ? 2 : 1)
     }
     copy_commit();
   };
-  int64_t block = seeing(0), next = seeing(block + kPass);
+  int block = seeing(0), next = seeing(block + kPass);
   describe(0, block);
   describe(1, next);
   __syncthreads();
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kMmaThreads, kDim <= 64 ? 2 : 1)
   while (block < rows) {
     const int slot_of_next = slot == 2 ? 0 : slot + 1;
     load(stage ^ 1, slot_of_next, next);
-    const int64_t after = seeing(next + kPass);
+    const int after = seeing(next + kPass);
     copy_wait<1>();
     __syncthreads();  // this stage is here
     describe(slot == 0 ? 2 : slot - 1, after);

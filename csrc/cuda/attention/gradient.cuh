@@ -55,9 +55,9 @@ struct GradientPlan {
 // see and that all of them see. Both ends move forward with a row's position, so the first and the
 // last row tell; rows of several heads count as all positions.
 template <int kPass>
-__device__ __forceinline__ Seen seen_of_rows(const AttentionParams& p, const Sequence& s,
-                                             int64_t block, int64_t rows) {
-  const int64_t i = block % s.Sq, last = i + kPass - 1;
+__device__ __forceinline__ Seen seen_of_rows(const AttentionParams& p, const Sequence& s, int block,
+                                             int rows) {
+  const int i = block % static_cast<int>(s.Sq), last = i + kPass - 1;
   const bool one_head = last < s.Sq && block + kPass <= rows;
   const KeyRange a = visible_keys(p, s, one_head ? i : 0);
   const KeyRange b = visible_keys(p, s, one_head ? last : s.Sq - 1);
@@ -67,8 +67,8 @@ __device__ __forceinline__ Seen seen_of_rows(const AttentionParams& p, const Seq
 
 // The first block of kPass rows, from row `block` on, that sees some of keys [low, high).
 template <int kPass>
-__device__ __forceinline__ int64_t next_seeing(const AttentionParams& p, const Sequence& s,
-                                               int64_t block, int64_t rows, int low, int high) {
+__device__ __forceinline__ int next_seeing(const AttentionParams& p, const Sequence& s, int block,
+                                           int rows, int low, int high) {
   for (; block < rows; block += kPass) {
     const Seen seen = seen_of_rows<kPass>(p, s, block, rows);
     if (seen.any_lo < high && seen.any_hi > low) break;

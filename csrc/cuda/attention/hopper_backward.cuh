@@ -23,10 +23,10 @@ __global__ void __launch_bounds__(HopperBackward<kDim>::kThreads, 1)
     hopper_backward(const __grid_constant__ GradientPlan plan) {
   if constexpr (kWarpgroups) {
     using H = HopperBackward<kDim>;
-    constexpr int kKeys = H::kKeys, kPass = H::kPass, kN = kPass / 8, kThreads = H::kThreads;
+    constexpr int kKeys = H::kKeys, kPass = H::kPass, kThreads = H::kThreads;
     GENFAST_DYNAMIC_SHARED(memory);
     GENFAST_SHARED(Query[3][kPass], queries);  // of this block, the next and the one after it
-    GENFAST_SHARED(float2[3][kPass], stats);   // lse2, delta
+    GENFAST_SHARED(float[3][2][kPass], stats);
     const AttentionParams& p = plan.g.p;
     using Keys = Rows16<kDim, kKeys>;
     const Keys k{reinterpret_cast<uint16_t*>(memory)}, v{k.base + kKeys * kDim};
@@ -44,24 +44,31 @@ __global__ void __launch_bounds__(HopperBackward<kDim>::kThreads, 1)
     using Loader = KeyLoader<kDim, kKeys, kThreads, true>;
     Loader(p, p.k, s, kv_head, p.D, true, true, thread)(k, first);
     Loader(p, p.v, s, kv_head, p.Dv, true, true, thread)(v, first);
-    const int64_t rows = s.Sq * (p.Hq / p.Hkv);
+    const int heads = static_cast<int>(p.Hq / p.Hkv), rows = static_cast<int>(s.Sq) * heads;
 
-    const auto seeing = [&](int64_t block) {
+    const auto seeing = [&](int block) {
       return next_seeing<kPass>(p, s, block, rows, first, first + kKeys);
     };
-    const auto describe = [&](int slot, int64_t block) {
+    const auto describe = [&](int slot, int block) {
       if (thread >= kPass) return;
       const Query query = query_of(p, s, kv_head, block + thread);
       queries[slot][thread] = query;
-      float2 stat = make_float2(infinite(), 0.0f);
-      if (query.position >= 0) {
-        const int64_t i = RowStats::index(p, s.b, query);
-        stat = make_float2(plan.stats.lse2[i], plan.stats.delta[i]);
-      }
-      stats[slot][thread] = stat;
+      const bool real = query.position >= 0;
+      const int64_t i = real ? RowStats::index(p, s.b, query) : 0;
+      stats[slot][0][thread] = real ? plan.stats.lse2[i] : infinite();
+      stats[slot][1][thread] = real ? plan.stats.delta[i] : 0.0f;
     };
-    const auto load = [&](int stage, int slot, int64_t block) {
+    const auto load = [&](int stage, int slot, int block) {
+      const Query start = queries[slot][0];
+      // Rows of one head lie at equal distances; zeros follow the last one.
+      const bool even = start.position + kPass <= s.Sq || start.head == (kv_head + 1) * heads - 1;
       const auto from = [&](const Rows16<kDim, kPass>& to, const AttentionRows& operand, int dim) {
+        if (even) {
+          to.template fill_even<kPass, kThreads>(
+              row_at(operand, 2, s.b, start.head, s.q_row + start.position), operand.s_stride * 2,
+              rows - block, dim, thread);
+          return;
+        }
         to.template fill<kPass, kThreads>(dim, true, thread, [&](int r) -> const char* {
           const Query query = queries[slot][r];
           return query.position < 0 ? nullptr
@@ -79,7 +86,7 @@ __global__ void __launch_bounds__(HopperBackward<kDim>::kThreads, 1)
     const int row = thread / 32 * 16;  // of this warp's keys
     const float unit = p.scale * kLog2e;
     float dk[kDim / 8][4] = {}, dv[kDim / 8][4] = {};
-    int64_t block = seeing(0), next = seeing(block + kPass);
+    int block = seeing(0), next = seeing(block + kPass);
     describe(0, block);
     describe(1, next);
     __syncthreads();
@@ -87,54 +94,72 @@ __global__ void __launch_bounds__(HopperBackward<kDim>::kThreads, 1)
     int stage = 0, slot = 0;
 #pragma unroll 1
     while (block < rows) {
-      const int64_t after = seeing(next + kPass);
+      const int after = seeing(next + kPass);
       copy_wait<0>();
       share();
       __syncthreads();  // this stage is here; nobody reads the other one, or dS, any more
       load(stage ^ 1, slot == 2 ? 0 : slot + 1, next);
       describe(slot == 0 ? 2 : slot - 1, after);
-      float w[kN][4], d[kN][4];
-      warpgroup_begin();
-      group_rows<T>(k, group * kGroupRows, stage_of(stage, 0), w);
-      warpgroup_commit();
-      group_rows<T>(v, group * kGroupRows, stage_of(stage, 1), d);
-      warpgroup_commit();
       const Seen seen = seen_of_rows<kPass>(p, s, block, rows);
       const bool full = seen.every_lo <= first && seen.every_hi >= first + kKeys;
-      warpgroup_wait<1>();
-      hold(w);
+      const auto q = stage_of(stage, 0), dout = stage_of(stage, 1);
+#pragma unroll 1
+      for (int part = 0; part < kPass; part += kGroupRows) {
+        float w[8][4], d[8][4];
+        warpgroup_begin();
+        group_rows<T>(k, group * kGroupRows, q, part, w);
+        warpgroup_commit();
+        group_rows<T>(v, group * kGroupRows, dout, part, d);
+        warpgroup_commit();
+        warpgroup_wait<1>();
+        hold(w);
+        const int mine = first + row + g;  // and the key 8 after it
+        if (!full) {
 #pragma unroll
-      for (int n = 0; n < kN; ++n)
+          for (int n = 0; n < 8; ++n)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int r = 8 * n + 2 * t + e % 2, j = first + row + g + 8 * (e / 2);
-          const bool sees = full || (j >= queries[slot][r].lo && j < queries[slot][r].hi);
-          w[n][e] = sees ? exp2_approx(w[n][e] * unit - stats[slot][r].x) : 0.0f;
+            for (int e = 0; e < 4; ++e) {
+              const Query& query = queries[slot][part + 8 * n + 2 * t + e % 2];
+              const int j = mine + 8 * (e / 2);
+              w[n][e] = j >= query.lo & j < query.hi ? w[n][e] : -infinite();
+            }
         }
-      uint32_t weights[kN / 2][4];
-      pack_rows<T>(w, weights);
-      warpgroup_wait<0>();
-      hold(d);
-      warpgroup_begin();
-      group_add<T, kDim>(weights, stage_of(stage, 1), dv);
-      warpgroup_commit();
+        const float *lse2 = stats[slot][0] + part + 2 * t, *delta = stats[slot][1] + part + 2 * t;
 #pragma unroll
-      for (int n = 0; n < kN; ++n)
+        for (int n = 0; n < 8; ++n) {
+          const float2 pair = *reinterpret_cast<const float2*>(lse2 + 8 * n);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) w[n][e] *= d[n][e] - stats[slot][8 * n + 2 * t + e % 2].y;
-      uint32_t slopes[kN / 2][4];
-      pack_rows<T>(w, slopes);
+          for (int e = 0; e < 4; ++e)
+            w[n][e] = exp2_approx(w[n][e] * unit - (e % 2 ? pair.y : pair.x));
+        }
+        uint32_t weights[4][4];
+        pack_rows<T>(w, weights);
+        warpgroup_wait<0>();
+        hold(d);
+        warpgroup_begin();
+        group_add<T, kDim>(weights, dout, part, dv);
+        warpgroup_commit();
 #pragma unroll
-      for (int n = 0; n < kN; ++n)
+        for (int n = 0; n < 8; ++n) {
+          const float2 pair = *reinterpret_cast<const float2*>(delta + 8 * n);
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-          *reinterpret_cast<uint32_t*>(ds.at(row + g + 8 * half, n) + 2 * t) =
-              slopes[n / 2][n % 2 * 2 + half];
+          for (int e = 0; e < 4; ++e) w[n][e] *= d[n][e] - (e % 2 ? pair.y : pair.x);
+        }
+        uint32_t slopes[4][4];
+        pack_rows<T>(w, slopes);
+#pragma unroll
+        for (int n = 0; n < 8; ++n)
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            *reinterpret_cast<uint32_t*>(ds.at(row + g + 8 * half, part / 8 + n) + 2 * t) =
+                slopes[n / 2][n % 2 * 2 + half];
+        warpgroup_begin();
+        group_add<T, kDim>(slopes, q, part, dk);
+        warpgroup_commit();
+      }
       share();
       __syncthreads();  // dS of both warpgroups is here
       warpgroup_begin();
-      group_add<T, kDim>(slopes, stage_of(stage, 0), dk);
-      warpgroup_commit();
       float dq[8][4];
       const Operand left = operand_of(ds) + (kPass > 64 ? group * kKeys * 128 : 0);
       const Operand right = operand_of(k) + (kPass > 64 ? 0 : group * kKeys * 128);

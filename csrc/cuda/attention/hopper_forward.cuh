@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(HopperForward<kDim>::kThreads, 1)
     if (blocks > 0) {
       load(0);
       warpgroup_begin();
-      group_rows<T>(q, group, stage_of(0, 0), w);
+      group_rows<T>(q, group, stage_of(0, 0), 0, w);
       warpgroup_commit();
       warpgroup_wait<0>();
       hold(w);
@@ -86,9 +86,9 @@ __global__ void __launch_bounds__(HopperForward<kDim>::kThreads, 1)
         arrived();
         load(n);
         warpgroup_begin();
-        group_rows<T>(q, group, stage_of(n & 1, 0), w);
+        group_rows<T>(q, group, stage_of(n & 1, 0), 0, w);
         warpgroup_commit();
-        group_add<T, kDim>(weights, stage_of((n + 1) & 1, 1), o);
+        group_add<T, kDim>(weights, stage_of((n + 1) & 1, 1), 0, o);
         warpgroup_commit();
         warpgroup_wait<1>();
         hold(w);
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(HopperForward<kDim>::kThreads, 1)
       }
       arrived();
       warpgroup_begin();
-      group_add<T, kDim>(weights, stage_of((blocks + 1) & 1, 1), o);
+      group_add<T, kDim>(weights, stage_of((blocks + 1) & 1, 1), 0, o);
       warpgroup_commit();
       warpgroup_wait<0>();
       hold(o);

@@ -71,10 +71,10 @@ __device__ __forceinline__ Query query_of(const AttentionParams& p, const Sequen
                                           int64_t r) {
   const int group = static_cast<int>(p.Hq / p.Hkv);
   if (r >= s.Sq * group) return {0, -1, 0, 0};
-  const int64_t g = r / s.Sq, i = r - g * s.Sq;
+  const uint32_t at = static_cast<uint32_t>(r), length = static_cast<uint32_t>(s.Sq);
+  const int g = static_cast<int>(at / length), i = static_cast<int>(at % length);
   const KeyRange keys = visible_keys(p, s, i);
-  return {static_cast<int>(kv_head * group + g), static_cast<int>(i), static_cast<int>(keys.lo),
-          static_cast<int>(keys.hi)};
+  return {kv_head * group + g, i, static_cast<int>(keys.lo), static_cast<int>(keys.hi)};
 }
 
 __device__ __forceinline__ float load_any(const void* data, Dtype dtype, int64_t at) {
