@@ -33,7 +33,7 @@ struct Span {
       const int high = static_cast<int>(low + walk.split_keys);
       begin = begin > low ? begin : low, end = end < high ? end : high;
     }
-    begin = begin / keys * keys;
+    begin = begin < end ? begin / keys * keys : end;  // a query that sees nothing has a huge begin
   }
 };
 
