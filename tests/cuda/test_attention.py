@@ -114,8 +114,11 @@ WARPGROUP_SHAPES = [
 
 
 @pytest.mark.parametrize("shape", WARPGROUP_SHAPES, ids=lambda s: "x".join(map(str, s)))
-@pytest.mark.parametrize("options", [{}, {"causal": True, "align": "bottom_right"},
-                                     {"window": (60, 20)}], ids=["all", "causal", "window"])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"causal": True, "align": "bottom_right"}, {"window": (60, 20)}],
+    ids=["all", "causal", "window"],
+)
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
 def test_warpgroups(hopper, shape, options, dtype):
     launched = hopper.count("products")
