@@ -12,7 +12,7 @@ from test_attention import CU_K, CU_Q, inputs, judge, naive, options_of, truth
 from tolerances import REORDERED, yardstick
 
 import genfast
-from genfast.ops import _backend
+from genfast.ops import _backend, _scratch
 from genfast.ops._scratch import ROOM
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -23,10 +23,17 @@ def splits():
     return 0  # as the op would
 
 
+@pytest.fixture
+def warpgroups(request):
+    return "hopper" in request.fixturenames
+
+
 @pytest.fixture(autouse=True)
-def emulated(cuda, monkeypatch, splits):
+def emulated(cuda, monkeypatch, splits, warpgroups):
     """The entry points of attention run on the emulated GPU, with the scratch that the ops give
     them there; `splits` asks for another number of blocks per row."""
+
+    monkeypatch.setattr(_scratch, "adds_queries", lambda q: warpgroups)
 
     def room(name, arguments):
         scratch = ROOM[name](*arguments)
@@ -56,7 +63,8 @@ def emulated(cuda, monkeypatch, splits):
 
     def run(name, outputs, *arguments):
         outputs = [o for o in outputs if o is not None]
-        found = cuda.call(name, outputs, *arguments)
+        added = outputs[:1] if warpgroups and name == "attention_backward" else ()
+        found = cuda.call(name, outputs, *arguments, added=added)
         for out, value in zip(outputs, found, strict=True):
             out.copy_(value)
 
@@ -93,6 +101,29 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_shapes(shape, dtype):
     judge(inputs(*shape, dtype=dtype), {"causal": True, "align": "bottom_right"}, str(shape))
+
+
+WARPGROUP_SHAPES = [
+    # B, Hq, Hkv, Sq, Sk, D, Dv: several blocks of keys and rows on both sides; one panel, two, four
+    (1, 2, 1, 90, 300, 64, 64),
+    (2, 1, 1, 150, 140, 128, 72),
+    (1, 3, 1, 70, 130, 96, 128),
+    (1, 2, 2, 40, 390, 8, 128),
+    (1, 1, 1, 140, 150, 256, 200),
+]
+
+
+@pytest.mark.parametrize("shape", WARPGROUP_SHAPES, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"causal": True, "align": "bottom_right"}, {"window": (60, 20)}],
+    ids=["all", "causal", "window"],
+)
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+def test_warpgroups(hopper, shape, options, dtype):
+    launched = hopper.count("products")
+    judge(inputs(*shape, dtype=dtype), options, str(shape))
+    assert hopper.count("products") > launched
 
 
 @pytest.mark.parametrize("splits", [2, 5])
@@ -157,6 +188,15 @@ def test_packed(options, dtype):
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=3e-2 if dtype == F16 else 1e-4,
                                    atol=1e-2 if dtype == F16 else 1e-5)  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"window": (7, 2)}], ids=str)
+def test_packed_by_warpgroups(hopper, options):
+    test_packed(options, F16)
+
+
+def test_rows_that_see_nothing_by_warpgroups(hopper):
+    test_rows_that_see_nothing(F16)
 
 
 CACHES = [
