@@ -228,5 +228,6 @@ CASES = [
     _draw(f"latent-diffusion, text sample {STEPS} steps", process.TILE,
           partial(_sampling, _of_text)),
     _case(f"prior sample {STEPS} steps", (prior.TILE, 32), _prior_sampling),
-    _draw(f"clip-guided diffusion sample {STEPS} steps", pixels.TILE, _guided_sampling),
+    _draw(f"clip-guided diffusion sample {STEPS} steps", pixels.TILE, _guided_sampling,
+          WITHIN_NOISE),
 ]  # fmt: skip
