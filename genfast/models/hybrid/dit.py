@@ -142,9 +142,9 @@ class DiT(nn.Module):
 
     def _initialise(self) -> None:
         """Peebles & Xie's: Xavier's uniform widths, N(0, 0.02) of the time's; 0 where a block shall
-        start as the identity, and in the last layer. Labels are N(0, 1), theirs N(0, 0.02): there
-        at this width a class moves so little at first that 250 steps on the latents of 4,000 digits
-        ended at a validation loss of 0.767, not 0.739."""
+        start as the identity, and in the last layer. Labels are N(0, 1), theirs N(0, 0.02), of
+        which a network of this width sees little at first: the validation loss after 250 steps on
+        the latents of 4,000 digits was 0.739, not 0.767; after 900 it was the same."""
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.xavier_uniform_(m.weight)
