@@ -44,7 +44,7 @@ from genfast._native import _C
 # Order of the table; a family appears when its file does.
 FAMILIES = (
     "rng", "sampling", "diffusion", "schedulers", "attention", "filtering", "models",
-    "transformers", "gan",
+    "transformers", "gan", "hybrid",
 )  # fmt: skip
 
 Call = Callable[[], object]

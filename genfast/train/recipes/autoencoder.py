@@ -17,11 +17,11 @@ from genfast.train.recipes.images import ImageRecipe
 
 class AutoencoderRecipe(ImageRecipe):
     model = KLAutoencoder
-    settings = {"epochs": 12, "batch_size": 64, "lr": 3e-3, "ema": 0.99}
+    settings = {"epochs": 10, "batch_size": 64, "lr": 3e-3, "ema": 0.99}
     options = {
         "widths": Option("32,64", "channels at each halving"),
-        "z_channels": Option(4, "channels of the latent"),
-        "beta": Option(0.1, "weight of the KL"),
+        "z_channels": Option(2, "channels of the latent"),
+        "beta": Option(0.01, "weight of the KL"),
     }
 
     def build(self, about: dict, options: dict) -> KLAutoencoder:

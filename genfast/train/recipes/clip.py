@@ -16,7 +16,7 @@ from genfast.train.recipes.images import ImageRecipe
 class CLIPRecipe(ImageRecipe):
     model = CLIP
     data = tuple(captions.NAMES)
-    settings = {"epochs": 20, "batch_size": 128, "lr": 2e-3, "clip": 1.0, "weight_decay": 0.05}
+    settings = {"epochs": 14, "batch_size": 128, "lr": 2e-3, "clip": 1.0, "weight_decay": 0.05}
     options = {
         "width": Option(32, "channels of the image encoder's first convolution"),
         "d": Option(64, "width of the text encoder"),

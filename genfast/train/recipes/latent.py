@@ -24,7 +24,7 @@ _CLIP = Option("", "folder of a trained clip, for conditions text and image")
 
 class DiTRecipe(ImageRecipe):
     model = DiTDiffusion
-    settings = {"epochs": 30, "batch_size": 64, "lr": 2e-3, "ema": 0.995, "clip": 1.0}
+    settings = {"epochs": 24, "batch_size": 32, "lr": 2e-3, "ema": 0.995, "clip": 1.0}
     options = {
         "patch": Option(4, "pixels (latents) along a patch's side"),
         "d": Option(96, "width of the transformer"),
