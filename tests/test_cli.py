@@ -345,7 +345,7 @@ def test_diffusion_from_the_command_line(task, tmp_path, capsys):
     capsys.readouterr()
     assert run("evaluate", "--from", folder, "--count", "20", "--steps", "2") == 0
     shown = capsys.readouterr().out
-    assert ("bits per dimension" if task == "generate" else "PSNR of what was given") in shown
+    assert ("bits per dimension" if task == "generate" else "PSNR, dB, what was given") in shown
     assert run("generate", "--from", folder, "--seed", "1", "--label", "10") == 2
     assert "label: expected a class in 0 ... 9, got 10" in capsys.readouterr().err
 
