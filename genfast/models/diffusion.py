@@ -412,6 +412,8 @@ class Diffusion(nn.Module):
         if self.classes and y is None:
             y = torch.arange(start, start + max(n, 0), device=device) % self.classes
         self._check_labels(y)
+        _check.number("guidance", guidance)
+        _check.number("guide_scale", guide_scale)
         if guidance != 1 and not self.classes:
             raise ValueError("guidance: expected 1 for a model without classes, got "
                              f"{guidance}; train it on labels")  # fmt: skip

@@ -21,12 +21,12 @@ from genfast.train.recipes.parts import part
 DRAWS = 8  # whose mean stands for the posterior's in `judge_completion`
 
 
-def numbers(text: str) -> list[int]:
+def numbers(name: str, text: str) -> list[int]:
     """ "16,32,64" -> [16, 32, 64]; "" -> []."""
     try:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise ValueError(f"expected whole numbers such as 16,32,64, got {text!r}") from None
+        raise ValueError(f"{name}: expected whole numbers such as 16,32,64, got {text!r}") from None
 
 
 class DiffusionRecipe(ImageRecipe):
@@ -67,7 +67,7 @@ class DiffusionRecipe(ImageRecipe):
 
     def build(self, about: dict, options: dict) -> Diffusion:
         o = dict(options)
-        widths, attention = numbers(o.pop("widths")), numbers(o.pop("attention"))
+        widths, attention = (numbers(name, o.pop(name)) for name in ("widths", "attention"))
         classes = about["classes"] if o.pop("labels") else 0
         return Diffusion(
             about["shape"], widths, attention=attention, classes=classes, T=o.pop("timesteps"),
@@ -94,6 +94,10 @@ class DiffusionRecipe(ImageRecipe):
             return model.sample(count, seed, start, **more)
         test = self.load(o["given"] or about["data"], {}).test
         x, labels = test[torch.arange(start, start + count) % len(test)]
+        if tuple(x.shape[1:]) != model.shape:
+            raise ValueError(
+                f"given: expected images of {model.shape}, the model's, got {tuple(x.shape[1:])}"
+            )
         if model.classes and y is None:
             more["y"] = labels
         return self.complete(model, x, seed, start, **more)[-1]
