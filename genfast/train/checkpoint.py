@@ -77,7 +77,8 @@ def load(folder: Path) -> tuple[nn.Module, dict]:
 
 
 def check_kept(folder: Path, name: str, model: nn.Module) -> None:
-    """BadCheckpoint where the folder holds another model's checkpoint: a resumed run ends with it."""
+    """BadCheckpoint where the folder holds the checkpoint of another model: a resumed run ends with
+    it."""
     _, about = load(folder)
     got, want = ((n, json.loads(json.dumps(c))) for n, c in (
         (about["model"], about["config"]), (name, model.config)))  # fmt: skip
