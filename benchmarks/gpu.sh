@@ -3,7 +3,7 @@
 # GPU that is there, runs the tests marked `gpu` and the benchmark grid, and writes one JSON and one
 # table named after the device under benchmarks/results/ (or $RESULTS).
 #
-#   PYTHON=python3 RESULTS=dir COMMIT=hash benchmarks/gpu.sh
+#   PYTHON=python3 RESULTS=dir COMMIT=hash LIMIT=540 benchmarks/gpu.sh
 #
 # Needs nvcc 12.8 or newer, torch >= 2.10 with CUDA, and, already installed: pybind11,
 # scikit-build-core, cmake, ninja, numpy, hypothesis, pytest, pytest-benchmark, rich.
@@ -18,7 +18,7 @@ commit=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 started=$SECONDS
-left() { echo $((520 - SECONDS + started)); }  # seconds; 20 are kept for the summary
+left() { echo $((${LIMIT:-540} - 20 - SECONDS + started)); }  # seconds; 20 are kept for the summary
 least() { echo $(($1 < $2 ? $1 : $2)); }
 command -v nvcc >/dev/null || PATH=$PATH:/usr/local/cuda/bin
 
@@ -62,11 +62,13 @@ grid() {
   cat "$work/table-$1-$2.txt"
 }
 part cuda cuda 100 tests/test_gpu.py -k "not sanitizer"
-for family in attention rng sampling diffusion; do grid cuda "$family"; done
+for family in attention rng sampling diffusion; do grid auto "$family"; done
+grid cuda attention
 part sanitizer cuda 90 tests/test_gpu.py -k sanitizer
 for family in attention rng sampling diffusion; do grid triton "$family"; done
 part triton triton 90 tests/kernels
-for family in schedulers models transformers; do grid cuda "$family"; done
+for family in rng sampling diffusion; do grid cuda "$family"; done
+for family in schedulers models transformers; do grid auto "$family"; done
 
 "$python" - "$work" "$results/$slug" "$name" "$driver" "$commit" "$build_s" "$failed" <<'PY'
 import datetime, json, pathlib, platform, sys
