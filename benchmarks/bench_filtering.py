@@ -147,7 +147,11 @@ def _stylegan(lazy, shape, device) -> Work:
     ours = partial(_moves, model, x, seeds, step)
 
     def compute(m):
-        return _moves(m, x[:4].to(next(m.parameters()).dtype), seeds[:4], step)
+        """The gradients of single numbers (D's last bias, the strengths) as one tensor: the error
+        of one number is luck, and plain PyTorch's may be 0."""
+        found = _moves(m, x[:4].to(next(m.parameters()).dtype), seeds[:4], step)
+        single = [g.reshape(1) for g in found if g.numel() == 1]
+        return [g for g in found if g.numel() > 1] + [torch.cat(single)]
 
     return Work(
         ours=ours,
