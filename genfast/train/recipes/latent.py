@@ -41,7 +41,7 @@ class DiTRecipe(ImageRecipe):
     sample_options = {
         "plan": Option("ddpm", "a solver of genfast.models.diffusion.PLANS"),
         "steps": Option(50, "of the solver"),
-        "guidance": Option(2.0, "scale w of uncond + w (cond - uncond)"),
+        "guidance": Option(1.5, "scale w of uncond + w (cond - uncond)"),
         "label": Option(-1, "draw this class; -1: one after another"),
         "prompt": Option("", "condition text: what to draw; several, separated by |, in turn; "
                          "none: a caption of each class in turn"),
@@ -150,7 +150,7 @@ class LatentDiffusionRecipe(DiTRecipe):
 class PriorRecipe(DiTRecipe):
     model = DiffusionPrior
     data = tuple(captions.NAMES)
-    settings = {"epochs": 20, "batch_size": 64, "lr": 1e-3, "ema": 0.99, "clip": 1.0}
+    settings = {"epochs": 8, "batch_size": 64, "lr": 1e-3, "ema": 0.99, "clip": 1.0}
     options = {
         "clip_from": Option("", "folder of a trained clip"),
         "d": Option(96, "width of the transformer"),
