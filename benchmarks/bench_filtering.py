@@ -191,7 +191,7 @@ CASES += [
 ]  # fmt: skip
 CASES += [
     _case("upsample2d + bias_act fwd+bwd", shape, partial(_layer, shape, dtype, True), dtype,
-          targets={"eager": 2.0})
+          5 * 2 + 5 * 4, targets={"eager": 2.0})
     for shape, dtype in ((MIDDLE, torch.float32), (SMALL, torch.float32), (MIDDLE, torch.bfloat16))
 ]  # fmt: skip
 CASES += [

@@ -117,7 +117,7 @@ def test_a_calibrated_table_is_read_back_on_its_own_machine_only(tmp_path, monke
     row = Row("attention", "cpu", ANY, "float32", "decode", 123, "torch", "measured")
     assert calibrate.save([row]) == path
     assert _choice.table() == (row, *_choice.ROWS)
-    assert _choice._attention_limits("cpu")[torch.float32] == (123, 0)
+    assert _choice._attention_limits("cpu")[torch.float32] == (123, 0, 0)
     text = json.loads(path.read_text())
     text["machine"]["torch"] = "1.0"
     path.write_text(json.dumps(text))
@@ -145,7 +145,7 @@ def by_torch(monkeypatch):
         calls.append(args)
         return torch.nn.functional.scaled_dot_product_attention(*args, **kwargs)
 
-    monkeypatch.setitem(core.ATTENTION_BY_TORCH[True], torch.float32, (ALL_SIZES, ALL_SIZES))
+    monkeypatch.setitem(core.ATTENTION_BY_TORCH[True], torch.float32, (ALL_SIZES,) * 3)
     monkeypatch.setattr(core, "torch_sdpa", counted)
     return calls
 
@@ -162,7 +162,29 @@ def test_a_row_for_pytorch_is_followed(by_torch, Sq, Hkv, causal):
     torch.testing.assert_close(face, expected)
 
 
-def test_options_gradients_and_empty_calls_stay_ours(by_torch):
+@pytest.mark.parametrize(
+    "Hkv, causal, wanted", [(4, False, "qkv"), (2, True, "qkv"), (4, True, "k")]
+)
+def test_a_row_for_pytorch_trains_and_differentiates_twice(by_torch, Hkv, causal, wanted):
+    q, k, v = torch.randn(2, 4, 5, 8), *torch.randn(2, 2, Hkv, 5, 8)
+    inputs = [
+        x.requires_grad_() for name, x in zip("qkv", (q, k, v), strict=True) if name in wanted
+    ]
+
+    def gradients():
+        out = genfast.attention(q, k, v, causal=causal)
+        first = torch.autograd.grad(out.square().sum(), inputs, retain_graph=True)
+        twice = torch.autograd.grad(out.square().sum(), inputs, create_graph=True)
+        return *first, *twice, *torch.autograd.grad(sum(g.square().sum() for g in twice), inputs)
+
+    found = gradients()
+    assert len(by_torch) == 1
+    with genfast.backend("reference"):
+        expected = gradients()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_options_and_empty_calls_stay_ours(by_torch):
     q, k, v = torch.randn(3, 2, 4, 5, 8)
     genfast.attention(q, k, v, softcap=3.0)
     genfast.attention(q, k, v, window=(2, 0))
@@ -171,7 +193,6 @@ def test_options_gradients_and_empty_calls_stay_ours(by_torch):
     genfast.attention(q, k, v, dropout_p=0.5, seed=1)
     genfast.attention(q[:, :, :3], k, v, causal=True, align="bottom_right")
     genfast.attention(q, k[:, :, :0], v[:, :, :0])
-    genfast.attention(q.clone().requires_grad_(), k, v)
     assert not by_torch
     with pytest.raises(ValueError, match="k: expected"):
         genfast.attention(q, k[..., :4], v)

