@@ -138,6 +138,29 @@ def test_split_keys(splits, dtype):
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
 
 
+FEW_ROWS = [
+    # B, Hq, Hkv, Sq, Sk, D, Dv: one row and up to 16, of one width of the kernels each; odd ends
+    (2, 1, 1, 1, 75, 64, 40),
+    (1, 3, 1, 1, 70, 40, 64),
+    (1, 2, 2, 1, 131, 128, 128),
+    (1, 8, 1, 2, 66, 128, 72),
+    (1, 16, 1, 1, 90, 256, 200),
+]
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("shape", FEW_ROWS, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+def test_few_rows(shape, dtype, splits):
+    """Decoding: keys in blocks of their own, of which the last is not full."""
+    q, k, v = inputs(*shape, dtype=dtype)
+    options = {"causal": True, "align": "bottom_right", "softcap": 4.0}
+    out, lse = genfast.attention(q, k, v, return_lse=True, **options)
+    exact, exact_lse = truth(q.double(), k.double(), v.double(), **options)
+    yardstick("few rows", out, naive(q, k, v, **options), exact)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize(
     "layout", ["(B, S, H, D)", "misaligned", "broadcast"], ids=lambda x: x.replace(" ", "")

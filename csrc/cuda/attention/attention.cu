@@ -7,6 +7,7 @@ const char* mma_forward_f16(const AttentionParams& p, bool options);
 const char* mma_forward_bf16(const AttentionParams& p, bool options);
 const char* mma_decode_any(const AttentionParams& p);
 const char* exact_forward_any(const AttentionParams& p);
+const char* exact_decode_any(const AttentionParams& p);
 const char* attention_merge(const AttentionParams& p);
 const char* attention_row_stats(const AttentionGradParams& g);
 const char* mma_backward_f16(const AttentionGradParams& g, bool whole, bool options);
@@ -37,10 +38,14 @@ bool has_warpgroups(const AttentionParams& p) {
 }
 
 const char* forward_of(const AttentionParams& p) {
-  if (p.dtype == Dtype::f32 || p.D > 256 || p.Dv > 256) return exact_forward_any(p);
-  if (p.Sq * (p.Hq / p.Hkv) <= 16) return mma_decode_any(p);
+  const bool few = p.Sq * (p.Hq / p.Hkv) <= 16, narrow = p.D <= 256 && p.Dv <= 256;
+  const bool whole = whole_rows(p.q, p.D) && whole_rows(p.k, p.D) && whole_rows(p.v, p.Dv);
+  if (p.dtype == Dtype::f32)
+    return few && narrow && whole ? exact_decode_any(p) : exact_forward_any(p);
+  if (!narrow) return exact_forward_any(p);
+  if (few) return mma_decode_any(p);
   if (!has_options(p) && Walk(p, 1, 1).splits == 1 && has_warpgroups(p) && even_keys(p, 128) &&
-      whole_rows(p.q, p.D) && whole_rows(p.k, p.D) && whole_rows(p.v, p.Dv))
+      whole)
     return p.dtype == Dtype::f16 ? hopper_forward_f16(p) : hopper_forward_bf16(p);
   return p.dtype == Dtype::f16 ? mma_forward_f16(p, has_options(p))
                                : mma_forward_bf16(p, has_options(p));

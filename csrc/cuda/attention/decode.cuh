@@ -17,6 +17,44 @@ template <int kDim>
 constexpr size_t kDecodeShared =
     size_t{2} * kDim * (kDecodeRows + kWarps * kDecodeStages<kDim> * 2 * kDecodeKeys);
 
+// One query row from `count` parts, `step` floats apart, in their order: [width] sums, then maximum
+// and denominator. By a whole warp; to the output, or to the row's part of a split.
+__device__ __forceinline__ void merge_row(const AttentionParams& p, const Walk& walk,
+                                          const Task& task, const Sequence& s, const Query& at,
+                                          const float* from, int width, int step, int count) {
+  if (at.position < 0) return;
+  float top = -infinite(), total = 0.0f, factor[kWarps];
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i)
+    if (i < count) top = fmaxf(top, from[i * step + width]);
+  const float base = top == -infinite() ? 0.0f : top;
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) {
+    factor[i] = i < count ? exp2_approx(from[i * step + width] - base) : 0.0f;
+    if (i < count) total += factor[i] * from[i * step + width + 1];
+  }
+  const int lane = static_cast<int>(threadIdx.x % 32), Dv = static_cast<int>(p.Dv);
+  const bool split = walk.splits > 1;
+  float* part = split ? walk.part_of(p, task.split, s.b, at.head, at.position) : nullptr;
+  const Finish f = finish(p, at.head, top, total);
+  char* out = row_at(p.out, bytes_of(p.out_dtype), s.b, at.head, s.q_row + at.position);
+  for (int d = lane; d < Dv; d += 32) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i)
+      if (i < count) sum += factor[i] * from[i * step + d];
+    if (split)
+      part[d] = sum;
+    else
+      store_any(out, p.out_dtype, d, sum * f.factor);
+  }
+  if (lane != 0) return;
+  if (split)
+    part[Dv] = top, part[Dv + 1] = total;
+  else if (p.lse.data != nullptr)
+    stat_at(p.lse, s.b, at.head, s.q_row + at.position) = f.lse;
+}
+
 template <class T, int kDim>
 __global__ void __launch_bounds__(kMmaThreads, kDim <= 128 ? 3 : 2)
     mma_decode(const __grid_constant__ ForwardPlan plan) {
@@ -100,40 +138,10 @@ __global__ void __launch_bounds__(kMmaThreads, kDim <= 128 ? 3 : 2)
     if (t == 0) to[kDim] = m[half], to[kDim + 1] = l[half];
   }
   __syncthreads();
-  const int Dv = static_cast<int>(p.Dv);
 #pragma unroll 1
-  for (int r = warp; r < kDecodeRows; r += kWarps) {
-    const Query at = queries[r];
-    if (at.position < 0) continue;
-    const float* from = sums + r * kPitch;
-    float top = -infinite(), total = 0.0f, factor[kWarps];
-#pragma unroll
-    for (int i = 0; i < kWarps; ++i) top = fmaxf(top, from[i * kDecodeRows * kPitch + kDim]);
-    const float base = top == -infinite() ? 0.0f : top;
-#pragma unroll
-    for (int i = 0; i < kWarps; ++i) {
-      factor[i] = exp2_approx(from[i * kDecodeRows * kPitch + kDim] - base);
-      total += factor[i] * from[i * kDecodeRows * kPitch + kDim + 1];
-    }
-    const bool split = plan.walk.splits > 1;
-    float* part = split ? plan.walk.part_of(p, task.split, s.b, at.head, at.position) : nullptr;
-    const Finish f = finish(p, at.head, top, total);
-    char* out = row_at(p.out, bytes_of(p.out_dtype), s.b, at.head, s.q_row + at.position);
-    for (int d = lane; d < Dv; d += 32) {
-      float sum = 0.0f;
-#pragma unroll
-      for (int i = 0; i < kWarps; ++i) sum += factor[i] * from[i * kDecodeRows * kPitch + d];
-      if (split)
-        part[d] = sum;
-      else
-        store_any(out, p.out_dtype, d, sum * f.factor);
-    }
-    if (lane != 0) continue;
-    if (split)
-      part[Dv] = top, part[Dv + 1] = total;
-    else if (p.lse.data != nullptr)
-      stat_at(p.lse, s.b, at.head, s.q_row + at.position) = f.lse;
-  }
+  for (int r = warp; r < kDecodeRows; r += kWarps)
+    merge_row(plan.p, plan.walk, task, s, queries[r], sums + r * kPitch, kDim, kDecodeRows * kPitch,
+              kWarps);
 }
 
 template <class T, int kDim>
