@@ -66,7 +66,7 @@ for family in attention rng sampling diffusion; do grid auto "$family"; done
 grid cuda attention
 part sanitizer cuda 90 tests/test_gpu.py -k sanitizer
 for family in attention rng sampling diffusion; do grid triton "$family"; done
-part triton triton 90 tests/kernels
+part triton auto 90 tests/kernels
 for family in rng sampling diffusion; do grid cuda "$family"; done
 for family in schedulers models transformers; do grid auto "$family"; done
 

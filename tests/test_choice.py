@@ -39,10 +39,16 @@ def test_the_first_fitting_row_decides():
         Row("attention", "cpu", isa, "float32", "decode", 9, "torch", ""),
         Row(ANY, "cpu", ANY, ANY, ANY, ALL_SIZES, "cpu", ""),
     )
-    assert _choice.torch_below(rows, "cpu", "float32", "decode") == 9
-    assert _choice.torch_below(rows, "cpu", "float32", "forward") == 0
-    assert _choice.torch_below(rows, "cpu", "float16", "decode") == 0
-    assert _choice.torch_below(rows, "cuda", "float16", "decode") == 7
+    assert _choice.torch_sizes(rows, "cpu", "float32", "decode") == range(1, 9)
+    assert not _choice.torch_sizes(rows, "cpu", "float32", "forward")
+    assert not _choice.torch_sizes(rows, "cpu", "float16", "decode")
+    assert _choice.torch_sizes(rows, "cuda", "float16", "decode") == range(1, 7)
+
+
+def test_small_training_calls_stay_ours_on_a_gpu():
+    found = {d: _choice.torch_sizes(_choice.ROWS, "cuda", d, "training")
+             for d in ("float32", "bfloat16")}  # fmt: skip
+    assert found == {"float32": range(1, ALL_SIZES), "bfloat16": range(2**33, ALL_SIZES)}
 
 
 def test_what_goes_to_triton_before_cuda():
@@ -117,7 +123,7 @@ def test_a_calibrated_table_is_read_back_on_its_own_machine_only(tmp_path, monke
     row = Row("attention", "cpu", ANY, "float32", "decode", 123, "torch", "measured")
     assert calibrate.save([row]) == path
     assert _choice.table() == (row, *_choice.ROWS)
-    assert _choice._attention_limits("cpu")[torch.float32] == (123, 0, 0)
+    assert _choice._attention_sizes("cpu")[torch.float32] == (range(1, 123), range(0), range(0))
     text = json.loads(path.read_text())
     text["machine"]["torch"] = "1.0"
     path.write_text(json.dumps(text))
@@ -145,7 +151,7 @@ def by_torch(monkeypatch):
         calls.append(args)
         return torch.nn.functional.scaled_dot_product_attention(*args, **kwargs)
 
-    monkeypatch.setitem(core.ATTENTION_BY_TORCH[True], torch.float32, (ALL_SIZES,) * 3)
+    monkeypatch.setitem(core.ATTENTION_BY_TORCH[True], torch.float32, (range(1, ALL_SIZES),) * 3)
     monkeypatch.setattr(core, "torch_sdpa", counted)
     return calls
 
@@ -185,12 +191,12 @@ def test_a_row_for_pytorch_trains_and_differentiates_twice(by_torch, Hkv, causal
 
 
 def test_a_forced_backend_does_the_work_itself(monkeypatch):
-    limits = {True: {torch.float32: (ALL_SIZES,) * 3}, False: {}}
-    monkeypatch.setattr(_choice, "_BY_TORCH", limits)
+    sizes = {True: {torch.float32: (range(1, ALL_SIZES),) * 3}, False: {}}
+    monkeypatch.setattr(_choice, "_BY_TORCH", sizes)
     try:
         with genfast.backend("reference"):
             assert not any(_choice.ATTENTION_BY_TORCH.values())
-        assert limits == _choice.ATTENTION_BY_TORCH
+        assert sizes == _choice.ATTENTION_BY_TORCH
     finally:
         monkeypatch.undo()
         _choice.follow_table(auto=True)

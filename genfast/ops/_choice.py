@@ -57,6 +57,8 @@ _H100 = "benchmarks/results/2026-11-26-h100-*.json"
 ROWS = (
     Row("attention", "cuda", ANY, ANY, "decode", ALL_SIZES, "torch", _H100),
     Row("attention", "cuda", ANY, ANY, "forward", ALL_SIZES, "torch", _H100),
+    Row("attention", "cuda", ANY, "float32", "training", ALL_SIZES, "torch", _H100),
+    Row("attention", "cuda", ANY, ANY, "training", 2**33, "cuda", _H100),
     Row("attention", "cuda", ANY, ANY, "training", ALL_SIZES, "torch", _H100),
     Row("attention", "cuda", ANY, "float32", "attention_forward", ALL_SIZES, "triton", _H100),
     Row("attention", "cuda", ANY, "float32", "attention_backward", ALL_SIZES, "triton", _H100),
@@ -113,14 +115,16 @@ def table() -> tuple[Row, ...]:
     return (*user_rows(), *ROWS)
 
 
-def torch_below(rows: Iterable[Row], device: str, dtype: str, feature: str) -> int:
-    """Sizes under this go to PyTorch's own attention."""
-    arch = _C.build_info()["isa"] if device == "cpu" else ANY
+def torch_sizes(rows: Iterable[Row], device: str, dtype: str, feature: str) -> range:
+    """Sizes that go to PyTorch's own attention; empty calls never do."""
+    arch, low = _C.build_info()["isa"] if device == "cpu" else ANY, 1
     for row in rows:
         fits = zip(row[:5], ("attention", device, arch, dtype, feature), strict=True)
         if all(have in (ANY, want) for have, want in fits):
-            return row.below if row.backend == "torch" else 0
-    return 0
+            if row.backend == "torch":
+                return range(low, row.below)
+            low = max(low, row.below)
+    return range(0)
 
 
 def triton_from(rows: Iterable[Row], family: str, entry: str, dtype: str) -> int:
@@ -135,19 +139,19 @@ def triton_from(rows: Iterable[Row], family: str, entry: str, dtype: str) -> int
 ATTENTION_CALLS = ("decode", "forward", "training")
 
 
-def _attention_limits(device: str) -> dict[torch.dtype, tuple[int, ...]]:
+def _attention_sizes(device: str) -> dict[torch.dtype, tuple[range, ...]]:
     rows, found = table(), {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         name = str(dtype).removeprefix("torch.")
-        limits = tuple(torch_below(rows, device, name, call) for call in ATTENTION_CALLS)
-        if any(limits):
-            found[dtype] = limits
+        sizes = tuple(torch_sizes(rows, device, name, call) for call in ATTENTION_CALLS)
+        if any(sizes):
+            found[dtype] = sizes
     return found
 
 
-_BY_TORCH = {True: _attention_limits("cpu"), False: _attention_limits("cuda")}
-# is_cpu -> dtype -> sizes below which PyTorch runs ATTENTION_CALLS: two lookups a call. Empty while
-# a backend is forced.
+_BY_TORCH = {True: _attention_sizes("cpu"), False: _attention_sizes("cuda")}
+# is_cpu -> dtype -> sizes of ATTENTION_CALLS that PyTorch runs: two lookups a call. Empty while a
+# backend is forced.
 ATTENTION_BY_TORCH = dict(_BY_TORCH)
 
 

@@ -101,11 +101,11 @@ def _forward(q, k, v, mask, alibi, sinks, packed, options, want_lse=True):
 
 def plain_forward(q, k, v, causal: bool, scale: float | None) -> Tensor | None:
     """`_forward` of a call without options: half of what a small call costs is passing them on."""
-    limits = ATTENTION_BY_TORCH[q.is_cpu].get(q.dtype)
+    sizes = ATTENTION_BY_TORCH[q.is_cpu].get(q.dtype)
     right = 0 if causal else -1
-    if limits is not None:
+    if sizes is not None:
         options = Options(scale=scale, right=right)
-        if (settings := _by_torch(limits[q.shape[-2] != 1], q, k, v, options)) is not None:
+        if (settings := _by_torch(sizes[q.shape[-2] != 1], q, k, v, options)) is not None:
             return torch_sdpa(q, k, v, **settings)
     out = empty_out(q, v.shape[-1])
     done = kernels.attention_forward(
@@ -115,13 +115,13 @@ def plain_forward(q, k, v, causal: bool, scale: float | None) -> Tensor | None:
     return out if done else None
 
 
-def _by_torch(limit: int, q, k, v, options: Options) -> dict | None:
-    """Arguments of PyTorch's attention for a call without options under `limit` elements of
-    scores times head dimension; None when the table says ours, or PyTorch's would mean another."""
+def _by_torch(sizes: range, q, k, v, options: Options) -> dict | None:
+    """Arguments of PyTorch's attention for a call without options whose scores times head dimension
+    are one of `sizes`; None when the table says ours, or PyTorch's would mean another."""
     if q.dim() != 4 or k.dim() != 4:
         return None
     Sq, Sk = q.shape[2], k.shape[2]
-    if not 0 < q.numel() * Sk < limit:
+    if q.numel() * Sk not in sizes:
         return None
     causal = options.right == 0
     plain = (
@@ -404,14 +404,14 @@ def _fits(q, k, v, mask, alibi, sinks, packed) -> bool:
 def attend(q, k, v, mask, alibi, sinks, packed: Packed, options: Options, want_lse: bool):
     """(out, lse); lse may be None where it was not asked for."""
     if not is_compiling() and (road := gate(q, k, v, mask, alibi, sinks)):
-        limits = None
+        sizes = None
         if packed is DENSE and mask is None and alibi is None and sinks is None and not want_lse:
-            limits = ATTENTION_BY_TORCH[q.is_cpu].get(q.dtype)
+            sizes = ATTENTION_BY_TORCH[q.is_cpu].get(q.dtype)
         if road == DIRECT:
             try:
-                if limits is not None:
-                    limit = limits[q.shape[-2] != 1]
-                    if (settings := _by_torch(limit, q, k, v, options)) is not None:
+                if sizes is not None:
+                    kind = sizes[q.shape[-2] != 1]
+                    if (settings := _by_torch(kind, q, k, v, options)) is not None:
                         return torch_sdpa(q, k, v, **settings), None
                 found = _forward(q, k, v, mask, alibi, sinks, packed, options, want_lse)
             except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
@@ -421,8 +421,8 @@ def attend(q, k, v, mask, alibi, sinks, packed: Packed, options: Options, want_l
                 return found
         elif road == GRAD and not (alibi is not None and alibi.requires_grad):
             validate(q, k, v, mask, alibi, sinks, packed, options)
-            if limits is not None:
-                if (settings := _by_torch(limits[2], q, k, v, options)) is not None:
+            if sizes is not None:
+                if (settings := _by_torch(sizes[2], q, k, v, options)) is not None:
                     return _TorchAttention.apply(q, k, v, options, settings), None
             if _fits(q, k, v, mask, alibi, sinks, packed):
                 return _Attention.apply(q, k, v, mask, alibi, sinks, *packed, *options)
