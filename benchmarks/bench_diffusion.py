@@ -112,7 +112,7 @@ def _solver(name, shape, dtype, device):
     return Work(lambda: S.step(plan, state, m, seed=SEED), rivals, proof, late)
 
 
-def _solver_case(name, shape, dtype=torch.float32, target=20.0):
+def _solver_case(name, shape, dtype=torch.float32, target=20.0, **more):
     n = math.prod(shape)
     return Case(
         "diffusion",
@@ -123,6 +123,7 @@ def _solver_case(name, shape, dtype=torch.float32, target=20.0):
         bytes=n * SOLVERS[name][2] * torch.finfo(dtype).bits // 8,
         targets={"diffusers": target, "dropin": 0.0},
         note="the plan API; dropin: our class of diffusers' name, for information",
+        **more,
     )
 
 
@@ -278,6 +279,11 @@ CASES = [
     *(_solver_case(name, LATENT) for name in SOLVERS),
     *(_solver_case(name, IMAGE, target=5.0) for name in SOLVERS),
     _solver_case("ddim", IMAGE, torch.bfloat16, target=5.0),
+    # Large enough for a GPU's memory to decide: below 100 MB the launch does.
+    *(
+        _solver_case(name, (64, 3, 512, 512), target=1.0, device="cuda")
+        for name in ("ddim", "dpm++2m", "ddpm")
+    ),
     _case("add_noise", BATCH, _add_noise, 2, targets={"eager": 5.0}),
     _case("add_noise", (8, 4, 64, 64), _add_noise, 2),
     *(

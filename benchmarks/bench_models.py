@@ -43,12 +43,24 @@ def fresh(build: Callable[[], nn.Module], device) -> nn.Module:
 
 
 def prove(model: nn.Module, compute: Callable[[nn.Module], list[Tensor]]) -> None:
-    """2x the error of plain PyTorch for the first tensor, 3x for its gradients, the others."""
+    """2x the error of plain PyTorch for the first tensor, 3x for its gradients, the others.
+
+    A gradient of one value, such as a last bias, is judged with the one before it: alone, plain
+    PyTorch may be exact by luck (1e-8 of the value was seen, where float32 resolves 6e-8).
+    """
     twin = type(model)(**model.config).to(next(model.parameters()).device)
     twin.load_state_dict(model.state_dict())
     twin.train(model.training)
     ours, plain, truth = compute(model), on_reference(compute)(model), compute(twin.double())
-    for i, three in enumerate(zip(ours, plain, truth, strict=True)):
+    judged = []
+    for three in zip(ours, plain, truth, strict=True):
+        if three[0].numel() == 1 and len(judged) > 1:
+            before = judged.pop()
+            three = tuple(
+                torch.cat([a.flatten(), b.flatten()]) for a, b in zip(before, three, strict=True)
+            )
+        judged.append(three)
+    for i, three in enumerate(judged):
         assert_judged(f"tensor {i}", *three, 3.0 if i else 2.0)
 
 

@@ -3,10 +3,13 @@
 # GPU that is there, runs the tests marked `gpu` and the benchmark grid, and writes one JSON and one
 # table named after the device under benchmarks/results/ (or $RESULTS).
 #
-#   PYTHON=python3 RESULTS=dir COMMIT=hash benchmarks/gpu.sh
+#   PYTHON=python3 RESULTS=dir COMMIT=hash LIMIT=540 benchmarks/gpu.sh
 #
 # Needs nvcc 12.8 or newer, torch >= 2.10 with CUDA, and, already installed: pybind11,
-# scikit-build-core, cmake, ninja, numpy, pytest, pytest-benchmark, rich.
+# scikit-build-core, cmake, ninja, numpy, hypothesis, pytest, pytest-benchmark, rich.
+#
+# What matters most comes first, and each part stands alone: a part that fails or runs out of time
+# takes no other with it, and what it had found is kept.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -15,6 +18,9 @@ commit=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 started=$SECONDS
+left() { echo $((${LIMIT:-540} - 20 - SECONDS + started)); }  # seconds; 20 are kept for the summary
+least() { echo $(($1 < $2 ? $1 : $2)); }
+command -v nvcc >/dev/null || PATH=$PATH:/usr/local/cuda/bin
 
 read -r name capability driver < <(nvidia-smi --query-gpu=name,compute_cap,driver_version \
   --format=csv,noheader | head -1 | tr ' ' '_' | sed 's/,_/ /g')
@@ -27,53 +33,79 @@ slug=$(echo "$name" | tr 'A-Z_' 'a-z-')
 echo "== $name, sm_$arch, driver $driver, commit $commit"
 
 echo "== build"
-GENFAST_CUDA=ON GENFAST_CUDA_ARCHS=$arch-real timeout 200 "$python" -m pip install -q \
+GENFAST_CUDA=ON GENFAST_CUDA_ARCHS=$arch-real timeout 240 "$python" -m pip install -q \
   --no-build-isolation --no-deps --no-index --target "$work/site" \
   --config-settings=build-dir="$work/build" . || exit 1
 build_s=$((SECONDS - started))
 echo "built in $build_s s"
 # The installed package, not the source folder that lies in the current one.
-export PYTHONPATH="$work/site" PYTHONSAFEPATH=1 GENFAST_BACKEND=cuda
+export PYTHONPATH="$work/site" PYTHONSAFEPATH=1
 
-echo "== tests marked gpu"
-timeout 170 "$python" -m pytest -q -m gpu -p no:cacheprovider --junitxml="$work/tests.xml" tests
-tests=$?
+# part NAME BACKEND SECONDS ARGUMENTS: pytest, stopped by an interrupt, so that its report is written.
+failed=0
+part() {
+  local name=$1 backend=$2 limit; limit=$(least "$3" "$(left)"); shift 3
+  [ "$limit" -gt 10 ] || { echo "== tests, $name: no time left"; return; }
+  echo "== tests, $name"
+  GENFAST_BACKEND=$backend timeout -s INT -k 15 "$limit" "$python" -m pytest -q -m gpu \
+    -p no:cacheprovider --junitxml="$work/tests-$name.xml" "$@" || failed=1
+}
+# grid BACKEND FAMILY
+grid() {
+  local limit; limit=$(least 60 "$(left)")
+  [ "$limit" -gt 10 ] || { echo "== benchmark, $1, $2: no time left"; return; }
+  echo "== benchmark, $1, $2"
+  GENFAST_BACKEND=$1 timeout "$limit" "$python" -c \
+    'import sys; from genfast.cli import main; sys.exit(main(sys.argv[1:]))' \
+    bench "$2" --device cuda --quick --json "$work/bench-$1-$2.json" >"$work/table-$1-$2.txt" \
+    || failed=1
+  cat "$work/table-$1-$2.txt"
+}
+part cuda cuda 100 tests/test_gpu.py -k "not sanitizer"
+for family in attention rng sampling diffusion; do grid auto "$family"; done
+grid cuda attention
+part sanitizer cuda 90 tests/test_gpu.py -k sanitizer
+for family in attention rng sampling diffusion; do grid triton "$family"; done
+part triton triton 90 tests/kernels
+for family in rng sampling diffusion; do grid cuda "$family"; done
+for family in schedulers models transformers; do grid auto "$family"; done
 
-echo "== benchmarks"
-timeout 150 "$python" -c 'import sys; from genfast.cli import main; sys.exit(main(sys.argv[1:]))' \
-  bench --device cuda --quick --json "$work/bench.json" >"$work/table.txt" 2>"$work/bench.log"
-bench=$?
-cat "$work/table.txt" "$work/bench.log"
-
-"$python" - "$work" "$results/$slug" "$name" "$driver" "$commit" "$build_s" "$tests" "$bench" <<'PY'
+"$python" - "$work" "$results/$slug" "$name" "$driver" "$commit" "$build_s" "$failed" <<'PY'
 import datetime, json, pathlib, platform, sys
 import xml.etree.ElementTree as xml
 
 import torch
 
-work, target, name, driver, commit, build_s, tests, bench = sys.argv[1:]
+work, target, name, driver, commit, build_s, failed = sys.argv[1:]
 work = pathlib.Path(work)
-suite = next(xml.parse(work / "tests.xml").iter("testsuite"), None) if (
-    work / "tests.xml").exists() else None
-counts = {} if suite is None else {
-    k: int(suite.get(k, 0)) for k in ("tests", "failures", "errors", "skipped")}
-failed = [] if suite is None else [
-    c.get("name") for c in suite.iter("testcase")
-    if c.find("failure") is not None or c.find("error") is not None]
-rows = work / "bench.json"
+
+
+def tests(path):
+    suite = next(xml.parse(path).iter("testsuite"))
+    bad = [c for c in suite.iter("testcase") if c.find("failure") is not None
+           or c.find("error") is not None]
+    counts = {k: int(suite.get(k, 0)) for k in ("tests", "failures", "errors", "skipped")}
+    return counts | {"seconds": float(suite.get("time", 0)), "failed": [c.get("name") for c in bad]}
+
+
 record = {
     "device": name.replace("_", " "), "driver": driver, "commit": commit,
     "date": datetime.date.today().isoformat(), "python": platform.python_version(),
     "torch": torch.__version__, "cuda": torch.version.cuda, "build_s": int(build_s),
-    "tests": counts | {"exit": int(tests), "failed": failed},
-    "benchmark_exit": int(bench),
-    "benchmark": json.loads(rows.read_text()) if rows.exists() else None,
+    "passed": failed == "0",
+    "tests": {p.stem.removeprefix("tests-"): tests(p) for p in sorted(work.glob("tests-*.xml"))},
+    "benchmark": {
+        p.stem.removeprefix("bench-"): json.loads(p.read_text())
+        for p in sorted(work.glob("bench-*.json"))
+    },
 }
 pathlib.Path(target + ".json").write_text(json.dumps(record, indent=1) + "\n")
-head = "\n".join(f"{k}: {record[k]}" for k in (
-    "device", "driver", "date", "commit", "python", "torch", "cuda", "build_s", "tests"))
-table = (work / "table.txt").read_text()
-pathlib.Path(target + ".txt").write_text(head + "\n\n" + table)
+lines = [f"{k}: {record[k]}" for k in (
+    "device", "driver", "date", "commit", "python", "torch", "cuda", "build_s")]
+lines += [f"tests, {part}: {found}" for part, found in record["tests"].items()]
+for table in sorted(work.glob("table-*.txt")):
+    lines += ["", f"backend, family: {table.stem.removeprefix('table-')}", table.read_text()]
+pathlib.Path(target + ".txt").write_text("\n".join(lines) + "\n")
 PY
 echo "== $((SECONDS - started)) s; $results/$slug.json and .txt"
-[ "$tests" = 0 ] && [ "$bench" = 0 ]
+exit "$failed"

@@ -184,6 +184,18 @@ def test_a_row_for_pytorch_trains_and_differentiates_twice(by_torch, Hkv, causal
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_forced_backend_does_the_work_itself(monkeypatch):
+    limits = {True: {torch.float32: (ALL_SIZES,) * 3}, False: {}}
+    monkeypatch.setattr(_choice, "_BY_TORCH", limits)
+    try:
+        with genfast.backend("reference"):
+            assert not any(_choice.ATTENTION_BY_TORCH.values())
+        assert limits == _choice.ATTENTION_BY_TORCH
+    finally:
+        monkeypatch.undo()
+        _choice.follow_table(auto=True)
+
+
 def test_options_and_empty_calls_stay_ours(by_torch):
     q, k, v = torch.randn(3, 2, 4, 5, 8)
     genfast.attention(q, k, v, softcap=3.0)

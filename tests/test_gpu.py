@@ -256,11 +256,16 @@ def test_attention_judged_by_the_reference(name, shape, dtype):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_attention_gradients_repeat(dtype):
+    """With deterministic algorithms asked for; else sm_90 adds the parts of dQ in any order."""
     leaves = [x.detach().cuda().requires_grad_() for x in attention_inputs(ATTENTION[0], dtype)]
     runs = []
-    for _ in range(3):
-        out = genfast.attention(*leaves, causal=True)
-        runs.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(3):
+            out = genfast.attention(*leaves, causal=True)
+            runs.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
+    finally:
+        torch.use_deterministic_algorithms(False)
     for again in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(again, runs[0], strict=True))
 
@@ -346,15 +351,17 @@ def test_compute_sanitizer(tool):
         "genfast.gumbel_softmax(x, 0.5, seed=1);"
         "genfast.sample_tokens(x, 0.8, 50, 0.9, 0.01, seed=1);"
         "genfast.add_noise(x, 0.6, 0.8, seed=1); genfast.guide(x, x, 2.0, method='tcfg');"
-        "q = torch.randn(1, 2, 70, 40, device='cuda', dtype=torch.float16, requires_grad=True);"
-        "genfast.attention(q, q, q, causal=True).sum().backward(); torch.cuda.synchronize()"
+        "q = torch.randn(1, 2, 140, 40, device='cuda', dtype=torch.float16, requires_grad=True);"
+        "genfast.attention(q, q, q, causal=True).sum().backward();"
+        "genfast.attention(q[:, :, :3].detach(), q, q); torch.cuda.synchronize()"
     )
     done = subprocess.run(
         [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", program],
         capture_output=True,
         text=True,
-        timeout=300,
-        env=os.environ,
+        timeout=80,
+        # torch's allocator cuts tensors out of large blocks, where an overrun goes unseen.
+        env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
     )
     if "Device not supported" in done.stdout:
         pytest.skip("compute-sanitizer refuses this device")

@@ -101,6 +101,17 @@ def test_perplexity_and_bits():
         text.perplexity(1.0, 0)
 
 
+def test_pair_bits():
+    training = [list(b"abab"), list(b"abc")]
+    of_one = [text.pair_bits(training, [[i]]) for i in range(text.TOKENS)]
+    assert sum(2**-bits for bits in of_one) == pytest.approx(1)
+    after_a = [2 * text.pair_bits(training, [[97, i]]) - of_one[97] for i in range(text.TOKENS)]
+    assert sum(2**-bits for bits in after_a) == pytest.approx(1)
+    assert after_a[98] == min(after_a) and after_a[98] < of_one[98]
+    with pytest.raises(ValueError, match="at least one token"):
+        text.pair_bits(training, [])
+
+
 def test_bleu():
     wanted = ["the cat sat on the mat", "there is a dog in the garden"]
     assert text.bleu(wanted, wanted) == pytest.approx(100)

@@ -319,6 +319,18 @@ def test_two_gloo_processes_train_as_one(tmp_path):
 # ---- settings ------------------------------------------------------------------------------------
 
 
+def test_a_run_whose_best_epoch_is_another_models_is_not_resumed(tmp_path):
+    def stop(progress, record):
+        if progress.step == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(tmp_path, show=stop)
+    checkpoint.save(tmp_path, "vae", VAE(h_dim=3, z_dim=2), {})
+    with pytest.raises(checkpoint.BadCheckpoint, match="expected the best epoch of the run"):
+        run(tmp_path, resume=True)
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_rise_then_keep_their_shape(name):
     s = Settings(lr=2.0, warmup=0.1, schedule=name)
@@ -402,6 +414,18 @@ def test_bad_checkpoints_are_refused(tmp_path):
     checkpoint.save(tmp_path, "gqn", fresh(), {})
     with pytest.raises(checkpoint.BadCheckpoint, match="expected one of vae.*, got 'gqn'"):
         checkpoint.load(tmp_path)
+    model = fresh()
+    weights = model.state_dict()
+    for config, message in (
+        (None, "config: expected that of a vae, got None"),
+        ({**model.config, "widths": 3}, "config: expected that of a vae.*widths"),
+        ({**model.config, "z_dim": 0}, "config: expected that of a vae.*z_dim"),
+        ({**model.config, "z_dim": 3}, "not the weights of its config"),
+    ):
+        about = {"format": checkpoint.FORMAT, "model": "vae", "config": config}
+        _files.write_tensors(path, weights, about)
+        with pytest.raises(checkpoint.BadCheckpoint, match=message):
+            checkpoint.load(tmp_path)
 
 
 def test_mnist5k_is_real_and_its_split_is_fixed():

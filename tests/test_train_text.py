@@ -166,6 +166,7 @@ def test_t5_trains_and_answers(tmp_path, capsys):
     options = {name: option.default for name, option in recipe.sample_options.items()}
     found = recipe.evaluate(model, recipe.load(str(pairs), {}), 0, 100, options)
     assert found["exact"] >= 0.5 and found["pairs"] == 4 and 0 <= found["bleu"] <= 100
+    assert found["bits_per_byte"] < found["bits_per_byte of byte pairs"]
 
 
 def test_vit_learns(tmp_path):

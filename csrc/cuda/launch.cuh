@@ -50,6 +50,18 @@ inline const char* error_text(cudaError_t error, int device) {
   return text;
 }
 
+inline int shared_of_multiprocessor(int device) {  // bytes
+  int n = 0;
+  cudaDeviceGetAttribute(&n, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  return n;
+}
+
+inline int generation(int device) {  // 9 of sm_90
+  int n = 0;
+  cudaDeviceGetAttribute(&n, cudaDevAttrComputeCapabilityMajor, device);
+  return n;
+}
+
 inline int multiprocessors(int device) {
   int n = 0;
   cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device);
@@ -76,6 +88,13 @@ const char* launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, c
     error = cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);
   }
   if (error != cudaSuccess) cudaGetLastError();  // ours is reported: leave none behind for torch
+  return error_text(error, on.device);
+}
+
+inline const char* clear_memory(void* data, size_t bytes, const TensorView& on) {
+  DeviceGuard guard(on.device);
+  const cudaError_t error = cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(on.stream));
+  if (error != cudaSuccess) cudaGetLastError();
   return error_text(error, on.device);
 }
 

@@ -42,14 +42,14 @@ __device__ __forceinline__ float exp2_approx(float x) {
 
 // ---- shared memory ----------------------------------------------------------------------------
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+using SharedAddress = uint32_t;
+__device__ __forceinline__ SharedAddress shared_address(const void* p) {
+  return static_cast<SharedAddress>(__cvta_generic_to_shared(p));
 }
 
 // 16 bytes from global to shared memory in the background; the last 16 - bytes are zero.
-__device__ __forceinline__ void copy_async_16(void* to, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-               "r"(bytes)
+__device__ __forceinline__ void copy_async_16(SharedAddress to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
                : "memory");
 }
 __device__ __forceinline__ void copy_commit() {
@@ -69,16 +69,16 @@ __device__ __forceinline__ void barrier_sync(int id, int count) {
 
 // Four 8 x 8 matrices of 16-bit elements; lane l gives the row address of matrix l / 8, row l % 8,
 // and gets elements (l / 4, 2 (l % 4)) and the next of each (transposed: of the transposes).
-__device__ __forceinline__ void load_matrix(uint32_t (&r)[4], const void* row) {
+__device__ __forceinline__ void load_matrix(uint32_t (&r)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
 }
-__device__ __forceinline__ void load_matrix_transposed(uint32_t (&r)[4], const void* row) {
+__device__ __forceinline__ void load_matrix_transposed(uint32_t (&r)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
 }
 

@@ -18,7 +18,8 @@ __device__ __forceinline__ float value_of_key(uint32_t key) {
 
 // Eight copies of the histogram: warps of a block mostly hit the few bins of the common exponents.
 constexpr int kBins = 256, kCopies = 8;
-using Histogram = unsigned long long[kCopies][kBins];
+template <class Count>
+using Histogram = Count[kCopies][kBins];
 
 struct Selected {
   uint32_t key;        // largest key with weight(keys >= key) >= target
@@ -26,13 +27,16 @@ struct Selected {
   uint64_t weight;     // of the elements with exactly this key
 };
 
+// Count: unsigned where every weight is 1 (shared memory adds those by itself, of a whole warp at
+// once; a copy overflows at 2^35 elements in all), else unsigned long long (compare and swap).
 // visit(add): calls add(key, weight) for this thread's elements. The sum of all weights must reach
 // the target, which is at least 1. Every thread of the block calls it and gets the same answer.
-template <class Visit>
-__device__ __forceinline__ Selected select_key(uint64_t target, Histogram& bins, Visit&& visit) {
+template <class Count, class Visit>
+__device__ __forceinline__ Selected select_key(uint64_t target, Histogram<Count>& bins,
+                                               Visit&& visit) {
   GENFAST_SHARED(Selected, shared);
   Selected found{0, target, 0};
-  unsigned long long* mine = bins[threadIdx.x / 32 % kCopies];
+  Count* mine = bins[threadIdx.x / 32 % kCopies];
   for (int shift = 24; shift >= 0; shift -= 8) {
     for (int i = static_cast<int>(threadIdx.x); i < kBins * kCopies;
          i += static_cast<int>(blockDim.x))
@@ -41,7 +45,7 @@ __device__ __forceinline__ Selected select_key(uint64_t target, Histogram& bins,
     const uint32_t prefix = found.key, known = shift == 24 ? 0u : ~0u << (shift + 8);
     visit([&](uint32_t key, uint64_t weight) {
       if ((key & known) == prefix && weight != 0)
-        atomicAdd(&mine[key >> shift & 255u], static_cast<unsigned long long>(weight));
+        atomicAdd(&mine[key >> shift & 255u], static_cast<Count>(weight));
     });
     __syncthreads();
     if (threadIdx.x < 32) {  // lane l owns bins 255 - 8 l … 248 - 8 l, the largest first

@@ -44,7 +44,7 @@ struct Filtered {
   int64_t* index;
 
   __device__ __forceinline__ void operator()(const BlockTeam& team, int64_t row, float*) const {
-    GENFAST_SHARED(Histogram, bins);
+    GENFAST_SHARED(Histogram<unsigned long long>, bins);
     const int64_t cols = groups.cols, at = row * cols;
     const auto each = [&](auto&& fn) {
       for (int64_t i = team.rank(); i < cols; i += team.size()) fn(i, load_one(logits, at + i));

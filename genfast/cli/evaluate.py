@@ -38,6 +38,9 @@ def run(args) -> None:
     model, about = checkpoint.load(args.folder)
     recipe, options = RECIPES[about["model"]], chosen(args, about["model"], OPTIONS)
     data = recipe.load(args.data_name or about["data"], about["options"])
+    shapes = [x.get("shape") for x in (about, data.about)]
+    if None not in shapes and shapes[0] != shapes[1]:
+        raise ValueError(f"--data: expected images of {shapes[0]}, the model's, got {shapes[1]}")
     found = recipe.evaluate(model, data, args.seed, args.count, options)
     width = max(map(len, found))
     for name, value in found.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -48,21 +49,30 @@ def configured(parser, args):
     actions = {a.dest: a for a in parser._actions if a.dest not in ("help", "config")}
     for name, value in read_config(args.config).items():
         if name not in actions:
-            known = ", ".join(sorted(actions))
-            raise ValueError(f"{args.config}: {name}: expected one of {known}")
+            known, near = ", ".join(sorted(actions)), difflib.get_close_matches(name, actions, 1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{args.config}: {name}: expected one of {known}{meant}")
         if name in args:
             continue
-        action = actions[name]
         try:
-            if action.nargs == 0:  # a switch
-                if not isinstance(value, bool):
-                    raise ValueError(f"expected true or false, got {value!r}")
-            else:
-                value = action.type(str(value)) if action.type else str(value)
+            setattr(args, name, typed(actions[name], value))
         except (ValueError, argparse.ArgumentTypeError) as error:
             raise ValueError(f"{args.config}: {name}: {error}") from None
-        setattr(args, name, value)
     return args
+
+
+def typed(action: argparse.Action, value):
+    """A value of a config file as its flag would read it; a list is a text with commas."""
+    if action.nargs == 0:  # a switch
+        if not isinstance(value, bool):
+            raise ValueError(f"expected true or false, got {value!r}")
+        return value
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    try:
+        return action.type(text) if action.type else text
+    except ValueError:
+        kind = {int: "a whole number", float: "a number"}.get(action.type, "another value")
+        raise ValueError(f"expected {kind}, got {value!r}") from None
 
 
 def run(args) -> None:

@@ -120,7 +120,12 @@ def classes_covered(labels: Tensor, classes: int, share: float = 0.01) -> int:
     return int((labels.bincount(minlength=classes) >= max(share * len(labels), 1)).sum())
 
 
-def precision_recall_density_coverage(real: Tensor, drawn: Tensor, k: int = 5) -> dict[str, float]:
+NEIGHBOURS = 5  # Naeem et al. 2020
+
+
+def precision_recall_density_coverage(
+    real: Tensor, drawn: Tensor, k: int = NEIGHBOURS
+) -> dict[str, float]:
     """Naeem et al., "Reliable fidelity and diversity metrics for generative models", 2020;
     precision and recall: Kynkaanniemi et al. 2019. real (N, F), drawn (M, F): features; k < N, M.
 

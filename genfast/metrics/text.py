@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
 from genfast._extras import need
 
@@ -18,6 +20,32 @@ def perplexity(nll: float, tokens: int) -> float:
 def bits_per_byte(nll: float, text: str) -> float:
     """-log2 p(text) over its UTF-8 length: comparable between vocabularies."""
     return nll / math.log(2) / max(len(text.encode()), 1)
+
+
+TOKENS = 257  # bytes and an end
+
+
+def pair_bits(training: Sequence[Sequence[int]], test: Sequence[Sequence[int]]) -> float:
+    """Bits a token of `test` under the frequencies of pairs of neighbours in `training`: what a
+    model must beat that has learned more than spelling. Witten & Bell 1991: a pair's frequency and
+    its second token's are weighed by how many tokens follow the first, those by how many there are.
+    The first token of a sequence follows -1.
+    """
+    pairs = Counter(p for row in training for p in pairwise([-1, *row]))
+    first, second, kinds = Counter(), Counter(), Counter(a for a, _ in pairs)
+    for (a, b), n in pairs.items():
+        first[a] += n
+        second[b] += n
+    total, tokens = second.total(), len(second)
+
+    def p(a: int, b: int) -> float:
+        alone = (second[b] + tokens / TOKENS) / (total + tokens)
+        return (pairs[a, b] + kinds[a] * alone) / (first[a] + kinds[a]) if a in first else alone
+
+    found = [-math.log2(p(a, b)) for row in test for a, b in pairwise([-1, *row])]
+    if not found:
+        raise ValueError("test: expected at least one token, got none")
+    return sum(found) / len(found)
 
 
 def bleu(found: Sequence[str], wanted: Sequence[str]) -> float:

@@ -16,7 +16,7 @@ import torch
 
 from genfast._archs import covers
 from genfast._native import _C
-from genfast.ops._choice import ALL_SIZES, table, triton_from
+from genfast.ops._choice import ALL_SIZES, follow_table, table, triton_from
 from genfast.ops._scratch import with_scratch
 
 BACKENDS = ("auto", "cuda", "triton", "reference")
@@ -157,6 +157,7 @@ def _choose(name: str) -> None:
     make = _triton if name == "triton" else _both if _GPU else _native
     for entry in _TRITON:
         setattr(kernels, entry, make(entry))
+    follow_table(name == "auto")
 
 
 _choose("auto")

@@ -145,5 +145,13 @@ def _attention_limits(device: str) -> dict[torch.dtype, tuple[int, ...]]:
     return found
 
 
-# is_cpu -> dtype -> sizes below which PyTorch runs ATTENTION_CALLS: two lookups a call.
-ATTENTION_BY_TORCH = {True: _attention_limits("cpu"), False: _attention_limits("cuda")}
+_BY_TORCH = {True: _attention_limits("cpu"), False: _attention_limits("cuda")}
+# is_cpu -> dtype -> sizes below which PyTorch runs ATTENTION_CALLS: two lookups a call. Empty while
+# a backend is forced.
+ATTENTION_BY_TORCH = dict(_BY_TORCH)
+
+
+def follow_table(auto: bool) -> None:
+    """Fills ATTENTION_BY_TORCH, or empties it: a forced backend does the work itself."""
+    for is_cpu, limits in _BY_TORCH.items():
+        ATTENTION_BY_TORCH[is_cpu] = limits if auto else {}

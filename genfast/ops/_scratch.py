@@ -5,6 +5,7 @@ so that the order of a sum, and with it the result, never depends on the GPU.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -64,15 +65,32 @@ def _attention_cached(q, k_cache, v_cache, out, lse, lengths, added, leftpad, ba
     return _split_keys(q, *q.shape[:3], k_cache.shape[1], capacity, v_cache.shape[-1])
 
 
-def _attention_backward(dout, dlse, dq, dk, dv, dmask, dsinks, q, *rest):
-    cu_q, max_q = rest[5], rest[7]
+@functools.cache
+def _has_warpgroups(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def adds_queries(q: Tensor) -> bool:
+    """Whether blocks add their parts of dQ to common sums, in any order: on sm_90, unless
+    `torch.use_deterministic_algorithms` asks for the same bits every time."""
+    return _has_warpgroups(q.device) and not torch.are_deterministic_algorithms_enabled()
+
+
+def _attention_backward(dout, dlse, dq, dk, dv, dmask, dsinks, q, k, v, *rest):
+    cu_q, max_q = rest[3], rest[5]
     if cu_q is None:
-        rows = q.shape[:3].numel()
+        batch, heads, length = q.shape[:3]
     else:
-        rows = (cu_q.numel() - 1) * q.shape[1] * max_q
+        batch, heads, length = cu_q.numel() - 1, q.shape[1], max_q
         for grad in (dq, dk, dv):
             grad.zero_()
-    return q.new_empty(2 * rows, dtype=torch.float32)
+    room = 2 * batch * heads * length  # of each row: its LSE and sum(out dout)
+    width = max(q.shape[-1], v.shape[-1])
+    if q.dtype != torch.float32 and width <= 128 and adds_queries(q):
+        kv_heads = max(k.shape[1], 1)  # of each: its queries in whole tiles of 128 rows
+        tiles = batch * kv_heads * math.ceil(length * (heads // kv_heads) / 128)
+        room = math.ceil(room / 4) * 4 + tiles * 128 * (64 if width <= 64 else 128)
+    return q.new_empty(room, dtype=torch.float32)
 
 
 # Entry point -> its scratch from its arguments.

@@ -101,7 +101,7 @@ def step(
         except (TypeError, ValueError, AttributeError):
             pass  # the public function names the argument
     if outs is None:
-        read = [h if used else None for h, used in zip(held, read, strict=True)]
+        read = tuple([h if used else None for h, used in zip(held, read, strict=True)])
         outs = _public(plan, r, row, x, m, read, noise, seed, stream, weights, outputs)
     if writes:
         history = [*history]

@@ -47,9 +47,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
         raise BadCheckpoint(f"{path}: not a readable safetensors file ({error})") from None
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise BadCheckpoint(f"{path}: not a genfast checkpoint of format {FORMAT}")
-    if about["model"] not in RECIPES:
+    if about.get("model") not in RECIPES:
         known = ", ".join(RECIPES)
-        raise BadCheckpoint(f"{path}: model: expected one of {known}, got {about['model']!r}")
+        raise BadCheckpoint(f"{path}: model: expected one of {known}, got {about.get('model')!r}")
     return tensors, about
 
 
@@ -61,12 +61,32 @@ def load(folder: Path) -> tuple[nn.Module, dict]:
             f"{folder}: expected a folder that holds {CHECKPOINT}, as `genfast train` writes it"
         )
     tensors, about = read(path)
-    model = RECIPES[about["model"]].model(**about["config"])
+    config = about.get("config")
+    try:
+        model = RECIPES[about["model"]].model(**config)
+    except (TypeError, ValueError) as error:
+        raise BadCheckpoint(
+            f"{path}: config: expected that of a {about['model']}, got {config} ({error})"
+        ) from None
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise BadCheckpoint(f"{path}: {error}") from None
+        what = str(error)[:500]  # of a U-Net every line would fill a screen
+        raise BadCheckpoint(f"{path}: not the weights of its config: {what} ...") from None
     return model.eval(), about
+
+
+def check_kept(folder: Path, name: str, model: nn.Module) -> None:
+    """BadCheckpoint where the folder holds the checkpoint of another model: a resumed run ends with
+    it."""
+    _, about = load(folder)
+    got, want = ((n, json.loads(json.dumps(c))) for n, c in (
+        (about["model"], about["config"]), (name, model.config)))  # fmt: skip
+    if got != want:
+        raise BadCheckpoint(
+            f"{folder / CHECKPOINT}: expected the best epoch of the run that {folder} resumes, a "
+            f"{name}, got another run's {got[0]}; start again without --resume"
+        )
 
 
 def digest(path: Path) -> str:

@@ -189,6 +189,8 @@ def _train(name, recipe, model, data, s, out, notes, show, resume, processes) ->
     progress = Progress()
     if resume:
         progress = state.restore(out, model, average.tensors, optimizers)
+        if progress.best_epoch:
+            checkpoint.check_kept(out, name, model)
         if progress.scaler and accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(progress.scaler)
     if processes.main:

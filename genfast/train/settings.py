@@ -83,6 +83,8 @@ def read_config(path: Path) -> dict[str, Any]:
     readers = {".toml": _toml, ".yaml": _yaml, ".yml": _yaml}
     if path.suffix not in readers:
         raise ValueError(f"config: expected a file in {', '.join(readers)}, got {str(path)!r}")
+    if not path.is_file():
+        raise ValueError(f"config: expected a file that exists, got {str(path)!r}")
     found = readers[path.suffix](path)
     if not isinstance(found, dict):
         raise ValueError(f"{path}: expected a table of names and values, got {found!r}")

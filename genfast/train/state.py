@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -87,6 +88,9 @@ def restore(
         ema[name].copy_(x)
     for name, p, state in _states(model, optimizers):
         moments = part(f"optimizer.{name}.")
-        # Adam keeps its step count on the CPU, whatever the device.
-        state[p] = {key: x if key == "step" else x.to(p.device) for key, x in moments.items()}
+        # Adam keeps its step count on the CPU, whatever the device; the moments lie as p does.
+        state[p] = {
+            key: x if key == "step" else torch.empty_like(p, dtype=x.dtype).copy_(x)
+            for key, x in moments.items()
+        }
     return Progress(**facts["progress"])

@@ -12,7 +12,7 @@ from test_attention import CU_K, CU_Q, inputs, judge, naive, options_of, truth
 from tolerances import REORDERED, yardstick
 
 import genfast
-from genfast.ops import _backend
+from genfast.ops import _backend, _scratch
 from genfast.ops._scratch import ROOM
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -23,10 +23,17 @@ def splits():
     return 0  # as the op would
 
 
+@pytest.fixture
+def warpgroups(request):
+    return "hopper" in request.fixturenames
+
+
 @pytest.fixture(autouse=True)
-def emulated(cuda, monkeypatch, splits):
+def emulated(cuda, monkeypatch, splits, warpgroups):
     """The entry points of attention run on the emulated GPU, with the scratch that the ops give
     them there; `splits` asks for another number of blocks per row."""
+
+    monkeypatch.setattr(_scratch, "adds_queries", lambda q: warpgroups)
 
     def room(name, arguments):
         scratch = ROOM[name](*arguments)
@@ -56,7 +63,8 @@ def emulated(cuda, monkeypatch, splits):
 
     def run(name, outputs, *arguments):
         outputs = [o for o in outputs if o is not None]
-        found = cuda.call(name, outputs, *arguments)
+        added = outputs[:1] if warpgroups and name == "attention_backward" else ()
+        found = cuda.call(name, outputs, *arguments, added=added)
         for out, value in zip(outputs, found, strict=True):
             out.copy_(value)
 
@@ -95,6 +103,29 @@ def test_shapes(shape, dtype):
     judge(inputs(*shape, dtype=dtype), {"causal": True, "align": "bottom_right"}, str(shape))
 
 
+WARPGROUP_SHAPES = [
+    # B, Hq, Hkv, Sq, Sk, D, Dv: several blocks of keys and rows on both sides; one panel, two, four
+    (1, 2, 1, 90, 300, 64, 64),
+    (2, 1, 1, 150, 140, 128, 72),
+    (1, 3, 1, 70, 130, 96, 128),
+    (1, 2, 2, 40, 390, 8, 128),
+    (1, 1, 1, 140, 150, 256, 200),
+]
+
+
+@pytest.mark.parametrize("shape", WARPGROUP_SHAPES, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"causal": True, "align": "bottom_right"}, {"window": (60, 20)}],
+    ids=["all", "causal", "window"],
+)
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+def test_warpgroups(hopper, shape, options, dtype):
+    launched = hopper.count("products")
+    judge(inputs(*shape, dtype=dtype), options, str(shape))
+    assert hopper.count("products") > launched
+
+
 @pytest.mark.parametrize("splits", [2, 5])
 @pytest.mark.parametrize("dtype", [F32, F16], ids=str)
 def test_split_keys(splits, dtype):
@@ -104,6 +135,29 @@ def test_split_keys(splits, dtype):
     out, lse = genfast.attention(q, k, v, return_lse=True, **options)
     exact, exact_lse = truth(q.double(), k.double(), v.double(), **options)
     yardstick("split", out, naive(q, k, v, **options), exact)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
+
+
+FEW_ROWS = [
+    # B, Hq, Hkv, Sq, Sk, D, Dv: one row and up to 16, of one width of the kernels each; odd ends
+    (2, 1, 1, 1, 75, 64, 40),
+    (1, 3, 1, 1, 70, 40, 64),
+    (1, 2, 2, 1, 131, 128, 128),
+    (1, 8, 1, 2, 66, 128, 72),
+    (1, 16, 1, 1, 90, 256, 200),
+]
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("shape", FEW_ROWS, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+def test_few_rows(shape, dtype, splits):
+    """Decoding: keys in blocks of their own, of which the last is not full."""
+    q, k, v = inputs(*shape, dtype=dtype)
+    options = {"causal": True, "align": "bottom_right", "softcap": 4.0}
+    out, lse = genfast.attention(q, k, v, return_lse=True, **options)
+    exact, exact_lse = truth(q.double(), k.double(), v.double(), **options)
+    yardstick("few rows", out, naive(q, k, v, **options), exact)
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
 
 
@@ -157,6 +211,15 @@ def test_packed(options, dtype):
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=3e-2 if dtype == F16 else 1e-4,
                                    atol=1e-2 if dtype == F16 else 1e-5)  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"window": (7, 2)}], ids=str)
+def test_packed_by_warpgroups(hopper, options):
+    test_packed(options, F16)
+
+
+def test_rows_that_see_nothing_by_warpgroups(hopper):
+    test_rows_that_see_nothing(F16)
 
 
 CACHES = [

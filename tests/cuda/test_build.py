@@ -20,9 +20,15 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 # The same source as its twin, with one instruction for another: one architecture tells enough.
-TWINS = {"forward_bf16": ("80",), "backward_bf16": ("80",)}
-# Kernels that run on tensor cores: part of the mangled name.
-TENSOR_CORES = "mma_"
+TWINS = {"forward_bf16": ("80",), "backward_bf16": ("80",), "hopper_bf16": ("90a",)}
+# Kernels that run on tensor cores: part of the mangled name, their instruction, the least of them,
+# and architectures. 20: both products of the forward kernel with 64 columns, 4 + 8 with the first
+# block's scores apart.
+TENSOR_CORES = (
+    ("mma_", "HMMA.16816", 32, ARCHITECTURES),
+    ("hopper_forward", "HGMMA.64", 20, ("90a",)),
+    ("hopper_backward", "HGMMA.64", 24, ("90a",)),
+)
 # Kernels that may spill: {part of the mangled name: (bytes, reason)}.
 SPILLS: dict[str, tuple[int, str]] = {
     # At 255 registers ptxas for sm_120 keeps a few addresses of the mask on the stack; none on the
@@ -79,8 +85,8 @@ def _cuobjdump() -> str | None:
     return found
 
 
-def _tensor_core_instructions(code: Path) -> dict[tuple[str, str], int]:
-    """(kernel, architecture) -> HMMA instructions in the machine code."""
+def _tensor_core_instructions(code: Path) -> dict[tuple[str, str, str], int]:
+    """(kernel, architecture, instruction of TENSOR_CORES) -> how often it is in the code."""
     text = subprocess.run([_cuobjdump(), "-sass", str(code)], capture_output=True, text=True).stdout
     counts, arch, kernel = {}, "", ""
     for line in text.splitlines():
@@ -88,9 +94,11 @@ def _tensor_core_instructions(code: Path) -> dict[tuple[str, str], int]:
             arch = found.group(1)
         elif found := re.match(r"\s*Function : (\S+)", line):
             kernel = found.group(1)
-            counts[kernel, arch] = 0
-        elif "HMMA.16816" in line:
-            counts[kernel, arch] += 1
+            counts |= {(kernel, arch, row[1]): 0 for row in TENSOR_CORES}
+        else:
+            for _, instruction, *_ in TENSOR_CORES:
+                if instruction in line:
+                    counts[kernel, arch, instruction] += 1
     return counts
 
 
@@ -148,7 +156,7 @@ def test_resources(compiled, capsys):
         print(f"\n{'registers':50}" + "".join(f"{'sm_' + a:>8}" for a in ARCHITECTURES) + "  smem")
         for name, row in table.items():
             cells = "".join(f"{row[a]['registers'] if a in row else '':>8}" for a in ARCHITECTURES)
-            print(f"{_short(name)[:50]:50}{cells}{row['80']['shared']:6d}")
+            print(f"{_short(name)[:50]:50}{cells}{max(n['shared'] for n in row.values()):6d}")
         sizes = (
             f"{_name(s)} {c.stat().st_size / 1024:.0f}"
             for s, (_, c) in zip(SOURCES, compiled, strict=True)
@@ -163,9 +171,10 @@ def test_resources(compiled, capsys):
 def test_tensor_cores(compiled):
     """Both products of a forward kernel, four or five of a backward one, on every architecture."""
     seen = 0
-    for source, (_, code) in zip(SOURCES, compiled, strict=True):
-        for (kernel, arch), count in _tensor_core_instructions(code).items():
-            if TENSOR_CORES in kernel and "attention" in str(source):
-                seen += 1
-                assert count >= 32, f"{_short(kernel)} on sm_{arch}: {count} HMMA instructions"
+    for _, code in compiled:
+        for (kernel, arch, found), count in _tensor_core_instructions(code).items():
+            for part, instruction, least, architectures in TENSOR_CORES:
+                if part in kernel and found == instruction and arch in architectures:
+                    seen += 1
+                    assert count >= least, f"{_short(kernel)} on sm_{arch}: {count} {instruction}"
     assert seen >= 2 * len(ARCHITECTURES)

@@ -11,22 +11,26 @@ from pathlib import Path
 import pytest
 import torch
 
+from .conftest import SCHEDULES
+
 FAULTS = (
     "none race uninitialised divergent_places missing_threads exited_lane divergent_shuffle "
-    "no_copy_wait shared_overrun global_overrun named_barriers sub_warps shared_limit"
+    "no_copy_wait shared_overrun global_overrun named_barriers sub_warps shared_limit early_copy"
 ).split()
 
 
-def mirror(cuda, fault: str, order=0, poison=0xFF) -> tuple[str | None, torch.Tensor, torch.Tensor]:
+def mirror(
+    cuda, fault: str, order=0, poison=0xFF, early=0
+) -> tuple[str | None, torch.Tensor, torch.Tensor]:
     x = torch.arange(128.0)
     out = torch.zeros(128)
     call = cuda.library.simt_mirror
     call.restype = ctypes.c_char_p
-    cuda.library.simt_configure(order, poison)
+    cuda.library.simt_configure(order, poison, early)
     error = call(
         ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(out.data_ptr()), 128, FAULTS.index(fault)
     )
-    cuda.library.simt_configure(0, 0xFF)
+    cuda.library.simt_configure(0, 0xFF, 0)
     truth = x.view(2, 64) + x.view(2, 64).flip(1)
     return error and error.decode(), out, truth.flatten()
 
@@ -64,13 +68,14 @@ def test_a_gpu_without_code_is_named(cuda):
     assert call(0) is None
 
 
-@pytest.mark.parametrize("fault", ["race", "uninitialised", "no_copy_wait"])
+@pytest.mark.parametrize("fault", ["race", "uninitialised", "no_copy_wait", "early_copy"])
 def test_schedules_tell_races_and_garbage(cuda, fault):
     """A race shows as a result that moves with the order, garbage as one that moves with the bytes.
 
-    An asynchronous copy lands as late as allowed, so one that nobody waits for reads garbage.
+    An asynchronous copy lands as late as allowed, so one that nobody waits for reads garbage; or at
+    once, so one over values that others still need destroys them.
     """
-    results = [mirror(cuda, fault, *s)[1] for s in ((0, 0xFF), (1, 0x5A), (7, 0x00))]
+    results = [mirror(cuda, fault, *schedule)[1] for schedule in SCHEDULES]
     assert any(not torch.equal(results[0], r) for r in results[1:])
 
 

@@ -209,6 +209,16 @@ def test_unread_sources_may_be_anything():
     assert torch.equal(genfast.diffusion_step(x, bad, table * 0), torch.zeros_like(x))
 
 
+def test_lists_take_the_direct_road(monkeypatch):
+    """On a GPU the slow road costs a solver step 130 to 250 us where the direct one takes 17."""
+    x, m, n, h = tensors((2, 3, 8), 4)
+    table = random_table(used=(0, 1, 3)).float()
+    expected = genfast.diffusion_step(x, (m, n), table, 1, history=(h, None), weights=(0.5, 0.5))
+    monkeypatch.setattr(step_module, "_slow", None)
+    out = genfast.diffusion_step(x, [m, n], table, 1, history=[h, None], weights=(0.5, 0.5))
+    assert torch.equal(out, expected)
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_in_place_and_out(dtype):
     shape = (2, 3, 1030)

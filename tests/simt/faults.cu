@@ -21,6 +21,7 @@ enum Fault : int {
   kNamedBarriers,
   kSubWarps,
   kSharedLimit,
+  kEarlyCopy,
 };
 
 // Static and dynamic shared memory count together: 40 + 16 KiB are more than a kernel may have that
@@ -36,9 +37,21 @@ __global__ void __launch_bounds__(64) mirror(const float* in, float* out, int n,
   GENFAST_SHARED(float[64], tile);
   GENFAST_DYNAMIC_SHARED(dynamic);
   const int t = static_cast<int>(threadIdx.x), at = static_cast<int>(blockIdx.x) * 64 + t;
+  if (fault == kEarlyCopy) {  // the next values come over those that others have not read yet
+    float* staged = reinterpret_cast<float*>(dynamic);
+    staged[t] = in[at];
+    __syncthreads();
+    if (t < 16)
+      copy_async_16(shared_address(staged + 4 * t), in + (at / 64 + 1) % (n / 64) * 64 + 4 * t, 16);
+    copy_commit();
+    out[at] = staged[t] + staged[63 - t];
+    __syncthreads();
+    copy_wait<0>();
+    return;
+  }
   if (fault == kNoCopyWait || fault == kSharedOverrun) {
     float* staged = reinterpret_cast<float*>(dynamic);
-    if (t < 16) copy_async_16(staged + 4 * t, in + blockIdx.x * 64 + 4 * t, 16);
+    if (t < 16) copy_async_16(shared_address(staged + 4 * t), in + blockIdx.x * 64 + 4 * t, 16);
     copy_commit();
     if (fault == kSharedOverrun) {
       copy_wait<0>();
@@ -85,14 +98,15 @@ __global__ void __launch_bounds__(32)
     product(const uint16_t* a, const uint16_t* b, float* c, bool bf16) {
   GENFAST_SHARED(uint16_t[16 * 16 + 16 * 8], tiles);
   for (int i = static_cast<int>(threadIdx.x); i < 48; i += 32)
-    copy_async_16(tiles + 8 * i, i < 32 ? a + 8 * i : b + 8 * (i - 32), 16);
+    copy_async_16(shared_address(tiles + 8 * i), i < 32 ? a + 8 * i : b + 8 * (i - 32), 16);
   copy_commit();
   copy_wait<0>();
   __syncwarp();
   const int lane = static_cast<int>(threadIdx.x), g = lane / 4, t = lane % 4;
   uint32_t fa[4], fb[4];
-  load_matrix(fa, tiles + (lane % 16) * 16 + (lane / 16) * 8);
-  load_matrix_transposed(fb, tiles + 256 + (lane % 16) * 8);  // the last two matrices repeat
+  load_matrix(fa, shared_address(tiles + (lane % 16) * 16 + (lane / 16) * 8));
+  load_matrix_transposed(
+      fb, shared_address(tiles + 256 + (lane % 16) * 8));  // the last two matrices repeat
   float r[4] = {0, 0, 0, 0};
   if (bf16)
     mma_bf16(r, fa, fb[0], fb[1]);

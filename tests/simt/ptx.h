@@ -18,8 +18,10 @@ inline uint32_t pack_bf16(float low, float high) {
 }
 inline float exp2_approx(float x) { return std::exp2(x); }
 
-inline void copy_async_16(void* to, const void* from, int bytes) {
-  simt::copy_async(to, from, bytes, 16);
+using SharedAddress = uintptr_t;
+inline SharedAddress shared_address(const void* p) { return reinterpret_cast<SharedAddress>(p); }
+inline void copy_async_16(SharedAddress to, const void* from, int bytes) {
+  simt::copy_async(reinterpret_cast<void*>(to), from, bytes, 16);
 }
 inline void copy_commit() { simt::copy_commit(); }
 template <int kKeep>
@@ -31,13 +33,27 @@ inline void barrier_sync(int id, int count, simt::Site site = simt::Site::here()
   simt::barrier(id, count, 0, site);
 }
 
+// The rows of a matrix are read together: 16 bytes each, from eight groups of four banks.
+inline void count_conflicts(const unsigned char (*in)[simt::kSlot]) {
+  simt::options.matrices += 4;
+  for (int m = 0; m < 4; ++m)
+    for (int i = 0; i < 8; ++i)
+      for (int j = 0; j < i; ++j) {
+        uintptr_t a, b;
+        memcpy(&a, in[8 * m + i], sizeof a);
+        memcpy(&b, in[8 * m + j], sizeof b);
+        simt::options.conflicts += a != b && a / 16 % 8 == b / 16 % 8;
+      }
+}
+
 template <bool kTransposed>
-void load_matrices(uint32_t (&r)[4], const void* row, simt::Site site) {
-  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) simt::fail("ldmatrix row is not 16-byte aligned");
+void load_matrices(uint32_t (&r)[4], SharedAddress row, simt::Site site) {
+  if (row % 16 != 0) simt::fail("ldmatrix row is not 16-byte aligned");
   simt::meet(
       ~0u, &row, sizeof row, r, sizeof r,
       [](const unsigned char (*in)[simt::kSlot], unsigned char (*out)[simt::kSlot], uint32_t,
          const void*) {
+        count_conflicts(in);
         for (int lane = 0; lane < 32; ++lane)
           for (int m = 0; m < 4; ++m)
             for (int half = 0; half < 2; ++half) {
@@ -50,10 +66,10 @@ void load_matrices(uint32_t (&r)[4], const void* row, simt::Site site) {
       },
       nullptr, site);
 }
-inline void load_matrix(uint32_t (&r)[4], const void* row, simt::Site site = simt::Site::here()) {
+inline void load_matrix(uint32_t (&r)[4], SharedAddress row, simt::Site site = simt::Site::here()) {
   load_matrices<false>(r, row, site);
 }
-inline void load_matrix_transposed(uint32_t (&r)[4], const void* row,
+inline void load_matrix_transposed(uint32_t (&r)[4], SharedAddress row,
                                    simt::Site site = simt::Site::here()) {
   load_matrices<true>(r, row, site);
 }

@@ -213,6 +213,11 @@ void report_deadlock() {
   block.error = text;
 }
 
+void land(const Copy& c) {
+  memcpy(c.to, c.from, static_cast<size_t>(c.bytes));
+  memset(static_cast<char*>(c.to) + c.bytes, 0, static_cast<size_t>(c.total - c.bytes));
+}
+
 void run_block(dim3 size, uint64_t salt) {
   block.live = static_cast<unsigned>(block.threads.size());
   for (Barrier& b : block.barriers) b = Barrier{};
@@ -355,7 +360,8 @@ void* shared_array(const void* key, size_t bytes) {
 
 void* dynamic_shared() { return block.dynamic.get(); }
 
-// A copy lands when it is waited for, as late as a GPU may make it land: a missing wait shows.
+// A copy lands when it is waited for, as late as a GPU may make it land: a missing wait shows. Or
+// it lands at once: a copy over what another thread still reads shows.
 void copy_async(void* to, const void* from, int bytes, int total) {
   Thread* t = self;
   if (t->n_copies == 256) fail("more than 256 cp.async copies in flight in one thread");
@@ -363,7 +369,9 @@ void copy_async(void* to, const void* from, int bytes, int total) {
           static_cast<uintptr_t>(total) !=
       0)
     fail("cp.async of %d bytes at an address that is not a multiple of it", total);
-  t->copies[t->n_copies++] = {to, from, bytes, total};
+  const Copy copy{to, from, bytes, total};
+  if (options.early) land(copy);
+  t->copies[t->n_copies++] = copy;
 }
 
 void copy_commit() {
@@ -374,18 +382,14 @@ void copy_commit() {
 
 void copy_wait(int keep) {
   Thread* t = self;
-  const int land = t->n_groups - keep;
-  if (land <= 0) return;
-  const int end = t->group_end[land - 1];
-  for (int i = 0; i < end; ++i) {
-    const Copy& c = t->copies[i];
-    memcpy(c.to, c.from, static_cast<size_t>(c.bytes));
-    memset(static_cast<char*>(c.to) + c.bytes, 0, static_cast<size_t>(c.total - c.bytes));
-  }
+  const int groups = t->n_groups - keep;
+  if (groups <= 0) return;
+  const int end = t->group_end[groups - 1];
+  for (int i = 0; i < end && !options.early; ++i) land(t->copies[i]);
   for (int i = end; i < t->n_copies; ++i) t->copies[i - end] = t->copies[i];
   t->n_copies -= end;
-  for (int i = land; i < t->n_groups; ++i) t->group_end[i - land] = t->group_end[i] - end;
-  t->n_groups -= land;
+  for (int i = groups; i < t->n_groups; ++i) t->group_end[i - groups] = t->group_end[i] - end;
+  t->n_groups -= groups;
 }
 
 const char* run(dim3 grid, dim3 size, size_t shared, size_t limit, void (*call)(const void*),
@@ -420,9 +424,17 @@ const char* run(dim3 grid, dim3 size, size_t shared, size_t limit, void (*call)(
 
 #define SIMT_EXPORT extern "C" __attribute__((visibility("default")))
 
-SIMT_EXPORT void simt_configure(int order, int poison) {
+SIMT_EXPORT void simt_configure(int order, int poison, int early) {
   simt::options.order = order;
   simt::options.poison = poison;
+  simt::options.early = early != 0;
+}
+SIMT_EXPORT void simt_device(int generation, int multiprocessor_kib) {
+  simt::options.generation = generation;
+  simt::options.multiprocessor_kib = multiprocessor_kib;
 }
 SIMT_EXPORT int64_t simt_launches() { return simt::options.launches; }
 SIMT_EXPORT int64_t simt_threads() { return simt::options.threads; }
+SIMT_EXPORT int64_t simt_matrices() { return simt::options.matrices; }
+SIMT_EXPORT int64_t simt_products() { return simt::options.products; }
+SIMT_EXPORT int64_t simt_conflicts() { return simt::options.conflicts; }

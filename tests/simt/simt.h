@@ -2,8 +2,9 @@
 //
 // A block is a group of fibers, one per CUDA thread, run one after another on one OS thread. A
 // fiber runs until it must wait (barrier, warp operation) or returns. The order of fibers and
-// blocks and the bytes that shared memory starts with can be changed: a kernel without a race and
-// without a read of uninitialised shared memory gives the same bits under all of them.
+// blocks, the bytes that shared memory starts with and the time at which asynchronous copies land
+// can be changed: a kernel without a race and without a read of uninitialised shared memory gives
+// the same bits under all of them.
 //
 // Refused with a text that says where: barriers that threads reach at different places or never,
 // warp operations whose mask names a lane that exited or is absent, more shared memory than asked
@@ -84,9 +85,14 @@ const char* run(dim3 grid, dim3 block, size_t shared, size_t limit, void (*call)
                 const void* context);
 
 struct Options {
-  int order = 0;                      // 0: as numbered; 1: reversed; else: shuffled by this seed
-  int poison = 0xFF;                  // byte that fills shared memory: 0xFF makes NaNs and -1
-  int64_t launches = 0, threads = 0;  // counted
+  int order = 0;                        // 0: as numbered; 1: reversed; else: shuffled by this seed
+  int poison = 0xFF;                    // byte that fills shared memory: 0xFF makes NaNs and -1
+  bool early = false;                   // asynchronous copies land at once, else when waited for
+  int generation = 8;                   // major number of the compute capability
+  int multiprocessor_kib = 164;         // shared memory that the device says it has
+  int64_t launches = 0, threads = 0;    // counted
+  int64_t matrices = 0, conflicts = 0;  // 8 x 8 matrices read, pairs of rows in the same banks
+  int64_t products = 0;                 // of warpgroups, once per warp
 };
 extern Options options;
 

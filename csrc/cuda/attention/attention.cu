@@ -1,29 +1,52 @@
 // Which kernel a call of attention takes, and the key/value cache.
-#include "cuda/attention/score.cuh"
+#include "cuda/attention/gradient.cuh"
 
 namespace genfast::cuda {
 
 const char* mma_forward_f16(const AttentionParams& p, bool options);
 const char* mma_forward_bf16(const AttentionParams& p, bool options);
+const char* mma_decode_any(const AttentionParams& p);
 const char* exact_forward_any(const AttentionParams& p);
+const char* exact_decode_any(const AttentionParams& p);
 const char* attention_merge(const AttentionParams& p);
 const char* attention_row_stats(const AttentionGradParams& g);
 const char* mma_backward_f16(const AttentionGradParams& g, bool whole, bool options);
 const char* mma_backward_bf16(const AttentionGradParams& g, bool whole, bool options);
+const char* hopper_forward_f16(const AttentionParams& p);
+const char* hopper_forward_bf16(const AttentionParams& p);
+const char* hopper_backward_f16(const AttentionGradParams& g);
+const char* hopper_backward_bf16(const AttentionGradParams& g);
 const char* exact_backward_any(const AttentionGradParams& g);
 const char* exact_backward_rest(const AttentionGradParams& g);
 
 namespace {
 
-// What costs registers in the inner loop; lengths, windows, sinks and LSE do not.
+// What costs registers in the inner loop; lengths, windows, sinks and LSE do not. Without options
+// the maximum is found before the scale is applied, which wants a positive one.
 bool has_options(const AttentionParams& p) {
-  return p.softcap > 0.0f || p.alibi_slopes != nullptr || p.mask.kind != MaskKind::none ||
-         p.dropout;
+  return !(p.scale > 1e-30f) || p.softcap > 0.0f || p.alibi_slopes != nullptr ||
+         p.mask.kind != MaskKind::none || p.dropout;
+}
+
+// Warpgroups: code for sm_90a was built, and this is one.
+bool has_warpgroups(const AttentionParams& p) {
+#if GENFAST_WARPGROUPS
+  return generation(p.place.device) == 9;
+#else
+  return p.B < 0;
+#endif
 }
 
 const char* forward_of(const AttentionParams& p) {
-  if (p.dtype == Dtype::f32 || p.D > 256 || p.Dv > 256) return exact_forward_any(p);
-  // Hopper: TMA and wgmma of sm_90a take the 16-bit calls without options from here.
+  const bool few = p.Sq * (p.Hq / p.Hkv) <= 16, narrow = p.D <= 256 && p.Dv <= 256;
+  const bool whole = whole_rows(p.q, p.D) && whole_rows(p.k, p.D) && whole_rows(p.v, p.Dv);
+  if (p.dtype == Dtype::f32)
+    return few && narrow && whole ? exact_decode_any(p) : exact_forward_any(p);
+  if (!narrow) return exact_forward_any(p);
+  if (few) return mma_decode_any(p);
+  if (!has_options(p) && Walk(p, 1, 1).splits == 1 && has_warpgroups(p) && even_keys(p, 128) &&
+      whole)
+    return p.dtype == Dtype::f16 ? hopper_forward_f16(p) : hopper_forward_bf16(p);
   return p.dtype == Dtype::f16 ? mma_forward_f16(p, has_options(p))
                                : mma_forward_bf16(p, has_options(p));
 }
@@ -35,6 +58,8 @@ const char* backward_of(const AttentionGradParams& g) {
   const bool whole = whole_rows(p.q, p.D) && whole_rows(p.k, p.D) && whole_rows(g.dq, p.D) &&
                      whole_rows(g.dk, p.D) && whole_rows(p.v, p.Dv) && whole_rows(g.dv, p.Dv) &&
                      whole_rows(g.dout, p.Dv);
+  if (whole && !has_options(p) && has_warpgroups(p) && QuerySums::fit(p))
+    return p.dtype == Dtype::f16 ? hopper_backward_f16(g) : hopper_backward_bf16(g);
   return p.dtype == Dtype::f16 ? mma_backward_f16(g, whole, has_options(p))
                                : mma_backward_bf16(g, whole, has_options(p));
 }

@@ -2,6 +2,6 @@
 
 namespace genfast::cuda {
 const char* mma_backward_bf16(const AttentionGradParams& g, bool whole, bool options) {
-  return launch_mma_backward<Bf16>({g, RowStats(g.p), whole}, options);
+  return launch_mma_backward<Bf16>(GradientPlan(g, whole), options);
 }
 }  // namespace genfast::cuda

@@ -2,6 +2,6 @@
 
 namespace genfast::cuda {
 const char* mma_backward_f16(const AttentionGradParams& g, bool whole, bool options) {
-  return launch_mma_backward<F16>({g, RowStats(g.p), whole}, options);
+  return launch_mma_backward<F16>(GradientPlan(g, whole), options);
 }
 }  // namespace genfast::cuda

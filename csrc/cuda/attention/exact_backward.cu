@@ -288,11 +288,11 @@ const char* attention_row_stats(const AttentionGradParams& g) {
   const AttentionParams& p = g.p;
   if (p.B * p.Hq * p.Sq == 0) return nullptr;
   return launch(row_stats, blocks_for(p.B * p.Hq * p.Sq, 8), dim3(256), 0, on(p.place),
-                GradientPlan{g, RowStats(p), false});
+                GradientPlan(g, false));
 }
 
 const char* exact_backward_any(const AttentionGradParams& g) {
-  const GradientPlan plan{g, RowStats(g.p), false};
+  const GradientPlan plan(g, false);
   const bool narrow = g.p.D <= 128 && g.p.Dv <= 128;
   const char* error = narrow ? launch_exact<4, false>(plan) : launch_exact<16, false>(plan);
   if (error != nullptr) return error;
@@ -300,7 +300,7 @@ const char* exact_backward_any(const AttentionGradParams& g) {
 }
 
 const char* exact_backward_rest(const AttentionGradParams& g) {
-  const GradientPlan plan{g, RowStats(g.p), false};
+  const GradientPlan plan(g, false);
   const bool narrow = g.p.D <= 128 && g.p.Dv <= 128;
   const char* error = nullptr;
   if (g.dmask.data != nullptr) error = narrow ? launch_mask<4>(plan) : launch_mask<16>(plan);

@@ -19,11 +19,62 @@ struct RowStats {
   }
 };
 
+// Room for sums of dQ (hopper_backward.cuh) behind the row statistics: [B][Hkv][tiles] tiles of 64
+// rows and 64 columns, each as the sums of a warpgroup's product lie in its registers.
+struct QuerySums {
+  float* data;
+
+  explicit QuerySums(const AttentionParams& p) : data(p.place.scratch + offset(p)) {}
+  static int64_t offset(const AttentionParams& p) { return (2 * p.B * p.Hq * p.Sq + 3) / 4 * 4; }
+  static __host__ __device__ int64_t tiles(const AttentionParams& p, int dim) {
+    return (p.Sq * (p.Hq / p.Hkv) + 127) / 128 * 2 * (dim / 64);
+  }
+  static int64_t room(const AttentionParams& p, int dim) {
+    return p.B * p.Hkv * tiles(p, dim) * 4096;
+  }
+  static bool fit(const AttentionParams& p) {
+    return p.place.scratch_size >= offset(p) + room(p, p.D <= 64 && p.Dv <= 64 ? 64 : 128);
+  }
+  __device__ __forceinline__ float* tile(const AttentionParams& p, int64_t b, int kv_head,
+                                         int64_t n, int dim) const {
+    return data + ((b * p.Hkv + kv_head) * tiles(p, dim) + n) * 4096;
+  }
+};
+
 struct GradientPlan {
   AttentionGradParams g;
   RowStats stats;
+  QuerySums sums;
   bool whole;  // every operand's rows start at multiples of 16 bytes
+
+  GradientPlan(const AttentionGradParams& params, bool whole_rows)
+      : g(params), stats(params.p), sums(params.p), whole(whole_rows) {}
 };
+
+// Rows [block, block + kPass) of the queries of all heads of a group: the keys that some of them
+// see and that all of them see. Both ends move forward with a row's position, so the first and the
+// last row tell; rows of several heads count as all positions.
+template <int kPass>
+__device__ __forceinline__ Seen seen_of_rows(const AttentionParams& p, const Sequence& s, int block,
+                                             int rows) {
+  const int i = block % static_cast<int>(s.Sq), last = i + kPass - 1;
+  const bool one_head = last < s.Sq && block + kPass <= rows;
+  const KeyRange a = visible_keys(p, s, one_head ? i : 0);
+  const KeyRange b = visible_keys(p, s, one_head ? last : s.Sq - 1);
+  return {static_cast<int>(a.lo), static_cast<int>(b.hi),
+          one_head ? static_cast<int>(b.lo) : 0x7FFFFFFF, one_head ? static_cast<int>(a.hi) : 0};
+}
+
+// The first block of kPass rows, from row `block` on, that sees some of keys [low, high).
+template <int kPass>
+__device__ __forceinline__ int next_seeing(const AttentionParams& p, const Sequence& s, int block,
+                                           int rows, int low, int high) {
+  for (; block < rows; block += kPass) {
+    const Seen seen = seen_of_rows<kPass>(p, s, block, rows);
+    if (seen.any_lo < high && seen.any_hi > low) break;
+  }
+  return block;
+}
 
 // One score of a query and key j. w: score -> P (times dropout's factor, which dV wants);
 // d: dP -> dS, before the softcap unless `after_softcap`.

@@ -43,18 +43,22 @@ __device__ __forceinline__ float& stat_at(const AttentionStats& t, int64_t b, in
                                           int64_t s) {
   return t.data[b * t.b_stride + h * t.h_stride + s * t.s_stride];
 }
+// The page that holds a row of a sequence, and the row's place in it.
+struct Page {
+  int64_t entry, row;
+};
+__device__ __forceinline__ Page page_of(const AttentionParams& p, const Sequence& s, int64_t row) {
+  const uint32_t at = static_cast<uint32_t>(row), size = static_cast<uint32_t>(p.page_size);
+  const uint32_t block = at / size;
+  const int64_t entry = p.block_table[s.b * p.block_table_stride + block];
+  return {entry < 0 ? 0 : entry >= p.entries ? p.entries - 1 : entry, at - block * size};
+}
 // Row j of the keys (or values) of a sequence, through the page table when there is one.
 __device__ __forceinline__ char* key_row(const AttentionParams& p, const AttentionRows& t,
                                          int bytes, const Sequence& s, int64_t h, int j) {
-  int64_t entry = s.entry, row = s.k_row + j;
-  if (p.block_table != nullptr) {
-    const uint32_t at = static_cast<uint32_t>(row), size = static_cast<uint32_t>(p.page_size);
-    const uint32_t block = at / size;
-    entry = p.block_table[s.b * p.block_table_stride + block];
-    entry = entry < 0 ? 0 : entry >= p.entries ? p.entries - 1 : entry;
-    row = at - block * size;
-  }
-  return row_at(t, bytes, entry, h, row);
+  if (p.block_table == nullptr) return row_at(t, bytes, s.entry, h, s.k_row + j);
+  const Page page = page_of(p, s, s.k_row + j);
+  return row_at(t, bytes, page.entry, h, page.row);
 }
 
 // Row r of a key/value head's queries, in the order (head of the group, position): a grouped-query
@@ -67,10 +71,10 @@ __device__ __forceinline__ Query query_of(const AttentionParams& p, const Sequen
                                           int64_t r) {
   const int group = static_cast<int>(p.Hq / p.Hkv);
   if (r >= s.Sq * group) return {0, -1, 0, 0};
-  const int64_t g = r / s.Sq, i = r - g * s.Sq;
+  const uint32_t at = static_cast<uint32_t>(r), length = static_cast<uint32_t>(s.Sq);
+  const int g = static_cast<int>(at / length), i = static_cast<int>(at % length);
   const KeyRange keys = visible_keys(p, s, i);
-  return {static_cast<int>(kv_head * group + g), static_cast<int>(i), static_cast<int>(keys.lo),
-          static_cast<int>(keys.hi)};
+  return {kv_head * group + g, i, static_cast<int>(keys.lo), static_cast<int>(keys.hi)};
 }
 
 __device__ __forceinline__ float load_any(const void* data, Dtype dtype, int64_t at) {
@@ -144,6 +148,12 @@ __device__ __forceinline__ Finish finish(const AttentionParams& p, int head, flo
 inline bool whole_rows(const AttentionRows& t, int64_t dim) {
   return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && dim % 8 == 0 && t.b_stride % 8 == 0 &&
          t.h_stride % 8 == 0 && t.s_stride % 8 == 0;
+}
+
+// Whether every block of `count` keys of a call lies at equal distances: always, but for pages.
+inline bool even_keys(const AttentionParams& p, int count) {
+  return p.block_table == nullptr ||
+         (p.page_size % count == 0 && p.leftpad_k == nullptr && p.cu_seqlens_k == nullptr);
 }
 
 inline TensorView on(const AttentionPlace& place) {

@@ -66,7 +66,10 @@ __global__ void __launch_bounds__(kThreads, 3)
   if (b < batch) op.finish(b, GuidanceSums());
 }
 
-// A block owns a sample. Magnitudes order as their bits do.
+// A block owns a sample, which it reads six times from L2: as many threads as a block can have.
+// Magnitudes order as their bits do.
+constexpr int kThresholdThreads = 1024;
+
 struct Threshold {
   Stage x, m;
   Rows rows;
@@ -94,7 +97,7 @@ struct Threshold {
   }
 
   __device__ __forceinline__ void operator()(int64_t b) const {
-    GENFAST_SHARED(Histogram, bins);
+    GENFAST_SHARED(Histogram<unsigned>, bins);
     const double rank = ratio * static_cast<double>(cols - 1);
     const int64_t low = static_cast<int64_t>(rank), high = low + 1 < cols ? low + 1 : cols - 1;
     uint32_t largest = 0;
@@ -122,7 +125,8 @@ struct Threshold {
   }
 };
 
-__global__ void __launch_bounds__(512, 1) threshold_of(const __grid_constant__ Threshold op) {
+__global__ void __launch_bounds__(kThresholdThreads, 1)
+    threshold_of(const __grid_constant__ Threshold op) {
   op(static_cast<int64_t>(blockIdx.x));
 }
 
@@ -153,7 +157,7 @@ const char* dynamic_threshold(const ThresholdParams& p) {
   t.cols = batch > 0 ? p.x.numel / batch : 0;
   t.ratio = p.ratio, t.max = p.max;
   if (t.cols == 0) return nullptr;
-  return launch(threshold_of, blocks_for(batch, 1), dim3(512), 0, p.x, t);
+  return launch(threshold_of, blocks_for(batch, 1), dim3(kThresholdThreads), 0, p.x, t);
 }
 
 }  // namespace cuda

@@ -315,9 +315,9 @@ def diffusion_step(
     out. Raises TypeError / ValueError naming the argument.
     """
     if not is_compiling() and type(row) is int and mask is None and threshold is None:
-        models = (m,) if isinstance(m, Tensor) else m
-        try:
-            scale = weights
+        try:  # the kernel reads tuples
+            models = (m,) if isinstance(m, Tensor) else tuple(m)
+            history, scale = tuple(history), weights
             if scale is not None and not isinstance(scale, Tensor):
                 scale = _common.weight_values(scale, len(models))
                 on_cpu = x.device.type == "cpu"

@@ -25,7 +25,7 @@ class AutoencoderRecipe(ImageRecipe):
     }
 
     def build(self, about: dict, options: dict) -> KLAutoencoder:
-        o = options | {"widths": numbers(options["widths"])}
+        o = options | {"widths": numbers("widths", options["widths"])}
         return KLAutoencoder(about["shape"], **o)
 
     def loss(self, model: KLAutoencoder, batch: Batch, seeds: Tensor) -> Tensor:

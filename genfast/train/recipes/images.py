@@ -36,6 +36,11 @@ class ImageRecipe(Recipe):
     ) -> dict[str, float]:
         """Drawn images (N, C, H, W) against the test part, in the features of a classifier trained
         on the training part; asked (N,): the classes that they were drawn for."""
+        if len(drawn) <= metrics.NEIGHBOURS:
+            raise ValueError(
+                f"count: expected more than {metrics.NEIGHBOURS} samples to judge by, got "
+                f"{len(drawn)}"
+            )
         features = metrics.classifier_of(data, seed)
         real = data.test[torch.arange(len(data.test))][0]
         labels = features.logits(drawn).argmax(1)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from genfast.metrics.text import bleu
+from genfast.metrics.text import bleu, pair_bits
 from genfast.models.transformer import T5
 from genfast.train import text
 from genfast.train.recipe import Batch, Option, Split
@@ -48,11 +50,32 @@ class T5Recipe(TextRecipe):
         return self._answer(model, ids, options) * count
 
     def evaluate(self, model: T5, data: Split, seed, count, options) -> dict[str, float]:
-        """BLEU (Papineni et al. 2002, by sacrebleu) and exact answers on `count` test pairs."""
+        """On `count` test pairs: bits a byte of the answers (their end is one) beside those of
+        `pair_bits`, which sees no source; BLEU (Papineni et al. 2002, by sacrebleu) beside that of
+        the source's first bytes, as many as a training answer has on average; exact answers."""
         n = min(count, len(data.test))
-        answers = []
+        answers, nll, tokens = [], 0.0, 0
         for index in torch.arange(n).split(32):
-            answers += self._answer(model, data.test[index][0], options)
+            source, target = data.test[index]
+            answers += self._answer(model, source, options)
+            of_batch = int((target != text.PAD).sum())
+            nll += self.loss(model, (source, target), index).item() * of_batch
+            tokens += of_batch
+        lead = round(sum(map(len, _rows(data.train.target))) / len(data.train)) - 1
+        leads = [text.decode(row[:lead]) for row in data.test.source[:n].tolist()]
         truths = [target for _, target in data.test.texts[:n]]
-        exact = sum(a == b for a, b in zip(answers, truths, strict=True)) / n
-        return {"bleu": bleu(answers, truths), "exact": exact, "pairs": n}
+        return {
+            "bits_per_byte": nll / math.log(2) / tokens,
+            "bits_per_byte of byte pairs": pair_bits(
+                _rows(data.train.target), _rows(data.test.target[:n])
+            ),
+            "bleu": bleu(answers, truths),
+            f"bleu of the first {lead} bytes": bleu(leads, truths),
+            "exact": sum(a == b for a, b in zip(answers, truths, strict=True)) / n,
+            "pairs": n,
+        }
+
+
+def _rows(ids: Tensor) -> list[list[int]]:
+    """Without what fills them up."""
+    return [[i for i in row if i != text.PAD] for row in ids.tolist()]

@@ -170,15 +170,16 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
   cudaDevAttrComputeCapabilityMajor = 75,
-  cudaDevAttrComputeCapabilityMinor = 76
+  cudaDevAttrComputeCapabilityMinor = 76,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81
 };
 
 namespace simt {
 inline const char* g_error = nullptr;  // of the last launch
-// Shared memory that a kernel may have: 48 KiB, more when it was asked for, at most what the least
-// of the architectures (8.6, 8.9, 12.0) grants.
+// Shared memory that a kernel may have: 48 KiB, more when it was asked for, at most what a 9.0
+// grants or, of any other device, the least of the architectures (8.6, 8.9, 12.0).
 inline std::map<const void*, size_t> g_shared;
-constexpr size_t kMostShared = 99 * 1024;
+inline size_t most_shared() { return (options.generation == 9 ? 227 : 99) * 1024; }
 inline size_t shared_limit(const void* kernel) {
   const auto found = g_shared.find(kernel);
   return found == g_shared.end() ? 48 * 1024 : found->second;
@@ -197,13 +198,20 @@ inline cudaError_t cudaGetDevice(int* d) {
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 // Three multiprocessors: small grids already wrap around, and it divides nothing evenly.
 inline cudaError_t cudaDeviceGetAttribute(int* v, cudaDeviceAttr a, int) {
-  *v = a == cudaDevAttrMultiProcessorCount ? 3 : a == cudaDevAttrComputeCapabilityMajor ? 8 : 0;
+  *v = a == cudaDevAttrMultiProcessorCount                ? 3
+       : a == cudaDevAttrMaxSharedMemoryPerMultiprocessor ? simt::options.multiprocessor_kib << 10
+       : a == cudaDevAttrComputeCapabilityMajor           ? simt::options.generation
+                                                          : 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
+  memset(p, value, bytes);
   return cudaSuccess;
 }
 template <class F>
 cudaError_t cudaFuncSetAttribute(F* kernel, cudaFuncAttribute, int bytes) {
-  if (bytes > static_cast<int>(simt::kMostShared)) return cudaErrorInvalidValue;
-  simt::g_shared[reinterpret_cast<const void*>(kernel)] = simt::kMostShared;
+  if (bytes > static_cast<int>(simt::most_shared())) return cudaErrorInvalidValue;
+  simt::g_shared[reinterpret_cast<const void*>(kernel)] = simt::most_shared();
   return cudaSuccess;
 }
 

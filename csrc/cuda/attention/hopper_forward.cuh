@@ -1,0 +1,138 @@
+// Forward on warpgroups: while the softmax of one block of keys is made, the products of the last
+// block's weights with its values run.
+#pragma once
+#include "cuda/attention/hopper.cuh"
+
+namespace genfast::cuda {
+namespace {
+
+template <int kDim>
+struct HopperForward {
+  static constexpr int kGroups = 2, kThreads = kGroups * kGroupThreads;
+  static constexpr int kRows = kGroups * kGroupRows;
+  // Keys of a block: sums, scores and weights take 160 registers with 128 columns.
+  static constexpr int kKeys = kDim <= 128 ? 128 : 64;
+  static constexpr size_t kShared = size_t{2} * kDim * (kRows + 4 * kKeys);
+};
+
+template <class T, int kDim>
+__global__ void __launch_bounds__(HopperForward<kDim>::kThreads, 1)
+    hopper_forward(const __grid_constant__ ForwardPlan plan) {
+  if constexpr (kWarpgroups) {
+    using H = HopperForward<kDim>;
+    constexpr int kRows = H::kRows, kKeys = H::kKeys, kN = kKeys / 8;
+    GENFAST_DYNAMIC_SHARED(memory);
+    GENFAST_SHARED(Query[kRows], queries);
+    const AttentionParams& p = plan.p;
+    const Rows16<kDim, kRows> q{reinterpret_cast<uint16_t*>(memory)};
+    const auto stage_of = [&](int stage, int values) {
+      return Rows16<kDim, kKeys>{q.base + (kRows + (2 * stage + values) * kKeys) * kDim};
+    };
+    const Task task = task_of(p, plan.walk);
+    const Sequence s = device_sequence(p, task.b);
+    const int64_t first = task.tile * kRows;
+    if (first >= s.Sq * (p.Hq / p.Hkv)) return;
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+    if (thread < kRows) queries[thread] = query_of(p, s, task.kv_head, first + thread);
+    __syncthreads();
+    const Seen seen = seen_by<kRows>(queries);
+    const Span span(plan.walk, task, seen, kKeys);
+    const int blocks = span.begin < span.end ? (span.end - span.begin + kKeys - 1) / kKeys : 0;
+
+    const auto row_of = [&](const AttentionRows& rows, int bytes, int r) -> char* {
+      const Query at = queries[r];
+      return at.position < 0 ? nullptr : row_at(rows, bytes, s.b, at.head, s.q_row + at.position);
+    };
+    using Loader = KeyLoader<kDim, kKeys, H::kThreads, true>;
+    const Loader keys(p, p.k, s, task.kv_head, p.D, true, true, thread);
+    const Loader values(p, p.v, s, task.kv_head, p.Dv, true, true, thread);
+    q.template fill<kRows, H::kThreads>(static_cast<int>(p.D), true, thread,
+                                        [&](int r) -> const char* { return row_of(p.q, 2, r); });
+    if (blocks > 0) keys(stage_of(0, 0), span.begin);
+    copy_commit();
+    const auto arrived = [&] {  // of all threads; nobody reads what the next copies overwrite
+      copy_wait<0>();
+      share();
+      __syncthreads();
+    };
+
+    const int group = thread / kGroupThreads * kGroupRows, row = thread / 32 * 16;
+    const float unit = p.scale * kLog2e;
+    float o[kDim / 8][4] = {}, w[kN][4], m[2] = {-infinite(), -infinite()}, l[2] = {}, down[2];
+    uint32_t weights[kN / 2][4];
+    const auto soften_block = [&](int block) {
+      const bool full = seen.every_lo <= block && seen.every_hi >= block + kKeys;
+      mask_scores<false>(p, s, queries + row, block, full, w);
+      soften(unit, w, m, l, down);
+    };
+    // Before block n's scores: asks for the keys of the block after it and the values of its own.
+    const auto load = [&](int n) {
+      if (n + 1 < blocks) keys(stage_of((n + 1) & 1, 0), span.begin + (n + 1) * kKeys);
+      if (n < blocks) values(stage_of(n & 1, 1), span.begin + n * kKeys);
+      copy_commit();
+    };
+    arrived();
+    if (blocks > 0) {
+      load(0);
+      warpgroup_begin();
+      group_rows<T>(q, group, stage_of(0, 0), 0, w);
+      warpgroup_commit();
+      warpgroup_wait<0>();
+      hold(w);
+      soften_block(span.begin);
+      pack_rows<T>(w, weights);
+#pragma unroll 1
+      for (int n = 1; n < blocks; ++n) {
+        arrived();
+        load(n);
+        warpgroup_begin();
+        group_rows<T>(q, group, stage_of(n & 1, 0), 0, w);
+        warpgroup_commit();
+        group_add<T, kDim>(weights, stage_of((n + 1) & 1, 1), 0, o);
+        warpgroup_commit();
+        warpgroup_wait<1>();
+        hold(w);
+        soften_block(span.begin + n * kKeys);
+        warpgroup_wait<0>();
+        hold(o);
+        scale_rows(down, o);
+        pack_rows<T>(w, weights);
+      }
+      arrived();
+      warpgroup_begin();
+      group_add<T, kDim>(weights, stage_of((blocks + 1) & 1, 1), 0, o);
+      warpgroup_commit();
+      warpgroup_wait<0>();
+      hold(o);
+    }
+    float factor[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      l[half] += shuffle_xor(l[half], 1);
+      l[half] += shuffle_xor(l[half], 2);
+      factor[half] = finish_row(p, s, queries[row + lane / 4 + 8 * half], m[half] * unit, l[half]);
+    }
+    store_rows<T, kDim>(
+        o, factor, q, row, static_cast<int>(p.Dv), p.out_dtype, plan.whole_out,
+        [&](int r) -> char* { return row_of(p.out, bytes_of(p.out_dtype), row + r); });
+  }
+}
+
+template <class T, int kDim>
+const char* launch_hopper_forward(const AttentionParams& p) {
+  using H = HopperForward<kDim>;
+  const ForwardPlan plan(p, Walk(p, H::kRows, H::kKeys));
+  return launch(hopper_forward<T, kDim>, dim3(static_cast<unsigned>(plan.walk.blocks(p))),
+                dim3(H::kThreads), H::kShared, on(p.place), plan);
+}
+
+// D and Dv at most 256.
+template <class T>
+const char* launch_hopper_forward(const AttentionParams& p) {
+  const int64_t dim = p.D > p.Dv ? p.D : p.Dv;
+  if (dim <= 64) return launch_hopper_forward<T, 64>(p);
+  return dim <= 128 ? launch_hopper_forward<T, 128>(p) : launch_hopper_forward<T, 256>(p);
+}
+
+}  // namespace
+}  // namespace genfast::cuda
