@@ -433,6 +433,10 @@ def test_sample_takes_a_weight_per_model_output():
         (lambda: latent("text").sample(2, 0), "c: expected token ids .* got None"),
         (lambda: LatentDiffusion({}, condition="text"), "clip: expected the config of a CLIP"),
         (lambda: latent("none").sample(2, 0, guidance=2.0), "guidance: expected 1"),
+        (
+            lambda: dit(prediction="sample"),
+            "learn_variance: expected False for prediction 'sample'",
+        ),
         (lambda: dit().plan("dim"), "plan: expected one of ddpm"),
         (lambda: dit().plan("ddim", 0), "steps: expected an int in 1 ... 100, got 0"),
         (lambda: prior().sample(2, 0, ids=IDS), "ids: expected a text for each of 2"),
@@ -507,7 +511,7 @@ def test_generate_needs_one_folder(runs, tmp_path, capsys):
     (alone / "model.safetensors").write_bytes((runs["class"] / "model.safetensors").read_bytes())
     assert generated(capsys, "--from", alone, "--out", tmp_path / "a.png") == (0, "")
     facts = provenance.read(tmp_path / "a.png")
-    assert facts["model"] == "latent-diffusion" and facts["options"]["guidance"] == 2.0
+    assert facts["model"] == "latent-diffusion" and facts["options"]["guidance"] == 1.5
     model, _ = checkpoint.load(alone)
     stage, _ = checkpoint.load(runs["ae"])
     for key, value in stage.state_dict().items():
