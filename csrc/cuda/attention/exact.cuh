@@ -26,28 +26,60 @@ struct Exact {
   template <int kCount, class From>
   static __device__ __forceinline__ void fill(float* to, int pitch, int dim, Dtype dtype,
                                               From&& from) {
-    const int thread = static_cast<int>(threadIdx.x);
+    if (dtype == Dtype::f32)
+      fill_by<kCount>(to, pitch, dim, from, [](const char* row, int d) {
+        return reinterpret_cast<const float*>(row)[d];
+      });
+    else
+      fill_by<kCount>(to, pitch, dim, from,
+                      [dtype](const char* row, int d) { return load_any(row, dtype, d); });
+  }
+
+  // A warp's rows are on their way together: one after another, waiting for them took longer than
+  // all else.
+  template <int kCount, class From, class Load>
+  static __device__ __forceinline__ void fill_by(float* to, int pitch, int dim, From&& from,
+                                                 Load&& load) {
+    constexpr int kMine = kCount / (kExactThreads / 32);
+    const int first = static_cast<int>(threadIdx.x) / 32 * kMine;
+    const char* rows[kMine];
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) rows[i] = from(first + i);
 #pragma unroll 1
-    for (int r = thread / 32; r < kCount; r += kExactThreads / 32) {
-      const char* row = from(r);
-#pragma unroll 1
-      for (int d = thread % 32; d < dim; d += 32)
-        to[r * pitch + d] = row == nullptr ? 0.0f : load_any(row, dtype, d);
+    for (int d = static_cast<int>(threadIdx.x) % 32; d < dim; d += 32) {
+      float x[kMine];
+#pragma unroll
+      for (int i = 0; i < kMine; ++i) x[i] = rows[i] == nullptr ? 0.0f : load(rows[i], d);
+#pragma unroll
+      for (int i = 0; i < kMine; ++i) to[(first + i) * pitch + d] = x[i];
     }
   }
 
-  // score[r] = own row r times this lane's passing row.
+  // score[r] = own row r times this lane's passing row. Own rows are read by 16 bytes, the same for
+  // every lane: 8 accesses for 16 products instead of 20.
   static __device__ __forceinline__ void dot(const float* own, const float* passing, int dim,
                                              float (&score)[kOwn]) {
     const float* mine = passing + threadIdx.x % 32 * kPitch;
 #pragma unroll
     for (int r = 0; r < kOwn; ++r) score[r] = 0.0f;
-#pragma unroll 4
-    for (int d = 0; d < dim; ++d) {
-      const float x = mine[d];
+    int d = 0;
+#pragma unroll 2
+    for (; d + 4 <= dim; d += 4) {
+      const float x[4] = {mine[d], mine[d + 1], mine[d + 2], mine[d + 3]};
 #pragma unroll
-      for (int r = 0; r < kOwn; ++r) score[r] = fused_multiply_add(own[r * kWide + d], x, score[r]);
+      for (int r = 0; r < kOwn; ++r) {
+        const float4 a = *reinterpret_cast<const float4*>(own + r * kWide + d);
+        score[r] = fused_multiply_add(a.x, x[0], score[r]);
+        score[r] = fused_multiply_add(a.y, x[1], score[r]);
+        score[r] = fused_multiply_add(a.z, x[2], score[r]);
+        score[r] = fused_multiply_add(a.w, x[3], score[r]);
+      }
     }
+#pragma unroll 1
+    for (; d < dim; ++d)
+#pragma unroll
+      for (int r = 0; r < kOwn; ++r)
+        score[r] = fused_multiply_add(own[r * kWide + d], mine[d], score[r]);
   }
 
   // sum[r] += weight[r] of every lane times its passing row; lane l has columns l, l + 32, ...
