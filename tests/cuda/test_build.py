@@ -53,6 +53,10 @@ SPILLS: dict[str, tuple[int, str]] = {
         "dK and dV take 128 registers, scores and their gradients 64; 350 TFLOP/s all the same",
     ),
     "hopper_backwardINS1_4Bf16ELi128": (108, "the same"),
+    "mma_backward_kINS1_3F16ELi128ELb0": (
+        44,
+        "dK and dV take 128 registers, scores and their gradients 64; sm_100",
+    ),
     "append_rows": (36, "two values kept around the five calls of the 64-bit division, sm_100"),
     "sink_gradient": (8, "one value kept around the calls of the 64-bit division, sm_100"),
 }
