@@ -180,7 +180,7 @@ void filters(Pick& pick, int64_t N, int64_t C, int64_t H, int64_t W_) {
 int main(int argc, char**) {
   const bool quick = argc > 1;  // ThreadSanitizer: the shapes with work for several threads
   const char* level = GENFAST_TEXT(GENFAST_ISA);
-  if (!level_runs(level)) return 77;
+  if (!cpu::runs(level)) return 77;
   const auto cases = [&](int count, auto&& one) {
     for (int i = 0; i < count; ++i) {
       Pick pick(++g_case);
