@@ -40,7 +40,7 @@ class Row(NamedTuple):
     why: str
 
 
-_H100 = "benchmarks/results/2026-11-26-h100-*.json"
+_H100 = "benchmarks/results/2026-11-26-h100*.json"
 
 # Attention on CPU has no row for PyTorch. On an AMD EPYC every case of the benchmark is at least
 # 1.0x, at AVX2 and at AVX-512. (Under 10 us the call itself decides, and handing it on costs 4 us.)
