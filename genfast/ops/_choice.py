@@ -46,9 +46,9 @@ _H100 = "benchmarks/results/2026-11-26-h100*.json"
 # 1.0x, at AVX2 and at AVX-512. (Under 10 us the call itself decides, and handing it on costs 4 us.)
 # On an Intel Xeon with a matrix unit PyTorch's bf16 beats our vectors (0.35x at S 1024, D 128,
 # 2026-11-25-xeon-avx512), so level amx has that unit too: at least 1.29x, fp16 1.14x
-# (2026-11-26-xeon-amx). fp32 there comes to 0.86x at one query without groups, which both read at
-# the memory's speed, and to 0.77x with the gradient of (64, 4, 16, 32), where handing the call on
-# costs more than it gains; a calibration on the machine decides the first.
+# (2026-11-26-xeon-amx). fp32 there comes to 0.86x at one query without groups and to 0.77x with the
+# gradient of (64, 4, 16, 32): handing those on is no faster (0.82 to 0.99x, 0.74x). It would be for
+# gradients of heads of 256 (0.87 to 1.0x), but a row knows the size of a call, not its head.
 #
 # On a GPU a small call costs what its launch costs the host: 9 us by CUDA, 49 by Triton, 8 by
 # PyTorch. So CUDA comes first where the package holds code for the GPU. Triton is ahead where its
