@@ -45,7 +45,7 @@ SPILLS: dict[str, tuple[int, str]] = {
     "16ELi256ELi32ELb1": (76, "options at 255 registers, sm_80 to sm_90"),
     "hopper_forwardINS1_3F16ELi256": (
         224,
-        "128 registers of sums and 32 of scores beside fragments; 736 TFLOP/s all the same",
+        "128 registers of sums and 32 of scores beside fragments; 440 TFLOP/s all the same",
     ),
     "hopper_forwardINS1_4Bf16ELi256": (224, "the same"),
     "hopper_backwardINS1_3F16ELi128": (
