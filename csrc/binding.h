@@ -69,6 +69,37 @@ inline bool vector_of(const TensorView& t, Dtype dtype, int64_t n) {
   return !t.defined() || (t.dtype == dtype && t.numel == n && is_contiguous(t));
 }
 
+// Memory of `t` around the channel dimension `dim`; false when it is neither kind.
+inline bool planes_of(const TensorView& t, int64_t dim, Planes& planes) {
+  if (dim < 0 || dim >= t.ndim) return false;
+  planes = Planes{};
+  for (int64_t i = 0; i < t.ndim; ++i)
+    (i < dim ? planes.outer : i > dim ? planes.inner : planes.channels) *= t.shape[i];
+  if (is_contiguous(t)) {
+    planes.channels_inner = planes.inner == 1 && planes.channels > 1;
+    return true;
+  }
+  int64_t expected = planes.channels;  // dim moved to the end, contiguous
+  for (int64_t i = t.ndim - 1; i >= 0; --i) {
+    if (t.shape[i] == 1) continue;
+    if (t.strides[i] != (i == dim ? 1 : expected)) return false;
+    if (i != dim) expected *= t.shape[i];
+  }
+  planes.channels_inner = true;
+  return true;
+}
+
+inline bool same_memory(const TensorView& a, const TensorView& b) {
+  if (!same_shape(a, b)) return false;
+  for (int i = 0; i < a.ndim; ++i)
+    if (a.shape[i] > 1 && a.strides[i] != b.strides[i]) return false;
+  return true;
+}
+
+inline bool dense_floats(const TensorView& t) {
+  return !t.defined() || (is_float(t.dtype) && is_contiguous(t));
+}
+
 // Python's noise arguments, in this order everywhere: seed, seeds, stream, offset.
 struct NoiseArgument {
   uint64_t seed, stream;
@@ -159,5 +190,6 @@ inline void add_fast(py::module_& m, PyMethodDef& method) {
 
 void register_attention(py::module_& m);  // bindings_attention.cpp
 void register_filtering(py::module_& m);  // bindings_filtering.cpp
+void register_normalization(py::module_& m);  // bindings_normalization.cpp
 
 }  // namespace genfast

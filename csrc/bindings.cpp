@@ -230,4 +230,5 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   register_attention(m);
   register_diffusion(m);
   register_filtering(m);
+  register_normalization(m);
 }

@@ -7,37 +7,6 @@
 namespace genfast {
 namespace {
 
-// Memory of `t` around the channel dimension `dim`; false when it is neither kind.
-bool planes_of(const TensorView& t, int64_t dim, Planes& planes) {
-  if (dim < 0 || dim >= t.ndim) return false;
-  planes = Planes{};
-  for (int64_t i = 0; i < t.ndim; ++i)
-    (i < dim ? planes.outer : i > dim ? planes.inner : planes.channels) *= t.shape[i];
-  if (is_contiguous(t)) {
-    planes.channels_inner = planes.inner == 1 && planes.channels > 1;
-    return true;
-  }
-  int64_t expected = planes.channels;  // dim moved to the end, contiguous
-  for (int64_t i = t.ndim - 1; i >= 0; --i) {
-    if (t.shape[i] == 1) continue;
-    if (t.strides[i] != (i == dim ? 1 : expected)) return false;
-    if (i != dim) expected *= t.shape[i];
-  }
-  planes.channels_inner = true;
-  return true;
-}
-
-bool same_memory(const TensorView& a, const TensorView& b) {
-  if (!same_shape(a, b)) return false;
-  for (int i = 0; i < a.ndim; ++i)
-    if (a.shape[i] > 1 && a.strides[i] != b.strides[i]) return false;
-  return true;
-}
-
-bool dense_floats(const TensorView& t) {
-  return !t.defined() || (is_float(t.dtype) && is_contiguous(t));
-}
-
 // The settings of both directions; `x` decides the shape.
 bool fill(BiasActParams& p, const TensorView& x, const TensorView& b, const TensorView& noise,
           const TensorView& strength, const TensorView& seeds, py::handle seed, py::handle stream,

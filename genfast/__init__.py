@@ -30,6 +30,7 @@ from genfast.ops.filtering import (
     upfirdn2d,
     upsample2d,
 )
+from genfast.ops.normalization import group_norm, layer_norm, rms_norm
 from genfast.ops.rng import NOISE_VERSION, rand, rand_like, randint, randn, randn_like
 from genfast.ops.sampling import (
     gaussian_kl,
@@ -61,9 +62,11 @@ __all__ = [
     "filter2d",
     "gaussian_kl",
     "get_backend",
+    "group_norm",
     "guidance_weights",
     "guide",
     "gumbel_softmax",
+    "layer_norm",
     "log_normal",
     "rand",
     "rand_like",
@@ -73,6 +76,7 @@ __all__ = [
     "relaxed_bernoulli",
     "reparameterize",
     "restore",
+    "rms_norm",
     "sample",
     "sample_categorical",
     "sample_tokens",

@@ -6,13 +6,6 @@ namespace genfast {
 
 enum class Activation : uint8_t { linear, relu, lrelu, tanh, sigmoid, elu, selu, softplus, swish };
 
-// Memory of a dense tensor as [outer][channels][inner], or, with channels_inner, as
-// [outer][inner][channels] (NHWC, and matrices whose last dimension is the channel).
-struct Planes {
-  int64_t outer = 1, channels = 1, inner = 1;
-  bool channels_inner = false;
-};
-
 // y = clamp(act(x + strength n + b) gain, +-clamp).
 struct BiasActParams {
   TensorView x, y;      // one shape and memory order, dense as `planes` says; f32/f16/bf16

@@ -24,6 +24,13 @@ struct TensorView {
   bool is_cuda() const { return device_type == 2; }
 };
 
+// Memory of a dense tensor as [outer][channels][inner], or, with channels_inner, as
+// [outer][inner][channels] (NHWC, and matrices whose last dimension is the channel).
+struct Planes {
+  int64_t outer = 1, channels = 1, inner = 1;
+  bool channels_inner = false;
+};
+
 inline bool same_shape(const TensorView& a, const TensorView& b) {
   if (a.ndim != b.ndim) return false;
   for (int i = 0; i < a.ndim; ++i)

@@ -4,6 +4,7 @@
 #include "api/diffusion.h"
 #include "api/filtering.h"
 #include "api/limits.h"
+#include "api/normalization.h"
 #include "api/rng.h"
 #include "api/sampling.h"
 
@@ -29,6 +30,8 @@ struct Kernels {
   void (*bias_act)(const BiasActParams&);
   void (*bias_act_backward)(const BiasActBackwardParams&);
   void (*upfirdn2d)(const UpfirdnParams&);
+  void (*normalize)(const NormalizeParams&);
+  void (*normalize_backward)(const NormalizeBackwardParams&);
   double (*fma_limit)(const LimitParams&);
   double (*read_limit)(const LimitParams&);
 };
@@ -67,6 +70,8 @@ void attention_append(const AttentionAppendParams&);
 void bias_act(const BiasActParams&);
 void bias_act_backward(const BiasActBackwardParams&);
 void upfirdn2d(const UpfirdnParams&);
+void normalize(const NormalizeParams&);
+void normalize_backward(const NormalizeBackwardParams&);
 double fma_limit(const LimitParams&);
 double read_limit(const LimitParams&);
 extern const Kernels table;

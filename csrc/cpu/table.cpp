@@ -22,6 +22,8 @@ extern const Kernels table = {
     bias_act,
     bias_act_backward,
     upfirdn2d,
+    normalize,
+    normalize_backward,
     fma_limit,
     read_limit,
 };

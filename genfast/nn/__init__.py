@@ -2,6 +2,7 @@
 
 from genfast.nn.attention import MultiheadAttention
 from genfast.nn.filtering import BiasAct, Downsample2d, Upsample2d
+from genfast.nn.normalization import GroupNorm, LayerNorm, RMSNorm
 from genfast.nn.sampling import (
     DiagonalGaussianDistribution,
     GaussianReparameterize,
@@ -15,9 +16,12 @@ __all__ = [
     "DiagonalGaussianDistribution",
     "Downsample2d",
     "GaussianReparameterize",
+    "GroupNorm",
     "GumbelSoftmax",
+    "LayerNorm",
     "MultiheadAttention",
     "Normal",
+    "RMSNorm",
     "TransformerDecoderLayer",
     "TransformerEncoderLayer",
     "Upsample2d",

@@ -54,6 +54,8 @@ _TRITON = {
     "bias_act": None,
     "bias_act_backward": None,
     "upfirdn2d": None,
+    "normalize": None,
+    "normalize_backward": None,
 }
 _REFUSED = {"categorical": -1}  # what "not handled" is; False elsewhere
 

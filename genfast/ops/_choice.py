@@ -67,6 +67,7 @@ ROWS = (
     Row("attention", "cuda", ANY, ANY, "attention_backward", ALL_SIZES, "triton", _H100),
     Row("diffusion", "cuda", ANY, ANY, "dynamic_threshold", ALL_SIZES, "triton", _H100),
     Row("filtering", "cuda", ANY, ANY, ANY, ALL_SIZES, "reference", "CPU kernels only so far"),
+    Row("normalization", "cuda", ANY, ANY, ANY, ALL_SIZES, "reference", "CPU kernels only so far"),
     Row(ANY, "cpu", ANY, ANY, ANY, ALL_SIZES, "cpu", "benchmarks/results/2026-11-24-*.json"),
     Row(ANY, "cuda", ANY, ANY, ANY, ALL_SIZES, "cuda", _H100),
     Row(ANY, "cuda", ANY, ANY, ANY, ALL_SIZES, "triton", "where CUDA is not built in, and on AMD"),

@@ -14,34 +14,6 @@ constexpr float kInf = __builtin_inff();
 // Key rows of a block. V's panel of a block is BC * NR floats: 16 KiB with AVX2, half of L1.
 constexpr int BC = 256;
 
-GENFAST_INLINE float horizontal_max(f32v v) {
-  float m = v[0];
-#if defined(__AVX512F__)
-  m = _mm512_reduce_max_ps((__m512)v);
-#elif defined(__AVX2__)
-  __m128 x = _mm_max_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
-  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
-  m = _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
-#else
-  for (int i = 1; i < W; ++i) m = m > v[i] ? m : v[i];
-#endif
-  return m;
-}
-
-GENFAST_INLINE float horizontal_sum(f32v v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_ps((__m512)v);
-#elif defined(__AVX2__)
-  __m128 x = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
-  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
-  return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
-#else
-  float s = v[0];
-  for (int i = 1; i < W; ++i) s += v[i];
-  return s;
-#endif
-}
-
 GENFAST_INLINE i32v lane_index() {
   i32v v;
   for (int i = 0; i < W; ++i) v[i] = i;

@@ -16,6 +16,7 @@ from torch.autograd import Function
 
 from genfast.ops import _check, _noise
 from genfast.ops._backend import forced_reference, kernels
+from genfast.ops._common import like, on_kernel, wide_dtype
 from genfast.ops._road import (
     DIRECT,
     GRAD,
@@ -27,7 +28,6 @@ from genfast.ops._road import (
     transforming,
     wants_graph,
 )
-from genfast.ops.filtering._common import like, on_kernel, wide_dtype
 from genfast.ops.rng import noise_like
 from genfast.reference import filtering as reference
 from genfast.reference.filtering import ACTIVATIONS

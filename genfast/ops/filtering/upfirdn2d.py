@@ -14,6 +14,7 @@ from torch.autograd import Function
 
 from genfast.ops import _check
 from genfast.ops._backend import forced_reference, kernels
+from genfast.ops._common import on_kernel, wide_dtype
 from genfast.ops._road import (
     DIRECT,
     GRAD,
@@ -24,7 +25,6 @@ from genfast.ops._road import (
     transforming,
     wants_graph,
 )
-from genfast.ops.filtering._common import on_kernel, wide_dtype
 from genfast.reference import filtering as reference
 
 _MOST = 2**31  # of up, down and padding: sizes stay within 64 bits

@@ -1,4 +1,4 @@
-"""What the functions of the family share."""
+"""What families share whose kernels take dense tensors and widen to fp32."""
 
 from __future__ import annotations
 

@@ -1,0 +1,38 @@
+// normalization: group, layer and RMS norm with affine, modulation and activation in one pass.
+#pragma once
+#include "api/tensor.h"
+
+namespace genfast {
+
+enum class NormActivation : uint8_t { linear, silu, gelu, gelu_tanh };
+
+// y = act(((x - mean) rstd w + b) (1 + scale) + shift), mean and rstd of each group.
+struct NormalizeParams {
+  TensorView x, y;  // one shape and memory order, dense as `planes` says; f32/f16/bf16
+  // f32, contiguous, one number a group: the means, none with `rms`, then 1 / deviation. Written by
+  // the forward unless undefined, read by the backward.
+  TensorView statistics;
+  TensorView w, b;          // [channels] f32/f16/bf16; undefined: 1 and 0
+  TensorView scale, shift;  // [outer, channels], rows of any stride; undefined: 0
+  // Group norm: channels / groups channels over all `inner` places of a sample make a group.
+  // groups = 0, layer and RMS norm: the channels of one place do; they lie inside.
+  Planes planes;
+  int64_t groups = 1;
+  bool rms = false;
+  NormActivation act = NormActivation::linear;
+  float eps = 1e-5f;
+  int threads = 1;
+
+  int64_t group_count() const { return planes.outer * (groups > 0 ? groups : planes.inner); }
+  float* mean() const { return rms ? nullptr : static_cast<float*>(statistics.data); }
+  float* rstd() const { return static_cast<float*>(statistics.data) + (rms ? 0 : group_count()); }
+};
+
+struct NormalizeBackwardParams {
+  NormalizeParams forward;      // y is not used
+  TensorView grad, dx;          // like x
+  TensorView dw, db;            // f32 [channels] or undefined
+  TensorView d_scale, d_shift;  // f32 [outer, channels], contiguous, or undefined
+};
+
+}  // namespace genfast

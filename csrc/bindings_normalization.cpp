@@ -1,0 +1,87 @@
+// Native entry points of the normalization family; bindings.cpp has the rest and the rules.
+#include "api/normalization.h"
+#include "binding.h"
+
+namespace genfast {
+namespace {
+
+// Undefined, or [rows, channels] of floats with unit last stride.
+bool rows_of(const TensorView& t, int64_t rows, int64_t channels) {
+  if (!t.defined()) return true;
+  return is_float(t.dtype) && t.ndim == 2 && t.shape[0] == rows && t.shape[1] == channels &&
+         (channels <= 1 || t.strides[1] == 1);
+}
+
+// The settings of both directions; x decides the shape. groups = 0: the last dimension's.
+bool fill(NormalizeParams& p, const TensorView& x, const TensorView& statistics,
+          const TensorView& w, const TensorView& b, const TensorView& scale,
+          const TensorView& shift, int64_t groups, bool rms, int act, float eps) {
+  if (!is_float(x.dtype) || x.ndim < 1 || groups < 0 || (rms && groups > 0) || act < 0 ||
+      act > static_cast<int>(NormActivation::gelu_tanh) || !(eps >= 0.0f))
+    return false;
+  if (groups > 0) {
+    if (x.ndim < 2 || !planes_of(x, 1, p.planes) || p.planes.channels % groups != 0) return false;
+  } else {
+    if (!is_contiguous(x)) return false;
+    p.planes.channels = x.shape[x.ndim - 1];
+    p.planes.channels_inner = true;
+    p.planes.outer = x.ndim > 1 ? x.shape[0] : 1;
+    for (int i = 1; i + 1 < x.ndim; ++i) p.planes.inner *= x.shape[i];
+  }
+  p.groups = groups, p.rms = rms;
+  const int64_t C = p.planes.channels, outer = p.planes.outer;
+  if (!vector_of(statistics, Dtype::f32, (rms ? 1 : 2) * p.group_count())) return false;
+  for (const TensorView* t : {&w, &b})
+    if (!dense_floats(*t) || (t->defined() && t->numel != C)) return false;
+  if (!rows_of(scale, outer, C) || !rows_of(shift, outer, C)) return false;
+  p.x = x, p.statistics = statistics, p.w = w, p.b = b, p.scale = scale, p.shift = shift;
+  p.act = static_cast<NormActivation>(act), p.eps = eps;
+  p.threads = threads_for(x);
+  return true;
+}
+
+bool normalize(TensorArgument& y, TensorArgument& statistics, TensorArgument& x, TensorArgument& w,
+               TensorArgument& b, TensorArgument& scale, TensorArgument& shift, int64_t groups,
+               bool rms, int act, float eps) {
+  NormalizeParams p;
+  if (!given({&y, &x}) || !same_device({&y, &statistics, &x, &w, &b, &scale, &shift}) ||
+      y.dtype != x.dtype || !same_memory(y, x) ||
+      !fill(p, x, statistics, w, b, scale, shift, groups, rms, act, eps))
+    return false;
+  p.y = y;
+  return run(p, x, &cpu::Kernels::normalize);
+}
+
+bool normalize_backward(TensorArgument& grad, TensorArgument& dx, TensorArgument& dw,
+                        TensorArgument& db, TensorArgument& d_scale, TensorArgument& d_shift,
+                        TensorArgument& statistics, TensorArgument& x, TensorArgument& w,
+                        TensorArgument& b, TensorArgument& scale, TensorArgument& shift,
+                        int64_t groups, bool rms, int act, float eps) {
+  NormalizeBackwardParams q;
+  if (!given({&grad, &dx, &statistics, &x}) ||
+      !same_device(
+          {&grad, &dx, &dw, &db, &d_scale, &d_shift, &statistics, &x, &w, &b, &scale, &shift}) ||
+      !floats({&grad, &dx}) || dx.dtype != x.dtype || !same_memory(grad, x) ||
+      !same_memory(dx, x) ||
+      !fill(q.forward, x, statistics, w, b, scale, shift, groups, rms, act, eps))
+    return false;
+  const int64_t C = q.forward.planes.channels, outer = q.forward.planes.outer;
+  for (const TensorView* t : {&dw, &db})
+    if (!vector_of(*t, Dtype::f32, C)) return false;
+  for (const TensorView* t : {&d_scale, &d_shift})
+    if (!vector_of(*t, Dtype::f32, outer * C)) return false;
+  // Each row of a modulated call belongs to one sample; S1 and S2 are then a sample's.
+  if ((d_scale.defined() && !scale.defined()) || (d_shift.defined() && !shift.defined()))
+    return false;
+  q.grad = grad, q.dx = dx, q.dw = dw, q.db = db, q.d_scale = d_scale, q.d_shift = d_shift;
+  return run(q, x, &cpu::Kernels::normalize_backward);
+}
+
+}  // namespace
+
+void register_normalization(py::module_& m) {
+  m.def("normalize", &normalize);
+  m.def("normalize_backward", &normalize_backward);
+}
+
+}  // namespace genfast

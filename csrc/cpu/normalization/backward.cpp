@@ -1,0 +1,322 @@
+// dz = grad act'(z), S1 = sum dz and S2 = sum dz h over a channel's places, h = (x - mean) rstd,
+// and
+//     dx = rstd (a dz - mean over the group of a dz - h mean over the group of a dz h)
+//     d_shift = S1, d_scale = w S2 + b S1, db = sum over samples of (1 + scale) S1, dw of S2
+// where a = w (1 + scale). dz lies in dx between its two passes; 16 bits would round it, so there
+// it is made again.
+#include "cpu/normalization/common.h"
+
+namespace genfast::cpu::GENFAST_ISA {
+namespace {
+
+struct Call {
+  const NormalizeParams& p;
+  const NormalizeBackwardParams& q;
+  Affine affine;
+  Dense x, grad, dx;
+  explicit Call(const NormalizeBackwardParams& all)
+      : p(all.forward), q(all), affine(p), x(p.x), grad(all.grad), dx(all.dx) {}
+  float mean(int64_t group) const { return p.rms ? 0.0f : p.mean()[group]; }
+  float rstd(int64_t group) const { return p.rstd()[group]; }
+  bool sums() const {
+    return q.dw.defined() || q.db.defined() || q.d_scale.defined() || q.d_shift.defined();
+  }
+};
+
+// For grad and dx: one of them may be of 16 bits alone.
+Floats buffer_of_both(const Call& call, int64_t n) {
+  return Floats(call.grad.direct() && call.dx.direct() ? 0 : n);
+}
+
+// grad act'(z) of one vector; grad itself without an activation.
+template <class Act, class Z>
+GENFAST_FN f32v times_slope(f32v grad, Z&& z) {
+  if constexpr (std::is_same_v<Act, NoActivation>)
+    return grad;
+  else
+    return grad * Act::slope(z());
+}
+
+// The gradients of the parameters from S1 and S2, [samples][parts][2][channels].
+void of_parameters(const Call& call, int64_t samples, int64_t parts, const double* sums) {
+  const int64_t C = call.p.planes.channels;
+  const NormalizeBackwardParams& q = call.q;
+  std::unique_ptr<double[]> total(new double[4 * C]());
+  double *dw = total.get(), *db = dw + C, *s1 = db + C, *s2 = s1 + C;
+  Floats scale(C);
+  const auto put_row = [C](const TensorView& t, int64_t row, auto&& value) {
+    float* to = static_cast<float*>(t.data) + row * C;
+    if (t.defined())
+      for (int64_t c = 0; c < C; ++c) to[c] = static_cast<float>(value(c));
+  };
+  const float *w = call.affine.w(), *b = call.affine.b();
+  for (int64_t n = 0; n < samples; ++n) {
+    const double* own = sums + n * parts * 2 * C;
+    std::copy(own, own + 2 * C, s1);
+    for (int64_t t = 1; t < parts; ++t)
+      for (int64_t c = 0; c < 2 * C; ++c) s1[c] += own[t * 2 * C + c];
+    call.affine.scale(n, scale);
+    for (int64_t c = 0; c < C; ++c) dw[c] += (1.0 + scale[c]) * s2[c];
+    for (int64_t c = 0; c < C; ++c) db[c] += (1.0 + scale[c]) * s1[c];
+    put_row(q.d_shift, n, [=](int64_t c) { return s1[c]; });
+    put_row(q.d_scale, n, [=](int64_t c) { return w[c] * s2[c] + b[c] * s1[c]; });
+  }
+  put_row(q.dw, 0, [=](int64_t c) { return dw[c]; });
+  put_row(q.db, 0, [=](int64_t c) { return db[c]; });
+}
+
+// Layer and RMS norm: dz of a row waits in L1 for the row's two means.
+template <class Act>
+void each_row(const Call& call) {
+  const NormalizeParams& p = call.p;
+  const Rows cut(p, call.affine.modulated());
+  const int64_t C = cut.channels;
+  const bool wanted = call.sums();
+  std::unique_ptr<double[]> sums(new double[wanted ? cut.units() * 2 * C : 0]());
+  struct Scratch {
+    Sample sample;
+    Floats held, given, waiting, s1, s2;
+  };
+  const auto make = [&] {
+    return Scratch{Sample(C),
+                   call.x.buffer(cut.buffer()),
+                   buffer_of_both(call, cut.buffer()),
+                   Floats(C),
+                   Floats(C),
+                   Floats(C)};
+  };
+  cut.each(threads_for(p), make, [&](int64_t unit, Scratch& of) {
+    of.sample.load(call.affine, cut.sample(unit));
+    const float *a = of.sample.a, *b = of.sample.b;
+    float *t = of.waiting, *dz = of.s1, *dzh = of.s2;
+    cut.blocks(unit, [&](int64_t first, int64_t rows) {
+      const float* block = call.x.read(first * C, rows * C, of.held);
+      const float* grads = call.grad.read(first * C, rows * C, of.given);
+      float* target = call.dx.target(first * C, of.given);
+      for (int64_t r = 0; r < rows; ++r) {
+        const float *q = block + r * C, *g = grads + r * C;
+        float* dx = target + r * C;
+        const float mean = call.mean(first + r), rstd = call.rstd(first + r);
+        const auto pass = [&](auto keep) {
+          return vector_sum<f32p>(C, [&](int64_t c, auto lanes) {
+            const f32v h = (take(q + c, lanes, mean) - mean) * rstd;
+            const f32v d =
+                times_slope<Act>(take(g + c, lanes), [&] { return h * load(a + c) + load(b + c); });
+            if constexpr (decltype(keep)::value) {
+              store(dz + c, load(dz + c) + d);
+              store(dzh + c, load(dzh + c) + d * h);
+            }
+            const f32v scaled = d * load(a + c);
+            store(t + c, scaled);
+            return f32p{scaled, scaled * h};
+          });
+        };
+        const f32p found = wanted ? pass(std::true_type{}) : pass(std::false_type{});
+        const float m1 = p.rms ? 0.0f : horizontal_sum(found.a) / C;
+        const float m2 = horizontal_sum(found.b) / C;
+        over(C, [&](int64_t c, auto lanes) {
+          const f32v h = (take(q + c, lanes, mean) - mean) * rstd;
+          put(dx + c, ((load(t + c) - m1) - h * m2) * rstd, lanes);
+        });
+      }
+      call.dx.write(first * C, rows * C, target);
+      if (!wanted) return;
+      double* total = sums.get() + unit * 2 * C;
+      for (int64_t c = 0; c < C; ++c) total[c] += dz[c];
+      for (int64_t c = 0; c < C; ++c) total[C + c] += dzh[c];
+      std::fill(dz, dz + C, 0.0f);
+      std::fill(dzh, dzh + C, 0.0f);
+    });
+  });
+  if (wanted) of_parameters(call, cut.samples, cut.parts, sums.get());
+}
+
+// Of the channels of a group with statistics s: dx = k dz + (x - mean) u + v, from the group's
+// sums.
+struct OfGroup {
+  double of_dz = 0, of_dzh = 0;  // the sums of a dz and a dz h
+  void add(float a, double s1, double s2) { of_dz += a * s1, of_dzh += a * s2; }
+  float u(float rstd, double count) const {
+    return static_cast<float>(-of_dzh / count * rstd * rstd);
+  }
+  float v(float rstd, double count) const { return static_cast<float>(-of_dz / count * rstd); }
+};
+
+// Group norm, channels outside.
+template <class Act>
+void each_run(const Call& call) {
+  const NormalizeParams& p = call.p;
+  const int64_t G = p.groups, C = p.planes.channels, width = C / G, inner = p.planes.inner;
+  const int64_t run = width * inner, groups = p.planes.outer * G;
+  const int64_t per_task = std::max<int64_t>(1, 4 * kBlock / std::max<int64_t>(1, run));
+  const bool kept = call.dx.direct() && !std::is_same_v<Act, NoActivation>;
+  std::unique_ptr<double[]> sums(new double[p.planes.outer * 2 * C]);
+  parallel_for((groups + per_task - 1) / per_task, threads_for(p), [&](int64_t task) {
+    Sample sample(C);
+    const Floats held = call.x.buffer(kBlock), given = buffer_of_both(call, kBlock);
+    for (int64_t g = task * per_task; g < std::min(groups, (task + 1) * per_task); ++g) {
+      const int64_t n = g / G, first_channel = g % G * width;
+      double *s1 = sums.get() + n * 2 * C, *s2 = s1 + C;
+      sample.load(call.affine, n);
+      const float mean = call.mean(g), rstd = call.rstd(g);
+      // body(i, lanes, dz, x - mean, dx) for the vectors of one channel
+      const auto channel = [&](int64_t c, bool again, auto&& body) {
+        const float k = rstd * sample.a[c], b = sample.b[c];
+        for (int64_t at = 0; at < inner; at += kBlock) {
+          const int64_t first = (n * C + c) * inner + at, count = std::min(kBlock, inner - at);
+          const float* q = call.x.read(first, count, held);
+          float* dx = call.dx.target(first, given);
+          const float* d = again && kept ? dx : call.grad.read(first, count, given);
+          const auto run = [&](auto ready) {
+            body(count, dx, [=](int64_t i, auto lanes) {
+              const f32v from = take(q + i, lanes, mean) - mean, g = take(d + i, lanes);
+              if constexpr (decltype(ready)::value) return f32p{g, from};
+              return f32p{times_slope<Act>(g, [&] { return from * k + b; }), from};
+            });
+          };
+          again&& kept ? run(std::true_type{}) : run(std::false_type{});
+          if (again) call.dx.write(first, count, dx);
+        }
+      };
+      OfGroup group;
+      for (int64_t c = first_channel; c < first_channel + width; ++c) {
+        s1[c] = s2[c] = 0;
+        channel(c, false, [&](int64_t count, float* dx, auto&& vectors) {
+          const f32p found = vector_sum<f32p>(count, [&](int64_t i, auto lanes) {
+            const f32p v = vectors(i, lanes);
+            if (kept) put(dx + i, v.a, lanes);
+            return f32p{v.a, v.a * v.b};
+          });
+          s1[c] += horizontal_sum(found.a);
+          s2[c] += static_cast<double>(horizontal_sum(found.b)) * rstd;
+        });
+        group.add(sample.a[c], s1[c], s2[c]);
+      }
+      const float u = group.u(rstd, static_cast<double>(run));
+      const float v = group.v(rstd, static_cast<double>(run));
+      for (int64_t c = first_channel; c < first_channel + width; ++c)
+        channel(c, true, [&](int64_t count, float* dx, auto&& vectors) {
+          const float k = rstd * sample.a[c];
+          over(count, [&](int64_t i, auto lanes) {
+            const f32p of = vectors(i, lanes);
+            put(dx + i, of.a * k + (of.b * u + v), lanes);
+          });
+        });
+    }
+  });
+  if (call.sums()) of_parameters(call, p.planes.outer, 1, sums.get());
+}
+
+// Group norm, channels inside.
+template <class Act>
+void each_column(const Call& call) {
+  const NormalizeParams& p = call.p;
+  const Rows cut(p, true);
+  const int64_t C = cut.channels, G = p.groups, width = C / G;
+  const double count = static_cast<double>(width) * cut.rows;
+  const bool kept = call.dx.direct() && !std::is_same_v<Act, NoActivation>;
+  std::unique_ptr<double[]> sums(new double[cut.units() * 2 * C]());
+  struct Scratch {  // k = rstd a
+    Sample sample;
+    Floats mean, rstd, k, u, v, held, given;
+  };
+  const auto make = [&] {
+    return Scratch{Sample(C),
+                   Floats(C),
+                   Floats(C),
+                   Floats(C),
+                   Floats(C),
+                   Floats(C),
+                   call.x.buffer(cut.buffer()),
+                   buffer_of_both(call, cut.buffer())};
+  };
+  const auto load_sample = [&](int64_t n, Scratch& of) {
+    if (of.sample.of == n) return;
+    of.sample.load(call.affine, n);
+    for (int64_t c = 0; c < C; ++c) {
+      const int64_t g = n * G + c / width;
+      of.mean[c] = call.mean(g), of.rstd[c] = call.rstd(g), of.k[c] = of.rstd[c] * of.sample.a[c];
+    }
+  };
+  const auto slopes = [&](int64_t unit, Scratch& of) {
+    load_sample(cut.sample(unit), of);
+    double* own = sums.get() + unit * 2 * C;
+    cut.blocks(unit, [&](int64_t first, int64_t rows) {
+      const float* q = call.x.read(first * C, rows * C, of.held);
+      const float* g = call.grad.read(first * C, rows * C, of.given);
+      float* dx = call.dx.target(first * C, of.given);
+      add_columns<f32p>(rows, C, own, [&](int64_t c, auto lanes) {
+        const f32v m = load(of.mean + c), k = load(of.k + c), b = load(of.sample.b + c);
+        return [=](int64_t r) {
+          const int64_t i = r * C + c;
+          const f32v from = take(q + i, lanes) - m;
+          const f32v d = times_slope<Act>(take(g + i, lanes), [&] { return from * k + b; });
+          if (kept) put(dx + i, d, lanes);
+          return f32p{d, d * from};
+        };
+      });
+    });
+    for (int64_t c = 0; c < C; ++c) own[C + c] *= of.rstd[c];
+  };
+  const auto apply = [&](int64_t unit, Scratch& of) {
+    const int64_t n = cut.sample(unit);
+    load_sample(n, of);
+    for (int64_t g = 0; g < G; ++g) {
+      OfGroup group;
+      const int64_t begin = g * width, end = begin + width;
+      for (int64_t u = n * cut.parts; u < (n + 1) * cut.parts; ++u)
+        for (int64_t c = begin; c < end; ++c)
+          group.add(of.sample.a[c], sums[u * 2 * C + c], sums[u * 2 * C + C + c]);
+      std::fill(of.u + begin, of.u + end, group.u(of.rstd[begin], count));
+      std::fill(of.v + begin, of.v + end, group.v(of.rstd[begin], count));
+    }
+    cut.blocks(unit, [&](int64_t first, int64_t rows) {
+      const float* q = call.x.read(first * C, rows * C, of.held);
+      float* dx = call.dx.target(first * C, of.given);
+      const float* d = kept ? dx : call.grad.read(first * C, rows * C, of.given);
+      const auto pass = [&](auto ready) {
+        over(C, [&](int64_t c, auto lanes) {
+          const f32v m = load(of.mean + c), k = load(of.k + c), b = load(of.sample.b + c);
+          const f32v u = load(of.u + c), v = load(of.v + c);
+          for (int64_t i = c; i < rows * C; i += C) {
+            const f32v from = take(q + i, lanes) - m;
+            f32v dz = take(d + i, lanes);
+            if constexpr (!decltype(ready)::value)
+              dz = times_slope<Act>(dz, [&] { return from * k + b; });
+            put(dx + i, dz * k + (from * u + v), lanes);
+          }
+        });
+      };
+      kept ? pass(std::true_type{}) : pass(std::false_type{});
+      call.dx.write(first * C, rows * C, dx);
+    });
+  };
+  if (cut.parts == 1) {
+    cut.each(threads_for(p), make, [&](int64_t unit, Scratch& of) {
+      slopes(unit, of);
+      apply(unit, of);
+    });
+  } else {
+    cut.each(threads_for(p), make, slopes);
+    cut.each(threads_for(p), make, apply);
+  }
+  if (call.sums()) of_parameters(call, cut.samples, cut.parts, sums.get());
+}
+
+}  // namespace
+
+void normalize_backward(const NormalizeBackwardParams& q) {
+  for (const TensorView* t : {&q.dw, &q.db, &q.d_scale, &q.d_shift})
+    if (t->defined()) std::memset(t->data, 0, 4 * t->numel);
+  if (q.forward.x.numel == 0) return;
+  const Call call(q);
+  advise_huge_pages(q.dx.data, q.dx.numel * dtype_bytes(q.dx.dtype));
+  with_activation(q.forward.act, [&](auto act) {
+    using Act = decltype(act);
+    if (q.forward.groups == 0) return each_row<Act>(call);
+    if (q.forward.planes.channels_inner) return each_column<Act>(call);
+    each_run<Act>(call);
+  });
+}
+
+}  // namespace genfast::cpu::GENFAST_ISA

@@ -1,0 +1,251 @@
+// What both directions share: dense memory as fp32, loops over vectors, the affine of a sample, and
+// how a tensor is cut into tasks. Cuts depend on the shape alone, so that threads change no bit.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+
+#include "cpu/convert.h"
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "math/normalization.h"
+
+// GCC 12 means its own _mm512_undefined_ps, inlined here.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+
+namespace genfast::cpu {
+namespace {
+
+constexpr int64_t kBlock = 4096;  // floats that a pass holds in L1: 16 KiB, of x and of grad
+
+// fp32 scratch of one task, whole vectors.
+class Floats {
+ public:
+  explicit Floats(int64_t n) : memory_(new float[padded(n) + 16]) {
+    const auto at = reinterpret_cast<uintptr_t>(memory_.get());
+    data_ = memory_.get() + ((64 - at % 64) % 64) / 4;
+    std::memset(data_, 0, 4 * padded(n));
+  }
+  operator float*() const { return data_; }
+
+ private:
+  static int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
+  std::unique_ptr<float[]> memory_;
+  float* data_;
+};
+
+// The memory of a dense tensor as fp32: where it lies, or through a buffer.
+class Dense {
+ public:
+  explicit Dense(const TensorView& t)
+      : base_(static_cast<char*>(t.data)), dtype_(t.dtype), size_(dtype_bytes(t.dtype)) {}
+  bool direct() const { return dtype_ == Dtype::f32; }
+  Floats buffer(int64_t n) const { return Floats(direct() ? 0 : n); }  // for read and target
+  const float* read(int64_t first, int64_t n, float* buffer) const {
+    if (direct()) return reinterpret_cast<const float*>(base_) + first;
+    to_f32(base_ + first * size_, dtype_, static_cast<int>(n), buffer);
+    return buffer;
+  }
+  float* target(int64_t first, float* buffer) const {
+    return direct() ? reinterpret_cast<float*>(base_) + first : buffer;
+  }
+  void write(int64_t first, int64_t n, const float* from) const {
+    if (!direct()) from_f32(from, static_cast<int>(n), base_ + first * size_, dtype_);
+  }
+
+ private:
+  char* base_;
+  Dtype dtype_;
+  int size_;
+};
+
+// ---- vectors --------------------------------------------------------------------------------
+
+struct Whole {  // all lanes of a vector
+  static constexpr int count = W;
+};
+struct Part {  // the first lanes; the others read `fill` and are not written
+  int count;
+};
+GENFAST_FN f32v take(const float* p, Whole, float = 0.0f) { return load(p); }
+GENFAST_FN f32v take(const float* p, Part part, float fill = 0.0f) {
+  f32v v = splat(fill);
+  __builtin_memcpy(&v, p, 4 * part.count);
+  return v;
+}
+GENFAST_FN void put(float* p, f32v v, Whole) { store(p, v); }
+GENFAST_FN void put(float* p, f32v v, Part part) { __builtin_memcpy(p, &v, 4 * part.count); }
+
+// fn(i, lanes) for the vectors of [0, n).
+template <class Fn>
+GENFAST_FN void over(int64_t n, Fn&& fn) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) fn(i, Whole{});
+  if (i < n) fn(i, Part{static_cast<int>(n - i)});
+}
+
+// The sum of term(i, lanes) over the vectors of [0, n), in four chains: one add would wait for the
+// last. A term of a part is 0 in the lanes beyond.
+template <class V, class Term>
+GENFAST_FN V vector_sum(int64_t n, Term&& term) {
+  V s0{}, s1{}, s2{}, s3{};
+  int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W) {
+    s0 += term(i, Whole{}), s1 += term(i + W, Whole{});
+    s2 += term(i + 2 * W, Whole{}), s3 += term(i + 3 * W, Whole{});
+  }
+  for (; i + W <= n; i += W) s0 += term(i, Whole{});
+  if (i < n) s1 += term(i, Part{static_cast<int>(n - i)});
+  return (s0 + s1) + (s2 + s3);
+}
+
+GENFAST_FN void add_lanes(double* total, int64_t, int64_t c, int count, f32v v) {
+  float lane[W];
+  store(lane, v);
+  for (int k = 0; k < count; ++k) total[c + k] += lane[k];
+}
+GENFAST_FN void add_lanes(double* total, int64_t channels, int64_t c, int count, f32p v) {
+  add_lanes(total, channels, c, count, v.a);
+  add_lanes(total + channels, channels, c, count, v.b);
+}
+
+// total[c] += the sum of term(r) over rows [0, rows), term = column(c, lanes) of each vector of
+// columns; of a pair, its second lies behind.
+template <class V, class Column>
+GENFAST_FN void add_columns(int64_t rows, int64_t channels, double* total, Column&& column) {
+  over(channels, [&](int64_t c, auto lanes) {
+    const auto term = column(c, lanes);
+    V s0{}, s1{}, s2{}, s3{};
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4)
+      s0 += term(r), s1 += term(r + 1), s2 += term(r + 2), s3 += term(r + 3);
+    for (; r < rows; ++r) s0 += term(r);
+    add_lanes(total, channels, c, lanes.count, (s0 + s1) + (s2 + s3));
+  });
+}
+
+// ---- statistics -----------------------------------------------------------------------------
+
+struct Statistics {
+  float mean, rstd;
+};
+
+// Of n numbers that read(first, count) hands out in blocks. The mean first, then the squares around
+// it: one pass over both would cancel where the mean is large.
+template <class Read>
+GENFAST_FN Statistics statistics(int64_t n, bool rms, float eps, Read&& read) {
+  double total = 0, squares = 0;
+  const auto blocks = [&](double& sum, auto&& term) {
+    for (int64_t at = 0; at < n; at += kBlock) {
+      const int64_t count = std::min(kBlock, n - at);
+      const float* q = read(at, count);
+      sum += horizontal_sum(
+          vector_sum<f32v>(count, [&](int64_t i, auto lanes) { return term(q + i, lanes); }));
+    }
+  };
+  if (!rms) blocks(total, [](const float* q, auto lanes) { return take(q, lanes); });
+  const float mean = static_cast<float>(total / n);
+  blocks(squares, [&](const float* q, auto lanes) {
+    const f32v d = take(q, lanes, mean) - mean;
+    return d * d;
+  });
+  return {mean, static_cast<float>(1.0 / std::sqrt(squares / n + eps))};
+}
+
+// ---- the affine -----------------------------------------------------------------------------
+
+// a and b of z = h a + b for a sample, h = (x - mean) rstd: w (1 + scale), b (1 + scale) + shift.
+class Affine {
+ public:
+  explicit Affine(const NormalizeParams& p)
+      : channels_(p.planes.channels),
+        w_(channels_),
+        b_(channels_),
+        scale_(p.scale),
+        shift_(p.shift) {
+    read(p.w, 0, w_, 1.0f);
+    read(p.b, 0, b_, 0.0f);
+  }
+  bool modulated() const { return scale_.defined() || shift_.defined(); }
+  const float* w() const { return w_; }
+  const float* b() const { return b_; }
+
+  void of(int64_t sample, float* a, float* b, float* scratch) const {
+    read(scale_, sample, scratch, 0.0f);
+    for (int64_t c = 0; c < channels_; ++c) {
+      a[c] = w_[c] * (1.0f + scratch[c]);
+      b[c] = b_[c] * (1.0f + scratch[c]);
+    }
+    if (!shift_.defined()) return;
+    read(shift_, sample, scratch, 0.0f);
+    for (int64_t c = 0; c < channels_; ++c) b[c] += scratch[c];
+  }
+  void scale(int64_t sample, float* to) const { read(scale_, sample, to, 0.0f); }
+
+ private:
+  void read(const TensorView& t, int64_t row, float* to, float otherwise) const {
+    if (!t.defined()) return std::fill(to, to + channels_, otherwise);
+    const int64_t first = t.ndim == 2 ? row * t.strides[0] : 0;
+    to_f32(static_cast<const char*>(t.data) + first * dtype_bytes(t.dtype), t.dtype,
+           static_cast<int>(channels_), to);
+  }
+  int64_t channels_;
+  Floats w_, b_;
+  TensorView scale_, shift_;
+};
+
+// Per-task vectors of a sample.
+struct Sample {
+  Floats a, b, scratch;
+  int64_t of = -1;
+  explicit Sample(int64_t channels) : a(channels), b(channels), scratch(channels) {}
+  void load(const Affine& affine, int64_t sample) {
+    if (sample == of) return;
+    affine.of(of = sample, a, b, scratch);
+  }
+};
+
+// ---- cuts -----------------------------------------------------------------------------------
+
+// One thread where a second gains little: 32768 elements take about 10 us.
+inline int threads_for(const NormalizeParams& p) { return p.x.numel < 32768 ? 1 : p.threads; }
+
+// [outer][inner][channels] as `samples` of `rows` rows. Few large samples are cut into parts, of
+// small ones a task takes several.
+struct Rows {
+  int64_t samples, rows, channels, parts, per_part, per_block, per_task;
+  explicit Rows(const NormalizeParams& p, bool by_sample) {
+    channels = std::max<int64_t>(1, p.planes.channels);
+    samples = by_sample ? p.planes.outer : 1;
+    rows = by_sample ? p.planes.inner : p.planes.outer * p.planes.inner;
+    const int64_t most = std::max<int64_t>(1, 128 / samples);
+    parts = std::clamp<int64_t>(rows * channels / (8 * kBlock), 1, most);
+    per_part = (rows + parts - 1) / parts;
+    per_block = std::max<int64_t>(1, kBlock / channels);
+    per_task = std::max<int64_t>(1, 4 * kBlock / (per_part * channels));
+  }
+  int64_t units() const { return samples * parts; }  // parts of samples
+  int64_t sample(int64_t unit) const { return unit / parts; }
+  int64_t buffer() const { return std::max(kBlock, per_block * channels); }
+
+  // Calls body(unit, scratch) for every unit, with a scratch of make() for each task.
+  template <class Make, class Body>
+  void each(int threads, Make&& make, Body&& body) const {
+    parallel_for((units() + per_task - 1) / per_task, threads, [&](int64_t task) {
+      auto scratch = make();
+      for (int64_t u = task * per_task; u < std::min(units(), (task + 1) * per_task); ++u)
+        body(u, scratch);
+    });
+  }
+  // Calls run(first row in the whole tensor, rows) for the blocks of a unit.
+  template <class Run>
+  void blocks(int64_t unit, Run&& run) const {
+    const int64_t begin = unit % parts * per_part, end = std::min(rows, begin + per_part);
+    for (int64_t r = begin; r < end; r += per_block)
+      run(sample(unit) * rows + r, std::min(per_block, end - r));
+  }
+};
+
+}  // namespace
+}  // namespace genfast::cpu

@@ -1,0 +1,181 @@
+// Statistics, affine, modulation and activation: x is read from memory once, where a group (of
+// channels inside: a sample) fits the second-level cache, and y written once.
+#include "cpu/normalization/common.h"
+
+namespace genfast::cpu::GENFAST_ISA {
+namespace {
+
+struct Call {
+  const NormalizeParams& p;
+  Affine affine;
+  Dense x, y;
+  explicit Call(const NormalizeParams& q) : p(q), affine(q), x(q.x), y(q.y) {}
+  void keep(int64_t group, Statistics s) const {
+    if (!p.statistics.defined()) return;
+    if (!p.rms) p.mean()[group] = s.mean;
+    p.rstd()[group] = s.rstd;
+  }
+};
+
+// Layer and RMS norm: a row is a group.
+template <class Act>
+void each_row(const Call& call) {
+  const NormalizeParams& p = call.p;
+  const Rows cut(p, call.affine.modulated());
+  const int64_t C = cut.channels;
+  struct Scratch {
+    Sample sample;
+    Floats buffer;
+  };
+  const auto make = [&] { return Scratch{Sample(C), call.x.buffer(cut.buffer())}; };
+  cut.each(threads_for(p), make, [&](int64_t unit, Scratch& of) {
+    of.sample.load(call.affine, cut.sample(unit));
+    const float *a = of.sample.a, *b = of.sample.b;
+    cut.blocks(unit, [&](int64_t first, int64_t rows) {
+      const float* block = call.x.read(first * C, rows * C, of.buffer);
+      float* target = call.y.target(first * C, of.buffer);
+      for (int64_t r = 0; r < rows; ++r) {
+        const float* q = block + r * C;
+        float* y = target + r * C;
+        const Statistics s =
+            statistics(C, p.rms, p.eps, [&](int64_t at, int64_t) { return q + at; });
+        call.keep(first + r, s);
+        over(C, [&](int64_t c, auto lanes) {
+          const f32v h = (take(q + c, lanes) - s.mean) * s.rstd;
+          put(y + c, Act::value(h * load(a + c) + load(b + c)), lanes);
+        });
+      }
+      call.y.write(first * C, rows * C, target);
+    });
+  });
+}
+
+// Group norm, channels outside: a group is a run of memory.
+template <class Act>
+void each_run(const Call& call) {
+  const NormalizeParams& p = call.p;
+  const int64_t G = p.groups, C = p.planes.channels, width = C / G, inner = p.planes.inner;
+  const int64_t run = width * inner, groups = p.planes.outer * G;
+  const int64_t per_task = std::max<int64_t>(1, 4 * kBlock / std::max<int64_t>(1, run));
+  parallel_for((groups + per_task - 1) / per_task, threads_for(p), [&](int64_t task) {
+    Sample sample(C);
+    const Floats buffer = call.x.buffer(kBlock);
+    for (int64_t g = task * per_task; g < std::min(groups, (task + 1) * per_task); ++g) {
+      sample.load(call.affine, g / G);
+      const Statistics s = statistics(run, p.rms, p.eps, [&](int64_t at, int64_t n) {
+        return call.x.read(g * run + at, n, buffer);
+      });
+      call.keep(g, s);
+      for (int64_t j = 0; j < width; ++j) {
+        const int64_t c = g % G * width + j;
+        const float k = s.rstd * sample.a[c], b = sample.b[c];
+        for (int64_t at = 0; at < inner; at += kBlock) {
+          const int64_t first = g * run + j * inner + at, n = std::min(kBlock, inner - at);
+          const float* q = call.x.read(first, n, buffer);
+          float* y = call.y.target(first, buffer);
+          over(n, [&](int64_t i, auto lanes) {
+            put(y + i, Act::value((take(q + i, lanes) - s.mean) * k + b), lanes);
+          });
+          call.y.write(first, n, y);
+        }
+      }
+    }
+  });
+}
+
+// Group norm, channels inside: sums of whole rows, then of the groups' columns.
+template <class Act>
+void each_column(const Call& call) {
+  const NormalizeParams& p = call.p;
+  const Rows cut(p, true);
+  const int64_t C = cut.channels, G = p.groups, width = C / G;
+  const double count = static_cast<double>(width) * cut.rows;
+  // Of each unit: the sums of its columns, and of their squares around the mean.
+  std::unique_ptr<double[]> sums(new double[2 * cut.units() * C]());
+  double* squares = sums.get() + cut.units() * C;
+  const auto of_groups = [&](const double* of, int64_t n, auto&& found) {
+    for (int64_t g = 0; g < G; ++g) {
+      double total = 0;
+      for (int64_t u = n * cut.parts; u < (n + 1) * cut.parts; ++u)
+        for (int64_t c = g * width; c < (g + 1) * width; ++c) total += of[u * C + c];
+      found(g, total / count);
+    }
+  };
+  struct Scratch {
+    Sample sample;
+    Floats mean, buffer;
+  };
+  const auto make = [&] { return Scratch{Sample(C), Floats(C), call.x.buffer(cut.buffer())}; };
+  const auto sum = [&](int64_t unit, Scratch& of) {
+    cut.blocks(unit, [&](int64_t first, int64_t rows) {
+      const float* q = call.x.read(first * C, rows * C, of.buffer);
+      add_columns<f32v>(rows, C, sums.get() + unit * C, [&](int64_t c, auto lanes) {
+        return [=](int64_t r) { return take(q + r * C + c, lanes); };
+      });
+    });
+  };
+  const auto square = [&](int64_t unit, Scratch& of) {
+    of_groups(sums.get(), cut.sample(unit), [&](int64_t g, double m) {
+      std::fill(of.mean + g * width, of.mean + (g + 1) * width, static_cast<float>(m));
+    });
+    cut.blocks(unit, [&](int64_t first, int64_t rows) {
+      const float* q = call.x.read(first * C, rows * C, of.buffer);
+      add_columns<f32v>(rows, C, squares + unit * C, [&](int64_t c, auto lanes) {
+        const f32v mean = load(of.mean + c);
+        return [=](int64_t r) {
+          const f32v d = take(q + r * C + c, lanes) - mean;
+          return d * d;
+        };
+      });
+    });
+  };
+  const auto apply = [&](int64_t unit, Scratch& of) {
+    const int64_t n = cut.sample(unit);
+    of.sample.load(call.affine, n);
+    float *a = of.sample.a, *b = of.sample.b, *mean = of.mean;
+    of_groups(sums.get(), n, [&](int64_t g, double m) {
+      std::fill(mean + g * width, mean + (g + 1) * width, static_cast<float>(m));
+    });
+    of_groups(squares, n, [&](int64_t g, double variance) {
+      const Statistics s{mean[g * width], static_cast<float>(1.0 / std::sqrt(variance + p.eps))};
+      if (unit % cut.parts == 0) call.keep(n * G + g, s);
+      for (int64_t c = g * width; c < (g + 1) * width; ++c) a[c] *= s.rstd;
+    });
+    of.sample.of = -1;  // a now holds more
+    cut.blocks(unit, [&](int64_t first, int64_t rows) {
+      const float* q = call.x.read(first * C, rows * C, of.buffer);
+      float* y = call.y.target(first * C, of.buffer);
+      over(C, [&](int64_t c, auto lanes) {
+        const f32v k = load(a + c), shift = load(b + c), m = load(mean + c);
+        for (int64_t i = c; i < rows * C; i += C)
+          put(y + i, Act::value((take(q + i, lanes) - m) * k + shift), lanes);
+      });
+      call.y.write(first * C, rows * C, y);
+    });
+  };
+  if (cut.parts == 1)
+    return cut.each(threads_for(p), make, [&](int64_t unit, Scratch& of) {
+      sum(unit, of);
+      square(unit, of);
+      apply(unit, of);
+    });
+  cut.each(threads_for(p), make, sum);
+  cut.each(threads_for(p), make, square);
+  cut.each(threads_for(p), make, apply);
+}
+
+}  // namespace
+
+void normalize(const NormalizeParams& p) {
+  if (p.x.numel == 0) return;
+  const Call call(p);
+  advise_huge_pages(p.y.data, p.y.numel * dtype_bytes(p.y.dtype));
+  with_activation(p.act, [&](auto act) {
+    using Act = decltype(act);
+    if (p.groups == 0) return each_row<Act>(call);
+    if (p.planes.channels_inner) return each_column<Act>(call);
+    each_run<Act>(call);
+  });
+}
+
+}  // namespace genfast::cpu::GENFAST_ISA
