@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from genfast import schedulers
 from genfast.models._seeds import in_tiles, sample_seeds
+from genfast.nn.normalization import GroupNorm
 from genfast.ops import _check
 from genfast.ops.attention import attention
 from genfast.ops.diffusion import add_noise, denoising_loss
@@ -42,30 +43,23 @@ def timestep_embedding(t: Tensor, width: int, longest: float = 10_000.0) -> Tens
     return torch.cat([angle.cos(), angle.sin()], 1)
 
 
-def silu(x: Tensor) -> Tensor:
-    """Of a tensor that nobody else holds: in its place where no gradient is recorded, because a
-    sampling step spends as long on fetching fresh memory as on the values."""
-    return F.silu(x, inplace=not torch.is_grad_enabled())
-
-
 class ResBlock(nn.Module):
     """norm, SiLU, conv; norm scaled and shifted by the embedding, SiLU, conv; plus the input."""
 
     def __init__(self, inputs: int, outputs: int, embedding: int, dropout: float):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups(inputs), inputs)
+        self.norm1 = GroupNorm(groups(inputs), inputs, act="silu")
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.emb = nn.Linear(embedding, 2 * outputs)
-        self.norm2 = nn.GroupNorm(groups(outputs), outputs)
+        self.norm2 = GroupNorm(groups(outputs), outputs, act="silu")
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zeroed(nn.Conv2d(outputs, outputs, 3, padding=1))
         self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
-        h = self.conv1(silu(self.norm1(x)))
-        scale, shift = self.emb(e)[:, :, None, None].chunk(2, 1)
-        h = torch.addcmul(shift, self.norm2(h), 1 + scale)
-        return self.skip(x) + self.conv2(self.dropout(silu(h)))
+        h = self.conv1(self.norm1(x))
+        h = self.norm2(h, *self.emb(e).chunk(2, 1))  # scale and shift
+        return self.skip(x) + self.conv2(self.dropout(h))
 
 
 class AttentionBlock(nn.Module):
@@ -79,7 +73,7 @@ class AttentionBlock(nn.Module):
                 f"widths: expected multiples of {self.heads} heads where the U-Net attends, got "
                 f"{channels}; take a multiple of head_dim = {head_dim}"
             )
-        self.norm = nn.GroupNorm(groups(channels), channels)
+        self.norm = GroupNorm(groups(channels), channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = zeroed(nn.Linear(channels, channels))
 
@@ -181,7 +175,9 @@ class UNet(nn.Module):
                     layers.append(Up(c))
                 self.up.append(layers)
         self.leave = nn.Sequential(
-            nn.GroupNorm(groups(c), c), nn.SiLU(), zeroed(nn.Conv2d(c, outputs, 3, padding=1))
+            GroupNorm(groups(c), c, act="silu"),
+            nn.Identity(),  # SiLU's place in old state dicts
+            zeroed(nn.Conv2d(c, outputs, 3, padding=1)),
         )
         # The convolutions' layout: x follows the weights. 10% of a training step and of a sampling
         # step on two cores, where each convolution would else reorder what it reads and writes.
@@ -204,8 +200,7 @@ class UNet(nn.Module):
             h = torch.cat([h, hs.pop()], 1)
             for layer in layers:
                 h = layer(h, e)
-        norm, _, conv = self.leave
-        return conv(silu(norm(h)))
+        return self.leave(h)
 
 
 # ---- conditioning by channels --------------------------------------------------------------------

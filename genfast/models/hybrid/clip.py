@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from genfast.models.diffusion import groups
 from genfast.models.transformer import blocks
 from genfast.models.transformer.blocks import Attention, Block, FeedForward, Rotary
+from genfast.nn.normalization import GroupNorm, LayerNorm
 from genfast.ops.diffusion import add_noise
 from genfast.ops.rng import rand, randint
 
@@ -47,10 +48,10 @@ class TextEncoder(nn.Module):
         self.embed = nn.Embedding(vocab, d)
         self.rotary = Rotary(context, blocks.divides("heads", heads, "d", d))
         self.blocks = nn.ModuleList(
-            Block(Attention(d, heads), FeedForward(d, 4 * d), nn.LayerNorm(d), nn.LayerNorm(d))
+            Block(Attention(d, heads), FeedForward(d, 4 * d), LayerNorm(d), LayerNorm(d))
             for _ in range(layers)
         )
-        self.norm = nn.LayerNorm(d)
+        self.norm = LayerNorm(d)
         blocks.initialise(self, layers, std=(2 / (5 * d)) ** 0.5)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -71,7 +72,9 @@ class ImageEncoder(nn.Sequential):
         c, *places = shape
         layers: list[nn.Module] = []
         for c_out in (width, 2 * width, 4 * width):
-            layers += [nn.Conv2d(c, c_out, 3, 2, 1), nn.GroupNorm(groups(c_out), c_out), nn.SiLU()]
+            norm = GroupNorm(groups(c_out), c_out, act="silu")
+            # The identity has SiLU's place in old state dicts.
+            layers += [nn.Conv2d(c, c_out, 3, 2, 1), norm, nn.Identity()]
             c, places = c_out, [-(-n // 2) for n in places]
         flat = c * math.prod(places)
         super().__init__(

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from genfast.models.diffusion import timestep_embedding, zeroed
 from genfast.models.transformer import blocks
 from genfast.models.transformer.blocks import FeedForward
+from genfast.nn.normalization import LayerNorm, RMSNorm
 from genfast.ops.attention import attention
 
 
@@ -57,7 +58,7 @@ class Attention(nn.Module):
         self.kv = nn.Linear(memory, 2 * d) if memory else None
         self.qkv = None if memory else nn.Linear(d, 3 * d)
         self.q_norm, self.k_norm = (
-            nn.RMSNorm(self.head_dim, 1e-6) if qk_norm else nn.Identity() for _ in range(2)
+            RMSNorm(self.head_dim, 1e-6) if qk_norm else nn.Identity() for _ in range(2)
         )
         self.out = nn.Linear(d, d)
 
@@ -72,30 +73,25 @@ class Attention(nn.Module):
         return self.out(attention(q, k, v, mask=mask).transpose(1, 2).flatten(2))
 
 
-def modulate(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """(1 + scale) norm(x) + shift; shift, scale (B, d)."""
-    return torch.addcmul(shift[:, None], norm(x), 1 + scale[:, None])
-
-
 class Block(nn.Module):
     """See the module's head. tokens: their width, 0 without cross-attention."""
 
     def __init__(self, d: int, heads: int, tokens: int, qk_norm: bool):
         super().__init__()
-        self.norm1, self.norm2 = (nn.LayerNorm(d, 1e-6, elementwise_affine=False) for _ in "12")
+        self.norm1, self.norm2 = (LayerNorm(d, 1e-6, elementwise_affine=False) for _ in "12")
         self.attention = Attention(d, heads, qk_norm=qk_norm)
         self.feed_forward = FeedForward(d, 4 * d, "gelu_tanh")
-        self.norm3 = nn.LayerNorm(d, 1e-6) if tokens else None
+        self.norm3 = LayerNorm(d, 1e-6) if tokens else None
         self.cross = Attention(d, heads, tokens, qk_norm) if tokens else None
         self.modulation = nn.Linear(d, 6 * d)
 
     def forward(self, x: Tensor, c: Tensor, given: Conditions) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, 1)
-        h = self.attention(modulate(self.norm1, x, shift1, scale1))
+        h = self.attention(self.norm1(x, scale1, shift1))
         x = torch.addcmul(x, gate1[:, None], h)
         if self.cross is not None:
             x = x + self.cross(self.norm3(x), given.tokens, given.seen)
-        h = self.feed_forward(modulate(self.norm2, x, shift2, scale2))
+        h = self.feed_forward(self.norm2(x, scale2, shift2))
         return torch.addcmul(x, gate2[:, None], h)
 
 
@@ -135,7 +131,7 @@ class DiT(nn.Module):
         self.no_z = nn.Parameter(torch.zeros(d)) if z else None
         self.no_token = nn.Parameter(torch.zeros(tokens)) if tokens else None
         self.blocks = nn.ModuleList(Block(d, heads, tokens, qk_norm) for _ in range(layers))
-        self.norm = nn.LayerNorm(d, 1e-6, elementwise_affine=False)
+        self.norm = LayerNorm(d, 1e-6, elementwise_affine=False)
         self.modulation = nn.Linear(d, 2 * d)
         self.leave = nn.Linear(d, outputs * patch * patch)
         self._initialise()
@@ -182,7 +178,7 @@ class DiT(nn.Module):
         for block in self.blocks:
             x = block(x, c, given)
         shift, scale = self.modulation(c).chunk(2, 1)
-        return self.image(self.leave(modulate(self.norm, x, shift, scale)))
+        return self.image(self.leave(self.norm(x, scale, shift)))
 
     def _check(self, given: Conditions) -> None:
         for name, width in (("y", self.classes), ("z", self.z), ("tokens", self.tokens)):

@@ -24,6 +24,7 @@ from genfast.models.hybrid.clip import CLIP
 from genfast.models.hybrid.process import DROP, NOISE, START, STEPS, TIME, frozen
 from genfast.models.transformer import blocks
 from genfast.models.transformer.blocks import Attention, Block, FeedForward
+from genfast.nn.normalization import LayerNorm
 from genfast.ops.diffusion import add_noise, denoising_loss
 from genfast.ops.rng import rand, randn
 
@@ -60,10 +61,10 @@ class DiffusionPrior(nn.Module):
         self.of_z, self.last = nn.Linear(e, d), nn.Parameter(torch.empty(d))
         self.positions = nn.Parameter(torch.empty(S + _OWN, d))
         self.blocks = nn.ModuleList(
-            Block(Attention(d, heads), FeedForward(d, 4 * d), nn.LayerNorm(d), nn.LayerNorm(d))
+            Block(Attention(d, heads), FeedForward(d, 4 * d), LayerNorm(d), LayerNorm(d))
             for _ in range(layers)
         )
-        self.norm, self.leave = nn.LayerNorm(d), nn.Linear(d, e)
+        self.norm, self.leave = LayerNorm(d), nn.Linear(d, e)
         blocks.initialise(self, layers, std=(2 / (5 * d)) ** 0.5)
         for p in (self.last, self.positions):
             nn.init.normal_(p, std=0.02)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genfast.models.transformer.cache import LayerCache
+from genfast.nn.normalization import LayerNorm, RMSNorm
 from genfast.ops.attention import attention, attention_with_kvcache
 
 _gelu_tanh = partial(F.gelu, approximate="tanh")  # Hendrycks & Gimpel 2016, their fast form
@@ -37,8 +38,8 @@ ACTIVATIONS = {
 }
 # rms: Zhang & Sennrich 2019; layer: Ba et al. 2016.
 NORMS = {
-    "rms": lambda d, eps, bias: nn.RMSNorm(d, eps),
-    "layer": lambda d, eps, bias: nn.LayerNorm(d, eps, bias=bias),
+    "rms": lambda d, eps, bias: RMSNorm(d, eps),
+    "layer": lambda d, eps, bias: LayerNorm(d, eps, bias=bias),
 }
 
 

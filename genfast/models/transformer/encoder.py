@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from genfast.models.transformer import blocks
 from genfast.models.transformer.blocks import Attention, Block, FeedForward
+from genfast.nn.normalization import LayerNorm
 from genfast.ops import _check
 from genfast.ops.rng import rand, randint
 
@@ -47,21 +48,21 @@ class BERT(nn.Module):
         self.embed = nn.Embedding(vocab, d)
         self.positions = nn.Embedding(context, d)
         self.segments = nn.Embedding(types, d)
-        self.norm = nn.LayerNorm(d, eps)
+        self.norm = LayerNorm(d, eps)
 
         def block():
             return Block(
                 Attention(d, heads),
                 FeedForward(d, hidden or 4 * d, activation),
-                nn.LayerNorm(d, eps),
-                nn.LayerNorm(d, eps),
+                LayerNorm(d, eps),
+                LayerNorm(d, eps),
                 pre_norm=False,
             )
 
         self.blocks = nn.ModuleList(block() for _ in range(layers))
         self.f = blocks.row("activation", activation, blocks.ACTIVATIONS).f
         self.head = nn.Linear(d, d) if mlm else None
-        self.head_norm = nn.LayerNorm(d, eps) if mlm else None
+        self.head_norm = LayerNorm(d, eps) if mlm else None
         self.head_bias = nn.Parameter(torch.zeros(vocab)) if mlm else None
         self.pooler = nn.Linear(d, d) if pooler else None
         blocks.initialise(self, layers)

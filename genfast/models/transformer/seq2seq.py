@@ -19,6 +19,7 @@ from genfast.models.transformer import blocks
 from genfast.models.transformer.beam import beam_search
 from genfast.models.transformer.blocks import Attention, Block, FeedForward
 from genfast.models.transformer.cache import KVCache
+from genfast.nn.normalization import RMSNorm
 from genfast.ops import _check
 from genfast.ops.attention import attention
 
@@ -126,7 +127,7 @@ class T5(nn.Module):
         self.vocab, self.d, self.pad, self.eos = vocab, d, pad, eos
 
         def norm():
-            return nn.RMSNorm(d, eps)
+            return RMSNorm(d, eps)
 
         def parts():
             return (

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from genfast.models.transformer import blocks
 from genfast.models.transformer.blocks import Attention, Block, FeedForward
+from genfast.nn.normalization import LayerNorm
 from genfast.ops import _check
 
 
@@ -45,12 +46,12 @@ class ViT(nn.Module):
             return Block(
                 Attention(d, heads),
                 FeedForward(d, hidden or 4 * d, activation),
-                nn.LayerNorm(d, eps),
-                nn.LayerNorm(d, eps),
+                LayerNorm(d, eps),
+                LayerNorm(d, eps),
             )
 
         self.blocks = nn.ModuleList(block() for _ in range(layers))
-        self.norm = nn.LayerNorm(d, eps)
+        self.norm = LayerNorm(d, eps)
         self.head = nn.Linear(d, classes)
         # Xavier's of the d x 4 d products, as in the paper's code: 0.02 is for widths near 800.
         blocks.initialise(self, layers, std=(2 / (5 * d)) ** 0.5)
