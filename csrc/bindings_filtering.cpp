@@ -12,7 +12,7 @@ bool fill(BiasActParams& p, const TensorView& x, const TensorView& b, const Tens
           const TensorView& strength, const TensorView& seeds, py::handle seed, py::handle stream,
           int64_t offset, bool draws, int64_t dim, int act, float alpha, float gain, float clamp) {
   if (!is_float(x.dtype) || !planes_of(x, dim, p.planes) || act < 0 ||
-      act > static_cast<int>(Activation::swish) || !dense_floats(b) || !dense_floats(noise) ||
+      act > static_cast<int>(Activation::gelu_tanh) || !dense_floats(b) || !dense_floats(noise) ||
       !vector_of(strength, Dtype::f32, 1))
     return false;
   if (b.defined() && b.numel != p.planes.channels) return false;

@@ -4,7 +4,19 @@
 
 namespace genfast {
 
-enum class Activation : uint8_t { linear, relu, lrelu, tanh, sigmoid, elu, selu, softplus, swish };
+enum class Activation : uint8_t {
+  linear,
+  relu,
+  lrelu,
+  tanh,
+  sigmoid,
+  elu,
+  selu,
+  softplus,
+  swish,
+  gelu,
+  gelu_tanh
+};
 
 // y = clamp(act(x + strength n + b) gain, +-clamp).
 struct BiasActParams {

@@ -2,6 +2,7 @@
 // contraction, like math/rng.h.
 #pragma once
 #include "api/filtering.h"
+#include "math/gelu.h"
 #include "math/sampling.h"
 
 namespace genfast {
@@ -128,6 +129,18 @@ struct SwishActivation {  // Ramachandran et al. 2017
   }
 };
 
+template <class Of>
+struct WithoutAlpha {
+  template <class F>
+  GENFAST_FN F value(F z, float) {
+    return Of::value(z);
+  }
+  template <class F>
+  GENFAST_FN F slope(F z, float) {
+    return Of::slope(z);
+  }
+};
+
 // The struct of an enum value, handed to fn.
 template <class Fn>
 GENFAST_FN void with_activation(Activation act, Fn&& fn) {
@@ -150,6 +163,10 @@ GENFAST_FN void with_activation(Activation act, Fn&& fn) {
       return fn(SoftplusActivation{});
     case Activation::swish:
       return fn(SwishActivation{});
+    case Activation::gelu:
+      return fn(WithoutAlpha<Gelu>{});
+    case Activation::gelu_tanh:
+      return fn(WithoutAlpha<GeluTanh>{});
   }
 }
 

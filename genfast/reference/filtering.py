@@ -39,6 +39,8 @@ ACTIVATIONS = {
     "selu": Activation(lambda z, alpha: F.selu(z)),
     "softplus": Activation(lambda z, alpha: F.softplus(z)),
     "swish": Activation(lambda z, alpha: torch.sigmoid(z) * z, gain=math.sqrt(2)),
+    "gelu": Activation(lambda z, alpha: F.gelu(z)),
+    "gelu_tanh": Activation(lambda z, alpha: F.gelu(z, approximate="tanh")),
 }
 
 
@@ -65,7 +67,8 @@ def bias_act(
         x = x + strength * noise
     if b is not None:
         x = x + over_channels(b, x, dim)
-    y = ACTIVATIONS[act].value(x, alpha) * gain
+    y = ACTIVATIONS[act].value(x, alpha)
+    y = y if gain == 1 else y * gain
     if clamp is None:
         return y
     return torch.where(y.abs() < clamp, y, y.detach().clamp(-clamp, clamp))

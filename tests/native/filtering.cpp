@@ -58,7 +58,7 @@ void bias_acts(Pick& pick, int64_t outer, int64_t channels, int64_t inner) {
   if (noisy) p.strength = strength;
   if (noisy == 1) p.noise = noise;
   p.draws = noisy == 2;
-  p.act = static_cast<Activation>(pick.below(9));
+  p.act = static_cast<Activation>(pick.below(11));
   p.alpha = 0.25f, p.gain = pick.of({1.0f, 1.5f}), p.clamp = pick.of({-1.0f, 0.6f});
 
   same_bits({&y}, [&](int threads) {

@@ -18,8 +18,12 @@ from torch import Tensor, nn
 from genfast.models.transformer.cache import LayerCache
 from genfast.nn.normalization import LayerNorm, RMSNorm
 from genfast.ops.attention import attention, attention_with_kvcache
+from genfast.ops.filtering import bias_act
 
-_gelu_tanh = partial(F.gelu, approximate="tanh")  # Hendrycks & Gimpel 2016, their fast form
+
+def _act(name: str) -> Callable[[Tensor], Tensor]:
+    return partial(bias_act, act=name, gain=1.0)
+
 
 
 class Activation(NamedTuple):
@@ -31,10 +35,10 @@ class Activation(NamedTuple):
 
 ACTIVATIONS = {
     "relu": Activation(False, F.relu),
-    "gelu": Activation(False, F.gelu),
-    "gelu_tanh": Activation(False, _gelu_tanh),
+    "gelu": Activation(False, _act("gelu")),
+    "gelu_tanh": Activation(False, _act("gelu_tanh")),
     "swiglu": Activation(True, F.silu),
-    "geglu": Activation(True, _gelu_tanh),
+    "geglu": Activation(True, _act("gelu_tanh")),
 }
 # rms: Zhang & Sennrich 2019; layer: Ba et al. 2016.
 NORMS = {

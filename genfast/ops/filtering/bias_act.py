@@ -346,7 +346,8 @@ def bias_act(
     """clamp(act(x + strength n + b) gain, -clamp, clamp) in one pass.
 
     x: (B, ...), float32, float16, bfloat16 (fp32 inside) or float64; C = x.shape[dim]. b: (C,).
-    act: "linear", "relu", "lrelu", "tanh", "sigmoid", "elu", "selu", "softplus" or "swish".
+    act: "linear", "relu", "lrelu", "tanh", "sigmoid", "elu", "selu", "softplus", "swish", "gelu" or
+    "gelu_tanh".
     alpha: slope of lrelu below 0, default 0.2. gain: default sqrt 2 for relu, lrelu and swish,
     else 1. clamp: None, or a number >= 0; a clamped element has no gradient.
     n: none unless strength (a number, or a tensor of one element) or noise is given. noise: a
