@@ -22,7 +22,7 @@ bool fill(NormalizeParams& p, const TensorView& x, const TensorView& statistics,
   if (groups > 0) {
     if (x.ndim < 2 || !planes_of(x, 1, p.planes) || p.planes.channels % groups != 0) return false;
   } else {
-    if (!is_contiguous(x)) return false;
+    if (!is_contiguous(x) || (x.ndim < 2 && (scale.defined() || shift.defined()))) return false;
     p.planes.channels = x.shape[x.ndim - 1];
     p.planes.channels_inner = true;
     p.planes.outer = x.ndim > 1 ? x.shape[0] : 1;

@@ -25,7 +25,6 @@ def _act(name: str) -> Callable[[Tensor], Tensor]:
     return partial(bias_act, act=name, gain=1.0)
 
 
-
 class Activation(NamedTuple):
     """gated: W_2 (f(W_g x) * W_u x), Shazeer, "GLU variants improve transformer", 2020."""
 
