@@ -58,7 +58,7 @@ void norms(Pick& pick, int64_t outer, int64_t channels, int64_t inner, int64_t g
     p.threads = threads;
     kernels().normalize(p);
   });
-  CHECK(y.written() == y.numel && statistics.written() == statistics.numel);
+  CHECK(y.written() == y.numel && (x.numel == 0 || statistics.written() == statistics.numel));
   NormalizeBackwardParams q;
   q.forward = p, q.grad = grad, q.dx = dx;
   std::vector<Tensor*> outputs = {&dx};
@@ -84,6 +84,7 @@ void norms(Pick& pick, int64_t outer, int64_t channels, int64_t inner, int64_t g
   // One group: channels [first, first + width) at places [begin, end) of sample o.
   const auto group = [&](int64_t o, int64_t first, int64_t begin, int64_t end, int64_t index) {
     const double n = static_cast<double>(width) * static_cast<double>(end - begin);
+    if (n == 0) return;
     double mean = 0, variance = 0, of_dz = 0, of_dzh = 0;
     const auto each = [&](auto&& body) {
       for (int64_t c = first; c < first + width; ++c)
