@@ -73,6 +73,29 @@ bool reparameterize(TensorArgument& mu, TensorArgument& logvar, TensorArgument& 
   return run(p, mu, GENFAST_KERNEL(reparameterize));
 }
 
+// Whether p.logits and p.x make a call; rows: nll or grad.
+bool bernoulli(BernoulliNllParams& p, const TensorView& rows) {
+  p.threads = threads_for(p.logits);
+  return floats({&p.logits, &p.x}) && same_shapes({&p.logits, &p.x}) && p.logits.ndim > 0 &&
+         vector_of(rows, Dtype::f32, p.logits.shape[0]);
+}
+
+bool bernoulli_nll(TensorArgument& nll, TensorArgument& logits, TensorArgument& x) {
+  BernoulliNllParams p;
+  p.logits = logits, p.x = x, p.nll = nll;
+  return given({&nll, &logits, &x}) && same_device({&nll, &logits, &x}) && bernoulli(p, nll) &&
+         run(p, logits, &cpu::Kernels::bernoulli_nll);
+}
+
+bool bernoulli_nll_backward(TensorArgument& grad, TensorArgument& d_logits, TensorArgument& logits,
+                            TensorArgument& x) {
+  BernoulliNllParams p;
+  p.logits = logits, p.x = x, p.grad = grad, p.d_logits = d_logits;
+  return given({&grad, &d_logits, &logits, &x}) && same_device({&grad, &d_logits, &logits, &x}) &&
+         bernoulli(p, grad) && floats({&d_logits}) && same_shapes({&d_logits, &logits}) &&
+         run(p, logits, &cpu::Kernels::bernoulli_nll_backward);
+}
+
 bool reparameterize_backward(TensorArgument& grad_y, TensorArgument& grad_side, TensorArgument& mu,
                              TensorArgument& logvar, TensorArgument& d_mu, TensorArgument& d_logvar,
                              py::handle seed, TensorArgument& seeds, py::handle stream,
@@ -227,6 +250,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("gumbel_softmax_backward", &gumbel_softmax_backward);
   m.def("relaxed_bernoulli", &relaxed_bernoulli);
   m.def("categorical", &categorical);
+  m.def("bernoulli_nll", &bernoulli_nll);
+  m.def("bernoulli_nll_backward", &bernoulli_nll_backward);
   register_attention(m);
   register_diffusion(m);
   register_filtering(m);

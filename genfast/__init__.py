@@ -33,6 +33,7 @@ from genfast.ops.filtering import (
 from genfast.ops.normalization import group_norm, layer_norm, rms_norm
 from genfast.ops.rng import NOISE_VERSION, rand, rand_like, randint, randn, randn_like
 from genfast.ops.sampling import (
+    bernoulli_nll,
     gaussian_kl,
     gumbel_softmax,
     log_normal,
@@ -54,6 +55,7 @@ __all__ = [
     "attention_with_kvcache",
     "add_noise",
     "backend",
+    "bernoulli_nll",
     "bias_act",
     "denoising_loss",
     "diffusion_step",

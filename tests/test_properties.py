@@ -213,6 +213,7 @@ CALLS = {
     genfast.rand_like: ("seed", "stream", "offset", "generator", "dtype"),
     genfast.bias_act: ("b", "dim", "act", "alpha", "gain", "clamp", "noise", "strength", "seed"),
     genfast.upfirdn2d: ("down", "flip_filter", "gain"),
+    genfast.bernoulli_nll: ("x",),
     genfast.group_norm: ("groups", "weight", "bias", "scale", "shift", "act", "eps"),
     genfast.layer_norm: ("weight", "bias", "scale", "shift", "act", "eps"),
     genfast.rms_norm: ("weight", "scale", "shift", "act", "eps"),

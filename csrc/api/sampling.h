@@ -73,6 +73,14 @@ struct CategoricalParams {
   int threads = 1;
 };
 
+// -ln p(x | logits) of a Bernoulli, summed over all but dim 0: softplus(l) - x l.
+struct BernoulliNllParams {
+  TensorView logits, x;       // [B, ...], one shape, any strides; f32/f16/bf16
+  TensorView nll;             // f32 [B], contiguous: written by the forward
+  TensorView grad, d_logits;  // backward only: f32 [B]; like logits, grad (sigmoid(l) - x)
+  int threads = 1;
+};
+
 namespace cuda {  // on the device and stream of the first tensor; null, or an error text
 const char* reparameterize(const ReparameterizeParams& p);
 const char* reparameterize_backward(const ReparameterizeBackwardParams& p);

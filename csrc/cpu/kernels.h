@@ -18,6 +18,8 @@ struct Kernels {
   void (*gumbel_softmax_backward)(const GumbelSoftmaxBackwardParams&);
   void (*relaxed_bernoulli)(const RelaxedBernoulliParams&);
   int64_t (*categorical)(const CategoricalParams&);
+  void (*bernoulli_nll)(const BernoulliNllParams&);
+  void (*bernoulli_nll_backward)(const BernoulliNllParams&);
   void (*diffusion_step)(const StepParams&);
   void (*diffusion_step_backward)(const StepBackwardParams&);
   void (*diffusion_mix)(const MixParams&);
@@ -58,6 +60,8 @@ void gumbel_softmax(const GumbelSoftmaxParams&);
 void gumbel_softmax_backward(const GumbelSoftmaxBackwardParams&);
 void relaxed_bernoulli(const RelaxedBernoulliParams&);
 int64_t categorical(const CategoricalParams&);
+void bernoulli_nll(const BernoulliNllParams&);
+void bernoulli_nll_backward(const BernoulliNllParams&);
 void diffusion_step(const StepParams&);
 void diffusion_step_backward(const StepBackwardParams&);
 void diffusion_mix(const MixParams&);

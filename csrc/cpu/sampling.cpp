@@ -474,4 +474,49 @@ int64_t categorical(const CategoricalParams& p) {
   return bad.load();
 }
 
+namespace {
+
+// Calls run(row, first, count) for the chunks of [B, n] in logical order; a task has whole rows.
+template <class Run>
+void for_row_chunks(const BernoulliNllParams& p, Run&& run) {
+  const int64_t B = p.logits.shape[0], n = B > 0 ? p.logits.numel / B : 0;
+  const int64_t per_task = std::max<int64_t>(1, 16 * kChunk / std::max<int64_t>(1, n));
+  parallel_for((B + per_task - 1) / per_task, p.threads, [&](int64_t task) {
+    for (int64_t b = task * per_task; b < std::min(B, (task + 1) * per_task); ++b)
+      for (int64_t i = 0; i < n; i += kChunk)
+        run(b, b * n + i, static_cast<int>(std::min<int64_t>(kChunk, n - i)));
+  });
+}
+
+}  // namespace
+
+void bernoulli_nll(const BernoulliNllParams& p) {
+  const Stage logits(p.logits), x(p.x);
+  float* nll = static_cast<float*>(p.nll.data);
+  std::fill(nll, nll + p.nll.numel, 0.0f);
+  for_row_chunks(p, [&](int64_t row, int64_t first, int n) {
+    Chunk l_buffer, x_buffer;
+    const float *l = logits.load(first, n, l_buffer), *t = x.load(first, n, x_buffer);
+    Sum sum;
+    for (int i = 0; i < n; i += kStep) {
+      const f32p li = load_pair(l + i);
+      sum.add(softplus_of<f32p>(li) - load_pair(t + i) * li, n - i);
+    }
+    nll[row] += static_cast<float>(sum.total());
+  });
+}
+
+void bernoulli_nll_backward(const BernoulliNllParams& p) {
+  const Stage logits(p.logits), x(p.x), out(p.d_logits);
+  const float* grad = static_cast<const float*>(p.grad.data);
+  for_row_chunks(p, [&](int64_t row, int64_t first, int n) {
+    Chunk l_buffer, x_buffer;
+    const float *l = logits.load(first, n, l_buffer), *t = x.load(first, n, x_buffer);
+    float* d = out.target(first, n, l_buffer);
+    for (int i = 0; i < n; i += kStep)
+      store(d + i, (sigmoid_of<f32p>(load_pair(l + i)) - load_pair(t + i)) * grad[row]);
+    out.store(first, n, d);
+  });
+}
+
 }  // namespace genfast::cpu::GENFAST_ISA

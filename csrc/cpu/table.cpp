@@ -10,6 +10,8 @@ extern const Kernels table = {
     gumbel_softmax_backward,
     relaxed_bernoulli,
     categorical,
+    bernoulli_nll,
+    bernoulli_nll_backward,
     diffusion_step,
     diffusion_step_backward,
     diffusion_mix,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from genfast.models._seeds import in_tiles, sample_seeds
 from genfast.ops import _check
 from genfast.ops.rng import randn
-from genfast.ops.sampling import reparameterize
+from genfast.ops.sampling import bernoulli_nll, reparameterize
 
 # Rows of one decoding in `sample`, see `in_tiles`: the bits of sample i are a function of (weights,
 # seed, i). 64 rows cost 0.4 ms on one core: the smallest tile that keeps the product efficient.
@@ -60,8 +60,7 @@ class GaussianVAE(nn.Module):
 
     def _nll(self, logits: Tensor, x: Tensor) -> Tensor:
         """-ln p(x|z), (B,)."""
-        x = self._shaped(x)
-        return F.binary_cross_entropy_with_logits(logits, x, reduction="none").flatten(1).sum(1)
+        return bernoulli_nll(logits, self._shaped(x))
 
     def elbo(self, x: Tensor, *, seed=None, stream: int = 0) -> Tensor:
         """One-draw estimate of the evidence lower bound of each sample, (B,), nats."""

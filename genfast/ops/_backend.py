@@ -54,6 +54,8 @@ _TRITON = {
     "bias_act": None,
     "bias_act_backward": None,
     "upfirdn2d": None,
+    "bernoulli_nll": None,
+    "bernoulli_nll_backward": None,
     "normalize": None,
     "normalize_backward": None,
 }

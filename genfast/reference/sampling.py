@@ -29,6 +29,13 @@ def gaussian_kl(mu: Tensor, logvar: Tensor, reduction: str = "batchmean") -> Ten
     return reduce_samples(0.5 * (mu**2 - 1 + logvar.exp() - logvar), reduction)
 
 
+def bernoulli_nll(logits: Tensor, x: Tensor) -> Tensor:
+    """-ln p(x | logits), (B, ...) -> (B,)."""
+    return reduce_samples(
+        F.binary_cross_entropy_with_logits(logits, x, reduction="none"), "none"
+    )  # fmt: skip
+
+
 # T and ln T' of y = T(z).
 TRANSFORMS = {
     "none": (lambda z: z, torch.zeros_like),

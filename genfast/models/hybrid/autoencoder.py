@@ -11,12 +11,11 @@ perceptual and an adversarial loss; on grey images of few pixels the Bernoulli l
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genfast.models.diffusion import groups
 from genfast.nn.normalization import GroupNorm
-from genfast.ops.sampling import reparameterize
+from genfast.ops.sampling import bernoulli_nll, reparameterize
 
 _MOMENTUM = 0.05  # of the running mean and variance of the latents: the last 20 batches
 
@@ -99,8 +98,7 @@ class KLAutoencoder(nn.Module):
     def loss(self, x: Tensor, *, seed=None, stream: int = 0) -> Tensor:
         """Mean of -ln p(x|z) + beta KL over the batch, (), nats a sample."""
         logits, kl = self(x, seed=seed, stream=stream)
-        nll = F.binary_cross_entropy_with_logits(logits, x, reduction="none").flatten(1).sum(1)
-        return (nll + self.beta * kl).mean()
+        return (bernoulli_nll(logits, x) + self.beta * kl).mean()
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:

@@ -1,0 +1,131 @@
+"""The Bernoulli likelihood of logits: forward and backward one pass each."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from genfast.ops import _check
+from genfast.ops._backend import forced_reference, kernels
+from genfast.ops._common import on_kernel, wide_dtype
+from genfast.ops._road import (
+    DIRECT,
+    GRAD,
+    define,
+    differentiable_backward,
+    gate,
+    is_compiling,
+    plain,
+    transforming,
+    wants_graph,
+)
+from genfast.reference import sampling as reference
+
+
+def _native(logits, x):
+    nll = torch.empty(logits.shape[:1], dtype=torch.float32, device=logits.device)
+    return nll if kernels.bernoulli_nll(nll, logits, x) else None
+
+
+def _composite(logits, x):
+    dtype = wide_dtype(logits, x)
+    return reference.bernoulli_nll(logits.to(dtype), x.to(dtype))
+
+
+def _impl(logits, x):
+    nll = _native(logits, x) if on_kernel("bernoulli_nll", logits, x) else None
+    return _composite(logits, x).float() if nll is None else nll
+
+
+def _native_backward(g, logits, x):
+    d_logits = torch.empty_like(logits)
+    if not kernels.bernoulli_nll_backward(g.contiguous(), d_logits, logits, x):
+        raise RuntimeError("genfast: the backward kernel refused what the forward kernel took")
+    return d_logits
+
+
+def _backward_impl(g, logits, x):
+    if on_kernel("bernoulli_nll_backward", g, logits, x):
+        return _native_backward(g, logits, x)
+    wide = wide_dtype(logits, x)
+    g = g.to(wide).reshape(-1, *[1] * (logits.dim() - 1))
+    d = (torch.sigmoid(logits.to(wide)) - x.to(wide)) * g
+    return torch.empty_like(logits).copy_(d)
+
+
+_backward_op = define(
+    "bernoulli_nll_backward(Tensor g, Tensor logits, Tensor x) -> Tensor",
+    _backward_impl,
+    lambda g, logits, x: torch.empty_like(logits),
+)
+
+
+def _gradients(ctx, g, first_order):
+    logits, x = ctx.saved_tensors
+    if not is_compiling() and (wants_graph() or not plain(g)):
+        return differentiable_backward(_composite, [logits, x], [g])
+    of_logits, of_x = ctx.needs_input_grad
+    d_x = None
+    if of_x:
+        rows = g.reshape(-1, *[1] * (x.dim() - 1))
+        d_x = (-rows * logits.float()).to(x.dtype)
+    return first_order(g, logits, x) if of_logits else None, d_x
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+_op = define(
+    "bernoulli_nll(Tensor logits, Tensor x) -> Tensor",
+    _impl,
+    lambda logits, x: logits.new_empty(logits.shape[:1], dtype=torch.float32),
+    lambda ctx, g: _gradients(ctx, g, _backward_op),
+    _save,
+)
+
+
+class _BernoulliNll(Function):
+    @staticmethod
+    def forward(ctx, logits, x):
+        nll = _native(logits, x)
+        if nll is None:
+            raise TypeError("genfast: the kernel does not take these tensors")
+        ctx.save_for_backward(logits, x)
+        return nll
+
+    @staticmethod
+    def backward(ctx, g):
+        return _gradients(ctx, g, _native_backward)
+
+
+def bernoulli_nll(logits: Tensor, x: Tensor) -> Tensor:
+    """-ln p(x | logits) of each sample: ln(1 + e^l) - x l, summed over all but dim 0, in nats.
+
+    logits, x: (B, ...) of one shape, any strides, float32, float16, bfloat16 (fp32 inside) or
+    float64; x in [0, 1], not checked. Returns (B,) float32 (float64 where an input is).
+    Differentiable in both, any number of times. Raises TypeError / ValueError naming the argument.
+    Kingma & Welling 2014, appendix C.1.
+    """
+    if not is_compiling():
+        try:
+            road = gate(logits, x)
+            if road == DIRECT:
+                nll = _native(logits, x)
+                if nll is not None:
+                    return nll
+            elif road == GRAD and logits.shape == x.shape and on_kernel("bernoulli_nll", logits, x):
+                return _BernoulliNll.apply(logits, x)
+        except (TypeError, ValueError, RuntimeError, AttributeError):
+            pass  # the checks below name the argument
+    _check.tensor("logits", logits)
+    _check.tensor("x", x)
+    _check.same_shape("x", x, "logits", logits)
+    _check.same_device(logits=logits, x=x)
+    if not logits.dim():
+        raise ValueError("logits: expected (B, ...), got a tensor of no dimensions; add one")
+    wide = wide_dtype(logits, x) == torch.float64
+    if forced_reference() or wide or transforming() or not on_kernel("bernoulli_nll", logits, x):
+        return _composite(logits, x)
+    return _op(logits, x)

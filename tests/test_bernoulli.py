@@ -1,0 +1,103 @@
+"""bernoulli_nll against F.binary_cross_entropy_with_logits in fp64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerances import REORDERED, yardstick
+from torch.autograd import gradcheck, gradgradcheck
+
+import genfast
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def draw(*shape, dtype=torch.float32):
+    g = torch.Generator().manual_seed(3)
+    return (3 * torch.randn(shape, generator=g)).to(dtype), torch.rand(shape, generator=g).to(dtype)
+
+
+def truth(logits, x):
+    return F.binary_cross_entropy_with_logits(logits, x, reduction="none").flatten(1).sum(1)
+
+
+def run(function, tensors, grad, dtype):
+    leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
+    y = function(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad.to(y.dtype))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(128, 784), (3, 1, 28, 28), (5, 3), (2, 40000), (1, 1)])
+def test_value_and_gradients(shape, dtype):
+    tensors, grad = draw(*shape, dtype=dtype), torch.linspace(-1, 2, shape[0])
+    got = run(genfast.bernoulli_nll, tensors, grad, dtype)
+    assert got[0].dtype == torch.float32 and got[1].dtype == dtype
+    wide = [t.float() for t in tensors]
+    eager = run(truth, wide, grad, torch.float32)
+    exact = run(truth, wide, grad, torch.float64)
+    for i, values in enumerate(zip(got, eager, exact, strict=True)):
+        yardstick(f"tensor {i}", *values, kind="gradient" if i else "output")
+
+
+def test_strides_and_extremes():
+    logits, x = draw(6, 40)
+    want = genfast.bernoulli_nll(logits, x)
+    torch.testing.assert_close(genfast.bernoulli_nll(logits.T.contiguous().T, x), want)
+    far = torch.tensor([[1e4, -1e4], [1e4, -1e4]])
+    assert genfast.bernoulli_nll(far, torch.tensor([[1.0, 0.0], [0.0, 1.0]])).tolist() == [0.0, 2e4]
+    assert genfast.bernoulli_nll(torch.full((1, 2), float("nan")), torch.zeros(1, 2)).isnan().all()
+    assert genfast.bernoulli_nll(logits[:0], x[:0]).shape == (0,)
+    assert genfast.bernoulli_nll(logits[:, :0], x[:, :0]).tolist() == [0.0] * 6
+
+
+def test_threads_change_no_bit():
+    tensors, found = draw(64, 784), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(run(genfast.bernoulli_nll, tensors, torch.ones(64), torch.float32))
+    for other in found[1:]:
+        assert all(torch.equal(p, q) for p, q in zip(found[0], other, strict=True))
+
+
+def test_gradients_of_any_order():
+    tensors = [t.double().requires_grad_() for t in draw(3, 4)]
+    assert gradcheck(genfast.bernoulli_nll, tensors, check_forward_ad=True)
+    assert gradgradcheck(genfast.bernoulli_nll, tensors)
+
+    def second(f, dtype):
+        logits, x = (t.to(dtype).requires_grad_() for t in draw(4, 30))
+        (d,) = torch.autograd.grad(f(logits, x).sum(), logits, create_graph=True)
+        return torch.autograd.grad(d.square().sum(), (logits, x))
+
+    for a, e in zip(
+        second(genfast.bernoulli_nll, torch.float32), second(truth, torch.float64), strict=True
+    ):
+        torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=1e-5)
+
+
+def test_tracing_and_backends():
+    tensors, grad = draw(4, 30), torch.linspace(-1, 2, 4)
+    compiled = torch.compile(genfast.bernoulli_nll, fullgraph=True, backend="aot_eager")
+    want = run(genfast.bernoulli_nll, tensors, grad, torch.float32)
+    with genfast.backend("reference"):
+        plain = run(genfast.bernoulli_nll, tensors, grad, torch.float32)
+    for got in (run(compiled, tensors, grad, torch.float32), plain):
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, **REORDERED[torch.float32])
+    torch.library.opcheck(
+        torch.ops.genfast.bernoulli_nll.default, tuple(t.requires_grad_() for t in tensors)
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "args"),
+    [
+        (TypeError, "logits: ", ([1.0], torch.zeros(1))),
+        (TypeError, "x: ", (torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64))),
+        (ValueError, "x: expected the shape of logits", (torch.zeros(2, 3), torch.zeros(3))),
+        (ValueError, "logits: ", (torch.zeros(()), torch.zeros(()))),
+    ],
+)
+def test_wrong_input_names_the_argument(error, message, args):
+    with pytest.raises(error, match=message):
+        genfast.bernoulli_nll(*args)
