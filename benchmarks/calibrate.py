@@ -38,7 +38,7 @@ def _ratio(shape, dtype) -> float:
     k, v = (torch.randn(B, H, Sk, D).to(dtype) for _ in range(2))
     found = measure(
         {
-            "ours": lambda: plain_forward(q, k, v, False, None, False),
+            "ours": lambda: plain_forward(q, k, v, None, False, None, False),
             "torch": lambda: torch_sdpa(q, k, v),
         },
         BUDGET_S,

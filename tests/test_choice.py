@@ -46,17 +46,27 @@ def test_the_first_fitting_row_decides():
     assert _choice.torch_sizes(rows, "cuda", "float16", "decode") == range(1, 7)
 
 
-def test_small_training_calls_stay_ours_on_a_gpu():
-    found = {d: _choice.torch_sizes(_choice.ROWS, "cuda", d, "training")
-             for d in ("float32", "bfloat16")}  # fmt: skip
-    assert found == {"float32": range(1, ALL_SIZES), "bfloat16": range(2**33, ALL_SIZES)}
+def test_what_goes_to_pytorch_on_a_gpu():
+    found = {
+        (d, call): _choice.torch_sizes(_choice.ROWS, "cuda", d, call)
+        for d in ("float32", "bfloat16")
+        for call in _choice.ATTENTION_CALLS
+    }
+    assert found == {
+        ("float32", "decode"): range(0),  # ours is 1.7 to 5.9x at any size
+        ("float32", "forward"): range(2**22, ALL_SIZES),
+        ("float32", "training"): range(1, ALL_SIZES),
+        ("bfloat16", "decode"): range(2**23, ALL_SIZES),
+        ("bfloat16", "forward"): range(2**30 + 1, ALL_SIZES),
+        ("bfloat16", "training"): range(1, ALL_SIZES),
+    }
 
 
 def test_what_goes_to_triton_before_cuda():
     rows = _choice.ROWS
     assert _choice.triton_from(rows, "rng", "random", "float32") == ALL_SIZES
-    assert _choice.triton_from(rows, "diffusion", "dynamic_threshold", "bfloat16") == 0
-    assert _choice.triton_from(rows, "attention", "attention_forward", "float32") == 0
+    assert _choice.triton_from(rows, "diffusion", "dynamic_threshold", "bfloat16") == ALL_SIZES
+    assert _choice.triton_from(rows, "attention", "attention_forward", "float32") == 2**18
     assert _choice.triton_from(rows, "attention", "attention_forward", "float16") == ALL_SIZES
     assert _choice.triton_from(rows, "attention", "attention_backward", "bfloat16") == 2**33
 
@@ -118,7 +128,7 @@ def test_the_table_puts_triton_first(monkeypatch):
     long = long.as_subclass(type(half))
     for call in (
         lambda: forward(half),
-        lambda: forward(t.of(1, 1, 4, 8)),
+        lambda: forward(t.of(1, 1, 2**15, 8)),
         lambda: backward(half, *[None] * 6, half, half),
         lambda: backward(long, *[None] * 6, long, long),
     ):

@@ -17,19 +17,30 @@ from torch.nn.functional import (
 from genfast.ops._choice import ATTENTION_BY_TORCH
 from genfast.ops._road import wants_graph
 
+_MASKS = (torch.bool, torch.float32)
 _NODE = "ScaledDotProduct"  # what the names of PyTorch's fused nodes begin with
 
 
-def settings(call: int, q: Tensor, k: Tensor, v: Tensor, mask, options) -> dict | None:
-    """Arguments of PyTorch's attention for a call (place in ATTENTION_CALLS) that the table gives
-    to it; None when the table says ours, or PyTorch's would mean another or has no fused kernel."""
+def chosen(call: int, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> bool:
+    """The table gives a call (place in ATTENTION_CALLS) of these sizes to PyTorch, which takes the
+    mask. In 16 bit it does not: cuDNN's rows that see no key are not 0."""
     sizes = ATTENTION_BY_TORCH[q.is_cpu].get(q.dtype)
-    if sizes is None or q.dim() != 4 or k.dim() != 4:
-        return None
-    (B, Hq, Sq, D), (Bk, Hkv, Sk, Dk) = q.shape, k.shape
-    if q.numel() * Sk not in sizes[call]:
+    if sizes is None or q.numel() * k.shape[2] not in sizes[call]:
+        return False
+    return mask is None or (
+        q.dtype is torch.float32 and not q.is_cpu and not causal and mask.dtype in _MASKS
+    )
+
+
+def settings(call: int, q: Tensor, k: Tensor, v: Tensor, mask, options) -> dict | None:
+    """Arguments of PyTorch's attention for a call that the table gives to it; None when the table
+    says ours, or PyTorch's would mean another."""
+    if q.dim() != 4 or k.dim() != 4:
         return None
     causal = options.right == 0
+    if not chosen(call, q, k, mask, causal):
+        return None
+    (B, Hq, Sq, D), (Bk, Hkv, Sk, Dk) = q.shape, k.shape
     same = (
         (options.softcap, options.left, options.dropout_p) == (0.0, -1, 0.0)
         and (options.right == -1 or (causal and (not options.bottom_right or Sq == Sk)))
@@ -39,8 +50,6 @@ def settings(call: int, q: Tensor, k: Tensor, v: Tensor, mask, options) -> dict 
         and q.device == k.device == v.device
     )
     if not same or not Hkv or Hq % Hkv:
-        return None
-    if mask is not None and (q.is_cpu or causal or mask.dtype not in (torch.bool, q.dtype)):
         return None
     return {"is_causal": causal, "scale": options.scale, "enable_gqa": Hq != Hkv}
 

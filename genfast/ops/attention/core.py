@@ -98,19 +98,27 @@ def _forward(q, k, v, mask, alibi, sinks, packed, options, want_lse=True):
     return None
 
 
-def plain_forward(q, k, v, causal: bool, scale: float | None, grouped: bool) -> Tensor | None:
+def plain_forward(q, k, v, mask, causal: bool, scale, grouped: bool) -> Tensor | None:
     """`_forward` of a call without options: half of what a small call costs is passing them on."""
-    sizes = ATTENTION_BY_TORCH[q.is_cpu].get(q.dtype)
-    if sizes is not None:
-        Sq, Sk = q.shape[2], k.shape[2]
-        if q.numel() * Sk in sizes[_DECODE if Sq == 1 else _FORWARD]:
-            return by_torch.torch_sdpa(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
+    if by_torch.chosen(_DECODE if q.shape[2] == 1 else _FORWARD, q, k, mask, causal):
+        return by_torch.torch_sdpa(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+    if mask is not None and (mask.dim() < 2 or mask.dtype not in (torch.bool, q.dtype, _FLOAT)):
+        return None
     out = empty_out(q, v.shape[-1])
     done = kernels.attention_forward(
-        q, k, v, out, None, None, None, None, 0, 0, None, None, 0, None, 0, scale, 0.0, -1,
+        q, k, v, out, None, mask, None, None, 0, 0, None, None, 0, None, 0, scale, 0.0, -1,
         0 if causal else -1, False, 0.0,
     )  # fmt: skip
     return out if done else None
+
+
+def plain_training(q, k, v, mask, causal: bool, scale, grouped: bool) -> Tensor | None:
+    """The same where a gradient is wanted: PyTorch's, or None."""
+    if mask is not None or not by_torch.chosen(_TRAINING, q, k, None, causal):
+        return None
+    return by_torch.differentiable(
+        q, k, v, _composite_gradients, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -188,7 +188,7 @@ def guide(
                 cond, uncond, scale, method=method, original=original, average=average, **options
             )
         out = torch.empty_like(cond)
-        row = _common.cached(_IDENTITY, cond.device)[None]
+        row = _common.cached(_IDENTITY, cond.device, 1)
         if cond.dim() and kernels.diffusion_step(
             (out,), cond, models, weights, row, None, 0, None, None, 0, None, 0, 0, False, None
         ):
