@@ -9,6 +9,7 @@ import genfast
 from genfast.benchmarks import calibrate
 from genfast.ops import _backend, _choice
 from genfast.ops._choice import ALL_SIZES, ANY, Row
+from genfast.ops.attention import by_torch as by_torch_module
 from genfast.ops.attention import core
 
 SIZES = [10, 100, 1000, 10000]
@@ -69,6 +70,7 @@ class Tensors:
         patch = monkeypatch.setattr
         patch(_backend, "_native", lambda name: lambda *a: self.ask("cuda") and self.enabled)
         patch(_backend, "_triton", lambda name: lambda *a: self.ask("triton"))
+        patch(_backend, "_choose", lambda name: None)  # `kernels` is everybody's
         patch(_backend, "_HAVE_TRITON", True)
         patch(_backend, "covers", lambda archs, capability: covered)
         patch(_backend._C, "enable_cuda", gpu)
@@ -98,6 +100,14 @@ def test_cuda_is_settled_at_the_first_tensor_and_falls_through(monkeypatch, cove
     t.asked.clear()
     assert random(t.of(4))
     assert t.asked == (["cuda"] if covered else ["cuda", "triton"])
+
+
+def test_once_settled_the_cuda_kernels_are_called_without_a_layer(monkeypatch):
+    t = Tensors(monkeypatch, True)
+    assert _backend._both("random")(t.of(4))
+    assert _backend._both("random").__name__ == "<lambda>"  # the native function itself
+    monkeypatch.setitem(_backend._state, "name", "cuda")
+    assert _backend._both("random").__name__ == "run"
 
 
 def test_the_table_puts_triton_first(monkeypatch):
@@ -152,7 +162,7 @@ def by_torch(monkeypatch):
         return torch.nn.functional.scaled_dot_product_attention(*args, **kwargs)
 
     monkeypatch.setitem(core.ATTENTION_BY_TORCH[True], torch.float32, (range(1, ALL_SIZES),) * 3)
-    monkeypatch.setattr(core, "torch_sdpa", counted)
+    monkeypatch.setattr(by_torch_module, "torch_sdpa", counted)
     return calls
 
 

@@ -148,7 +148,7 @@ def scaled_dot_product_attention(
         and (scale is None or type(scale) is float)
     ):
         try:
-            out = plain_forward(query, key, value, is_causal, scale)
+            out = plain_forward(query, key, value, is_causal, scale, enable_gqa)
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
             out = None  # the checks below name the argument
         if out is not None:
