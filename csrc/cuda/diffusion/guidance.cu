@@ -67,10 +67,10 @@ __global__ void __launch_bounds__(kThreads, 3)
   if (b < batch) op.finish(b, GuidanceSums());
 }
 
-// ---- the quantile of |x0|
-// ------------------------------------------------------------------------ Magnitudes order as
-// their bits do. A pass counts one digit of the keys that begin like the wanted one; the last also
-// looks for the key that follows. Of 16-bit inputs the third digit is zero.
+// ---- the quantile of |x0|: magnitudes order as their bits do -----------------------------------
+
+// A pass counts one digit of the keys that begin like the wanted one; the last also looks for the
+// key that follows. Of 16-bit inputs the third digit is zero.
 
 // What the blocks of a sample share from launch to launch; zero before the first.
 struct Ledger {
@@ -98,6 +98,11 @@ struct Threshold {
   struct Seen {
     uint32_t above = ~0u;  // the least key that is larger than those counted
     bool nan = false;
+  };
+  struct Lesser {
+    __device__ __forceinline__ uint32_t operator()(uint32_t a, uint32_t c) const {
+      return a < c ? a : c;
+    }
   };
 
   __device__ __forceinline__ int64_t rank() const {
@@ -165,20 +170,14 @@ struct Threshold {
     const double least = q > 1.0 ? q : 1.0;
     s[b] = static_cast<float>(least < max ? least : max);
   }
-
-  struct Lesser {
-    __device__ __forceinline__ uint32_t operator()(uint32_t a, uint32_t c) const {
-      return a < c ? a : c;
-    }
-  };
 };
 
 constexpr int kThresholdThreads = 512;
 constexpr int64_t kPerBlock = int64_t{kThresholdThreads} * kGroup;  // one group per thread
-constexpr int64_t kMostBlocks = 1024;  // that start at once: twice what fills 132 multiprocessors
+constexpr int64_t kMostBlocks = 1024;  // four rounds of two on 132 multiprocessors
 
-// A sample in a block.
-__global__ void __launch_bounds__(kThresholdThreads, 2)
+// A whole sample in a block, fewer than 2^32 elements.
+__global__ void __launch_bounds__(kThresholdThreads, 1)
     threshold_of(const __grid_constant__ Threshold op) {
   GENFAST_SHARED(Histogram, bins);
   const int64_t b = blockIdx.x;
@@ -204,9 +203,7 @@ __global__ void __launch_bounds__(kThresholdThreads, 2)
   Ledger& ledger = op.ledgers[b];
   const Digit digit(pass);
   const bool last_pass = pass == op.passes - 1;
-  Selected found = op.start();
-  if (pass > 0) found.key = ledger.key, found.remaining = ledger.remaining;
-  Threshold::Seen seen = op.count(b, part, digit, found.key, bins);
+  Threshold::Seen seen = op.count(b, part, digit, ledger.key, bins);
   if (last_pass) {
     seen.above = BlockTeam().reduce(seen.above, Threshold::Lesser());
     if (threadIdx.x == 0) {
@@ -229,6 +226,8 @@ __global__ void __launch_bounds__(kThresholdThreads, 2)
     seen.nan = atomicOr(&ledger.nan, 0u) != 0;
   }
   __syncthreads();
+  Selected found = op.start();
+  if (pass > 0) found.key = ledger.key, found.remaining = ledger.remaining;
   if (last_pass) {
     op.finish(b, found, digit, bins, seen);
     return;
