@@ -34,7 +34,7 @@ __device__ __forceinline__ uint64_t mass_of(float x, float top) {
   return static_cast<uint64_t>(exp(static_cast<double>(x) - top) * 0x1p40);
 }
 
-// v[j] = logits[at + j step], j < n: the dtype is asked once, so that all loads are under way at once.
+// v[j] = t[at + j step], j < n. The dtype is asked once, so that all loads are under way together.
 constexpr int kAhead = 8;
 __device__ __forceinline__ void load_apart(const Stage& t, int64_t at, int64_t step, int n,
                                            float (&v)[kAhead]) {
