@@ -80,8 +80,9 @@ struct Filtered {
       const int64_t size = team.size();
 #pragma unroll 1
       for (int64_t i = team.rank(); i < cols; i += size * kAhead) {
-        const int64_t left = (cols - i + size - 1) / size;
-        const int n = left < kAhead ? static_cast<int>(left) : kAhead;
+        int n = 0;  // counted: a 64-bit division is a call
+#pragma unroll
+        for (int j = 0; j < kAhead; ++j) n += i + j * size < cols;
         float v[kAhead];
         load_apart(logits, at + i, size, n, v);
 #pragma unroll
