@@ -65,7 +65,7 @@ ROWS = (
     Row("attention", "cuda", ANY, ANY, "decode", ALL_SIZES, "torch", _H200),
     Row("attention", "cuda", ANY, "float32", "forward", 2**22, "cuda", _H200),
     Row("attention", "cuda", ANY, "float32", "forward", ALL_SIZES, "torch", _H200),
-    Row("attention", "cuda", ANY, ANY, "forward", 2**30 + 1, "cuda", _H200),
+    Row("attention", "cuda", ANY, ANY, "forward", 2**29 + 1, "cuda", _H200),
     Row("attention", "cuda", ANY, ANY, "forward", ALL_SIZES, "torch", _H200),
     Row("attention", "cuda", ANY, ANY, "training", ALL_SIZES, "torch", _H200),
     Row("attention", "cuda", ANY, "float32", "attention_forward", 2**18, "cuda", _H200),
