@@ -4,8 +4,8 @@
 #
 #   tests/torches.sh PYTHON_WITH_TORCH_A PYTHON_WITH_TORCH_B ...
 #
-# All of one Python version, with torch, numpy, pytest, pytest-benchmark and hypothesis; the first
-# one's pip builds. None may have genfast installed.
+# All of one Python version, with torch, numpy and the packages of the `test` extra, without genfast;
+# the first one's pip builds.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ $# -ge 2 ] || { sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 2; }
