@@ -93,7 +93,8 @@ def _draw(
     size, distribution, seed, stream, offset, generator, dtype, device, out, low=0, span=1
 ) -> Tensor:
     plain = not is_compiling() and gate(out) == DIRECT
-    if plain and out is None and generator is None and (seed is None or type(seed) is int):
+    rows = plain and type(seed) is Tensor and gate(seed) == DIRECT
+    if plain and out is None and generator is None and (rows or seed is None or type(seed) is int):
         try:
             kind = torch.int64 if dtype is None and distribution == _INTEGER else dtype
             if device is None and kind is None:
@@ -102,10 +103,10 @@ def _draw(
                 result = like.new_empty(size)
             else:
                 result = torch.empty(size, dtype=kind, device=device)
-            if seed is None:
-                int_seed, seeds = _noise.resolve(None, None, result.device)
-            else:
+            if type(seed) is int:  # 0.1 us of 3.2
                 int_seed, seeds = seed, None
+            else:
+                int_seed, seeds = _noise.resolve(seed, None, result.device)
             if kernels.random(result, distribution, int_seed, seeds, stream, offset, low, span):
                 return result
         except (TypeError, ValueError, RuntimeError):
