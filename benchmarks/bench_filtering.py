@@ -33,7 +33,7 @@ def _step(forward, leaves, grad):
     return lambda: torch.autograd.grad(forward(*leaves), leaves, grad)
 
 
-def _work(ours, plain, leaves, backward: bool) -> Work:
+def compare(ours, plain, leaves, backward: bool) -> Work:
     """ours and plain: functions of `leaves`; plain in any dtype."""
     first = ours(*leaves)
     grad = torch.empty_like(first).copy_(_draw(first.shape, 9, first.device))
@@ -69,13 +69,13 @@ def _bias_act(shape, act, noisy, dtype, backward, device) -> Work:
     found = ACTIVATIONS[act]
     numbers = {"act": act, "alpha": found.alpha, "gain": found.gain}
     if not noisy:
-        return _work(
+        return compare(
             lambda x, b: genfast.bias_act(x, b, act=act),
             lambda x, b: reference.bias_act(x, b, **numbers), leaves, backward,
         )  # fmt: skip
     leaves.append(torch.tensor(0.5, device=device))
     noise = genfast.randn(shape[0], 1, *shape[2:], seed=SEED, device=device)
-    work = _work(
+    work = compare(
         lambda x, b, s: genfast.bias_act(x, b, act=act, strength=s, seed=SEED),
         lambda x, b, s: reference.bias_act(x, b, noise.to(x.dtype), s, **numbers), leaves, backward,
     )  # fmt: skip
@@ -98,7 +98,7 @@ def _resample(name, shape, dtype, backward, device) -> Work:
         return reference.upfirdn2d(x, f, (up, up), (down, down), padding, gain=gain)
 
     ours = partial(getattr(genfast, name), f=f)
-    return _work(ours, plain, [_draw(shape, 1, device, dtype)], backward)
+    return compare(ours, plain, [_draw(shape, 1, device, dtype)], backward)
 
 
 # upsample2d, downsample2d and filter2d of four taps as arguments of the reference
@@ -122,7 +122,7 @@ def _layer(shape, dtype, backward, device) -> Work:
         x = reference.upfirdn2d(x, f, (up, up), (down, down), padding, gain=gain)
         return reference.bias_act(x, b, act="lrelu", alpha=0.2, gain=2**0.5)
 
-    return _work(ours, plain, leaves, backward)
+    return compare(ours, plain, leaves, backward)
 
 
 # ---- StyleGAN2 -----------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import genfast
-from genfast.benchmarks.bench_filtering import _work as compare
+from genfast.benchmarks.bench_filtering import compare
 from genfast.benchmarks.harness import Case, Work
 from genfast.reference.normalization import normalize
 

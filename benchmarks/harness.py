@@ -43,8 +43,8 @@ from genfast._native import _C
 
 # Order of the table; a family appears when its file does.
 FAMILIES = (
-    "rng", "sampling", "diffusion", "schedulers", "attention", "filtering", "models",
-    "transformers", "gan", "hybrid",
+    "rng", "sampling", "diffusion", "schedulers", "attention", "filtering", "normalization",
+    "models", "transformers", "gan", "hybrid",
 )  # fmt: skip
 
 Call = Callable[[], object]

@@ -188,8 +188,8 @@ inline void add_fast(py::module_& m, PyMethodDef& method) {
   m.add_object(method.ml_name, py::reinterpret_steal<py::object>(function));
 }
 
-void register_attention(py::module_& m);  // bindings_attention.cpp
-void register_filtering(py::module_& m);  // bindings_filtering.cpp
+void register_attention(py::module_& m);      // bindings_attention.cpp
+void register_filtering(py::module_& m);      // bindings_filtering.cpp
 void register_normalization(py::module_& m);  // bindings_normalization.cpp
 
 }  // namespace genfast

@@ -61,8 +61,7 @@ struct Gelu {
     return n.below + z * (n.density * 0.39894228040143268f);
   }
 };
-struct GeluTanh {  // their fast form: z / (1 + e^-2u), u = sqrt(2 / pi) (z + 0.044715
-                   // z^3)
+struct GeluTanh {  // their fast form: z / (1 + e^-2u), u = sqrt(2 / pi) (z + 0.044715 z^3)
   static constexpr float kTwice = 1.5957691216057308f, kCube = 0.044715f;
   template <class F>
   GENFAST_FN F value(F z) {

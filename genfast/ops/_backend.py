@@ -32,7 +32,8 @@ _state = {"name": "auto"}
 _cuda_covers = {"gpus": None if _HAVE_CUDA and _GPU else False}
 
 # Native entry point -> module of its Triton twin, which takes the same arguments; None: there is
-# none, nor a CUDA kernel, and a GPU takes the composite.
+# none, nor a CUDA kernel, and a GPU takes the composite, "cuda" and "triton" forced or not: models
+# mix these families with those that have kernels.
 _TRITON = {
     "random": "rng",
     "reparameterize": "sampling",
@@ -77,6 +78,14 @@ def triton_runs(device: torch.device) -> bool:
     return _HAVE_TRITON and device.type == "cuda"
 
 
+def _no_triton(device: torch.device) -> RuntimeError:
+    return RuntimeError(
+        f'backend: "triton" was set, and Triton does not run on {device.type} tensors here; move '
+        "them to a GPU, set TRITON_INTERPRET=1 before the import, or "
+        'genfast.set_backend("auto")'
+    )
+
+
 def _triton(name: str):
     if _TRITON[name] is None:
         return lambda *args: False
@@ -85,11 +94,7 @@ def _triton(name: str):
         x = next(a for a in args if isinstance(a, torch.Tensor))
         if not triton_runs(x.device):
             if _state["name"] == "triton":
-                raise RuntimeError(
-                    f'backend: "triton" was set, and Triton does not run on {x.device.type} tensors'
-                    " here; move them to a GPU, set TRITON_INTERPRET=1 before the import, or "
-                    'genfast.set_backend("auto")'
-                )
+                raise _no_triton(x.device)
             return _REFUSED.get(name, False)
         module = importlib.import_module(f"genfast.kernels.{_TRITON[name]}")
         return getattr(module, name)(*args)
@@ -217,6 +222,8 @@ def forced_reference() -> bool:
 def has_kernels(device: torch.device, name: str = "random") -> bool:
     """There is a kernel, native or Triton, of this entry point for tensors on `device`."""
     if _TRITON[name] is None:
+        if _state["name"] == "triton" and device.type == "cpu" and not triton_runs(device):
+            raise _no_triton(device)  # like the families that have Triton kernels
         return device.type == "cpu" and _state["name"] != "triton"
     if _state["name"] == "triton":
         return triton_runs(device)

@@ -43,6 +43,7 @@ class Row(NamedTuple):
 
 _H100 = "benchmarks/results/2026-11-26-h100*.json"
 _H200 = "benchmarks/results/2026-11-26-h200*.json"
+_CPU_ONLY = "CPU kernels only so far"
 
 # Attention on CPU has no row for PyTorch. On an AMD EPYC every case of the benchmark is at least
 # 1.0x, at AVX2 and at AVX-512. (Under 10 us the call itself decides, and handing it on costs 4 us.)
@@ -73,8 +74,9 @@ ROWS = (
     Row("attention", "cuda", ANY, "float32", "attention_backward", ALL_SIZES, "triton", _H100),
     Row("attention", "cuda", ANY, ANY, "attention_backward", 2**33, "cuda", _H100),
     Row("attention", "cuda", ANY, ANY, "attention_backward", ALL_SIZES, "triton", _H100),
-    Row("filtering", "cuda", ANY, ANY, ANY, ALL_SIZES, "reference", "CPU kernels only so far"),
-    Row("normalization", "cuda", ANY, ANY, ANY, ALL_SIZES, "reference", "CPU kernels only so far"),
+    Row("sampling", "cuda", ANY, ANY, "bernoulli_nll", ALL_SIZES, "reference", _CPU_ONLY),
+    Row("filtering", "cuda", ANY, ANY, ANY, ALL_SIZES, "reference", _CPU_ONLY),
+    Row("normalization", "cuda", ANY, ANY, ANY, ALL_SIZES, "reference", _CPU_ONLY),
     Row(ANY, "cpu", ANY, ANY, ANY, ALL_SIZES, "cpu", "benchmarks/results/2026-11-24-*.json"),
     Row(ANY, "cuda", ANY, ANY, ANY, ALL_SIZES, "cuda", _H100),
     Row(ANY, "cuda", ANY, ANY, ANY, ALL_SIZES, "triton", "where CUDA is not built in, and on AMD"),

@@ -31,9 +31,8 @@ def gaussian_kl(mu: Tensor, logvar: Tensor, reduction: str = "batchmean") -> Ten
 
 def bernoulli_nll(logits: Tensor, x: Tensor) -> Tensor:
     """-ln p(x | logits), (B, ...) -> (B,)."""
-    return reduce_samples(
-        F.binary_cross_entropy_with_logits(logits, x, reduction="none"), "none"
-    )  # fmt: skip
+    nll = F.binary_cross_entropy_with_logits(logits, x, reduction="none")
+    return reduce_samples(nll, "none")
 
 
 # T and ln T' of y = T(z).
