@@ -6,10 +6,13 @@
 namespace {
 
 using namespace genfast;
+using genfast::test::close;
 using genfast::test::kFloats;
 using genfast::test::kLayouts;
 using genfast::test::Layout;
+using genfast::test::same_bits;
 using genfast::test::Tensor;
+using genfast::test::values;
 
 const cpu::Kernels& kernels() { return cpu::GENFAST_ISA::table; }
 
@@ -189,6 +192,40 @@ void relaxed_kernels(const std::vector<int64_t>& shape) {
         }
 }
 
+// Against sums of doubles, row by row.
+void likelihood_kernels(const std::vector<int64_t>& shape) {
+  if (shape.empty()) return;
+  for (Dtype dtype : kFloats)
+    for (Layout layout : kLayouts) {
+      const Tensor logits(shape, dtype, layout), x(shape, Dtype::f32);
+      Tensor nll({shape[0]}, Dtype::f32), grad({shape[0]}, Dtype::f32);
+      Tensor d_logits(shape, dtype, layout);
+      BernoulliNllParams p;
+      p.logits = logits, p.x = x, p.nll = nll;
+      same_bits({&nll}, [&](int threads) {
+        p.threads = threads;
+        kernels().bernoulli_nll(p);
+      });
+      p.grad = grad, p.d_logits = d_logits;
+      same_bits({&d_logits}, [&](int threads) {
+        p.threads = threads;
+        kernels().bernoulli_nll_backward(p);
+      });
+      CHECK(nll.written() == nll.numel && d_logits.written() == d_logits.numel);
+      const auto l = values(logits), t = values(x), d = values(d_logits);
+      const int64_t n = shape[0] > 0 ? logits.numel / shape[0] : 0;
+      for (int64_t row = 0; row < shape[0]; ++row) {
+        double want = 0;
+        for (int64_t i = row * n; i < (row + 1) * n; ++i) {
+          want += std::log1p(std::exp(l[i])) - t[i] * l[i];
+          const double slope = 1 / (1 + std::exp(-l[i])) - t[i];
+          CHECK(close(d[i], grad.as<float>()[row] * slope, dtype));
+        }
+        CHECK(close(nll.as<float>()[row], want, Dtype::f32));
+      }
+    }
+}
+
 void categorical_kernels(const std::vector<int64_t>& shape) {
   if (shape.empty() || shape.back() == 0) return;
   const std::vector<int64_t> lead(shape.begin(), shape.end() - 1);
@@ -258,6 +295,7 @@ int main(int argc, char**) {
     random_kernels(shape);
     gaussian_kernels(shape);
     relaxed_kernels(shape);
+    likelihood_kernels(shape);
     categorical_kernels(shape);
   }
   std::printf("%s: every kernel ran clean\n", level);
