@@ -111,12 +111,13 @@ def test_shapes_and_memory_orders(kind, act, name):
 
 def test_a_large_mean_does_not_cancel():
     """Deviation 1 at mean 1024: E[x^2] - E[x]^2 in fp32 would be off by 0.06. What remains is the
-    rounding of the mean to fp32, up to 6e-5 over the deviation."""
+    rounding of the mean to fp32, up to 6e-5 over the deviation, and of its sum: 4e-5 in the narrow
+    vectors of the base level."""
     x = randn(4, 16, 8, 64) + 1024
     for laid in (x, x.contiguous(memory_format=torch.channels_last)):
         y = genfast.group_norm(laid, 4)
         exact = torch.group_norm(x.double(), 4)
-        assert (y - exact).abs().max() < 1e-4
+        assert (y - exact).abs().max() < 2e-4
     assert (genfast.layer_norm(x) - F.layer_norm(x.double(), (64,))).abs().max() < 2e-4
 
 
