@@ -497,12 +497,13 @@ void bernoulli_nll(const BernoulliNllParams& p) {
   for_row_chunks(p, [&](int64_t row, int64_t first, int n) {
     Chunk l_buffer, x_buffer;
     const float *l = logits.load(first, n, l_buffer), *t = x.load(first, n, x_buffer);
-    Sum sum;
-    for (int i = 0; i < n; i += kStep) {
-      const f32p li = load_pair(l + i);
-      sum.add(softplus_of<f32p>(li) - load_pair(t + i) * li, n - i);
-    }
-    nll[row] += static_cast<float>(sum.total());
+    for (int i = n; i < ((n + kStep - 1) & -kStep); ++i) l_buffer.data[i] = -1e30f;  // adds 0
+    const auto term = [=](int i) {
+      return softplus_fused<f32v>(load(l + i)) - load(t + i) * load(l + i);
+    };
+    f32v s0{}, s1{};
+    for (int i = 0; i < n; i += kStep) s0 += term(i), s1 += term(i + W);
+    nll[row] += horizontal_sum(s0 + s1);
   });
 }
 
@@ -513,8 +514,8 @@ void bernoulli_nll_backward(const BernoulliNllParams& p) {
     Chunk l_buffer, x_buffer;
     const float *l = logits.load(first, n, l_buffer), *t = x.load(first, n, x_buffer);
     float* d = out.target(first, n, l_buffer);
-    for (int i = 0; i < n; i += kStep)
-      store(d + i, (sigmoid_of<f32p>(load_pair(l + i)) - load_pair(t + i)) * grad[row]);
+    for (int i = 0; i < n; i += W)
+      store(d + i, (logistic<f32v>(load(l + i)).s - load(t + i)) * grad[row]);
     out.store(first, n, d);
   });
 }

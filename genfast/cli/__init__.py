@@ -12,9 +12,11 @@ from collections.abc import Sequence
 
 from genfast import __version__
 from genfast._extras import MissingExtra
+from genfast._memory import keep_freed_memory
 from genfast.cli import bench, evaluate, generate, info, inspect, train
 
 COMMANDS = (info, bench, train, generate, evaluate, inspect)
+STEPPING = ("train", "generate", "evaluate")  # run a model step after step
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,6 +34,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    if args.command in STEPPING:
+        keep_freed_memory()
     try:
         return args.run(args) or 0
     except (MissingExtra, ValueError, OSError) as error:

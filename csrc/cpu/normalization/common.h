@@ -69,13 +69,40 @@ struct Part {  // the first lanes; the others read `fill` and are not written
   int count;
 };
 GENFAST_FN f32v take(const float* p, Whole, float = 0.0f) { return load(p); }
+GENFAST_FN void put(float* p, f32v v, Whole) { store(p, v); }
+// By masks: copying a number of bytes known at run time made a norm of 40 channels take 2.6 times
+// as long as one of 48.
+#if defined(__AVX512F__)
+GENFAST_FN __mmask16 mask_of(Part part) { return static_cast<__mmask16>((1u << part.count) - 1); }
+GENFAST_FN f32v take(const float* p, Part part, float fill = 0.0f) {
+  return (f32v)_mm512_mask_loadu_ps((__m512)splat(fill), mask_of(part), p);
+}
+GENFAST_FN void put(float* p, f32v v, Part part) {
+  _mm512_mask_storeu_ps(p, mask_of(part), (__m512)v);
+}
+#elif defined(__AVX2__)
+GENFAST_FN __m256i mask_of(Part part) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(part.count),
+                            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+GENFAST_FN f32v take(const float* p, Part part, float fill = 0.0f) {
+  const __m256i mask = mask_of(part);
+  return (f32v)_mm256_blendv_ps((__m256)splat(fill), _mm256_maskload_ps(p, mask),
+                                _mm256_castsi256_ps(mask));
+}
+GENFAST_FN void put(float* p, f32v v, Part part) {
+  _mm256_maskstore_ps(p, mask_of(part), (__m256)v);
+}
+#else
 GENFAST_FN f32v take(const float* p, Part part, float fill = 0.0f) {
   f32v v = splat(fill);
-  __builtin_memcpy(&v, p, 4 * part.count);
+  for (int i = 0; i < part.count; ++i) v[i] = p[i];
   return v;
 }
-GENFAST_FN void put(float* p, f32v v, Whole) { store(p, v); }
-GENFAST_FN void put(float* p, f32v v, Part part) { __builtin_memcpy(p, &v, 4 * part.count); }
+GENFAST_FN void put(float* p, f32v v, Part part) {
+  for (int i = 0; i < part.count; ++i) p[i] = v[i];
+}
+#endif
 
 // fn(i, lanes) for the vectors of [0, n).
 template <class Fn>
