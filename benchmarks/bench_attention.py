@@ -10,7 +10,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import genfast
 from genfast.benchmarks.harness import Case, Work, assert_judged
@@ -49,19 +48,32 @@ def _step(call, leaves, grad):
     return lambda: torch.autograd.grad(call(*leaves), leaves, grad)
 
 
-_FUSED = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+# Switches of PyTorch's kernels; the context manager sdpa_kernel takes as long as a short call.
+_SWITCHES = {
+    "cudnn": torch.backends.cuda.enable_cudnn_sdp,
+    "flash": torch.backends.cuda.enable_flash_sdp,
+    "efficient": torch.backends.cuda.enable_mem_efficient_sdp,
+    "math": torch.backends.cuda.enable_math_sdp,
+}
+_FUSED = ("cudnn", "flash")
 
 
-def _sdpa_by(backend, *tensors, **options):
-    with sdpa_kernel(backend):
+def _sdpa_by(name, *tensors, **options):
+    others = [switch for other, switch in _SWITCHES.items() if other != name]
+    for switch in others:
+        switch(False)
+    try:
         return F.scaled_dot_product_attention(*tensors, **options)
+    finally:
+        for switch in others:
+            switch(True)
 
 
 def _fused_rivals(leaves, grad, options):
     """PyTorch's fused kernels by name, those that take these tensors."""
     found = {}
-    for name, backend in _FUSED.items() if leaves[0].is_cuda else ():
-        call = _step(partial(_sdpa_by, backend, **options), leaves, grad)
+    for name in _FUSED if leaves[0].is_cuda else ():
+        call = _step(partial(_sdpa_by, name, **options), leaves, grad)
         try:
             call()
         except RuntimeError:  # "No available kernel": dtype, head dim or GPU

@@ -18,7 +18,8 @@ from genfast._files import write_atomic
 from genfast.benchmarks.harness import measure
 from genfast.ops import _choice
 from genfast.ops._choice import ALL_SIZES, ANY, Row
-from genfast.ops.attention.core import plain_forward, torch_sdpa
+from genfast.ops.attention.by_torch import torch_sdpa
+from genfast.ops.attention.core import plain_forward
 
 MARGIN = 1.05  # less is noise
 BUDGET_S = 0.15  # of one rung
@@ -37,7 +38,7 @@ def _ratio(shape, dtype) -> float:
     k, v = (torch.randn(B, H, Sk, D).to(dtype) for _ in range(2))
     found = measure(
         {
-            "ours": lambda: plain_forward(q, k, v, False, None),
+            "ours": lambda: plain_forward(q, k, v, None, False, None, False),
             "torch": lambda: torch_sdpa(q, k, v),
         },
         BUDGET_S,

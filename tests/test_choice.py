@@ -9,6 +9,7 @@ import genfast
 from genfast.benchmarks import calibrate
 from genfast.ops import _backend, _choice
 from genfast.ops._choice import ALL_SIZES, ANY, Row
+from genfast.ops.attention import by_torch as by_torch_module
 from genfast.ops.attention import core
 
 SIZES = [10, 100, 1000, 10000]
@@ -45,17 +46,27 @@ def test_the_first_fitting_row_decides():
     assert _choice.torch_sizes(rows, "cuda", "float16", "decode") == range(1, 7)
 
 
-def test_small_training_calls_stay_ours_on_a_gpu():
-    found = {d: _choice.torch_sizes(_choice.ROWS, "cuda", d, "training")
-             for d in ("float32", "bfloat16")}  # fmt: skip
-    assert found == {"float32": range(1, ALL_SIZES), "bfloat16": range(2**33, ALL_SIZES)}
+def test_what_goes_to_pytorch_on_a_gpu():
+    found = {
+        (d, call): _choice.torch_sizes(_choice.ROWS, "cuda", d, call)
+        for d in ("float32", "bfloat16")
+        for call in _choice.ATTENTION_CALLS
+    }
+    assert found == {
+        ("float32", "decode"): range(0),  # ours is 1.7 to 5.9x at any size
+        ("float32", "forward"): range(2**22, ALL_SIZES),
+        ("float32", "training"): range(1, ALL_SIZES),
+        ("bfloat16", "decode"): range(2**23, ALL_SIZES),
+        ("bfloat16", "forward"): range(2**30 + 1, ALL_SIZES),
+        ("bfloat16", "training"): range(1, ALL_SIZES),
+    }
 
 
 def test_what_goes_to_triton_before_cuda():
     rows = _choice.ROWS
     assert _choice.triton_from(rows, "rng", "random", "float32") == ALL_SIZES
-    assert _choice.triton_from(rows, "diffusion", "dynamic_threshold", "bfloat16") == 0
-    assert _choice.triton_from(rows, "attention", "attention_forward", "float32") == 0
+    assert _choice.triton_from(rows, "diffusion", "dynamic_threshold", "bfloat16") == ALL_SIZES
+    assert _choice.triton_from(rows, "attention", "attention_forward", "float32") == 2**18
     assert _choice.triton_from(rows, "attention", "attention_forward", "float16") == ALL_SIZES
     assert _choice.triton_from(rows, "attention", "attention_backward", "bfloat16") == 2**33
 
@@ -69,6 +80,7 @@ class Tensors:
         patch = monkeypatch.setattr
         patch(_backend, "_native", lambda name: lambda *a: self.ask("cuda") and self.enabled)
         patch(_backend, "_triton", lambda name: lambda *a: self.ask("triton"))
+        patch(_backend, "_choose", lambda name: None)  # `kernels` is everybody's
         patch(_backend, "_HAVE_TRITON", True)
         patch(_backend, "covers", lambda archs, capability: covered)
         patch(_backend._C, "enable_cuda", gpu)
@@ -100,6 +112,14 @@ def test_cuda_is_settled_at_the_first_tensor_and_falls_through(monkeypatch, cove
     assert t.asked == (["cuda"] if covered else ["cuda", "triton"])
 
 
+def test_once_settled_the_cuda_kernels_are_called_without_a_layer(monkeypatch):
+    t = Tensors(monkeypatch, True)
+    assert _backend._both("random")(t.of(4))
+    assert _backend._both("random").__name__ == "<lambda>"  # the native function itself
+    monkeypatch.setitem(_backend._state, "name", "cuda")
+    assert _backend._both("random").__name__ == "run"
+
+
 def test_the_table_puts_triton_first(monkeypatch):
     t = Tensors(monkeypatch, True)
     forward, backward = (_backend._both(f"attention_{n}") for n in ("forward", "backward"))
@@ -108,7 +128,7 @@ def test_the_table_puts_triton_first(monkeypatch):
     long = long.as_subclass(type(half))
     for call in (
         lambda: forward(half),
-        lambda: forward(t.of(1, 1, 4, 8)),
+        lambda: forward(t.of(1, 1, 2**15, 8)),
         lambda: backward(half, *[None] * 6, half, half),
         lambda: backward(long, *[None] * 6, long, long),
     ):
@@ -152,7 +172,7 @@ def by_torch(monkeypatch):
         return torch.nn.functional.scaled_dot_product_attention(*args, **kwargs)
 
     monkeypatch.setitem(core.ATTENTION_BY_TORCH[True], torch.float32, (range(1, ALL_SIZES),) * 3)
-    monkeypatch.setattr(core, "torch_sdpa", counted)
+    monkeypatch.setattr(by_torch_module, "torch_sdpa", counted)
     return calls
 
 

@@ -255,6 +255,30 @@ def test_attention_judged_by_the_reference(name, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("heads, D", [(4, 64), (2, 64), (4, 36)])
+def test_the_automatic_choice_keeps_the_promises(heads, D, dtype):
+    """Of calls that may be PyTorch's: rows that see no key give 0, gradients have gradients."""
+    q = genfast.randn(2, 4, 40, D, seed=1, dtype=dtype, device="cuda")
+    k, v = (genfast.randn(2, heads, 40, D, seed=1, stream=i, dtype=dtype, device="cuda")
+            for i in (1, 2))  # fmt: skip
+    mask = torch.ones(2, 1, 40, 40, dtype=torch.bool, device="cuda")
+    mask[0, :, 3], mask[1] = False, False
+    found = {}
+    for name in ("auto", "reference"):
+        with genfast.backend(name):
+            out = genfast.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+            assert not out[0, :, 3].any() and not out[1].any()
+            inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+            loss = genfast.attention(*inputs).float().square().sum()
+            first = torch.autograd.grad(loss, inputs, create_graph=True)
+            total = sum(g.float().square().sum() for g in first)
+            found[name] = (out, *first, *torch.autograd.grad(total, inputs))
+    wide = 1e-4 if dtype == torch.float32 else 0.1
+    for a, b in zip(*found.values(), strict=True):
+        assert (a - b).abs().max() <= wide * b.abs().max()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_attention_gradients_repeat(dtype):
     """With deterministic algorithms asked for; else sm_90 adds the parts of dQ in any order."""
     leaves = [x.detach().cuda().requires_grad_() for x in attention_inputs(ATTENTION[0], dtype)]

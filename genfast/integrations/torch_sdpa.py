@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from genfast.ops._road import KERNEL_DTYPES
-from genfast.ops.attention.core import torch_sdpa as _torch_sdpa
+from genfast.ops.attention.by_torch import torch_sdpa as _torch_sdpa
 from genfast.ops.attention.sdpa import scaled_dot_product_attention as _genfast_sdpa
 
 _lock = threading.Lock()

@@ -27,7 +27,8 @@ class Row(NamedTuple):
     """device: cpu or cuda. arch: instruction set of the CPU kernels, or sm_NN of a GPU. dtype:
     torch's name. feature: a kind of call; of attention "decode" (one query), "forward" and
     "training" (a gradient is wanted), all without options that PyTorch's fused kernel lacks; else a
-    native entry point. below: sizes under it (B Hq Sq Sk D of attention). ANY fits all.
+    native entry point. below: sizes under it (B Hq Sq Sk D of attention's calls and backward,
+    elements of the first tensor otherwise). ANY fits all.
     """
 
     family: str
@@ -41,6 +42,7 @@ class Row(NamedTuple):
 
 
 _H100 = "benchmarks/results/2026-11-26-h100*.json"
+_H200 = "benchmarks/results/2026-11-26-h200-choice.json"
 
 # Attention on CPU has no row for PyTorch. On an AMD EPYC every case of the benchmark is at least
 # 1.0x, at AVX2 and at AVX-512. (Under 10 us the call itself decides, and handing it on costs 4 us.)
@@ -50,22 +52,27 @@ _H100 = "benchmarks/results/2026-11-26-h100*.json"
 # gradient of (64, 4, 16, 32): handing those on is no faster (0.82 to 0.99x, 0.74x). It would be for
 # gradients of heads of 256 (0.87 to 1.0x), but a row knows the size of a call, not its head.
 #
-# On a GPU a small call costs what its launch costs the host: 9 us by CUDA, 49 by Triton, 8 by
-# PyTorch. So CUDA comes first where the package holds code for the GPU. Triton is ahead where its
-# kernel is so much faster that the launch is paid: fp32 attention (three tf32 products against the
-# plain cores: 1.2 against 2.7 ms), the backward of long 16-bit rows (35 ms of 68 at 16k) and the
-# quantile (0.25 against 0.95 ms).
+# On a GPU a small call costs what its launch costs the host. On an H200 16-bit attention of up to
+# 2^30 takes 21 to 27 us by CUDA, 28 by PyTorch (and 34 by PyTorch through us); one query of fp32 is
+# 1.7 to 5.9x PyTorch's at any size, of 16 bits ahead while short (2026-11-26-h200-choice). Its
+# gradients are PyTorch's: 150 to 180 us, of which ours lose 100 in Python. Triton's launches take
+# 49 us; it is ahead where its kernel is so much faster that they are paid: fp32 attention (three
+# tf32 products against the plain cores: 1.2 against 2.7 ms) and the backward of long 16-bit rows
+# (35 ms of 68 at 16k).
 ROWS = (
-    Row("attention", "cuda", ANY, ANY, "decode", ALL_SIZES, "torch", _H100),
-    Row("attention", "cuda", ANY, ANY, "forward", ALL_SIZES, "torch", _H100),
-    Row("attention", "cuda", ANY, "float32", "training", ALL_SIZES, "torch", _H100),
-    Row("attention", "cuda", ANY, ANY, "training", 2**33, "cuda", _H100),
-    Row("attention", "cuda", ANY, ANY, "training", ALL_SIZES, "torch", _H100),
+    Row("attention", "cuda", ANY, "float32", "decode", ALL_SIZES, "cuda", _H200),
+    Row("attention", "cuda", ANY, ANY, "decode", 2**23, "cuda", _H200),
+    Row("attention", "cuda", ANY, ANY, "decode", ALL_SIZES, "torch", _H200),
+    Row("attention", "cuda", ANY, "float32", "forward", 2**22, "cuda", _H200),
+    Row("attention", "cuda", ANY, "float32", "forward", ALL_SIZES, "torch", _H200),
+    Row("attention", "cuda", ANY, ANY, "forward", 2**30 + 1, "cuda", _H200),
+    Row("attention", "cuda", ANY, ANY, "forward", ALL_SIZES, "torch", _H200),
+    Row("attention", "cuda", ANY, ANY, "training", ALL_SIZES, "torch", _H200),
+    Row("attention", "cuda", ANY, "float32", "attention_forward", 2**18, "cuda", _H200),
     Row("attention", "cuda", ANY, "float32", "attention_forward", ALL_SIZES, "triton", _H100),
     Row("attention", "cuda", ANY, "float32", "attention_backward", ALL_SIZES, "triton", _H100),
     Row("attention", "cuda", ANY, ANY, "attention_backward", 2**33, "cuda", _H100),
     Row("attention", "cuda", ANY, ANY, "attention_backward", ALL_SIZES, "triton", _H100),
-    Row("diffusion", "cuda", ANY, ANY, "dynamic_threshold", ALL_SIZES, "triton", _H100),
     Row("filtering", "cuda", ANY, ANY, ANY, ALL_SIZES, "reference", "CPU kernels only so far"),
     Row(ANY, "cpu", ANY, ANY, ANY, ALL_SIZES, "cpu", "benchmarks/results/2026-11-24-*.json"),
     Row(ANY, "cuda", ANY, ANY, ANY, ALL_SIZES, "cuda", _H100),

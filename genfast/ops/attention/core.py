@@ -14,13 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.nn.functional import pad
-from torch.nn.functional import (
-    scaled_dot_product_attention as torch_sdpa,  # kept before any reroute
-)
 
 from genfast.ops import _check, _noise
 from genfast.ops._backend import forced_reference, get_backend, has_kernels, kernels
-from genfast.ops._choice import ATTENTION_BY_TORCH
+from genfast.ops._choice import ATTENTION_BY_TORCH, ATTENTION_CALLS
 from genfast.ops._road import (
     DIRECT,
     GRAD,
@@ -33,6 +30,7 @@ from genfast.ops._road import (
     transforming,
     wants_graph,
 )
+from genfast.ops.attention import by_torch
 from genfast.ops.rng import DISTRIBUTIONS, random_op
 from genfast.reference import attention as reference
 
@@ -42,6 +40,7 @@ TRITON_HEAD_BYTES = 1024  # of the Triton kernels: fp32 heads up to 256
 _FLOAT = torch.float32
 _AUTOCAST = ("cpu", "cuda")
 _MASKS = (torch.bool, *_check.FLOATS)
+_DECODE, _FORWARD, _TRAINING = range(len(ATTENTION_CALLS))
 
 
 class Options(NamedTuple):
@@ -99,43 +98,27 @@ def _forward(q, k, v, mask, alibi, sinks, packed, options, want_lse=True):
     return None
 
 
-def plain_forward(q, k, v, causal: bool, scale: float | None) -> Tensor | None:
+def plain_forward(q, k, v, mask, causal: bool, scale, grouped: bool) -> Tensor | None:
     """`_forward` of a call without options: half of what a small call costs is passing them on."""
-    sizes = ATTENTION_BY_TORCH[q.is_cpu].get(q.dtype)
-    right = 0 if causal else -1
-    if sizes is not None:
-        options = Options(scale=scale, right=right)
-        if (settings := _by_torch(sizes[q.shape[-2] != 1], q, k, v, options)) is not None:
-            return torch_sdpa(q, k, v, **settings)
+    if by_torch.chosen(_DECODE if q.shape[2] == 1 else _FORWARD, q, k, mask, causal):
+        return by_torch.torch_sdpa(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+    if mask is not None and (mask.dim() < 2 or mask.dtype not in (torch.bool, q.dtype, _FLOAT)):
+        return None
     out = empty_out(q, v.shape[-1])
     done = kernels.attention_forward(
-        q, k, v, out, None, None, None, None, 0, 0, None, None, 0, None, 0, scale, 0.0, -1, right,
-        False, 0.0,
+        q, k, v, out, None, mask, None, None, 0, 0, None, None, 0, None, 0, scale, 0.0, -1,
+        0 if causal else -1, False, 0.0,
     )  # fmt: skip
     return out if done else None
 
 
-def _by_torch(sizes: range, q, k, v, options: Options) -> dict | None:
-    """Arguments of PyTorch's attention for a call without options whose scores times head dimension
-    are one of `sizes`; None when the table says ours, or PyTorch's would mean another."""
-    if q.dim() != 4 or k.dim() != 4:
+def plain_training(q, k, v, mask, causal: bool, scale, grouped: bool) -> Tensor | None:
+    """The same where a gradient is wanted: PyTorch's, or None."""
+    if mask is not None or not by_torch.chosen(_TRAINING, q, k, None, causal):
         return None
-    Sq, Sk = q.shape[2], k.shape[2]
-    if q.numel() * Sk not in sizes:
-        return None
-    causal = options.right == 0
-    plain = (
-        (options.softcap, options.left, options.dropout_p) == (0.0, -1, 0.0)
-        and (options.right == -1 or (causal and (not options.bottom_right or Sq == Sk)))
-        and q.dtype is k.dtype is v.dtype
-        and k.shape == v.shape
-        and (q.shape[0], q.shape[3]) == (k.shape[0], k.shape[3])
-        and q.device == k.device == v.device
+    return by_torch.differentiable(
+        q, k, v, _composite_gradients, is_causal=causal, scale=scale, enable_gqa=grouped
     )
-    Hq, Hkv = q.shape[1], k.shape[1]
-    if not plain or Hq % Hkv:
-        return None
-    return {"is_causal": causal, "scale": options.scale, "enable_gqa": Hq != Hkv}
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -350,31 +333,10 @@ class _Attention(Function):
         return _gradients(ctx, dout, dlse, _backward)
 
 
-class _TorchAttention(Function):
-    """The GRAD road by PyTorch's kernels, whose gradient has no gradient: asked for a
-    differentiable one, the composite gives it."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, options, settings):
-        ctx.save_for_backward(q, k, v)
-        wants = ctx.needs_input_grad[:3]
-        leaves = [x.detach().requires_grad_(w) for x, w in zip((q, k, v), wants, strict=True)]
-        with torch.enable_grad():
-            out = torch_sdpa(*leaves, **settings)
-        ctx.options, ctx.leaves, ctx.out = options, leaves, out
-        return out.detach()
-
-    @staticmethod
-    def backward(ctx, dout):
-        operands = ctx.saved_tensors  # also says when one was changed in place meanwhile
-        if wants_graph() or not plain(dout):
-            operands = (*operands, None, None, None)
-            grads = _differentiable(operands, DENSE, ctx.options, [dout, None])[:3]
-        else:
-            wanted = [x for x in ctx.leaves if x.requires_grad]
-            found = iter(torch.autograd.grad(ctx.out, wanted, dout, retain_graph=True))
-            grads = [next(found) if x.requires_grad else None for x in ctx.leaves]
-        return (*grads, None, None)
+def _composite_gradients(q, k, v, causal, scale, dout):
+    """For the second gradient of PyTorch's attention."""
+    options = Options(scale=scale, right=0 if causal else -1)
+    return _differentiable((q, k, v, None, None, None), DENSE, options, [dout, None])[:3]
 
 
 # ---- the road ----------------------------------------------------------------------------------
@@ -404,15 +366,14 @@ def _fits(q, k, v, mask, alibi, sinks, packed) -> bool:
 def attend(q, k, v, mask, alibi, sinks, packed: Packed, options: Options, want_lse: bool):
     """(out, lse); lse may be None where it was not asked for."""
     if not is_compiling() and (road := gate(q, k, v, mask, alibi, sinks)):
-        sizes = None
-        if packed is DENSE and mask is None and alibi is None and sinks is None and not want_lse:
-            sizes = ATTENTION_BY_TORCH[q.is_cpu].get(q.dtype)
+        by_torch_too = packed is DENSE and alibi is None and sinks is None and not want_lse
         if road == DIRECT:
             try:
-                if sizes is not None:
-                    kind = sizes[q.shape[-2] != 1]
-                    if (settings := _by_torch(kind, q, k, v, options)) is not None:
-                        return torch_sdpa(q, k, v, **settings), None
+                if by_torch_too and ATTENTION_BY_TORCH[q.is_cpu]:
+                    call = _DECODE if q.shape[-2] == 1 else _FORWARD
+                    given = by_torch.settings(call, q, k, v, mask, options)
+                    if given is not None:
+                        return by_torch.torch_sdpa(q, k, v, mask, **given), None
                 found = _forward(q, k, v, mask, alibi, sinks, packed, options, want_lse)
             except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
                 validate(q, k, v, mask, alibi, sinks, packed, options)
@@ -420,10 +381,15 @@ def attend(q, k, v, mask, alibi, sinks, packed: Packed, options: Options, want_l
             if found is not None:
                 return found
         elif road == GRAD and not (alibi is not None and alibi.requires_grad):
+            if by_torch_too and mask is None and ATTENTION_BY_TORCH[q.is_cpu]:
+                try:
+                    given = by_torch.settings(_TRAINING, q, k, v, None, options)
+                    if given is not None:
+                        return by_torch.differentiable(q, k, v, _composite_gradients, **given), None
+                except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+                    validate(q, k, v, mask, alibi, sinks, packed, options)
+                    raise
             validate(q, k, v, mask, alibi, sinks, packed, options)
-            if sizes is not None:
-                if (settings := _by_torch(sizes[2], q, k, v, options)) is not None:
-                    return _TorchAttention.apply(q, k, v, options, settings), None
             if _fits(q, k, v, mask, alibi, sinks, packed):
                 return _Attention.apply(q, k, v, mask, alibi, sinks, *packed, *options)
     return _slow(q, k, v, mask, alibi, sinks, packed, options)
@@ -560,6 +526,8 @@ def lower_precision(*tensors: Tensor | None) -> tuple:
 
 
 def autocasting(q: Tensor) -> bool:
+    if not torch._C._is_any_autocast_enabled():  # 0.05 us; asking for the device's takes 0.4
+        return False
     device = q.device.type
     return device in _AUTOCAST and torch.is_autocast_enabled(device)
 

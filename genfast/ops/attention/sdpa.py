@@ -17,6 +17,7 @@ from genfast.ops.attention.core import (
     lower_precision,
     noise,
     plain_forward,
+    plain_training,
 )
 
 _FLOAT = torch.float32
@@ -138,17 +139,17 @@ def scaled_dot_product_attention(
     faster it is what runs. Raises TypeError / ValueError naming the argument.
     """
     if (
-        attn_mask is None
-        and not dropout_p
+        not dropout_p
         and not is_compiling()
-        and gate(query, key, value) == DIRECT
+        and (road := gate(query, key, value, attn_mask))
         and query.dim() == key.dim() == 4
         and (enable_gqa or query.shape[1] == key.shape[1])
         and not autocasting(query)
         and (scale is None or type(scale) is float)
     ):
+        fast = plain_forward if road == DIRECT else plain_training
         try:
-            out = plain_forward(query, key, value, is_causal, scale)
+            out = fast(query, key, value, attn_mask, is_causal, scale, enable_gqa)
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
             out = None  # the checks below name the argument
         if out is not None:

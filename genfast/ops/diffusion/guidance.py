@@ -6,6 +6,9 @@ depend neither on the threads nor on the batch it came in.
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -29,14 +32,19 @@ _CODES = {name: i for i, name in enumerate(METHODS)}
 _NAMES = tuple(METHODS)
 
 
+# out_0 = m
+_IDENTITY = (0.0, 0.0, math.inf, *[0.0] * (COEF - 3), 0.0, 1.0, *[0.0] * (COLUMNS - COEF - 2))
+
+
 def _identity_row(device) -> Tensor:
-    row = torch.zeros(1, COLUMNS, device=device)
-    row[:, COEF + 1].fill_(1.0)  # out_0 = m; on a GPU `row[0, i] = 1.0` waits for the device
-    row[:, 2].fill_(float("inf"))
-    return row
+    return _common.numbers(_IDENTITY, device)[None]
 
 
-_IDENTITY = _identity_row("cpu")
+@lru_cache(256)
+def _cfg_weights(scale: float, original: bool) -> tuple[float, float]:
+    """Those of the kernel, which reads the scale in fp32 and computes in fp64."""
+    w = torch.tensor(scale, dtype=torch.float32).item()
+    return (1.0 + w, -w) if original else (w, 1.0 - w)
 
 
 def _native(cond, uncond, average, scale, method, original, o_0, o_1):
@@ -135,9 +143,7 @@ def guidance_weights(
     if plain and scale - scale == 0 and (average is None or method == "apg"):
         with torch.no_grad():
             if gate(cond, uncond, average) == DIRECT and cond.dim():
-                on_cpu = cond.device.type == "cpu"
-                one = (float(scale),)
-                number = _common.cached(one) if on_cpu else _common.numbers(one, cond.device)
+                number = _common.cached((float(scale),), cond.device)
                 found = _native(cond, uncond, average, number, code, original, o_0, o_1)
                 if found is not None:
                     return found
@@ -175,26 +181,16 @@ def guide(
     models = (cond, uncond) if average is None else (cond, uncond, average)
     road = gate(*models) if not is_compiling() and isinstance(cond, Tensor) else 0
     if road == DIRECT and isinstance(scale, (int, float)) and method in METHODS:
-        weights = guidance_weights(
-            cond, uncond, scale, method=method, original=original, average=average, **options
-        )
+        if method == "cfg" and average is None and not options and scale - scale == 0:
+            weights = _common.cached(_cfg_weights(scale, original), cond.device)  # of all samples
+        else:
+            weights = guidance_weights(
+                cond, uncond, scale, method=method, original=original, average=average, **options
+            )
         out = torch.empty_like(cond)
-        if kernels.diffusion_step(
-            (out,),
-            cond,
-            models,
-            weights,
-            _IDENTITY if cond.device.type == "cpu" else _identity_row(cond.device),
-            None,
-            0,
-            None,
-            None,
-            0,
-            None,
-            0,
-            0,
-            False,
-            None,
+        row = _common.cached(_IDENTITY, cond.device, 1)
+        if cond.dim() and kernels.diffusion_step(
+            (out,), cond, models, weights, row, None, 0, None, None, 0, None, 0, 0, False, None
         ):
             return out
     o_0, o_1 = _options(method, options)

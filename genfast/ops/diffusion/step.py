@@ -319,9 +319,7 @@ def diffusion_step(
             models = (m,) if isinstance(m, Tensor) else tuple(m)
             history, scale = tuple(history), weights
             if scale is not None and not isinstance(scale, Tensor):
-                scale = _common.weight_values(scale, len(models))
-                on_cpu = x.device.type == "cpu"
-                scale = _common.cached(scale) if on_cpu else _common.numbers(scale, x.device)
+                scale = _common.cached(_common.weight_values(scale, len(models)), x.device)
             draws = seed is not None or generator is not None
             road = gate(x, *models, scale, noise, *history, table)
             if road == DIRECT and not (draws and noise is not None):

@@ -1,0 +1,90 @@
+"""PyTorch's own attention, for the calls where the table of _choice.py has it as the faster one.
+
+Its gradient has no gradient. Asked for a differentiable one, a hook on its node of the graph gives
+the composite's instead; a hook costs 3 us a training step, a Function around the call 40.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import (
+    scaled_dot_product_attention as torch_sdpa,  # kept before any reroute
+)
+
+from genfast.ops._choice import ATTENTION_BY_TORCH
+from genfast.ops._road import wants_graph
+
+_MASKS = (torch.bool, torch.float32)
+_NODE = "ScaledDotProduct"  # what the names of PyTorch's fused nodes begin with
+
+
+def chosen(call: int, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> bool:
+    """The table gives a call (place in ATTENTION_CALLS) of these sizes to PyTorch, which takes the
+    mask. In 16 bit it does not: cuDNN's rows that see no key are not 0."""
+    sizes = ATTENTION_BY_TORCH[q.is_cpu].get(q.dtype)
+    if sizes is None or q.numel() * k.shape[2] not in sizes[call]:
+        return False
+    return mask is None or (
+        q.dtype is torch.float32 and not q.is_cpu and not causal and mask.dtype in _MASKS
+    )
+
+
+def settings(call: int, q: Tensor, k: Tensor, v: Tensor, mask, options) -> dict | None:
+    """Arguments of PyTorch's attention for a call that the table gives to it; None when the table
+    says ours, or PyTorch's would mean another."""
+    if q.dim() != 4 or k.dim() != 4:
+        return None
+    causal = options.right == 0
+    if not chosen(call, q, k, mask, causal):
+        return None
+    (B, Hq, Sq, D), (Bk, Hkv, Sk, Dk) = q.shape, k.shape
+    same = (
+        (options.softcap, options.left, options.dropout_p) == (0.0, -1, 0.0)
+        and (options.right == -1 or (causal and (not options.bottom_right or Sq == Sk)))
+        and q.dtype is k.dtype is v.dtype
+        and k.shape == v.shape
+        and (B, D) == (Bk, Dk)
+        and q.device == k.device == v.device
+    )
+    if not same or not Hkv or Hq % Hkv:
+        return None
+    return {"is_causal": causal, "scale": options.scale, "enable_gqa": Hq != Hkv}
+
+
+def differentiable(q: Tensor, k: Tensor, v: Tensor, gradients: Callable, **arguments) -> Tensor:
+    """PyTorch's attention, twice differentiable. gradients(q, k, v, causal, scale, dout): those of
+    the composite, part of the graph."""
+    out = torch_sdpa(q, k, v, **arguments)
+    node = out.grad_fn
+    # Heads that it pads stand in a slice of its result. Composed of matrix products, which have
+    # gradients of any order, there is no such node.
+    for _ in range(2):
+        if node is None or type(node).__name__.startswith(_NODE):
+            break
+        node = node.next_functions[0][0] if node.next_functions else None
+    else:
+        node = None
+    if node is not None:
+        node.register_hook(_Twice(gradients))
+    return out
+
+
+class _Twice:
+    """The hook. It holds no tensor: those saved by the node are freed with it."""
+
+    __slots__ = ("gradients",)
+
+    def __init__(self, gradients: Callable):
+        self.gradients = gradients
+
+    def __call__(self, grad_inputs, grad_outputs):
+        if not wants_graph() or grad_outputs[0] is None:
+            return None
+        node = torch._C._current_autograd_node()
+        operands = node._saved_query, node._saved_key, node._saved_value
+        found = self.gradients(*operands, node._saved_is_causal, node._saved_scale, grad_outputs[0])
+        wanted = zip(grad_inputs, found, strict=False)  # a mask may stand behind the three
+        return (*(None if old is None else new for old, new in wanted), *grad_inputs[3:])
