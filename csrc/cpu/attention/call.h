@@ -2,8 +2,8 @@
 #pragma once
 #include "cpu/attention/backward.h"
 #include "cpu/attention/forward.h"
+#include "cpu/attention/columns.h"
 #include "cpu/attention/scratch.h"
-#include "cpu/attention/short.h"
 #include "cpu/parallel.h"
 
 namespace genfast::cpu {
@@ -14,10 +14,10 @@ inline int workers(int threads, int64_t tasks) {
   return static_cast<int>(n < tasks ? n : tasks > 0 ? tasks : 1);
 }
 
-// Heads of short sequences. A short call is one run of heads for each thread, and the same thread
-// for the same heads: what it wrote forward lies in its own cache backward.
+// Scores by columns. A short call is one run of heads for each thread, and the same thread for the
+// same heads: what it wrote forward lies in its own cache backward.
 template <class Work>
-void run_short(const Work& work, double flops, int threads) {
+void run_columns(const Work& work, double flops, int threads) {
   const int64_t tasks = work.tasks(), shares = workers(flops < 4e5 ? 1 : threads, tasks);
   int64_t bundles = static_cast<int64_t>(flops / 5e6);
   bundles = bundles < shares ? shares : bundles < tasks ? bundles : tasks;
@@ -38,9 +38,13 @@ template <class Unit>
 void forward(const AttentionParams& p) {
   Forward<Unit> f(p);
   if (p.B == 0 || p.Hq == 0 || f.longest_q == 0) return;
-  static const int64_t most_f = getenv("SHORT_F") ? atoi(getenv("SHORT_F")) : 256;
-  if (const ShortForward work(p); !f.in_place && work.fits(most_f))
-    return run_short(work, 2.0 * (p.D + p.Dv) * p.B * p.Hq * f.longest_q * f.longest_k, p.threads);
+  static const bool do_f = !getenv("NO_F");
+  if constexpr (!Unit::matrix) {
+    const ColumnForward work(p);
+    if (do_f && !f.in_place && (f.splits == 1 || work.tasks() >= 32) && work.fits())
+      return run_columns(work, 2.0 * (p.D + p.Dv) * p.B * p.Hq * f.longest_q * f.longest_k,
+                         p.threads);
+  }
   const int64_t tasks = p.B * p.Hkv * f.groups * f.splits;
   // A short task costs less than handing it out: bundle up to about 50 us of products.
   const double flops = 2.0 * (p.D + p.Dv) * f.longest_k * f.longest_q * (p.Hq / p.Hkv) /
@@ -106,8 +110,9 @@ void backward(const AttentionGradParams& g) {
   const AttentionParams& p = g.p;
   Backward<Unit> f(g);
   const double flops = 2.0 * p.B * p.Hq * f.longest_q * f.longest_k * (3.0 * p.D + 2.0 * p.Dv);
-  static const bool do_b = !getenv("SHORT_B");
-  if (const ShortBackward work(g); do_b && work.fits()) return run_short(work, flops, p.threads);
+  static const bool do_b = !getenv("NO_B");
+  if constexpr (!Unit::matrix)
+    if (const ColumnBackward work(g); do_b && work.fits()) return run_columns(work, flops, p.threads);
   const int threads = flops < 4e5 ? 1 : p.threads;
   Arena sizes;
   const auto take = [&](Arena& a) {
