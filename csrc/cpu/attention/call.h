@@ -1,8 +1,8 @@
 // One call of forward or backward by one unit: scratch, tasks, threads.
 #pragma once
 #include "cpu/attention/backward.h"
-#include "cpu/attention/forward.h"
 #include "cpu/attention/columns.h"
+#include "cpu/attention/forward.h"
 #include "cpu/attention/scratch.h"
 #include "cpu/parallel.h"
 
@@ -38,10 +38,9 @@ template <class Unit>
 void forward(const AttentionParams& p) {
   Forward<Unit> f(p);
   if (p.B == 0 || p.Hq == 0 || f.longest_q == 0) return;
-  static const bool do_f = !getenv("NO_F");
   if constexpr (!Unit::matrix) {
     const ColumnForward work(p);
-    if (do_f && !f.in_place && (f.splits == 1 || work.tasks() >= 32) && work.fits())
+    if (!f.in_place && (f.splits == 1 || work.enough()) && work.fits())
       return run_columns(work, 2.0 * (p.D + p.Dv) * p.B * p.Hq * f.longest_q * f.longest_k,
                          p.threads);
   }
@@ -110,9 +109,9 @@ void backward(const AttentionGradParams& g) {
   const AttentionParams& p = g.p;
   Backward<Unit> f(g);
   const double flops = 2.0 * p.B * p.Hq * f.longest_q * f.longest_k * (3.0 * p.D + 2.0 * p.Dv);
-  static const bool do_b = !getenv("NO_B");
   if constexpr (!Unit::matrix)
-    if (const ColumnBackward work(g); do_b && work.fits()) return run_columns(work, flops, p.threads);
+    if (const ColumnBackward work(g); f.splits == 1 && work.fits())
+      return run_columns(work, flops, p.threads);
   const int threads = flops < 4e5 ? 1 : p.threads;
   Arena sizes;
   const auto take = [&](Arena& a) {

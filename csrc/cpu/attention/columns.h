@@ -122,8 +122,8 @@ struct Columns {
 // A task owns a chunk of queries of one head. It walks the key blocks once, panels of NR queries
 // inside. A query's result depends neither on its chunk nor on the queries beside it.
 struct ColumnForward : Columns {
-  // Keys of a block: 32 KiB of scores with AVX2.
-  static constexpr int64_t kBlock = 512, kMostRows = 384, kLeastRows = 32;
+  // Keys of a block: 16 KiB of scores with AVX2 (with 512 or 1024 long heads take 3 to 10 % more).
+  static constexpr int64_t kBlock = 256, kMostRows = 384, kLeastRows = 32;
   int64_t rows = kMostRows;  // of a chunk
 
   explicit ColumnForward(const AttentionParams& params) : Columns(params) {
@@ -143,6 +143,8 @@ struct ColumnForward : Columns {
   };
   int64_t chunks() const { return (longest_q + rows - 1) / rows; }
   int64_t tasks() const { return p.B * p.Hq * chunks(); }
+  // Chunks for many threads, without splitting the keys.
+  bool enough() const { return p.B * p.Hq * ((longest_q + kLeastRows - 1) / kLeastRows) >= 64; }
   int64_t block() const { return longest_k < kBlock ? longest_k : kBlock; }
   int64_t chunk_rows() const { return round_up(longest_q < rows ? longest_q : rows, NR); }
   // Values of a long chunk are packed: by columns of long rows they would share a few sets of L1.
@@ -178,8 +180,8 @@ struct ColumnForward : Columns {
     return {x.v, NR, block() * NR};
   }
 
-  void start_panel(const Scratch& x, const Sequence& s, int64_t head, int64_t i, int n,
-                   float* q, Panel& t) const {
+  void start_panel(const Scratch& x, const Sequence& s, int64_t head, int64_t i, int n, float* q,
+                   Panel& t) const {
     for (int r = 0; r < n; ++r) x.rows[r] = row_at(p.q, p.dtype, s.b, head, s.q_row + i + r);
     pack_columns<VectorUnit>(x.rows, n, p.dtype, static_cast<int>(p.D), q);
     t.range = {s.Sk, 0};
@@ -329,16 +331,19 @@ struct ColumnForward : Columns {
   }
 };
 
-// A task owns a head; all its queries and keys are one tile.
+// A task owns a key/value head whose keys are one block, so that delta comes from P and dP
+// themselves and dQ is written once. (In several blocks it gains nothing: 1 % faster than
+// backward.h at heads of 64, 4 % slower at 128, 6 % at 256.)
 struct ColumnBackward : Columns {
-  static constexpr int64_t kMost = 256;
+  static constexpr int64_t kMostKeys = 288, kMostRows = 128;  // of a tile
   const AttentionGradParams& g;
-  explicit ColumnBackward(const AttentionGradParams& grad) : Columns(grad.p), g(grad) {}
+  int64_t rows;
 
-  bool fits() const {
-    return Columns::fits() && longest_k <= kMost && longest_q <= kMost && p.Hq == p.Hkv &&
-           p.sinks == nullptr && g.dmask.data == nullptr;
+  explicit ColumnBackward(const AttentionGradParams& grad) : Columns(grad.p), g(grad) {
+    rows = longest_q < kMostRows ? longest_q : kMostRows;
   }
+  bool fits() const { return Columns::fits() && longest_k <= kMostKeys && g.dsinks == nullptr; }
+  int64_t tasks() const { return p.B * p.Hkv; }
 
   struct Scratch {
     const char** rows;
@@ -346,74 +351,81 @@ struct ColumnBackward : Columns {
     float *q, *k, *v, *dout;  // fp32 copies
     float *qt, *dt;           // Q and dO by columns
     float *P, *dS;            // [Sk][lds]
-    float* out;
+    float *dq, *dk, *dv;      // where fp32 results stay before they go home
   };
-  int64_t lds() const { return odd_lines(round_up(longest_q, W)); }
+  int64_t lds() const { return odd_lines(round_up(rows, W)); }
   Scratch lay_out(Arena& a) const {
     Scratch x;
-    const int64_t D = round_up(p.D, W), Dv = round_up(p.Dv, W), wide = D > Dv ? D : Dv;
-    const int64_t most = longest_q > longest_k ? longest_q : longest_k;
-    const bool copies =
-        !in_place(p.dtype, p.D) || !in_place(p.dtype, p.Dv) || !in_place(p.out_dtype, p.Dv);
-    x.rows = a.take<const char*>(longest_q);
-    x.seen = a.take<Visible>((longest_q + W - 1) / W);
-    x.q = a.take<float>(copies ? longest_q * D : 0);
-    x.k = a.take<float>(copies ? longest_k * D : 0);
-    x.v = a.take<float>(copies ? longest_k * Dv : 0);
-    x.dout = a.take<float>(copies ? longest_q * Dv : 0);
-    x.out = a.take<float>(copies ? most * wide : 0);
-    x.qt = a.take<float>(round_up(longest_q, NR) * D);
-    x.dt = a.take<float>(round_up(longest_q, NR) * Dv);
+    const int64_t D = round_up(p.D, W), Dv = round_up(p.Dv, W);
+    const bool copy = !in_place(p.dtype, p.D), copy_v = !in_place(p.dtype, p.Dv);
+    x.rows = a.take<const char*>(rows);
+    x.seen = a.take<Visible>((rows + W - 1) / W);
+    x.q = a.take<float>(copy ? rows * D : 0);
+    x.k = a.take<float>(copy ? longest_k * D : 0);
+    x.v = a.take<float>(copy_v ? longest_k * Dv : 0);
+    x.dout = a.take<float>(in_place(p.out_dtype, p.Dv) ? 0 : rows * Dv);
+    x.qt = a.take<float>(round_up(rows, NR) * D);
+    x.dt = a.take<float>(round_up(rows, NR) * Dv);
     x.P = a.take<float>(longest_k * lds());
     x.dS = a.take<float>(longest_k * lds());
+    x.dq = a.take<float>(copy ? rows * D : 0);
+    x.dk = a.take<float>(copy ? longest_k * D : 0);
+    x.dv = a.take<float>(copy_v ? longest_k * Dv : 0);
     return x;
   }
-  int64_t tasks() const { return p.B * p.Hq; }
+
+  // A tile: n queries of `head` from i on.
+  struct Queries {
+    const Sequence& s;
+    int64_t head, i;
+    int n;
+    bool whole = true;  // every one sees every key
+  };
 
   // Keys that some query of the panel from i on sees.
-  KeyRange seen_by(const Scratch& x, int64_t i, int n) const {
-    KeyRange r{longest_k, 0};
-    for (int c = 0; c * W < n; ++c) {
-      const KeyRange& any = x.seen[i / W + c].any;
+  KeyRange seen_by(const Scratch& x, const Queries& t, int64_t i) const {
+    KeyRange r{t.s.Sk, 0};
+    for (int64_t c = i; c < i + NR && c < t.n; c += W) {
+      const KeyRange& any = x.seen[c / W].any;
       if (any.lo < r.lo) r.lo = any.lo;
       if (any.hi > r.hi) r.hi = any.hi;
     }
-    return r;
+    return r.lo < r.hi ? r : KeyRange{0, 0};
   }
 
   // to = a b^T: keys that the queries see by rows, queries by columns.
-  void scores(const Scratch& x, const Sequence& s, int64_t dim, const Matrix& a, const float* b,
+  void scores(const Scratch& x, const Queries& t, int64_t dim, const Matrix& a, const float* b,
               float* to) const {
-    for (int64_t i = 0; i < s.Sq; i += NR) {
-      const int n = static_cast<int>(s.Sq - i < NR ? s.Sq - i : NR);
-      const KeyRange r = seen_by(x, i, n);
-      if (r.lo < r.hi)
-        multiply<false>(static_cast<int>(r.hi - r.lo), n, dim, a.data + r.lo * a.ld, a.ld,
-                        b + i * round_up(dim, W), NR, [&](int row0, auto& acc) {
-                          constexpr int M = sizeof(acc) / sizeof(acc[0]);
-                          constexpr int N = sizeof(acc[0]) / sizeof(f32v);
-                          float* at = to + (r.lo + row0) * lds() + i;
+    for (int i = 0; i < t.n; i += NR) {
+      const KeyRange r = seen_by(x, t, i);
+      multiply<false>(static_cast<int>(r.hi - r.lo), t.n - i < NR ? t.n - i : NR, dim,
+                      a.data + r.lo * a.ld, a.ld, b + i * round_up(dim, W), NR,
+                      [&](int row0, auto& acc) {
+                        constexpr int M = sizeof(acc) / sizeof(acc[0]);
+                        constexpr int N = sizeof(acc[0]) / sizeof(f32v);
+                        float* at = to + (r.lo + row0) * lds() + i;
 #pragma GCC unroll 16
-                          for (int j = 0; j < M; ++j)
+                        for (int j = 0; j < M; ++j)
 #pragma GCC unroll 4
-                            for (int c = 0; c < N; ++c) store(at + j * lds() + c * W, acc[j][c]);
-                        });
+                          for (int c = 0; c < N; ++c) store(at + j * lds() + c * W, acc[j][c]);
+                      });
     }
   }
 
   // S^T and dP^T of W queries from i on -> P^T and dS^T.
-  void weigh(const Scratch& x, const Sequence& s, int64_t head, int64_t i) const {
+  void weigh(const Scratch& x, const Queries& t, int i) const {
     const Visible& seen = x.seen[i / W];
     const int64_t step = lds();
     float *P = x.P + i, *dS = x.dS + i;
     f32v minus = f32v{} - kInf, delta = f32v{};
-    for (int r = 0; r < W && i + r < s.Sq; ++r) {
-      const float lse = stat_at(p.lse, s.b, head, s.q_row + i + r);
+    for (int r = 0; r < W && i + r < t.n; ++r) {
+      const int64_t at = t.i + i + r;
+      const float lse = stat_at(p.lse, t.s.b, t.head, t.s.q_row + at);
       minus[r] = lse == -kInf ? -kInf : -lse * kLog2e;
-      if (g.dlse.data != nullptr) delta[r] = -stat_at(g.dlse, s.b, head, s.q_row + i + r);
+      if (g.dlse.data != nullptr) delta[r] = -stat_at(g.dlse, t.s.b, t.head, t.s.q_row + at);
     }
     const f32v factor = splat(log_scale());
-    const auto weights = [&](int64_t begin, int64_t end, auto hidden) {
+    const auto weigh_keys = [&](int64_t begin, int64_t end, bool hidden) {
       for (int64_t j = begin; j < end; ++j) {
         f32v e = fused_multiply_add(load(P + j * step), factor, minus);
         if (hidden) e = hide(seen, j, e);
@@ -422,84 +434,107 @@ struct ColumnBackward : Columns {
         delta = fused_multiply_add(e, load(dS + j * step), delta);
       }
     };
-    // any and every: an empty middle is where no key is seen by all
-    const KeyRange any = seen.any, every = seen.every;
-    const int64_t from = every.lo < every.hi ? every.lo : any.hi;
+    // All that the panel sees: the products take whole panels.
+    const KeyRange any = seen_by(x, t, i / NR * NR), every = seen.every;
+    const int64_t from = every.lo < every.hi ? every.lo : any.hi;  // keys that all see
     const int64_t to = every.lo < every.hi ? every.hi : any.hi;
-    weights(any.lo, from, true);
-    weights(from, to, false);
-    weights(to, any.hi, true);
+    weigh_keys(any.lo, from, true);
+    weigh_keys(from, to, false);
+    weigh_keys(to, any.hi, true);
     for (int64_t j = any.lo; j < any.hi; ++j)
       store(dS + j * step, load(P + j * step) * (load(dS + j * step) - delta));
   }
 
-  void run_task(int64_t task, const Scratch& x) const {
-    const int64_t h = task % p.Hq, b = task / p.Hq;
-    const Sequence s = sequence_of(p, b);
-    const int Sq = static_cast<int>(s.Sq), Sk = static_cast<int>(s.Sk);
-    const int D = static_cast<int>(p.D), Dv = static_cast<int>(p.Dv);
-    const Matrix q = matrix_of(p.q, p.dtype, b, h, s.q_row, Sq, D, x.q);
-    const Matrix k = matrix_of(p.k, p.dtype, s.entry, h, s.k_row, Sk, D, x.k);
-    const Matrix v = matrix_of(p.v, p.dtype, s.entry, h, s.k_row, Sk, Dv, x.v);
-    const Matrix dout = matrix_of(g.dout, p.out_dtype, b, h, s.q_row, Sq, Dv, x.dout);
-    const auto by_columns = [&](const Matrix& m, int dim, float* to) {
-      for (int i = 0; i < Sq; ++i) x.rows[i] = reinterpret_cast<const char*>(m.data + i * m.ld);
-      pack_columns<VectorUnit>(x.rows, Sq, Dtype::f32, dim, to);
-    };
-    by_columns(q, static_cast<int>(round_up(D, W)), x.qt);
-    by_columns(dout, static_cast<int>(round_up(Dv, W)), x.dt);
-    bool whole = true;
-    for (int64_t i = 0; i < Sq; i += W) {
-      const Visible& seen = x.seen[i / W] = visible_of(p, s, i);
-      whole &= seen.any.lo == 0 && seen.any.hi == Sk;
-    }
-    if (!whole) {  // the products over queries run over rectangles
-      __builtin_memset(x.P, 0, sizeof(float) * Sk * lds());
-      __builtin_memset(x.dS, 0, sizeof(float) * Sk * lds());
-    }
-    scores(x, s, D, k, x.qt, x.P);
-    scores(x, s, Dv, v, x.dt, x.dS);
-    for (int64_t i = 0; i < Sq; i += W) weigh(x, s, h, i);
-
-    const Matrix dv = target_of(g.dv, p.dtype, s.entry, h, s.k_row, Dv, x.out);
-    by_keys(x, Sq, Sk, whole, Dv, x.P, dout, dv, 1.0f);
-    bring_home(dv, g.dv, p.dtype, s.entry, h, s.k_row, Sk, Dv);
-    const Matrix dk = target_of(g.dk, p.dtype, s.entry, h, s.k_row, D, x.out);
-    by_keys(x, Sq, Sk, whole, D, x.dS, q, dk, p.scale);
-    bring_home(dk, g.dk, p.dtype, s.entry, h, s.k_row, Sk, D);
-
-    const Matrix dq = target_of(g.dq, p.dtype, b, h, s.q_row, D, x.out);
-    for (int64_t i = 0; i < Sq; i += NR) {
-      const int n = static_cast<int>(Sq - i < NR ? Sq - i : NR);
-      KeyRange r = seen_by(x, i, n);
-      if (r.lo >= r.hi) r = {0, 0};
-      product<true>(n, D, r.hi - r.lo, x.dS + r.lo * lds() + i, lds(),
-                    {k.data + r.lo * k.ld, k.ld}, {dq.data + i * dq.ld, dq.ld},
-                    [scale = p.scale](f32v sum, int, const float*) { return sum * scale; });
-    }
-    bring_home(dq, g.dq, p.dtype, b, h, s.q_row, Sq, D);
-  }
-
-  // to[key] = factor * sum over the queries that see it of w[key][query] from[query].
-  void by_keys(const Scratch& x, int Sq, int Sk, bool whole, int64_t dim, const float* w,
-               const Matrix& from, const Matrix& to, float factor) const {
-    const int step = whole ? Sk : 2 * MR;
-    for (int j = 0; j < Sk; j += step) {
-      const int n = Sk - j < step ? Sk - j : step;
-      int64_t begin = 0, end = Sq;
-      if (!whole) {
-        begin = Sq, end = 0;
-        for (int64_t i = 0; i < Sq; i += W)
+  // to[key] (+)= factor * sum over the queries that see it of w[key][query] from[query].
+  void by_keys(const Scratch& x, const Queries& t, int64_t dim, const float* w, const Matrix& from,
+               const Matrix& to, float factor, bool add) const {
+    const int keys = static_cast<int>(t.s.Sk), step = t.whole ? keys : 2 * MR;
+    for (int j = 0; j < keys; j += step) {
+      const int n = keys - j < step ? keys - j : step;
+      int begin = 0, end = t.n;
+      if (!t.whole) {
+        begin = t.n, end = 0;
+        for (int i = 0; i < t.n; i += W)
           if (x.seen[i / W].any.lo < j + n && x.seen[i / W].any.hi > j) {
             if (i < begin) begin = i;
-            end = i + W < Sq ? i + W : Sq;
+            end = i + W < t.n ? i + W : t.n;
           }
         if (begin > end) begin = end;
       }
-      product<false>(n, dim, end - begin, w + j * lds() + begin, lds(),
-                     {from.data + begin * from.ld, from.ld}, {to.data + j * to.ld, to.ld},
-                     [factor](f32v sum, int, const float*) { return sum * factor; });
+      sum<false>(n, dim, end - begin, w + j * lds() + begin, {from.data + begin * from.ld, from.ld},
+                 {to.data + j * to.ld, to.ld}, factor, add);
     }
+  }
+
+  // c (+)= factor * a b
+  template <bool Transposed>
+  void sum(int m, int64_t columns, int64_t depth, const float* a, const Matrix& b, const Matrix& c,
+           float factor, bool add) const {
+    if (add)
+      product<Transposed>(m, columns, depth, a, lds(), b, c,
+                          [factor](f32v now, int, const float* old) {
+                            return fused_multiply_add(now, splat(factor), load(old));
+                          });
+    else
+      product<Transposed>(m, columns, depth, a, lds(), b, c,
+                          [factor](f32v now, int, const float*) { return now * factor; });
+  }
+
+  void run_tile(const Scratch& x, Queries& t, const Matrix& k, const Matrix& v, const Matrix& dk,
+                const Matrix& dv, bool add) const {
+    const int64_t row = t.s.q_row + t.i;
+    const Matrix q = matrix_of(p.q, p.dtype, t.s.b, t.head, row, t.n, p.D, x.q);
+    const Matrix dout = matrix_of(g.dout, p.out_dtype, t.s.b, t.head, row, t.n, p.Dv, x.dout);
+    const auto by_columns = [&](const Matrix& m, int64_t dim, float* to) {
+      for (int r = 0; r < t.n; ++r) x.rows[r] = reinterpret_cast<const char*>(m.data + r * m.ld);
+      pack_columns<VectorUnit>(x.rows, t.n, Dtype::f32, static_cast<int>(round_up(dim, W)), to);
+    };
+    by_columns(q, p.D, x.qt);
+    by_columns(dout, p.Dv, x.dt);
+    for (int i = 0; i < t.n; i += W) {
+      const Visible& seen = x.seen[i / W] = visible_of(p, t.s, t.i + i);
+      t.whole &= seen.any.lo == 0 && seen.any.hi == t.s.Sk;
+    }
+    if (!t.whole) {  // the products over queries run over rectangles
+      __builtin_memset(x.P, 0, sizeof(float) * t.s.Sk * lds());
+      __builtin_memset(x.dS, 0, sizeof(float) * t.s.Sk * lds());
+    }
+    scores(x, t, p.D, k, x.qt, x.P);
+    scores(x, t, p.Dv, v, x.dt, x.dS);
+    for (int i = 0; i < t.n; i += W) weigh(x, t, i);
+    by_keys(x, t, p.Dv, x.P, dout, dv, 1.0f, add);
+    by_keys(x, t, p.D, x.dS, q, dk, p.scale, add);
+    const Matrix dq = target_of(g.dq, p.dtype, t.s.b, t.head, row, p.D, x.dq);
+    for (int i = 0; i < t.n; i += NR) {
+      const KeyRange r = seen_by(x, t, i);
+      sum<true>(t.n - i < NR ? t.n - i : NR, p.D, r.hi - r.lo, x.dS + r.lo * lds() + i,
+                {k.data + r.lo * k.ld, k.ld}, {dq.data + i * dq.ld, dq.ld}, p.scale, false);
+    }
+    bring_home(dq, g.dq, p.dtype, t.s.b, t.head, row, t.n, p.D);
+  }
+
+  void run_task(int64_t task, const Scratch& x) const {
+    const int64_t kv_head = task % p.Hkv, group = p.Hq / p.Hkv;
+    const Sequence s = sequence_of(p, task / p.Hkv);
+    const Matrix k = matrix_of(p.k, p.dtype, s.entry, kv_head, s.k_row, s.Sk, p.D, x.k);
+    const Matrix v = matrix_of(p.v, p.dtype, s.entry, kv_head, s.k_row, s.Sk, p.Dv, x.v);
+    const Matrix dk = target_of(g.dk, p.dtype, s.entry, kv_head, s.k_row, p.D, x.dk);
+    const Matrix dv = target_of(g.dv, p.dtype, s.entry, kv_head, s.k_row, p.Dv, x.dv);
+    bool add = false;  // the first tile writes all keys, the others add to it
+    for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h)
+      for (int64_t i = 0; i < s.Sq; i += rows) {
+        Queries t{s, h, i, static_cast<int>(s.Sq - i < rows ? s.Sq - i : rows)};
+        run_tile(x, t, k, v, dk, dv, add);
+        add = true;
+      }
+    if (!add) clear(dk, s.Sk, p.D), clear(dv, s.Sk, p.Dv);
+    bring_home(dk, g.dk, p.dtype, s.entry, kv_head, s.k_row, s.Sk, p.D);
+    bring_home(dv, g.dv, p.dtype, s.entry, kv_head, s.k_row, s.Sk, p.Dv);
+  }
+
+  static void clear(const Matrix& m, int64_t n, int64_t dim) {
+    for (int64_t r = 0; r < n; ++r)
+      for (int64_t d = 0; d < dim; d += W) store(m.data + r * m.ld + d, f32v{});
   }
 };
 
