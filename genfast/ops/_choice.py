@@ -26,7 +26,8 @@ ALL_SIZES = 2**63 - 1
 class Row(NamedTuple):
     """device: cpu or cuda. arch: instruction set of the CPU kernels, or sm_NN of a GPU. dtype:
     torch's name. feature: a kind of call; of attention "decode" (one query), "forward" and
-    "training" (a gradient is wanted), all without options that PyTorch's fused kernel lacks; else a
+    "training" (a gradient is wanted), "wide training" (the same with heads wider than WIDE_HEAD;
+    rows of "training" fit it too), all without options that PyTorch's fused kernel lacks; else a
     native entry point. below: sizes under it (B Hq Sq Sk D of attention's calls and backward,
     elements of the first tensor otherwise). ANY fits all.
     """
@@ -126,9 +127,10 @@ def table() -> tuple[Row, ...]:
 def torch_sizes(rows: Iterable[Row], device: str, dtype: str, feature: str) -> range:
     """Sizes that go to PyTorch's own attention; empty calls never do."""
     arch, low = _C.build_info()["isa"] if device == "cpu" else ANY, 1
+    features = (ANY, feature, feature.removeprefix("wide "))
     for row in rows:
-        fits = zip(row[:5], ("attention", device, arch, dtype, feature), strict=True)
-        if all(have in (ANY, want) for have, want in fits):
+        fits = zip(row[:4], ("attention", device, arch, dtype), strict=True)
+        if row.feature in features and all(have in (ANY, want) for have, want in fits):
             if row.backend == "torch":
                 return range(low, row.below)
             low = max(low, row.below)
@@ -144,7 +146,8 @@ def triton_from(rows: Iterable[Row], family: str, entry: str, dtype: str) -> int
     return ALL_SIZES
 
 
-ATTENTION_CALLS = ("decode", "forward", "training")
+ATTENTION_CALLS = ("decode", "forward", "training", "wide training")
+WIDE_HEAD = 192
 
 
 def _attention_sizes(device: str) -> dict[torch.dtype, tuple[range, ...]]:

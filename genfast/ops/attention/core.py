@@ -40,7 +40,7 @@ TRITON_HEAD_BYTES = 1024  # of the Triton kernels: fp32 heads up to 256
 _FLOAT = torch.float32
 _AUTOCAST = ("cpu", "cuda")
 _MASKS = (torch.bool, *_check.FLOATS)
-_DECODE, _FORWARD, _TRAINING = range(len(ATTENTION_CALLS))
+_DECODE, _FORWARD, _TRAINING, _ = range(len(ATTENTION_CALLS))
 
 
 class Options(NamedTuple):
