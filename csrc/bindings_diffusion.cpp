@@ -474,15 +474,16 @@ bool guidance_weights(TensorArgument& cond, TensorArgument& uncond, TensorArgume
 
 bool dynamic_threshold(TensorArgument& x, TensorArgument& m, TensorArgument& s,
                        TensorArgument& table, TensorArgument& index, int64_t row, double ratio,
-                       double max) {
+                       double max, TensorArgument& scratch) {
   if (!given({&x, &s}) || x.ndim == 0 || x.numel == 0 ||
-      !same_device({&x, &m, &s, &table, &index}) || !floats({&x, &m}) || !same_shapes({&x, &m}) ||
-      !vector_of(s, Dtype::f32, x.shape[0]) || !(ratio >= 0 && ratio <= 1))
+      !same_device({&x, &m, &s, &table, &index, &scratch}) || !floats({&x, &m}) ||
+      !same_shapes({&x, &m}) || !vector_of(s, Dtype::f32, x.shape[0]) ||
+      !vector_of(scratch, Dtype::f64, x.shape[0] * kThresholdRoom) || !(ratio >= 0 && ratio <= 1))
     return false;
   if (m.defined() && (!valid_table(table, index, row, x) || index.ndim > 1)) return false;
   ThresholdParams p;
   p.x = x, p.m = m, p.s = s, p.table = table, p.index = index, p.row = row;
-  p.ratio = ratio, p.max = max, p.threads = g_gate.threads();
+  p.ratio = ratio, p.max = max, p.scratch = scratch, p.threads = g_gate.threads();
   return run(p, x, GENFAST_KERNEL(dynamic_threshold));
 }
 
@@ -524,7 +525,7 @@ bool denoising_loss(TensorArgument& output, TensorArgument& x0, TensorArgument& 
 }  // namespace
 
 void register_diffusion(py::module_& m) {
-  // The last argument of three is the CUDA kernels' alone.
+  // The last argument of four is the CUDA kernels' alone.
   const auto none = py::none();
   m.def("diffusion_step", &diffusion_step, py::arg("outs"), py::arg("x"), py::arg("models"),
         py::arg("weights"), py::arg("table"), py::arg("index"), py::arg("row"), py::arg("history"),
@@ -539,7 +540,9 @@ void register_diffusion(py::module_& m) {
   m.def("guidance_weights", &guidance_weights, py::arg("cond"), py::arg("uncond"),
         py::arg("average"), py::arg("scale"), py::arg("weights"), py::arg("method"),
         py::arg("original"), py::arg("option_0"), py::arg("option_1"), py::arg("scratch") = none);
-  m.def("dynamic_threshold", &dynamic_threshold);
+  m.def("dynamic_threshold", &dynamic_threshold, py::arg("x"), py::arg("m"), py::arg("s"),
+        py::arg("table"), py::arg("index"), py::arg("row"), py::arg("ratio"), py::arg("max"),
+        py::arg("scratch") = none);
   m.def("denoising_loss", &denoising_loss, py::arg("output"), py::arg("x0"), py::arg("z"),
         py::arg("seed"), py::arg("seeds"), py::arg("stream"), py::arg("offset"), py::arg("alpha"),
         py::arg("sigma"), py::arg("weight"), py::arg("prediction"), py::arg("weighting"),

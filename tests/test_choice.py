@@ -53,11 +53,11 @@ def test_what_goes_to_pytorch_on_a_gpu():
         for call in _choice.ATTENTION_CALLS
     }
     assert found == {
-        ("float32", "decode"): range(0),  # ours is 1.7 to 5.9x at any size
+        ("float32", "decode"): range(0),  # ours is 1.7 to 10x at any size
         ("float32", "forward"): range(2**22, ALL_SIZES),
         ("float32", "training"): range(1, ALL_SIZES),
         ("bfloat16", "decode"): range(2**23, ALL_SIZES),
-        ("bfloat16", "forward"): range(2**30 + 1, ALL_SIZES),
+        ("bfloat16", "forward"): range(2**29 + 1, ALL_SIZES),
         ("bfloat16", "training"): range(1, ALL_SIZES),
     }
 

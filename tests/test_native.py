@@ -78,6 +78,22 @@ def test_dlpack_structs_equal_the_header_of_torch(tmp_path):
     assert run.returncode == 0, run.stderr
 
 
+def test_extension_needs_no_library_of_torch():
+    """So one wheel serves every torch: tests/torches.sh runs it under several."""
+    if shutil.which("readelf") is None:
+        pytest.skip("needs readelf")
+
+    def told(*options):
+        command = ["readelf", "--wide", *options, _C.__file__]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    needed = [line.split("[")[1] for line in told("--dynamic").splitlines() if "NEEDED" in line]
+    symbols = [line.split()[-1] for line in told("--dyn-syms").splitlines() if " UND " in line]
+    assert any("libc.so" in name for name in needed) and len(symbols) > 50
+    foreign = ("torch", "c10", "cuda", "_ZN2at", "_ZNK2at", "THP")
+    assert not [name for name in needed + symbols if any(word in name for word in foreign)]
+
+
 def test_build_info():
     info = _C.build_info()
     assert info["exchange_api"] and info["isa"] in info["isa_usable"]

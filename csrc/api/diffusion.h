@@ -82,6 +82,8 @@ struct GuidanceParams {
   int threads = 1;
 };
 
+constexpr int64_t kThresholdRoom = 2064;  // numbers that the blocks of a sample share
+
 // s[b] = clamp(quantile(|x0|, ratio), 1, max), x0 = clamp-free d_x x + d_m m, or x itself.
 struct ThresholdParams {
   TensorView x, m;  // S; m undefined: x is x0
@@ -89,6 +91,7 @@ struct ThresholdParams {
   TensorView table, index;
   int64_t row = 0;
   double ratio = 0.995, max = 1.0;
+  TensorView scratch;  // f64, CUDA: [B, kThresholdRoom] of anything; undefined: a block per sample
   int threads = 1;
 };
 

@@ -34,6 +34,36 @@ __device__ __forceinline__ uint64_t mass_of(float x, float top) {
   return static_cast<uint64_t>(exp(static_cast<double>(x) - top) * 0x1p40);
 }
 
+// v[j] = t[at + j step], j < n. The dtype is asked once, so that all loads are under way together.
+constexpr int kAhead = 8;
+__device__ __forceinline__ void load_apart(const Stage& t, int64_t at, int64_t step, int n,
+                                           float (&v)[kAhead]) {
+  if (t.dense && t.dtype == Dtype::f32) {
+    const float* p = reinterpret_cast<const float*>(t.base) + at;
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) v[j] = j < n ? p[j * step] : 0.0f;
+    return;
+  }
+  if (t.dense && t.dtype != Dtype::f64) {
+    const uint16_t* p = reinterpret_cast<const uint16_t*>(t.base) + at;
+    const bool half = t.dtype == Dtype::f16;
+    uint16_t u[kAhead];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) u[j] = j < n ? p[j * step] : uint16_t{0};
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) v[j] = half ? f32_of_f16(u[j]) : f32_of_bf16(u[j]);
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < kAhead; ++j) v[j] = 0.0f;
+#pragma unroll 1
+  for (int at_j = 0; at_j < n; ++at_j) {  // strided: one copy of the code
+    const float x = load_one(t, at + at_j * step);
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) v[j] = j == at_j ? x : v[j];
+  }
+}
+
 struct Filtered {
   Groups groups;
   Stage logits;
@@ -44,10 +74,21 @@ struct Filtered {
   int64_t* index;
 
   __device__ __forceinline__ void operator()(const BlockTeam& team, int64_t row, float*) const {
-    GENFAST_SHARED(Histogram<unsigned long long>, bins);
+    GENFAST_SHARED(Histogram, bins);
     const int64_t cols = groups.cols, at = row * cols;
     const auto each = [&](auto&& fn) {
-      for (int64_t i = team.rank(); i < cols; i += team.size()) fn(i, load_one(logits, at + i));
+      const int64_t size = team.size();
+#pragma unroll 1
+      for (int64_t i = team.rank(); i < cols; i += size * kAhead) {
+        int n = 0;  // counted: a 64-bit division is a call
+#pragma unroll
+        for (int j = 0; j < kAhead; ++j) n += i + j * size < cols;
+        float v[kAhead];
+        load_apart(logits, at + i, size, n, v);
+#pragma unroll
+        for (int j = 0; j < kAhead; ++j)
+          if (j < n) fn(i + j * size, v[j]);
+      }
     };
     Best best{-infinity(), INT64_MAX};
     each([&](int64_t i, float x) {
@@ -67,7 +108,7 @@ struct Filtered {
     const int64_t k = top_k(row);
     if (k > 0 && k < cols) {
       const Selected s = select_key(static_cast<uint64_t>(k), bins, [&](auto&& add) {
-        scaled([&](int64_t, float x) { add(ordered_key(x), 1); });
+        scaled([&](int64_t, float x) { add(ordered_key(x)); });
       });
       floor = value_of_key(s.key);
     }
@@ -85,7 +126,9 @@ struct Filtered {
       if (target > total) target = total;
       const Selected s = select_key(target, bins, [&](auto&& add) {
         scaled([&](int64_t, float x) {
-          if (x >= floor) add(ordered_key(x), mass_of(x, top));
+          if (!(x >= floor)) return;
+          const uint64_t mass = mass_of(x, top);
+          if (mass != 0) add(ordered_key(x), mass);
         });
       });
       nucleus = s.key;
@@ -94,7 +137,7 @@ struct Filtered {
       if (keep < ties) {  // equal logits: the lower columns first
         const Selected c = select_key(keep, bins, [&](auto&& add) {
           scaled([&](int64_t i, float x) {
-            if (ordered_key(x) == nucleus) add(~static_cast<uint32_t>(i), 1);
+            if (ordered_key(x) == nucleus) add(~static_cast<uint32_t>(i));
           });
         });
         last = static_cast<int64_t>(~c.key);
@@ -109,16 +152,20 @@ struct Filtered {
     for_groups(team, groups, row, [&](const Group& g, int64_t) {
       float v[kGroup], e[kGroup];
       load(logits, g.index, g.low, g.high, v);
-      noise_of<GumbelMap>(noise, g, e);
+      unsigned kept = 0;
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) {
-        const int64_t column = g.index - at + i;
-        const float x = v[i] * inverse_t;
-        const uint32_t key = ordered_key(x);
-        const bool kept = i >= g.low && i < g.high && x >= floor &&
-                          (key > nucleus || (key == nucleus && column <= last));
-        if (kept && x + e[i] > best.value) best = {x + e[i], column};
+        v[i] *= inverse_t;
+        const uint32_t key = ordered_key(v[i]);
+        if (i >= g.low && i < g.high && v[i] >= floor &&
+            (key > nucleus || (key == nucleus && g.index - at + i <= last)))
+          kept |= 1u << i;
       }
+      if (kept == 0) return;  // of most groups: their noise costs more than all passes before
+      noise_of<GumbelMap>(noise, g, e);
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i)
+        if ((kept >> i & 1) && v[i] + e[i] > best.value) best = {v[i] + e[i], g.index - at + i};
     });
     best = team.reduce(best, Better());
     if (team.rank() == 0) index[row] = finite(best.value) ? best.index : -1;

@@ -17,7 +17,18 @@ import triton.language as tl
 from .._launch import ceil_div, hidden, launch
 from ..rng import shown
 from .plan import Call, aligned, config, unit_rows
-from .score import ADDITIVE, LOG2E, SCALARS, clamped, keeps, load_rows, scores, sequence_of, step
+from .score import (
+    ADDITIVE,
+    LOG2E,
+    SCALARS,
+    clamped,
+    keeps,
+    load_rows,
+    product,
+    scores,
+    sequence_of,
+    step,
+)
 
 
 @triton.jit(do_not_specialize=["strides", "Hq", "Sq", "Tq", "tiles"])
@@ -194,8 +205,8 @@ def attention_bwd_kv_kernel(
                 )  # [BM, BV]
                 b_lse = tl.load(lse2 + o_stat + o_i, mask=m_i, other=float("inf"))
                 b_delta = tl.load(delta + o_stat + o_i, mask=m_i, other=0.0)  # [1, BM]
-                b_s = tl.dot(b_k, b_q, input_precision=PRECISION)  # [BN, BM]
-                b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)  # [BN, BM]
+                b_s = product(b_k, b_q, PRECISION)  # [BN, BM]
+                b_dp = product(b_v, tl.trans(b_do), PRECISION)  # [BN, BM]
                 b_keep = b_s
                 if DROPOUT:
                     b_keep = tl.trans(
@@ -262,8 +273,8 @@ def products(
     o_v = (k_row + o_j) * step(strides[2][2], ALIGNED)
     b_k = load_rows(p_k, o_k, o_j < n_k, tl.arange(0, BD)[:, None], D, BD, True)  # [BD, BN]
     b_v = load_rows(p_v, o_v, o_j < n_k, tl.arange(0, BV)[:, None], DV, BV, True)  # [BV, BN]
-    b_s = tl.dot(b_q, b_k, input_precision=PRECISION)
-    b_dp = tl.dot(b_do, b_v, input_precision=PRECISION)
+    b_s = product(b_q, b_k, PRECISION)
+    b_dp = product(b_do, b_v, PRECISION)
     return b_s, b_dp, b_k
 
 

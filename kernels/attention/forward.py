@@ -19,6 +19,7 @@ from .score import (
     keeps,
     key_offsets,
     load_rows,
+    product,
     scores,
     seen,
     sequence_of,
@@ -48,7 +49,7 @@ def attend_block(
         k_b, k_s = step(k_strides[0], ALIGNED), step(k_strides[2], ALIGNED)
         o_k = key_offsets(first, o_n, Sk, k_row, k_b, k_s, p_table, page_size, pages)[None, :]
         b_k = load_rows(p_k, o_k, o_j < Sk, tl.arange(0, BD)[:, None], D, BD, EDGE)  # [BD, BN]
-    b_s = tl.dot(b_q, b_k, input_precision=PRECISION)  # [BM, BN]
+    b_s = product(b_q, b_k, PRECISION)  # [BM, BN]
     if FOLD:  # a positive factor commutes with the maximum: scaled and shifted in one fused step
         if EDGE:
             m_seen = seen(o_i, o_j, Sk, offset, left, right, LEFT, RIGHT)

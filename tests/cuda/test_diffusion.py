@@ -12,7 +12,7 @@ import torch
 from genfast._native import _C
 
 from .conftest import same_bits
-from .helpers import FLOATS, both, data, exact, seeds_of
+from .helpers import FLOATS, both, data, exact, laid_out, seeds_of
 
 COLUMNS, HISTORY = 36, 6
 EPSILON, SAMPLE, V, FLOW = range(4)
@@ -243,6 +243,63 @@ def test_threshold(cuda, ratio):
         exact(both(cuda, "dynamic_threshold", [2], x, m, s, table(), index, 0, ratio, 2.0))
     x[0, 1, 2], x[1, 0, 0] = torch.nan, torch.inf
     exact(both(cuda, "dynamic_threshold", [2], x, None, s, None, None, 0, ratio, 9.0))
+
+
+ROOM = 2064  # numbers per sample that blocks share
+VALUES = {
+    "normal": lambda x: x,
+    "ties": lambda x: (x * 2).round(),
+    # the key after the wanted one: in another digit of any rank, or an infinity
+    "apart": lambda x: torch.where(x < 0.7, 1.0, 1.0 + 2.0 ** (x * 8 - 12)),
+    "two": lambda x: torch.where(x < 0, 1.5, 3e38),
+    "infinite": lambda x: torch.where(x < 1, x, torch.inf),
+    "subnormal": lambda x: x * 1e-39,
+    "nan": lambda x: torch.where(x == x.amax(), -torch.nan, x),
+}
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_threshold_of_many_blocks(cuda, values):
+    """Blocks of 4096 elements that share a sample find the bits of the block that owns it."""
+    cases = (
+        ((2, 9001), FLOATS[0], "misaligned"),
+        ((1, 3, 57, 80), FLOATS[0], "dense"),
+        ((2, 3, 1500), FLOATS[1], "sliced"),
+        ((3, 8192), FLOATS[2], "dense"),
+    )
+    for (shape, dtype, layout), ratio in zip(cases, (0.9, 0.5, 0.995, 1.0), strict=True):
+        x = VALUES[values](data(shape, torch.float32, 5)).to(dtype)
+        x, m = laid_out(x, layout), data(shape, dtype, 6, layout)
+        s, room = torch.empty(shape[0]), scratch(shape[0], ROOM)
+        index = torch.arange(shape[0]) + 1
+        n = x[0].numel()
+        for r in (ratio, 0.0, (n // 2) / (n - 1)):
+            alone = both(cuda, "dynamic_threshold", [2], x, None, s, None, None, 0, r, 1e39)
+            exact(alone)
+            shared = both(cuda, "dynamic_threshold", [2], x, None, s, None, None, 0, r, 1e39, room)
+            exact(shared)
+            assert same_bits(alone[0][0], shared[0][0])
+        exact(both(cuda, "dynamic_threshold", [2], x, m, s, table(), index, 0, ratio, 1e39, room))
+
+
+@pytest.mark.parametrize("batch, n", [(1, 1), (4, 2), (3, 4096), (257, 4097)])
+def test_threshold_shares_of_any_size(cuda, batch, n):
+    """One part, a last part of one element; with 257 samples at most four parts."""
+    x, s = data((batch, n), torch.float32, 8) * 3, torch.empty(batch)
+    room = scratch(batch, ROOM)
+    exact(both(cuda, "dynamic_threshold", [2], x, None, s, None, None, 0, 0.98, 9.0, room))
+
+
+def test_threshold_room(cuda):
+    """What Python allocates, and what the entry point refuses."""
+    from genfast.ops._scratch import ROOM as rooms
+
+    x, s = torch.ones(2, 8192), torch.empty(2)
+    assert rooms["dynamic_threshold"](x, None, s).numel() == 2 * ROOM
+    assert rooms["dynamic_threshold"](x[:, :-1], None, s) is None
+    assert rooms["dynamic_threshold"](x[:1].expand(513, 8192), None, s) is None
+    short = scratch(2, ROOM)[:-1]
+    assert not cuda.module.dynamic_threshold(x, None, s, None, None, 0, 0.5, 2.0, short)
 
 
 LOSSES = [

@@ -203,7 +203,7 @@ def launch_attention():
 
     half, full = torch.bfloat16, torch.float32
     for dtype, D, backward in ((half, 64, True), (half, 128, True), (half, 256, True),
-        (half, 512, False), (full, 64, True), (full, 128, True)):  # fmt: skip
+        (half, 512, False), (full, 64, True), (full, 128, True), (full, 256, True)):  # fmt: skip
         attend(1, 64, 64, 512, 512, D, dtype, backward, right=0)
     options = {"mask": torch.empty(512, 512), "alibi": torch.empty(64), "sinks": torch.empty(64)}
     attend(1, 64, 8, 512, 512, 128, half, True, **options, softcap=2.0, dropout=0.1)

@@ -120,9 +120,10 @@ __global__ void __launch_bounds__(kExactThreads, 1)
       const int j = kKeys ? first + warp * kOwn + r : block + lane;
       gradient_of<true, true>(p, s, q.query, q.lse2, q.delta, j, false, w[r], d[r]);
     }
-    if constexpr (kKeys) E::weigh(w, passing, count, Dv, d_own_v);
+    if constexpr (kKeys)
+      E::weigh(w, passing, count, Dv, [&](int r, int c, float sum) { d_own_v[r][c] += sum; });
     pass(false, block);
-    E::weigh(d, passing, count, D, d_own);
+    E::weigh(d, passing, count, D, [&](int r, int c, float sum) { d_own[r][c] += sum; });
   }
 #pragma unroll
   for (int r = 0; r < kOwn; ++r) {

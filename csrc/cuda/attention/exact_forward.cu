@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kExactThreads, 1)
   };
 
   Query mine[kOwn];
-  float o[kOwn][kColumns] = {}, m[kOwn], l[kOwn];
+  float o[kOwn][kColumns] = {}, m[kOwn], l[kOwn], down[kOwn];
 #pragma unroll
   for (int r = 0; r < kOwn; ++r) {
     mine[r] = queries[warp * kOwn + r];
@@ -67,16 +67,16 @@ __global__ void __launch_bounds__(kExactThreads, 1)
       w[r] = sees ? with_options(p, s, mine[r], j, w[r] * to_log2, slope) : -infinite();
       const float top = fmaxf(m[r], reduce_warp(w[r], Larger()));
       const float base = top == -infinite() ? 0.0f : top;
-      const float down = exp2_nonpositive<float>(m[r] - base);
+      down[r] = exp2_nonpositive<float>(m[r] - base);
       w[r] = exp2_nonpositive<float>(w[r] - base);
       m[r] = top;
-      l[r] = l[r] * down + reduce_warp(w[r], Add());
+      l[r] = l[r] * down[r] + reduce_warp(w[r], Add());
       if (p.dropout && sees && !kept(p, s, mine[r], j)) w[r] = 0.0f;
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) o[r][c] *= down;
     }
     pass(p.v, Dv, block);
-    E::weigh(w, passing, end - block < kPassing ? end - block : kPassing, Dv, o);
+    const int count = end - block < kPassing ? end - block : kPassing;
+    E::weigh(w, passing, count, Dv,
+             [&](int r, int c, float sum) { o[r][c] = fused_multiply_add(o[r][c], down[r], sum); });
   }
 #pragma unroll
   for (int r = 0; r < kOwn; ++r) {
