@@ -56,9 +56,11 @@ def test_what_goes_to_pytorch_on_a_gpu():
         ("float32", "decode"): range(0),  # ours is 1.7 to 10x at any size
         ("float32", "forward"): range(2**22, ALL_SIZES),
         ("float32", "training"): range(1, ALL_SIZES),
+        ("float32", "wide training"): range(1, ALL_SIZES),
         ("bfloat16", "decode"): range(2**23, ALL_SIZES),
         ("bfloat16", "forward"): range(2**29 + 1, ALL_SIZES),
         ("bfloat16", "training"): range(1, ALL_SIZES),
+        ("bfloat16", "wide training"): range(1, ALL_SIZES),
     }
 
 
@@ -143,7 +145,8 @@ def test_a_calibrated_table_is_read_back_on_its_own_machine_only(tmp_path, monke
     row = Row("attention", "cpu", ANY, "float32", "decode", 123, "torch", "measured")
     assert calibrate.save([row]) == path
     assert _choice.table() == (row, *_choice.ROWS)
-    assert _choice._attention_sizes("cpu")[torch.float32] == (range(1, 123), range(0), range(0))
+    nothing = range(0)
+    assert _choice._attention_sizes("cpu")[torch.float32] == (range(1, 123), *[nothing] * 3)
     text = json.loads(path.read_text())
     text["machine"]["torch"] = "1.0"
     path.write_text(json.dumps(text))

@@ -2,8 +2,9 @@
 //
 //   forward:   S^T = K Q^T;  m' = max(m, max S^T);  P^T = 2^(S^T - m');  l = a l + sum P^T;
 //              O = a O + P V;  a = 2^(m - m')
-//   backward:  S^T = K Q^T,  dP^T = V dO^T,  P^T = 2^(S^T - LSE),  delta = sum P^T dP^T - dLSE,
-//              dS^T = P^T (dP^T - delta),  dV = P^T dO,  dK = dS^T Q,  dQ = dS K
+//   backward:  S^T = K Q^T,  dP^T = V dO^T,  P^T = 2^(S^T - LSE) / sum 2^(S^T - LSE),
+//              delta = sum P^T dP^T - dLSE,  dS^T = P^T (dP^T - delta),
+//              dV = P^T dO,  dK = dS^T Q,  dQ = dS K
 //
 // The softmax is element by element, without the maximum and the sum across each row's lanes, keys
 // are read where they lie, and only queries are transposed: 15 % faster than rows of scores from 64
@@ -418,9 +419,9 @@ struct ColumnBackward : Columns {
     }
   }
 
-  // S^T and dP^T of W queries from i on -> P^T and dS^T. LSE is rounded, by 5e-7 of a P where it is
-  // 8 and more; so P is divided by its sum, which leaves a third of the error in dS where one P is
-  // nearly 1.
+  // S^T and dP^T of W queries from i on -> P^T and dS^T. P is divided by its sum: LSE is rounded,
+  // which a P near 1 feels. (95 of 100 dQ of 16 keys err by at most 1.6x plain PyTorch's, 2.5x
+  // without.)
   void weigh(const Scratch& x, const Queries& t, int i) const {
     const Visible& seen = x.seen[i / W];
     const int64_t step = lds();
