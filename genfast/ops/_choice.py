@@ -49,9 +49,11 @@ _H200 = "benchmarks/results/2026-11-26-h200*.json"
 # 1.0x, at AVX2 and at AVX-512. (Under 10 us the call itself decides, and handing it on costs 4 us.)
 # On an Intel Xeon with a matrix unit PyTorch's bf16 beats our vectors (0.35x at S 1024, D 128,
 # 2026-11-25-xeon-avx512), so level amx has that unit too: at least 1.29x, fp16 1.14x
-# (2026-11-26-xeon-amx). fp32 there comes to 0.86x at one query without groups and to 0.77x with the
-# gradient of (64, 4, 16, 32): handing those on is no faster (0.82 to 0.99x, 0.74x). It would be for
-# gradients of heads of 256 (0.87 to 1.0x), but a row knows the size of a call, not its head.
+# (2026-11-26-xeon-amx).
+# There fp32 comes to 0.86x at one query without groups, and with AVX2 alone to 0.93x with gradients
+# of heads of 256 (1.03x with AVX-512). Handing the first on is no faster (0.82 to 0.99x); of the
+# second the level does not tell a Xeon, which is slower, from an EPYC, which is not: `genfast bench
+# --calibrate` does.
 #
 # On a GPU a small call costs what its launch costs the host. On an H200 16-bit attention of up to
 # 2^29 takes 21 to 23 us by CUDA, 28 by PyTorch and 34 by PyTorch through us; one query of fp32 is
