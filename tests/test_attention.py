@@ -152,6 +152,8 @@ SHAPES = [
     (1, 2, 1, 33, 70, 256, 80),
     (1, 1, 1, 12, 40, 512, 512),
     (3, 2, 2, 16, 16, 8, 8),
+    (1, 4, 2, 200, 250, 40, 72),  # gradients: two tiles of queries, keys one block
+    (1, 2, 1, 420, 600, 20, 36),  # two chunks of queries, three blocks of keys
 ]
 
 
@@ -161,6 +163,29 @@ SHAPES = [
 def test_shapes(shape, causal, dtype):
     options = {"causal": causal, "align": "bottom_right"}
     judge(inputs(*shape, dtype=dtype), options, str(shape))
+
+
+@pytest.mark.parametrize("options", [
+    {"window": (70, 5)},
+    {"window": (120, -1), "align": "bottom_right"},
+    {"causal": True, "sinks": torch.tensor([0.5, 2.0])},
+    {"causal": True, "scale": -0.3},  # the greatest score is the least product
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("Sq, Sk", [(16, 16), (150, 270), (300, 700)])
+def test_options_without_a_row_of_scores(Sq, Sk, dtype, options):
+    tensors = inputs(2, 2, 1, Sq, Sk, 24, 40, dtype=dtype)
+    if "sinks" not in options:
+        return judge(tensors, options, str(options))
+    # Without the gradient of sinks, which judge() asks for, the others are the same.
+    found = []
+    for wanted in (False, True):
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        extra = options | {"sinks": options["sinks"].clone().requires_grad_(wanted)}
+        genfast.attention(*leaves, **extra).sum().backward()
+        found.append([x.grad for x in leaves])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, **REORDERED[dtype])
 
 
 @settings(max_examples=60)
@@ -242,13 +267,19 @@ def test_strides(dtype):
         assert torch.equal(leaf.grad.permute(2, 0, 3, 1, 4)[i], x.grad)
 
 
+@pytest.mark.parametrize("shape", [(1, 3, 1, 200, 1100, 48), (8, 4, 2, 150, 260, 24)], ids=str)
+@pytest.mark.parametrize("options", [
+    {"causal": True, "dropout_p": 0.1, "seed": 3},
+    {"causal": True},
+    {"window": (75, 3)},
+], ids=str)  # fmt: skip
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_threads_do_not_change_bits(dtype):
-    tensors = [x.requires_grad_() for x in inputs(1, 3, 1, 200, 1100, 48, dtype=dtype)]
+def test_threads_do_not_change_bits(dtype, options, shape):
+    tensors = [x.requires_grad_() for x in inputs(*shape, dtype=dtype)]
     found = []
-    for threads in (1, 2, 3):
+    for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
-        out = genfast.attention(*tensors, causal=True, align="bottom_right", dropout_p=0.1, seed=3)
+        out = genfast.attention(*tensors, align="bottom_right", **options)
         found.append((out, *torch.autograd.grad(out, tensors, torch.ones_like(out))))
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
@@ -393,6 +424,39 @@ def test_sdpa_options(options):
     got = genfast.scaled_dot_product_attention(q, k, v, **options)
     torch.testing.assert_close(got, F.scaled_dot_product_attention(q, k, v, **options),
                                **REORDERED[torch.float32])  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True, "scale": 0.7}, {"enable_gqa": True}],
+                         ids=str)  # fmt: skip
+def test_sdpa_gradients(options):
+    """The road of a training call without options: first and second gradients, shared leaves."""
+    tensors = inputs(2, 4, 2 if "enable_gqa" in options else 4, 9, 9, 16)
+    found = []
+    for sdpa, dtype in (
+        (genfast.scaled_dot_product_attention, torch.float32),
+        (F.scaled_dot_product_attention, torch.float64),
+    ):
+        q, k, v = (x.to(dtype).requires_grad_() for x in tensors)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            out = sdpa(q, k, v, **options)
+        first = torch.autograd.grad(out.square().sum(), (q, k, v), create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), (q, k, v))
+        out = sdpa(q, k, v, **options)
+        (only,) = torch.autograd.grad(out.sum(), (k,))  # an expanded gradient, one operand of three
+        found.append([x.detach().double() for x in (out, *first, *second, only)])
+    for a, b in zip(*found, strict=True):  # second gradients: up to 13, of sums over both
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    q = tensors[0].clone().requires_grad_()
+    one = genfast.scaled_dot_product_attention(q, q, q)
+    three = [q.detach().clone().requires_grad_() for _ in range(3)]
+    genfast.scaled_dot_product_attention(*three).sum().backward()
+    (got,) = torch.autograd.grad(one.sum(), q)
+    torch.testing.assert_close(got, sum(x.grad for x in three), **REORDERED[torch.float32])
+    many = torch.autograd.grad(
+        genfast.scaled_dot_product_attention(q, q, q), q, torch.ones(3, *q.shape),
+        is_grads_batched=True,
+    )  # fmt: skip
+    torch.testing.assert_close(many[0], got.expand(3, *q.shape), rtol=1e-4, atol=1e-5)
 
 
 def test_autocast():

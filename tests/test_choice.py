@@ -15,21 +15,27 @@ from genfast.ops.attention import core
 SIZES = [10, 100, 1000, 10000]
 
 
+OURS, THEIRS = (ALL_SIZES, "cpu"), (ALL_SIZES, "torch")
+
+
 @pytest.mark.parametrize(
-    "ratios, below",
+    "ratios, parts",
     [
-        ([1.2, 1.1, 2.0, 1.5], 0),
-        ([0.99, 1.0, 2.0, 1.5], 0),  # within the noise
-        ([0.5, 1.1, 2.0, 1.5], 11),
-        ([0.5, 0.8, 2.0, 1.5], 101),
-        ([1.5, 0.8, 2.0, 1.5], 0),  # one odd rung is no rule
-        ([0.9, 0.8, 0.5, 0.4], ALL_SIZES),
-        ([1.2, 0.8, 0.5, 0.4], ALL_SIZES),
-        ([1.2, 1.8, 1.5, 0.4], 0),
+        ([1.2, 1.1, 2.0, 1.5], [OURS]),
+        ([0.99, 1.0, 2.0, 1.5], [OURS]),  # within the noise
+        ([0.5, 1.1, 2.0, 1.5], [(11, "torch"), OURS]),
+        ([0.5, 0.8, 2.0, 1.5], [(101, "torch"), OURS]),
+        ([1.5, 0.8, 2.0, 1.5], [OURS]),  # one odd rung is no rule
+        ([1.2, 1.8, 1.5, 0.4], [OURS]),
+        ([0.5, 1.8, 1.5, 0.4], [OURS]),
+        ([0.9, 0.8, 0.5, 0.4], [THEIRS]),
+        ([1.2, 0.8, 0.5, 0.4], [(100, "cpu"), THEIRS]),
+        ([1.2, 1.1, 0.98, 0.9], [(1000, "cpu"), THEIRS]),
+        ([0.98, 0.97, 0.98, 0.9], [(100, "cpu"), THEIRS]),
     ],
 )
-def test_limit_of_a_ladder(ratios, below):
-    assert calibrate.limit_of(SIZES, ratios) == below
+def test_parts_of_a_ladder(ratios, parts):
+    assert calibrate.parts_of(SIZES, ratios) == parts
 
 
 def test_the_first_fitting_row_decides():
@@ -44,6 +50,14 @@ def test_the_first_fitting_row_decides():
     assert not _choice.torch_sizes(rows, "cpu", "float32", "forward")
     assert not _choice.torch_sizes(rows, "cpu", "float16", "decode")
     assert _choice.torch_sizes(rows, "cuda", "float16", "decode") == range(1, 7)
+    rows = (
+        Row("attention", "cpu", isa, "float32", "wide training", 5, "cpu", ""),
+        Row("attention", "cpu", isa, "float32", "wide training", ALL_SIZES, "torch", ""),
+        Row("attention", "cpu", isa, ANY, "training", 9, "torch", ""),
+    )
+    assert _choice.torch_sizes(rows, "cpu", "float32", "wide training") == range(5, ALL_SIZES)
+    assert _choice.torch_sizes(rows, "cpu", "float32", "training") == range(1, 9)
+    assert _choice.torch_sizes(rows, "cpu", "float16", "wide training") == range(1, 9)
 
 
 def test_what_goes_to_pytorch_on_a_gpu():
@@ -56,9 +70,11 @@ def test_what_goes_to_pytorch_on_a_gpu():
         ("float32", "decode"): range(0),  # ours is 1.7 to 10x at any size
         ("float32", "forward"): range(2**22, ALL_SIZES),
         ("float32", "training"): range(1, ALL_SIZES),
+        ("float32", "wide training"): range(1, ALL_SIZES),
         ("bfloat16", "decode"): range(2**23, ALL_SIZES),
         ("bfloat16", "forward"): range(2**29 + 1, ALL_SIZES),
         ("bfloat16", "training"): range(1, ALL_SIZES),
+        ("bfloat16", "wide training"): range(1, ALL_SIZES),
     }
 
 
@@ -143,7 +159,8 @@ def test_a_calibrated_table_is_read_back_on_its_own_machine_only(tmp_path, monke
     row = Row("attention", "cpu", ANY, "float32", "decode", 123, "torch", "measured")
     assert calibrate.save([row]) == path
     assert _choice.table() == (row, *_choice.ROWS)
-    assert _choice._attention_sizes("cpu")[torch.float32] == (range(1, 123), range(0), range(0))
+    nothing = range(0)
+    assert _choice._attention_sizes("cpu")[torch.float32] == (range(1, 123), *[nothing] * 3)
     text = json.loads(path.read_text())
     text["machine"]["torch"] = "1.0"
     path.write_text(json.dumps(text))
@@ -171,7 +188,7 @@ def by_torch(monkeypatch):
         calls.append(args)
         return torch.nn.functional.scaled_dot_product_attention(*args, **kwargs)
 
-    monkeypatch.setitem(core.ATTENTION_BY_TORCH[True], torch.float32, (range(1, ALL_SIZES),) * 3)
+    monkeypatch.setitem(core.ATTENTION_BY_TORCH[True], torch.float32, (range(1, ALL_SIZES),) * 4)
     monkeypatch.setattr(by_torch_module, "torch_sdpa", counted)
     return calls
 
@@ -210,8 +227,22 @@ def test_a_row_for_pytorch_trains_and_differentiates_twice(by_torch, Hkv, causal
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_wide_heads_have_a_row_of_their_own(by_torch, monkeypatch):
+    nothing = range(0)
+    sizes = (nothing, nothing, nothing, range(1, ALL_SIZES))
+    monkeypatch.setitem(core.ATTENTION_BY_TORCH[True], torch.float32, sizes)
+    for D, asked in ((_choice.WIDE_HEAD, 0), (_choice.WIDE_HEAD + 1, 2)):
+        leaves = torch.randn(3, 1, 2, 5, D).unbind(0)
+        genfast.attention(*leaves)  # no gradient
+        for x in leaves:
+            x.requires_grad_()
+        genfast.attention(*leaves)
+        genfast.scaled_dot_product_attention(*leaves)
+        assert len(by_torch) == asked
+
+
 def test_a_forced_backend_does_the_work_itself(monkeypatch):
-    sizes = {True: {torch.float32: (range(1, ALL_SIZES),) * 3}, False: {}}
+    sizes = {True: {torch.float32: (range(1, ALL_SIZES),) * 4}, False: {}}
     monkeypatch.setattr(_choice, "_BY_TORCH", sizes)
     try:
         with genfast.backend("reference"):

@@ -26,7 +26,8 @@ ALL_SIZES = 2**63 - 1
 class Row(NamedTuple):
     """device: cpu or cuda. arch: instruction set of the CPU kernels, or sm_NN of a GPU. dtype:
     torch's name. feature: a kind of call; of attention "decode" (one query), "forward" and
-    "training" (a gradient is wanted), all without options that PyTorch's fused kernel lacks; else a
+    "training" (a gradient is wanted), "wide training" (the same with heads wider than WIDE_HEAD;
+    rows of "training" fit it too), all without options that PyTorch's fused kernel lacks; else a
     native entry point. below: sizes under it (B Hq Sq Sk D of attention's calls and backward,
     elements of the first tensor otherwise). ANY fits all.
     """
@@ -49,9 +50,11 @@ _CPU_ONLY = "CPU kernels only so far"
 # 1.0x, at AVX2 and at AVX-512. (Under 10 us the call itself decides, and handing it on costs 4 us.)
 # On an Intel Xeon with a matrix unit PyTorch's bf16 beats our vectors (0.35x at S 1024, D 128,
 # 2026-11-25-xeon-avx512), so level amx has that unit too: at least 1.29x, fp16 1.14x
-# (2026-11-26-xeon-amx). fp32 there comes to 0.86x at one query without groups and to 0.77x with the
-# gradient of (64, 4, 16, 32): handing those on is no faster (0.82 to 0.99x, 0.74x). It would be for
-# gradients of heads of 256 (0.87 to 1.0x), but a row knows the size of a call, not its head.
+# (2026-11-26-xeon-amx).
+# There fp32 comes to 0.86x at one query without groups, and with AVX2 alone to 0.93x with gradients
+# of heads of 256 (1.03x with AVX-512). Handing the first on is no faster (0.82 to 0.99x); of the
+# second the level does not tell a Xeon, which is slower, from an EPYC, which is not: `genfast bench
+# --calibrate` does.
 #
 # On a GPU a small call costs what its launch costs the host. On an H200 16-bit attention of up to
 # 2^29 takes 21 to 23 us by CUDA, 28 by PyTorch and 34 by PyTorch through us; one query of fp32 is
@@ -129,9 +132,10 @@ def table() -> tuple[Row, ...]:
 def torch_sizes(rows: Iterable[Row], device: str, dtype: str, feature: str) -> range:
     """Sizes that go to PyTorch's own attention; empty calls never do."""
     arch, low = _C.build_info()["isa"] if device == "cpu" else ANY, 1
+    features = (ANY, feature, feature.removeprefix("wide "))
     for row in rows:
-        fits = zip(row[:5], ("attention", device, arch, dtype, feature), strict=True)
-        if all(have in (ANY, want) for have, want in fits):
+        fits = zip(row[:4], ("attention", device, arch, dtype), strict=True)
+        if row.feature in features and all(have in (ANY, want) for have, want in fits):
             if row.backend == "torch":
                 return range(low, row.below)
             low = max(low, row.below)
@@ -147,7 +151,8 @@ def triton_from(rows: Iterable[Row], family: str, entry: str, dtype: str) -> int
     return ALL_SIZES
 
 
-ATTENTION_CALLS = ("decode", "forward", "training")
+ATTENTION_CALLS = ("decode", "forward", "training", "wide training")
+WIDE_HEAD = 192
 
 
 def _attention_sizes(device: str) -> dict[torch.dtype, tuple[range, ...]]:

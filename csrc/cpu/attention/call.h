@@ -1,6 +1,7 @@
 // One call of forward or backward by one unit: scratch, tasks, threads.
 #pragma once
 #include "cpu/attention/backward.h"
+#include "cpu/attention/columns.h"
 #include "cpu/attention/forward.h"
 #include "cpu/attention/scratch.h"
 #include "cpu/parallel.h"
@@ -13,10 +14,36 @@ inline int workers(int threads, int64_t tasks) {
   return static_cast<int>(n < tasks ? n : tasks > 0 ? tasks : 1);
 }
 
+// Scores by columns. A short call is one run of heads for each thread, and the same thread for the
+// same heads: what it wrote forward lies in its own cache backward.
+template <class Work>
+void run_columns(const Work& work, double flops, int threads) {
+  const int64_t tasks = work.tasks(), shares = workers(flops < 4e5 ? 1 : threads, tasks);
+  int64_t bundles = static_cast<int64_t>(flops / 5e6);
+  bundles = bundles < shares ? shares : bundles < tasks ? bundles : tasks;
+  Arena sizes;
+  work.lay_out(sizes);
+  Slots slots(static_cast<int>(shares), sizes.used);
+  parallel_for(bundles, static_cast<int>(shares), [&](int64_t bundle) {
+    slots.with([&](char* base) {
+      Arena arena{base, 0};
+      const auto x = work.lay_out(arena);
+      const int64_t end = (bundle + 1) * tasks / bundles;
+      for (int64_t t = bundle * tasks / bundles; t < end; ++t) work.run_task(t, x);
+    });
+  });
+}
+
 template <class Unit>
 void forward(const AttentionParams& p) {
   Forward<Unit> f(p);
   if (p.B == 0 || p.Hq == 0 || f.longest_q == 0) return;
+  if constexpr (!Unit::matrix) {
+    const ColumnForward work(p);
+    if (!f.in_place && (f.splits == 1 || work.enough()) && work.fits())
+      return run_columns(work, 2.0 * (p.D + p.Dv) * p.B * p.Hq * f.longest_q * f.longest_k,
+                         p.threads);
+  }
   const int64_t tasks = p.B * p.Hkv * f.groups * f.splits;
   // A short task costs less than handing it out: bundle up to about 50 us of products.
   const double flops = 2.0 * (p.D + p.Dv) * f.longest_k * f.longest_q * (p.Hq / p.Hkv) /
@@ -82,6 +109,9 @@ void backward(const AttentionGradParams& g) {
   const AttentionParams& p = g.p;
   Backward<Unit> f(g);
   const double flops = 2.0 * p.B * p.Hq * f.longest_q * f.longest_k * (3.0 * p.D + 2.0 * p.Dv);
+  if constexpr (!Unit::matrix)
+    if (const ColumnBackward work(g); f.splits == 1 && work.fits())
+      return run_columns(work, flops, p.threads);
   const int threads = flops < 4e5 ? 1 : p.threads;
   Arena sizes;
   const auto take = [&](Arena& a) {

@@ -14,9 +14,10 @@ from torch.nn.functional import (
     scaled_dot_product_attention as torch_sdpa,  # kept before any reroute
 )
 
-from genfast.ops._choice import ATTENTION_BY_TORCH
+from genfast.ops._choice import ATTENTION_BY_TORCH, ATTENTION_CALLS, WIDE_HEAD
 from genfast.ops._road import wants_graph
 
+_TRAINING, _WIDE_TRAINING = map(ATTENTION_CALLS.index, ("training", "wide training"))
 _MASKS = (torch.bool, torch.float32)
 _NODE = "ScaledDotProduct"  # what the names of PyTorch's fused nodes begin with
 
@@ -25,7 +26,11 @@ def chosen(call: int, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -
     """The table gives a call (place in ATTENTION_CALLS) of these sizes to PyTorch, which takes the
     mask. In 16 bit it does not: cuDNN's rows that see no key are not 0."""
     sizes = ATTENTION_BY_TORCH[q.is_cpu].get(q.dtype)
-    if sizes is None or q.numel() * k.shape[2] not in sizes[call]:
+    if sizes is None:
+        return False
+    if call == _TRAINING and q.shape[-1] > WIDE_HEAD:
+        call = _WIDE_TRAINING
+    if q.numel() * k.shape[2] not in sizes[call]:
         return False
     return mask is None or (
         q.dtype is torch.float32 and not q.is_cpu and not causal and mask.dtype in _MASKS

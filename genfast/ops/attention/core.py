@@ -40,7 +40,7 @@ TRITON_HEAD_BYTES = 1024  # of the Triton kernels: fp32 heads up to 256
 _FLOAT = torch.float32
 _AUTOCAST = ("cpu", "cuda")
 _MASKS = (torch.bool, *_check.FLOATS)
-_DECODE, _FORWARD, _TRAINING = range(len(ATTENTION_CALLS))
+_DECODE, _FORWARD, _TRAINING, _ = range(len(ATTENTION_CALLS))
 
 
 class Options(NamedTuple):
@@ -113,12 +113,14 @@ def plain_forward(q, k, v, mask, causal: bool, scale, grouped: bool) -> Tensor |
 
 
 def plain_training(q, k, v, mask, causal: bool, scale, grouped: bool) -> Tensor | None:
-    """The same where a gradient is wanted: PyTorch's, or None."""
-    if mask is not None or not by_torch.chosen(_TRAINING, q, k, None, causal):
+    """The same where a gradient is wanted."""
+    if mask is not None:
         return None
-    return by_torch.differentiable(
-        q, k, v, _composite_gradients, is_causal=causal, scale=scale, enable_gqa=grouped
-    )
+    if by_torch.chosen(_TRAINING, q, k, None, causal):
+        return by_torch.differentiable(
+            q, k, v, _composite_gradients, is_causal=causal, scale=scale, enable_gqa=grouped
+        )
+    return _PlainAttention.apply(q, k, v, 0 if causal else -1, scale)
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -333,8 +335,40 @@ class _Attention(Function):
         return _gradients(ctx, dout, dlse, _backward)
 
 
+class _PlainAttention(Function):
+    """The GRAD road of a call without options: of a short one, _Attention's 13 arguments and its
+    second output are a fifth (100 of 480 us at 64 x 4 heads of 16 queries)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, right, scale):
+        out, lse = empty_out(q, v.shape[-1]), _empty_lse(q, _FLOAT)
+        if not kernels.attention_forward(
+            q, k, v, out, lse, None, None, None, 0, 0, None, None, 0, None, 0, scale, 0.0, -1,
+            right, False, 0.0,
+        ):  # fmt: skip
+            raise TypeError("genfast: the kernel does not take these tensors")
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.options = right, scale
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        q, k, v, out, lse = ctx.saved_tensors
+        right, scale = ctx.options
+        if wants_graph() or not plain(dout):
+            return *_composite_gradients(q, k, v, right == 0, scale, dout), None, None
+        dout = _unit(dout)
+        dq, dk, dv = (_unit(torch.empty_like(x)) for x in (q, k, v))
+        if not kernels.attention_backward(
+            dout, None, dq, dk, dv, None, None, q, k, v, out, lse, None, None, None, 0, 0, None,
+            None, 0, None, 0, scale, 0.0, -1, right, False, 0.0,
+        ):  # fmt: skip
+            raise RuntimeError("genfast: the backward kernel refused what the forward kernel took")
+        return dq, dk, dv, None, None
+
+
 def _composite_gradients(q, k, v, causal, scale, dout):
-    """For the second gradient of PyTorch's attention."""
+    """Differentiable ones of a call without options."""
     options = Options(scale=scale, right=0 if causal else -1)
     return _differentiable((q, k, v, None, None, None), DENSE, options, [dout, None])[:3]
 
@@ -381,17 +415,16 @@ def attend(q, k, v, mask, alibi, sinks, packed: Packed, options: Options, want_l
             if found is not None:
                 return found
         elif road == GRAD and not (alibi is not None and alibi.requires_grad):
-            if by_torch_too and mask is None and ATTENTION_BY_TORCH[q.is_cpu]:
-                try:
+            try:
+                if by_torch_too and mask is None and ATTENTION_BY_TORCH[q.is_cpu]:
                     given = by_torch.settings(_TRAINING, q, k, v, None, options)
                     if given is not None:
                         return by_torch.differentiable(q, k, v, _composite_gradients, **given), None
-                except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
-                    validate(q, k, v, mask, alibi, sinks, packed, options)
-                    raise
-            validate(q, k, v, mask, alibi, sinks, packed, options)
-            if _fits(q, k, v, mask, alibi, sinks, packed):
-                return _Attention.apply(q, k, v, mask, alibi, sinks, *packed, *options)
+                if _fits(q, k, v, mask, alibi, sinks, packed):
+                    return _Attention.apply(q, k, v, mask, alibi, sinks, *packed, *options)
+            except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+                validate(q, k, v, mask, alibi, sinks, packed, options)
+                raise
     return _slow(q, k, v, mask, alibi, sinks, packed, options)
 
 
