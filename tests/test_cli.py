@@ -460,18 +460,19 @@ def test_inspect_refuses_what_says_nothing(tmp_path, capsys):
 
 
 def test_freed_memory_is_kept_by_what_steps_a_model():
-    """256 MiB freed twice: the second time no page is fetched again."""
+    """64 MiB made and freed again and again. A small piece may land in the hole and move the next
+    one, so the first rounds do not count."""
     code = (
         "import resource, torch\n"
         "from genfast._memory import keep_freed_memory\n"
         "kept = keep_freed_memory()\n"
-        "torch.ones(2**26).sum()\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "torch.ones(2**26).sum()\n"
+        "for _ in range(6):\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    torch.ones(2**24).sum()\n"
         "print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
     )
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     kept, faults = out.stdout.split()
     if kept != "True":
         pytest.skip("not glibc's malloc")
-    assert int(faults) < 1000  # of 65536 pages
+    assert int(faults) < 1000  # of 16384 pages

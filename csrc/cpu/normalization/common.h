@@ -238,8 +238,9 @@ struct Sample {
 // One thread where a second gains little: 32768 elements take about 10 us.
 inline int threads_for(const NormalizeParams& p) { return p.x.numel < 32768 ? 1 : p.threads; }
 
-// [outer][inner][channels] as `samples` of `rows` rows. Few large samples are cut into parts, of
-// small ones a task takes several.
+// [outer][inner][channels] as `samples` of `rows` rows. Few or large samples are cut into parts, of
+// small ones a task takes several. Parts cost a pass of memory for each step of a group norm, so 16
+// samples of up to 1 MiB, which lie in a second-level cache, stay whole.
 struct Rows {
   int64_t samples, rows, channels, parts, per_part, per_block, per_task;
   explicit Rows(const NormalizeParams& p, bool by_sample) {
@@ -247,7 +248,8 @@ struct Rows {
     samples = by_sample ? p.planes.outer : 1;
     rows = by_sample ? p.planes.inner : p.planes.outer * p.planes.inner;
     const int64_t most = std::max<int64_t>(1, 128 / samples);
-    parts = std::clamp<int64_t>(rows * channels / (8 * kBlock), 1, most);
+    const int64_t least = (samples < 16 ? 8 : 64) * kBlock;
+    parts = std::clamp<int64_t>(rows * channels / least, 1, most);
     per_part = (rows + parts - 1) / parts;
     per_block = std::max<int64_t>(1, kBlock / channels);
     per_task = std::max<int64_t>(1, 4 * kBlock / (per_part * channels));
