@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# One wheel for every torch: builds it once and runs the tests of the boundary and of each family
-# with it under every interpreter given, which differ in their torch.
+# One wheel for every torch: builds it once and runs what depends on torch (the boundary, autograd,
+# compile and export, the faces of F.sdpa) under every interpreter given.
 #
 #   tests/torches.sh PYTHON_WITH_TORCH_A PYTHON_WITH_TORCH_B ...
 #
@@ -27,6 +27,6 @@ import genfast
 assert genfast.__file__.startswith(sys.argv[1]), f"not of the wheel: {genfast.__file__}"
 print(f"== torch {torch.__version__}, python {sys.version.split()[0]}")
 PY
-  "$python" -m pytest -q -p no:cacheprovider -m "not slow and not gpu" tests/test_native.py \
-    tests/test_rng.py tests/test_sampling.py tests/test_attention.py tests/diffusion/test_step.py
+  "$python" -m pytest -q -p no:cacheprovider -m "not gpu" tests/test_native.py \
+    tests/test_rng.py tests/test_transforms.py tests/test_attention_faces.py
 done

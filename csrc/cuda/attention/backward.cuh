@@ -120,8 +120,7 @@ __global__ void __launch_bounds__(kMmaThreads, kDim <= 64 ? 2 : 1)
     mma_backward_k(const __grid_constant__ GradientPlan plan) {
   constexpr int kPass = kBackwardRows<kDim>, kN = kPass / 8;
   GENFAST_DYNAMIC_SHARED(memory);
-  GENFAST_SHARED(Query[3][kPass], queries);  // of this block, the next and the one after it
-  GENFAST_SHARED(float[3][2][kPass], stats);
+  GENFAST_SHARED(PassingQueries<kPass>, passing);
   const AttentionParams& p = plan.g.p;
   const Rows16<kDim> k{reinterpret_cast<uint16_t*>(memory)}, v{k.base + kMmaRows * kDim};
   const auto stage_of = [&](int stage, int gradient) {
@@ -145,22 +144,10 @@ __global__ void __launch_bounds__(kMmaThreads, kDim <= 64 ? 2 : 1)
   const auto seeing = [&](int block) {
     return next_seeing<kPass>(p, s, block, rows, first, first + kMmaRows);
   };
-  const auto describe = [&](int slot, int block) {
-    if (thread >= kPass) return;
-    const Query query = query_of(p, s, kv_head, block + thread);
-    queries[slot][thread] = query;
-    const bool real = query.position >= 0;
-    const int64_t i = real ? RowStats::index(p, s.b, query) : 0;
-    stats[slot][0][thread] = real ? plan.stats.lse2[i] : infinite();
-    stats[slot][1][thread] = real ? plan.stats.delta[i] : 0.0f;
-  };
   const auto load = [&](int stage, int slot, int block) {
     const auto from = [&](const Rows16<kDim>& to, const AttentionRows& operand, int dim) {
-      to.template fill<kPass>(dim, whole, thread, [&](int r) -> const char* {
-        const Query query = queries[slot][r];
-        return query.position < 0 ? nullptr
-                                  : row_at(operand, 2, s.b, query.head, s.q_row + query.position);
-      });
+      to.template fill<kPass>(dim, whole, thread,
+                              [&](int r) { return passing.row(operand, s, slot, r); });
     };
     if (block < rows) {
       from(stage_of(stage, 0), p.q, D);
@@ -169,8 +156,8 @@ __global__ void __launch_bounds__(kMmaThreads, kDim <= 64 ? 2 : 1)
     copy_commit();
   };
   int block = seeing(0), next = seeing(block + kPass);
-  describe(0, block);
-  describe(1, next);
+  passing.describe(plan, s, kv_head, 0, block);
+  passing.describe(plan, s, kv_head, 1, next);
   __syncthreads();
   load(0, 0, block);
   int stage = 0, slot = 0;
@@ -181,7 +168,7 @@ __global__ void __launch_bounds__(kMmaThreads, kDim <= 64 ? 2 : 1)
     const int after = seeing(next + kPass);
     copy_wait<1>();
     __syncthreads();  // this stage is here
-    describe(slot == 0 ? 2 : slot - 1, after);
+    passing.describe(plan, s, kv_head, slot == 0 ? 2 : slot - 1, after);
     float w[1][kN][4], d[1][kN][4];
     multiply_rows<T, kDim>(k, row, stage_of(stage, 0), w);
     multiply_rows<T, kDim>(v, row, stage_of(stage, 1), d);
@@ -192,8 +179,9 @@ __global__ void __launch_bounds__(kMmaThreads, kDim <= 64 ? 2 : 1)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int r = 8 * n + 2 * t + e % 2;
-        gradient_of<kOptions, false>(p, s, queries[slot][r], stats[slot][0][r], stats[slot][1][r],
-                                     first + row + g + 8 * (e / 2), full, w[0][n][e], d[0][n][e]);
+        gradient_of<kOptions, false>(p, s, passing.queries[slot][r], passing.stats[slot][0][r],
+                                     passing.stats[slot][1][r], first + row + g + 8 * (e / 2), full,
+                                     w[0][n][e], d[0][n][e]);
       }
     add_weighted<T, kDim>(w, stage_of(stage, 1), dv);
     add_weighted<T, kDim>(d, stage_of(stage, 0), dk);

@@ -76,6 +76,34 @@ __device__ __forceinline__ int next_seeing(const AttentionParams& p, const Seque
   return block;
 }
 
+// The queries that pass by a block of keys, in shared memory: of this block of rows, the next and
+// the one after it.
+template <int kPass>
+struct PassingQueries {
+  Query queries[3][kPass];
+  alignas(16) float stats[3][2][kPass];  // LSE and delta of RowStats
+
+  // Rows [block, block + kPass) of a group's queries, by the first kPass threads.
+  __device__ __forceinline__ void describe(const GradientPlan& plan, const Sequence& s, int kv_head,
+                                           int slot, int block) {
+    const int thread = static_cast<int>(threadIdx.x);
+    if (thread >= kPass) return;
+    const Query query = query_of(plan.g.p, s, kv_head, block + thread);
+    queries[slot][thread] = query;
+    const bool real = query.position >= 0;
+    const int64_t i = real ? RowStats::index(plan.g.p, s.b, query) : 0;
+    stats[slot][0][thread] = real ? plan.stats.lse2[i] : infinite();
+    stats[slot][1][thread] = real ? plan.stats.delta[i] : 0.0f;
+  }
+  // Row r of an operand in 16 bit; null where there is none.
+  __device__ __forceinline__ const char* row(const AttentionRows& operand, const Sequence& s,
+                                             int slot, int r) const {
+    const Query query = queries[slot][r];
+    return query.position < 0 ? nullptr
+                              : row_at(operand, 2, s.b, query.head, s.q_row + query.position);
+  }
+};
+
 // One score of a query and key j. w: score -> P (times dropout's factor, which dV wants);
 // d: dP -> dS, before the softcap unless `after_softcap`.
 template <bool kOptions, bool kExact>

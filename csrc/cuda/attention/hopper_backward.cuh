@@ -25,8 +25,7 @@ __global__ void __launch_bounds__(HopperBackward<kDim>::kThreads, 1)
     using H = HopperBackward<kDim>;
     constexpr int kKeys = H::kKeys, kPass = H::kPass, kThreads = H::kThreads;
     GENFAST_DYNAMIC_SHARED(memory);
-    GENFAST_SHARED(Query[3][kPass], queries);  // of this block, the next and the one after it
-    GENFAST_SHARED(float[3][2][kPass], stats);
+    GENFAST_SHARED(PassingQueries<kPass>, passing);
     const AttentionParams& p = plan.g.p;
     using Keys = Rows16<kDim, kKeys>;
     const Keys k{reinterpret_cast<uint16_t*>(memory)}, v{k.base + kKeys * kDim};
@@ -49,17 +48,8 @@ __global__ void __launch_bounds__(HopperBackward<kDim>::kThreads, 1)
     const auto seeing = [&](int block) {
       return next_seeing<kPass>(p, s, block, rows, first, first + kKeys);
     };
-    const auto describe = [&](int slot, int block) {
-      if (thread >= kPass) return;
-      const Query query = query_of(p, s, kv_head, block + thread);
-      queries[slot][thread] = query;
-      const bool real = query.position >= 0;
-      const int64_t i = real ? RowStats::index(p, s.b, query) : 0;
-      stats[slot][0][thread] = real ? plan.stats.lse2[i] : infinite();
-      stats[slot][1][thread] = real ? plan.stats.delta[i] : 0.0f;
-    };
     const auto load = [&](int stage, int slot, int block) {
-      const Query start = queries[slot][0];
+      const Query start = passing.queries[slot][0];
       // Rows of one head lie at equal distances; zeros follow the last one.
       const bool even = start.position + kPass <= s.Sq || start.head == (kv_head + 1) * heads - 1;
       const auto from = [&](const Rows16<kDim, kPass>& to, const AttentionRows& operand, int dim) {
@@ -69,11 +59,8 @@ __global__ void __launch_bounds__(HopperBackward<kDim>::kThreads, 1)
               rows - block, dim, thread);
           return;
         }
-        to.template fill<kPass, kThreads>(dim, true, thread, [&](int r) -> const char* {
-          const Query query = queries[slot][r];
-          return query.position < 0 ? nullptr
-                                    : row_at(operand, 2, s.b, query.head, s.q_row + query.position);
-        });
+        to.template fill<kPass, kThreads>(dim, true, thread,
+                                          [&](int r) { return passing.row(operand, s, slot, r); });
       };
       if (block < rows) {
         from(stage_of(stage, 0), p.q, D);
@@ -87,8 +74,8 @@ __global__ void __launch_bounds__(HopperBackward<kDim>::kThreads, 1)
     const float unit = p.scale * kLog2e;
     float dk[kDim / 8][4] = {}, dv[kDim / 8][4] = {};
     int block = seeing(0), next = seeing(block + kPass);
-    describe(0, block);
-    describe(1, next);
+    passing.describe(plan, s, kv_head, 0, block);
+    passing.describe(plan, s, kv_head, 1, next);
     __syncthreads();
     load(0, 0, block);
     int stage = 0, slot = 0;
@@ -99,7 +86,7 @@ __global__ void __launch_bounds__(HopperBackward<kDim>::kThreads, 1)
       share();
       __syncthreads();  // this stage is here; nobody reads the other one, or dS, any more
       load(stage ^ 1, slot == 2 ? 0 : slot + 1, next);
-      describe(slot == 0 ? 2 : slot - 1, after);
+      passing.describe(plan, s, kv_head, slot == 0 ? 2 : slot - 1, after);
       const Seen seen = seen_of_rows<kPass>(p, s, block, rows);
       const bool full = seen.every_lo <= first && seen.every_hi >= first + kKeys;
       const auto q = stage_of(stage, 0), dout = stage_of(stage, 1);
@@ -119,12 +106,13 @@ __global__ void __launch_bounds__(HopperBackward<kDim>::kThreads, 1)
           for (int n = 0; n < 8; ++n)
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-              const Query& query = queries[slot][part + 8 * n + 2 * t + e % 2];
+              const Query& query = passing.queries[slot][part + 8 * n + 2 * t + e % 2];
               const int j = mine + 8 * (e / 2);
               w[n][e] = j >= query.lo & j < query.hi ? w[n][e] : -infinite();
             }
         }
-        const float *lse2 = stats[slot][0] + part + 2 * t, *delta = stats[slot][1] + part + 2 * t;
+        const float *lse2 = passing.stats[slot][0] + part + 2 * t,
+                    *delta = passing.stats[slot][1] + part + 2 * t;
 #pragma unroll
         for (int n = 0; n < 8; ++n) {
           const float2 pair = *reinterpret_cast<const float2*>(lse2 + 8 * n);
