@@ -128,6 +128,14 @@ GENFAST_FN V vector_sum(int64_t n, Term&& term) {
 }
 
 GENFAST_FN void add_lanes(double* total, int64_t, int64_t c, int count, f32v v) {
+  typedef double Doubles __attribute__((vector_size(8 * W)));
+  if (count == W) {  // lane by lane, blocks of few rows took 1.5 times as long
+    Doubles sum;
+    __builtin_memcpy(&sum, total + c, sizeof sum);
+    sum += __builtin_convertvector(v, Doubles);
+    __builtin_memcpy(total + c, &sum, sizeof sum);
+    return;
+  }
   float lane[W];
   store(lane, v);
   for (int k = 0; k < count; ++k) total[c + k] += lane[k];
@@ -256,6 +264,10 @@ struct Rows {
   }
   int64_t units() const { return samples * parts; }  // parts of samples
   int64_t sample(int64_t unit) const { return unit / parts; }
+  int64_t rows_of(int64_t unit) const {
+    const int64_t begin = unit % parts * per_part;
+    return std::max<int64_t>(0, std::min(rows, begin + per_part) - begin);
+  }
   int64_t buffer() const { return std::max(kBlock, per_block * channels); }
 
   // Calls body(unit, scratch) for every unit, with a scratch of make() for each task.
