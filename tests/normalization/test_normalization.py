@@ -121,6 +121,15 @@ def test_a_large_mean_does_not_cancel():
     assert (genfast.layer_norm(x) - F.layer_norm(x.double(), (64,))).abs().max() < 2e-4
 
 
+def test_first_rows_far_from_the_others():
+    """Channels inside are summed around the mean of their first rows: 1000 here, 31 of all."""
+    x = randn(2, 64, 32, 32)
+    x[:, :, 0] += 1000
+    x = x.contiguous(memory_format=torch.channels_last)
+    got, eager = genfast.group_norm(x, 4, eps=0.0), torch.group_norm(x, 4, eps=0.0)
+    yardstick("far", got, eager, torch.group_norm(x.double(), 4, eps=0.0), kind="output")
+
+
 def test_expanded_gradient():
     """Of y.sum(): one number for every element."""
     x = randn(2, 8, 5, 5).requires_grad_()

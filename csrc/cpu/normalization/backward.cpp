@@ -258,17 +258,20 @@ void each_column(const Call& call) {
     });
     for (int64_t c = 0; c < C; ++c) own[C + c] *= of.rstd[c];
   };
+  // Once a sample, as in the forward.
+  std::unique_ptr<OfGroup[]> found(new OfGroup[p.planes.outer * G]);
+  const auto conclude = [&](int64_t n, Scratch& of) {
+    load_sample(n, of);
+    for (int64_t u = n * cut.parts; u < (n + 1) * cut.parts; ++u)
+      for (int64_t c = 0; c < C; ++c)
+        found[n * G + c / width].add(of.sample.a[c], sums[u * 2 * C + c], sums[u * 2 * C + C + c]);
+  };
   const auto apply = [&](int64_t unit, Scratch& of) {
     const int64_t n = cut.sample(unit);
     load_sample(n, of);
-    for (int64_t g = 0; g < G; ++g) {
-      OfGroup group;
-      const int64_t begin = g * width, end = begin + width;
-      for (int64_t u = n * cut.parts; u < (n + 1) * cut.parts; ++u)
-        for (int64_t c = begin; c < end; ++c)
-          group.add(of.sample.a[c], sums[u * 2 * C + c], sums[u * 2 * C + C + c]);
-      std::fill(of.u + begin, of.u + end, group.u(of.rstd[begin], count));
-      std::fill(of.v + begin, of.v + end, group.v(of.rstd[begin], count));
+    for (int64_t c = 0; c < C; ++c) {
+      const OfGroup& group = found[n * G + c / width];
+      of.u[c] = group.u(of.rstd[c], count), of.v[c] = group.v(of.rstd[c], count);
     }
     cut.blocks(unit, [&](int64_t first, int64_t rows) {
       const float* q = call.x.read(first * C, rows * C, of.held);
@@ -294,10 +297,15 @@ void each_column(const Call& call) {
   if (cut.parts == 1) {
     cut.each(threads_for(p), make, [&](int64_t unit, Scratch& of) {
       slopes(unit, of);
+      conclude(unit, of);
       apply(unit, of);
     });
   } else {
     cut.each(threads_for(p), make, slopes);
+    parallel_for(cut.samples, threads_for(p), [&](int64_t n) {
+      auto scratch = make();
+      conclude(n, scratch);
+    });
     cut.each(threads_for(p), make, apply);
   }
   if (call.sums()) of_parameters(call, cut.samples, cut.parts, sums.get());

@@ -83,64 +83,75 @@ void each_run(const Call& call) {
   });
 }
 
-// Group norm, channels inside: sums of whole rows, then of the groups' columns.
+// Group norm, channels inside. One pass sums x - k and its square of every channel, k the channel's
+// mean over the first block of rows; a second applies. With n rows to a block and N in all,
+// (k - mean)^2 <= variance N / n, so what cancels is log2(N / n) bits at worst.
 template <class Act>
 void each_column(const Call& call) {
   const NormalizeParams& p = call.p;
   const Rows cut(p, true);
   const int64_t C = cut.channels, G = p.groups, width = C / G;
-  const double count = static_cast<double>(width) * cut.rows;
-  // Of each unit: the sums of its columns, and of their squares around the mean.
-  std::unique_ptr<double[]> sums(new double[2 * cut.units() * C]());
-  double* squares = sums.get() + cut.units() * C;
-  const auto of_groups = [&](const double* of, int64_t n, auto&& found) {
-    for (int64_t g = 0; g < G; ++g) {
-      double total = 0;
-      for (int64_t u = n * cut.parts; u < (n + 1) * cut.parts; ++u)
-        for (int64_t c = g * width; c < (g + 1) * width; ++c) total += of[u * C + c];
-      found(g, total / count);
-    }
-  };
+  std::unique_ptr<double[]> sums(new double[2 * cut.units() * C]());  // [units][2][C]
+  std::unique_ptr<float[]> pivots(new float[cut.units() * C]);
   struct Scratch {
     Sample sample;
     Floats mean, buffer;
   };
   const auto make = [&] { return Scratch{Sample(C), Floats(C), call.x.buffer(cut.buffer())}; };
-  const auto sum = [&](int64_t unit, Scratch& of) {
+  const auto measure = [&](int64_t unit, Scratch& of) {
+    float* pivot = pivots.get() + unit * C;
+    bool known = false;
     cut.blocks(unit, [&](int64_t first, int64_t rows) {
       const float* q = call.x.read(first * C, rows * C, of.buffer);
-      add_columns<f32v>(rows, C, sums.get() + unit * C, [&](int64_t c, auto lanes) {
-        return [=](int64_t r) { return take(q + r * C + c, lanes); };
-      });
-    });
-  };
-  const auto square = [&](int64_t unit, Scratch& of) {
-    of_groups(sums.get(), cut.sample(unit), [&](int64_t g, double m) {
-      std::fill(of.mean + g * width, of.mean + (g + 1) * width, static_cast<float>(m));
-    });
-    cut.blocks(unit, [&](int64_t first, int64_t rows) {
-      const float* q = call.x.read(first * C, rows * C, of.buffer);
-      add_columns<f32v>(rows, C, squares + unit * C, [&](int64_t c, auto lanes) {
-        const f32v mean = load(of.mean + c);
+      if (!known)
+        over(C, [&](int64_t c, auto lanes) {
+          f32v sum{};
+          for (int64_t r = 0; r < rows; ++r) sum += take(q + r * C + c, lanes);
+          put(pivot + c, sum * (1.0f / rows), lanes);
+        });
+      known = true;
+      add_columns<f32p>(rows, C, sums.get() + unit * 2 * C, [&](int64_t c, auto lanes) {
+        const f32v k = take(pivot + c, lanes);
         return [=](int64_t r) {
-          const f32v d = take(q + r * C + c, lanes) - mean;
-          return d * d;
+          const f32v d = take(q + r * C + c, lanes) - k;
+          return f32p{d, d * d};
         };
       });
     });
+  };
+  // From sums around the pivots k: sum (x - mean)^2 = sum (x - k)^2 - 2 d sum (x - k) + n d^2,
+  // d = mean - k.
+  const auto of_group = [&](int64_t n, int64_t g) {
+    const auto each = [&](auto&& body) {
+      for (int64_t u = n * cut.parts; u < (n + 1) * cut.parts; ++u)
+        for (int64_t c = g * width; c < (g + 1) * width; ++c)
+          body(static_cast<double>(cut.rows_of(u)), static_cast<double>(pivots[u * C + c]),
+               sums[u * 2 * C + c], sums[u * 2 * C + C + c]);
+    };
+    const double count = static_cast<double>(width) * cut.rows;
+    double mean = 0, squares = 0;
+    each([&](double rows, double k, double s, double) { mean += (rows * k + s) / count; });
+    each([&](double rows, double k, double s, double s2) {
+      const double d = mean - k;
+      squares += s2 - d * (2 * s - rows * d);
+    });
+    const double variance = std::max(0.0, squares / count);
+    return Statistics{static_cast<float>(mean),
+                      static_cast<float>(1.0 / std::sqrt(variance + p.eps))};
+  };
+  // Once a sample: made again for each of its parts, they took as long as the passes.
+  std::unique_ptr<Statistics[]> found(new Statistics[p.planes.outer * G]);
+  const auto conclude = [&](int64_t n) {
+    for (int64_t g = n * G; g < (n + 1) * G; ++g) call.keep(g, found[g] = of_group(n, g % G));
   };
   const auto apply = [&](int64_t unit, Scratch& of) {
     const int64_t n = cut.sample(unit);
     of.sample.load(call.affine, n);
     float *a = of.sample.a, *b = of.sample.b, *mean = of.mean;
-    of_groups(sums.get(), n, [&](int64_t g, double m) {
-      std::fill(mean + g * width, mean + (g + 1) * width, static_cast<float>(m));
-    });
-    of_groups(squares, n, [&](int64_t g, double variance) {
-      const Statistics s{mean[g * width], static_cast<float>(1.0 / std::sqrt(variance + p.eps))};
-      if (unit % cut.parts == 0) call.keep(n * G + g, s);
-      for (int64_t c = g * width; c < (g + 1) * width; ++c) a[c] *= s.rstd;
-    });
+    for (int64_t g = 0; g < G; ++g) {
+      const Statistics s = found[n * G + g];
+      for (int64_t c = g * width; c < (g + 1) * width; ++c) a[c] *= s.rstd, mean[c] = s.mean;
+    }
     of.sample.of = -1;  // a now holds more
     cut.blocks(unit, [&](int64_t first, int64_t rows) {
       const float* q = call.x.read(first * C, rows * C, of.buffer);
@@ -155,12 +166,12 @@ void each_column(const Call& call) {
   };
   if (cut.parts == 1)
     return cut.each(threads_for(p), make, [&](int64_t unit, Scratch& of) {
-      sum(unit, of);
-      square(unit, of);
+      measure(unit, of);
+      conclude(unit);
       apply(unit, of);
     });
-  cut.each(threads_for(p), make, sum);
-  cut.each(threads_for(p), make, square);
+  cut.each(threads_for(p), make, measure);
+  parallel_for(cut.samples, threads_for(p), [&](int64_t n) { conclude(n); });
   cut.each(threads_for(p), make, apply);
 }
 

@@ -59,6 +59,7 @@ class KLAutoencoder(nn.Module):
         self.decoder = nn.Sequential(nn.Conv2d(z_channels, c, 3, padding=1), *up[:-1])
         self.register_buffer("mean", torch.zeros(z_channels))
         self.register_buffer("std", torch.ones(z_channels))
+        self.to(memory_format=torch.channels_last)  # the convolutions' layout, see UNet
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """mu, logvar of q(z|x), each (B, c, h, w)."""
