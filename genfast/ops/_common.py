@@ -15,6 +15,13 @@ def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if torch.float64 in given else torch.float32
 
 
+def composite_dtype(x: Tensor, *others: Tensor | None) -> torch.dtype:
+    """wide_dtype; off the CPU x's own where all have it: PyTorch's kernels there are fp32 inside,
+    and casts around them would be two passes more."""
+    uniform = all(t is None or t.dtype == x.dtype for t in others)
+    return x.dtype if uniform and x.device.type != "cpu" else wide_dtype(x, *others)
+
+
 def on_kernel(name: str, *tensors: Tensor | None) -> bool:
     return all(
         t is None or (t.dtype in KERNEL_DTYPES and has_kernels(t.device, name)) for t in tensors

@@ -15,7 +15,7 @@ from torch.autograd import Function
 
 from genfast.ops import _check
 from genfast.ops._backend import forced_reference, kernels
-from genfast.ops._common import like, on_kernel, wide_dtype
+from genfast.ops._common import composite_dtype, like, on_kernel, wide_dtype
 from genfast.ops._road import (
     DIRECT,
     GRAD,
@@ -75,7 +75,7 @@ def _native_backward(g, statistics, x, *rest, wants):
 
 
 def _composite(x, weight, bias, scale, shift, groups, rms, act, eps):
-    dtype = wide_dtype(x, weight, bias, scale, shift)
+    dtype = composite_dtype(x, weight, bias, scale, shift)
     tensors = (None if t is None else t.to(dtype) for t in (x, weight, bias, scale, shift))
     y = reference.normalize(*tensors, groups=groups, rms=rms, act=_NAMES[act], eps=eps)
     return y.to(x.dtype)

@@ -9,6 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import genfast
 import genfast.nn
+from genfast.ops._common import composite_dtype
 from genfast.reference import normalization as reference
 from genfast.reference.normalization import ACTIVATIONS
 
@@ -344,3 +345,11 @@ X = torch.zeros(2, 8, 5)
 def test_wrong_input_names_the_argument(error, message, call):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_off_the_cpu_the_composite_casts_nothing():
+    """PyTorch's norms are fp32 inside on a GPU: 16 bits stay 16 bits there, mixed inputs widen."""
+    x, w = torch.empty(2, 8, dtype=torch.bfloat16, device="meta"), torch.empty(8, device="meta")
+    assert composite_dtype(x, w.bfloat16(), None) == torch.bfloat16
+    assert composite_dtype(x, w) == torch.float32
+    assert composite_dtype(torch.empty(2, 8, dtype=torch.bfloat16)) == torch.float32

@@ -16,7 +16,7 @@ from torch.autograd import Function
 
 from genfast.ops import _check, _noise
 from genfast.ops._backend import forced_reference, kernels
-from genfast.ops._common import like, on_kernel, wide_dtype
+from genfast.ops._common import composite_dtype, like, on_kernel, wide_dtype
 from genfast.ops._road import (
     DIRECT,
     GRAD,
@@ -100,7 +100,7 @@ def _noise_of(x, noise, seeds, rest, dtype):
 
 
 def _composite(x, b, noise, strength, seeds, *rest):
-    dtype = wide_dtype(x, b, noise)
+    dtype = composite_dtype(x, b, noise)
     noise = _noise_of(x, noise, seeds, rest, dtype)
     y = reference.bias_act(
         x.to(dtype), None if b is None else b.to(dtype), noise,
