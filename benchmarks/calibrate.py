@@ -65,7 +65,7 @@ def parts_of(sizes: list[int], ratios: list[float]) -> list[tuple[int, str]]:
     if not loses[-1]:
         return whole
     top = max(i for i, ratio in enumerate(ratios) if ratio >= 1) + 1 if max(ratios) >= 1 else 1
-    return whole if len(ratios) - top < 2 else [(sizes[top], "cpu"), (ALL_SIZES, "torch")]
+    return whole if len(ratios) - top < 2 else [(sizes[top - 1] + 1, "cpu"), (ALL_SIZES, "torch")]
 
 
 def calibrate(threads: int = 2) -> Iterator[Row]:

@@ -54,13 +54,17 @@ def run(args) -> int:
 
 def calibrate(args) -> int:
     from genfast.benchmarks import calibrate as calibration
+    from genfast.ops._choice import ALL_SIZES
 
     if args.device != "cpu":
         raise ValueError("--calibrate: measures the CPU only; leave --device out")
     rows = []
     for row in calibration.calibrate(args.threads):
         rows.append(row)
-        print(f"{row.family} {row.feature} {row.dtype}: {row.backend}; {row.why}", flush=True)
+        sizes = "" if row.below == ALL_SIZES else f" below {row.below:.2g}"
+        print(
+            f"{row.family} {row.feature} {row.dtype}{sizes}: {row.backend}; {row.why}", flush=True
+        )
     print(f"wrote {calibration.save(rows)}; `genfast info --backends` shows the table in force")
     return 0
 
