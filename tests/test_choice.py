@@ -78,6 +78,20 @@ def test_what_goes_to_pytorch_on_a_gpu():
     }
 
 
+def test_what_goes_to_pytorch_on_a_cpu(monkeypatch):
+    """Long gradients of wide fp32 heads, on a Xeon with a matrix unit only."""
+    for isa in ("base", "v2", "v3", "v4", "amx"):
+        monkeypatch.setattr(_choice._C, "build_info", lambda isa=isa: {"isa": isa})
+        found = {
+            (d, call): sizes
+            for d in ("float32", "bfloat16", "float16")
+            for call in _choice.ATTENTION_CALLS
+            if (sizes := _choice.torch_sizes(_choice.ROWS, "cpu", d, call))
+        }
+        wide = {("float32", "wide training"): range(2**30, ALL_SIZES)}
+        assert found == (wide if isa == "amx" else {})
+
+
 def test_what_goes_to_triton_before_cuda():
     rows = _choice.ROWS
     assert _choice.triton_from(rows, "rng", "random", "float32") == ALL_SIZES
@@ -160,7 +174,8 @@ def test_a_calibrated_table_is_read_back_on_its_own_machine_only(tmp_path, monke
     assert calibrate.save([row]) == path
     assert _choice.table() == (row, *_choice.ROWS)
     nothing = range(0)
-    assert _choice._attention_sizes("cpu")[torch.float32] == (range(1, 123), *[nothing] * 3)
+    sizes = _choice._attention_sizes("cpu")[torch.float32]
+    assert sizes[:3] == (range(1, 123), nothing, nothing)
     text = json.loads(path.read_text())
     text["machine"]["torch"] = "1.0"
     path.write_text(json.dumps(text))

@@ -43,18 +43,20 @@ class Row(NamedTuple):
 
 
 _H100 = "benchmarks/results/2026-11-26-h100*.json"
+_XEON = "benchmarks/results/2026-11-26-xeon-amx-attention.json"
 _H200 = "benchmarks/results/2026-11-26-h200*.json"
 _CPU_ONLY = "CPU kernels only so far"
 
-# Attention on CPU has no row for PyTorch. On an AMD EPYC every case of the benchmark is at least
-# 1.0x, at AVX2 and at AVX-512. (Under 10 us the call itself decides, and handing it on costs 4 us.)
+# Attention on CPU: on an AMD EPYC every case of the benchmark is at least 1.0x, at AVX2 and at
+# AVX-512. (Under 10 us the call itself decides, and handing it on costs 4 us.)
+#
 # On an Intel Xeon with a matrix unit PyTorch's bf16 beats our vectors (0.35x at S 1024, D 128,
-# 2026-11-25-xeon-avx512), so level amx has that unit too: at least 1.29x, fp16 1.14x
-# (2026-11-26-xeon-amx).
-# There fp32 comes to 0.86x at one query without groups, and with AVX2 alone to 0.93x with gradients
-# of heads of 256 (1.03x with AVX-512). Handing the first on is no faster (0.82 to 0.99x); of the
-# second the level does not tell a Xeon, which is slower, from an EPYC, which is not: `genfast bench
-# --calibrate` does.
+# 2026-11-25-xeon-avx512), so level amx has that unit too: at least 1.22x, fp16 1.14x. Gradients of
+# fp32 heads of 256 come to 0.92x there with four heads of 1024 rows (1.03x with eight; shorter ones
+# 1.04 to 1.4x): the long ones are PyTorch's. With AVX2 alone it is 0.93x from 768 rows on; that
+# level does not tell a Xeon from an EPYC, where ours is ahead: `genfast bench --calibrate` does.
+# fp32 comes to 0.86x at one query without groups, bound by memory: handing it on is no faster
+# (0.82 to 0.99x).
 #
 # On a GPU a small call costs what its launch costs the host. On an H200 16-bit attention of up to
 # 2^29 takes 21 to 23 us by CUDA, 28 by PyTorch and 34 by PyTorch through us; one query of fp32 is
@@ -77,6 +79,8 @@ ROWS = (
     Row("attention", "cuda", ANY, "float32", "attention_backward", ALL_SIZES, "triton", _H100),
     Row("attention", "cuda", ANY, ANY, "attention_backward", 2**33, "cuda", _H100),
     Row("attention", "cuda", ANY, ANY, "attention_backward", ALL_SIZES, "triton", _H100),
+    Row("attention", "cpu", "amx", "float32", "wide training", 2**30, "cpu", _XEON),
+    Row("attention", "cpu", "amx", "float32", "wide training", ALL_SIZES, "torch", _XEON),
     Row("sampling", "cuda", ANY, ANY, "bernoulli_nll", ALL_SIZES, "reference", _CPU_ONLY),
     Row("filtering", "cuda", ANY, ANY, ANY, ALL_SIZES, "reference", _CPU_ONLY),
     Row("normalization", "cuda", ANY, ANY, ANY, ALL_SIZES, "reference", _CPU_ONLY),
