@@ -6,7 +6,7 @@ import ctypes
 import os
 
 # malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD, with the environment variable of each.
-_MMAP, _TRIM, _PAD = (
+_SETTINGS = (
     ("MALLOC_MMAP_THRESHOLD_", -3, 2**30),
     ("MALLOC_TRIM_THRESHOLD_", -1, 2**31 - 1),
     ("MALLOC_TOP_PAD_", -2, 64 * 2**20),
@@ -26,5 +26,5 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return False
-    settings = [(key, value) for name, key, value in (_MMAP, _TRIM, _PAD) if name not in os.environ]
+    settings = [(key, value) for name, key, value in _SETTINGS if name not in os.environ]
     return all(mallopt(key, value) == 1 for key, value in settings)  # the first refusal ends it

@@ -168,6 +168,7 @@ def test_shapes(shape, causal, dtype):
 @pytest.mark.parametrize("options", [
     {"window": (70, 5)},
     {"window": (120, -1), "align": "bottom_right"},
+    {"window": (300, -1), "align": "bottom_right"},
     {"causal": True, "sinks": torch.tensor([0.5, 2.0])},
     {"causal": True, "scale": -0.3},  # the greatest score is the least product
 ], ids=str)  # fmt: skip

@@ -39,7 +39,7 @@ void forward(const AttentionParams& p) {
   Forward<Unit> f(p);
   if (p.B == 0 || p.Hq == 0 || f.longest_q == 0) return;
   if constexpr (!Unit::matrix) {
-    const ColumnForward work(p);
+    const ColumnForward work(p, f.longest_q, f.longest_k);
     if (!f.in_place && (f.splits == 1 || work.enough()) && work.fits())
       return run_columns(work, 2.0 * (p.D + p.Dv) * p.B * p.Hq * f.longest_q * f.longest_k,
                          p.threads);
@@ -110,7 +110,7 @@ void backward(const AttentionGradParams& g) {
   Backward<Unit> f(g);
   const double flops = 2.0 * p.B * p.Hq * f.longest_q * f.longest_k * (3.0 * p.D + 2.0 * p.Dv);
   if constexpr (!Unit::matrix)
-    if (const ColumnBackward work(g); f.splits == 1 && work.fits())
+    if (const ColumnBackward work(g, f.longest_q, f.longest_k); f.splits == 1 && work.fits())
       return run_columns(work, flops, p.threads);
   const int threads = flops < 4e5 ? 1 : p.threads;
   Arena sizes;

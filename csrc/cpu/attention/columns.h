@@ -102,15 +102,7 @@ GENFAST_INLINE f32v hide(const Visible& seen, int64_t key, f32v score) {
 
 struct Columns {
   const AttentionParams& p;
-  int64_t longest_q = 0, longest_k = 0;
-
-  explicit Columns(const AttentionParams& params) : p(params) {
-    for (int64_t b = 0; b < p.B; ++b) {
-      const Sequence s = sequence_of(p, b);
-      if (s.Sq > longest_q) longest_q = s.Sq;
-      if (s.Sk > longest_k) longest_k = s.Sk;
-    }
-  }
+  int64_t longest_q, longest_k;
 
   // Nothing works on rows of scores, and vectors of queries are mostly full.
   bool fits() const {
@@ -129,7 +121,8 @@ struct ColumnForward : Columns {
   static constexpr int kSum = 32;
   int64_t rows = kMostRows;  // of a chunk
 
-  explicit ColumnForward(const AttentionParams& params) : Columns(params) {
+  ColumnForward(const AttentionParams& params, int64_t longest_q, int64_t longest_k)
+      : Columns{params, longest_q, longest_k} {
     const int threads = p.threads > 0 ? p.threads : 8;
     // Whole panels: where they begin, a window's first key, must not depend on the threads.
     while (rows > kLeastRows && tasks() < 12 * threads) rows = round_up(rows / 2, NR);
@@ -188,6 +181,11 @@ struct ColumnForward : Columns {
                    Panel& t) const {
     for (int r = 0; r < n; ++r) x.rows[r] = row_at(p.q, p.dtype, s.b, head, s.q_row + i + r);
     pack_columns<VectorUnit>(x.rows, n, p.dtype, static_cast<int>(p.D), q);
+    // q, not the score, takes the factor: a backward by rows (backward.h) makes the same bits of S
+    // from it. With others P near 1 fits its LSE less: errors of up to 5x plain PyTorch's.
+    const f32v factor = splat(log_scale());
+    for (float* at = q; at < q + round_up(p.D, W) * NR; at += NR)
+      for (int c = 0; c < n; c += W) store(at + c, load(at + c) * factor);
     t.range = {s.Sk, 0};
     for (int c = 0; c * W < n; ++c) {
       t.m[c] = f32v{} - kInf, t.l[c] = f32v{};
@@ -211,15 +209,13 @@ struct ColumnForward : Columns {
         most = maximum(most, v);
       }
     }
-    const f32v factor = splat(log_scale()), m = maximum(t.m[c], most * factor);
-    const f32v base = select(m == -kInf, f32v{}, m), minus = f32v{} - base;
+    const f32v m = maximum(t.m[c], most), base = select(m == -kInf, f32v{}, m);
     const f32v down = exp2_nonpositive<f32v>(t.m[c] - base);
     t.m[c] = m, t.l[c] = t.l[c] * down;
     for (int begin = 0; begin < n; begin += kSum) {
       f32v sum = f32v{};
       for (int j = begin; j < n && j < begin + kSum; ++j) {
-        const f32v e =
-            exp2_nonpositive<f32v>(fused_multiply_add(load(scores + j * NR), factor, minus));
+        const f32v e = exp2_nonpositive<f32v>(load(scores + j * NR) - base);
         store(scores + j * NR, e);
         sum += e;
       }
@@ -346,9 +342,10 @@ struct ColumnBackward : Columns {
   const AttentionGradParams& g;
   int64_t rows;
 
-  explicit ColumnBackward(const AttentionGradParams& grad) : Columns(grad.p), g(grad) {
-    rows = longest_q < kMostRows ? longest_q : kMostRows;
-  }
+  ColumnBackward(const AttentionGradParams& grad, int64_t longest_q, int64_t longest_k)
+      : Columns{grad.p, longest_q, longest_k},
+        g(grad),
+        rows(longest_q < kMostRows ? longest_q : kMostRows) {}
   bool fits() const { return Columns::fits() && longest_k <= kMostKeys && g.dsinks == nullptr; }
   int64_t tasks() const { return p.B * p.Hkv; }
 

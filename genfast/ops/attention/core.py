@@ -40,7 +40,7 @@ TRITON_HEAD_BYTES = 1024  # of the Triton kernels: fp32 heads up to 256
 _FLOAT = torch.float32
 _AUTOCAST = ("cpu", "cuda")
 _MASKS = (torch.bool, *_check.FLOATS)
-_DECODE, _FORWARD, _TRAINING, _ = range(len(ATTENTION_CALLS))
+_DECODE, _FORWARD, _TRAINING = map(ATTENTION_CALLS.index, ("decode", "forward", "training"))
 
 
 class Options(NamedTuple):
@@ -98,18 +98,22 @@ def _forward(q, k, v, mask, alibi, sinks, packed, options, want_lse=True):
     return None
 
 
+def _plain(q, k, v, lse, mask, right: int, scale) -> Tensor | None:
+    out = empty_out(q, v.shape[-1])
+    done = kernels.attention_forward(
+        q, k, v, out, lse, mask, None, None, 0, 0, None, None, 0, None, 0, scale, 0.0, -1, right,
+        False, 0.0,
+    )  # fmt: skip
+    return out if done else None
+
+
 def plain_forward(q, k, v, mask, causal: bool, scale, grouped: bool) -> Tensor | None:
     """`_forward` of a call without options: half of what a small call costs is passing them on."""
     if by_torch.chosen(_DECODE if q.shape[2] == 1 else _FORWARD, q, k, mask, causal):
         return by_torch.torch_sdpa(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
     if mask is not None and (mask.dim() < 2 or mask.dtype not in (torch.bool, q.dtype, _FLOAT)):
         return None
-    out = empty_out(q, v.shape[-1])
-    done = kernels.attention_forward(
-        q, k, v, out, None, mask, None, None, 0, 0, None, None, 0, None, 0, scale, 0.0, -1,
-        0 if causal else -1, False, 0.0,
-    )  # fmt: skip
-    return out if done else None
+    return _plain(q, k, v, None, mask, 0 if causal else -1, scale)
 
 
 def plain_training(q, k, v, mask, causal: bool, scale, grouped: bool) -> Tensor | None:
@@ -341,11 +345,9 @@ class _PlainAttention(Function):
 
     @staticmethod
     def forward(ctx, q, k, v, right, scale):
-        out, lse = empty_out(q, v.shape[-1]), _empty_lse(q, _FLOAT)
-        if not kernels.attention_forward(
-            q, k, v, out, lse, None, None, None, 0, 0, None, None, 0, None, 0, scale, 0.0, -1,
-            right, False, 0.0,
-        ):  # fmt: skip
+        lse = _empty_lse(q, _FLOAT)
+        out = _plain(q, k, v, lse, None, right, scale)
+        if out is None:
             raise TypeError("genfast: the kernel does not take these tensors")
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.options = right, scale
@@ -357,14 +359,11 @@ class _PlainAttention(Function):
         right, scale = ctx.options
         if wants_graph() or not plain(dout):
             return *_composite_gradients(q, k, v, right == 0, scale, dout), None, None
-        dout = _unit(dout)
-        dq, dk, dv = (_unit(torch.empty_like(x)) for x in (q, k, v))
-        if not kernels.attention_backward(
-            dout, None, dq, dk, dv, None, None, q, k, v, out, lse, None, None, None, 0, 0, None,
-            None, 0, None, 0, scale, 0.0, -1, right, False, 0.0,
-        ):  # fmt: skip
-            raise RuntimeError("genfast: the backward kernel refused what the forward kernel took")
-        return dq, dk, dv, None, None
+        options = Options(scale=scale, right=right)
+        found = _backward(
+            dout, None, q, k, v, out, lse, None, None, None, DENSE, options, (False, False)
+        )
+        return *found[:3], None, None
 
 
 def _composite_gradients(q, k, v, causal, scale, dout):
