@@ -84,6 +84,29 @@ def _rows(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).flatten(0, 2)
 
 
+def _joined(h, x, weight, bias, projection, projection_bias) -> Tensor | None:
+    """x into the convolution's own output, or None where that was not measured. Any exception says
+    that the arguments do not fit together."""
+    given = (h, x, weight, bias, projection, projection_bias)
+    road = gate(*given) if _quick(h) and _quick(x) else SLOW
+    if road == SLOW or any(t is not None and t.dtype != h.dtype for t in given):
+        return None
+    if projection is not None and projection_bias is not None:
+        bias = projection_bias if bias is None else bias + projection_bias
+    y = F.conv2d(h, weight, bias, padding=weight.shape[-1] // 2)
+    C = x.shape[1] if projection is not None else y.shape[1]
+    if x.shape != (len(y), C, *y.shape[2:]):
+        return None
+    if projection is None:
+        return y.add_(x)
+    y = y.contiguous(memory_format=torch.channels_last)
+    rows, taps = _rows(x), projection.flatten(1).T
+    if road == GRAD:  # the same bits; in place, the graph would copy the gradient
+        return torch.addmm(_rows(y), rows, taps).unflatten(0, (len(y), *y.shape[2:])).movedim(-1, 1)
+    _rows(y).addmm_(rows, taps)
+    return y
+
+
 def residual_conv2d(
     h: Tensor,
     x: Tensor,
@@ -102,7 +125,15 @@ def residual_conv2d(
     of times. Raises TypeError / ValueError naming the argument.
     He et al., "Deep residual learning for image recognition", 2016, section 3.2.
     """
-    K = _convolves(h, weight, bias, ("h", "weight", "bias"))
+    given = (h, x, weight, bias, projection, projection_bias)
+    if not is_compiling():
+        try:
+            y = _joined(*given)
+            if y is not None:
+                return y
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+            pass  # the checks below name the argument
+    _convolves(h, weight, bias, ("h", "weight", "bias"))
     _check.tensor("x", x)
     outputs, C = len(weight), x.shape[1] if x.dim() == 4 else 0
     if projection is not None:
@@ -114,17 +145,4 @@ def residual_conv2d(
     want = (len(h), outputs if projection is None else C, *h.shape[2:])
     if x.shape != want:
         raise ValueError(f"x: expected shape {want}, got {tuple(x.shape)}")
-    given = (h, x, weight, bias, projection, projection_bias)
-    road = gate(*given) if not is_compiling() and _quick(h) and _quick(x) else SLOW
-    if road == SLOW or any(t is not None and t.dtype != h.dtype for t in given):
-        return reference.residual_conv2d(*given)
-    if projection is None:
-        return F.conv2d(h, weight, bias, padding=K // 2).add_(x)
-    if projection_bias is not None:
-        bias = projection_bias if bias is None else bias + projection_bias
-    y = F.conv2d(h, weight, bias, padding=K // 2).contiguous(memory_format=torch.channels_last)
-    rows, taps = _rows(x), projection.flatten(1).T
-    if road == GRAD:  # the same bits; in place, the graph would copy the gradient
-        return torch.addmm(_rows(y), rows, taps).unflatten(0, (len(y), *y.shape[2:])).movedim(-1, 1)
-    _rows(y).addmm_(rows, taps)
-    return y
+    return reference.residual_conv2d(*given)
