@@ -138,6 +138,13 @@ def _moves(model, x, seeds, step) -> list[Tensor]:
     return [torch.stack([v.detach() for v, _ in losses]), *(g for own in grads for g in own)]
 
 
+def _gated(shape, act, backward, device) -> Work:
+    leaves = [_draw((*shape[:-1], 2 * shape[-1]), 1, device)]
+    return compare(
+        partial(genfast.gated_act, act=act), partial(reference.gated_act, act=act), leaves, backward
+    )
+
+
 def _stylegan(lazy, shape, device) -> Work:
     B, *image = shape
     step = 0 if lazy else 1
@@ -184,6 +191,12 @@ CASES = [
         ("swish", False, torch.float32, (LARGE,)),
     )
     for shape in shapes
+    for p, backward in PASSES.items()
+]  # fmt: skip
+CASES += [  # the feed-forward's inner width of the T5 and the GPT of the benchmarks
+    _case(f"gated_act {act}{p}", shape, partial(_gated, shape, act, backward),
+          touched=8 if backward else 3)
+    for act, shape in (("gelu_tanh", (4, 512, 768)), ("swish", (8, 256, 688)))
     for p, backward in PASSES.items()
 ]  # fmt: skip
 CASES += [

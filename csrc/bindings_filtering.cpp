@@ -64,6 +64,36 @@ bool bias_act_backward(TensorArgument& grad, TensorArgument& dz, TensorArgument&
   return run(q, source, &cpu::Kernels::bias_act_backward);
 }
 
+bool fill(GatedActParams& p, const TensorView& x, const TensorView& y, int act) {
+  if (x.ndim < 1 || y.ndim != x.ndim || y.dtype != x.dtype || !is_float(x.dtype) ||
+      !is_contiguous(x) || !is_contiguous(y) || act < 0 ||
+      act > static_cast<int>(Activation::gelu_tanh))
+    return false;
+  p.rows = 1, p.half = y.shape[y.ndim - 1];
+  for (int i = 0; i + 1 < x.ndim; ++i) {
+    if (x.shape[i] != y.shape[i]) return false;
+    p.rows *= x.shape[i];
+  }
+  if (x.shape[x.ndim - 1] != 2 * p.half) return false;
+  p.x = x, p.y = y, p.act = static_cast<Activation>(act), p.threads = threads_for(x);
+  return true;
+}
+
+bool gated_act(TensorArgument& y, TensorArgument& x, int act) {
+  GatedActParams p;
+  if (!given({&y, &x}) || !same_device({&y, &x}) || !fill(p, x, y, act)) return false;
+  return run(p, x, &cpu::Kernels::gated_act);
+}
+
+bool gated_act_backward(TensorArgument& grad, TensorArgument& dx, TensorArgument& x, int act) {
+  GatedActBackwardParams q;
+  if (!given({&grad, &dx, &x}) || !same_device({&grad, &dx, &x}) || dx.dtype != x.dtype ||
+      !same_memory(dx, x) || !fill(q.forward, x, grad, act))
+    return false;
+  q.grad = grad, q.dx = dx;
+  return run(q, x, &cpu::Kernels::gated_act_backward);
+}
+
 // Front and back padding of both axes; sizes that fit y are checked here, so that no kernel reads
 // or writes beyond its tensors.
 bool upfirdn2d(TensorArgument& y, TensorArgument& x, TensorArgument& f, int64_t up_x, int64_t up_y,
@@ -103,6 +133,8 @@ bool upfirdn2d(TensorArgument& y, TensorArgument& x, TensorArgument& f, int64_t 
 void register_filtering(py::module_& m) {
   m.def("bias_act", &bias_act);
   m.def("bias_act_backward", &bias_act_backward);
+  m.def("gated_act", &gated_act);
+  m.def("gated_act_backward", &gated_act_backward);
   m.def("upfirdn2d", &upfirdn2d);
 }
 

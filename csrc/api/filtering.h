@@ -1,4 +1,5 @@
-// filtering: bias + noise + activation, and up/down-sampling by a finite impulse response.
+// filtering: bias + noise + activation, gated activations, and up/down-sampling by a finite impulse
+// response.
 #pragma once
 #include "api/rng.h"
 
@@ -42,6 +43,19 @@ struct BiasActBackwardParams {
   TensorView grad, dz;    // like x
   TensorView db;          // f32 [channels] or undefined
   TensorView d_strength;  // f32, one element, or undefined; wants noise
+};
+
+// y = act(x[:, : half]) x[:, half :], alpha = 0.
+struct GatedActParams {
+  TensorView x, y;  // [rows, 2 half] and [rows, half], contiguous; f32/f16/bf16
+  int64_t rows = 0, half = 0;
+  Activation act = Activation::linear;
+  int threads = 1;
+};
+
+struct GatedActBackwardParams {
+  GatedActParams forward;  // y is not used
+  TensorView grad, dx;     // like y and x
 };
 
 // Zeros between the samples (up - 1 after each), zeros before and after (negative: cropped), the

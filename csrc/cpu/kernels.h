@@ -31,6 +31,8 @@ struct Kernels {
   void (*attention_append)(const AttentionAppendParams&);
   void (*bias_act)(const BiasActParams&);
   void (*bias_act_backward)(const BiasActBackwardParams&);
+  void (*gated_act)(const GatedActParams&);
+  void (*gated_act_backward)(const GatedActBackwardParams&);
   void (*upfirdn2d)(const UpfirdnParams&);
   void (*normalize)(const NormalizeParams&);
   void (*normalize_backward)(const NormalizeBackwardParams&);
@@ -73,6 +75,8 @@ void attention_backward(const AttentionGradParams&);
 void attention_append(const AttentionAppendParams&);
 void bias_act(const BiasActParams&);
 void bias_act_backward(const BiasActBackwardParams&);
+void gated_act(const GatedActParams&);
+void gated_act_backward(const GatedActBackwardParams&);
 void upfirdn2d(const UpfirdnParams&);
 void normalize(const NormalizeParams&);
 void normalize_backward(const NormalizeBackwardParams&);

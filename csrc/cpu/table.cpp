@@ -23,6 +23,8 @@ extern const Kernels table = {
     attention_append,
     bias_act,
     bias_act_backward,
+    gated_act,
+    gated_act_backward,
     upfirdn2d,
     normalize,
     normalize_backward,

@@ -54,6 +54,8 @@ _TRITON = {
     "attention_append": "attention",
     "bias_act": None,
     "bias_act_backward": None,
+    "gated_act": None,
+    "gated_act_backward": None,
     "upfirdn2d": None,
     "bernoulli_nll": None,
     "bernoulli_nll_backward": None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -72,6 +73,17 @@ def bias_act(
     if clamp is None:
         return y
     return torch.where(y.abs() < clamp, y, y.detach().clamp(-clamp, clamp))
+
+
+# act of `gated_act`: Dauphin et al. 2017 (sigmoid) and Shazeer 2020.
+GATES = ("linear", "relu", "sigmoid", "swish", "gelu", "gelu_tanh")
+
+
+def gated_act(x: Tensor, *, act: str = "sigmoid") -> Tensor:
+    """act(gate) up of the halves of x (..., 2 H)."""
+    gate, up = x.chunk(2, -1)
+    value = F.silu if act == "swish" else partial(ACTIVATIONS[act].value, alpha=0.0)
+    return value(gate) * up
 
 
 def slope_by_sign(

@@ -110,6 +110,38 @@ void bias_acts(Pick& pick, int64_t outer, int64_t channels, int64_t inner) {
   if (noisy) CHECK(std::fabs(d_strength.as<float>()[0] - total) <= slack * (size + 1.0));
 }
 
+// Rows of two halves: act(gate) up, and the gradients of both.
+void gates(Pick& pick, int64_t rows, int64_t half) {
+  GatedActParams p;
+  const Dtype dtype = any_float(pick);
+  Tensor x({rows, 2 * half}, dtype), y({rows, half}, dtype);
+  Tensor grad({rows, half}, dtype), dx({rows, 2 * half}, dtype);
+  for (Tensor* t : {&x, &grad}) pick.fill(*t);
+  p.x = x, p.y = y, p.rows = rows, p.half = half;
+  p.act = static_cast<Activation>(pick.below(11));
+  same_bits({&y}, [&](int threads) {
+    p.threads = threads;
+    kernels().gated_act(p);
+  });
+  GatedActBackwardParams q;
+  q.forward = p, q.grad = grad, q.dx = dx;
+  same_bits({&dx}, [&](int threads) {
+    q.forward.threads = threads;
+    kernels().gated_act_backward(q);
+  });
+  CHECK(y.written() == y.numel && dx.written() == dx.numel);
+  const auto xs = values(x), ys = values(y), gs = values(grad), ds = values(dx);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < half; ++i) {
+      const int64_t at = 2 * r * half + i;
+      const double gate = xs[at], up = xs[at + half], g = gs[r * half + i];
+      const double value = value_of(p.act, gate, 0.0);
+      CHECK(close(ys[r * half + i], value * up, dtype));
+      CHECK(close(ds[at + half], g * value, dtype));
+      if (std::fabs(gate) > 1e-6) CHECK(close(ds[at], g * up * slope_of(p.act, gate, 0.0), dtype));
+    }
+}
+
 void filters(Pick& pick, int64_t N, int64_t C, int64_t H, int64_t W_) {
   UpfirdnParams p;
   p.channels_inner = pick.one_in(3) && C > 1;
@@ -190,6 +222,7 @@ int main(int argc, char**) {
   // From 65536 and 32768 elements on, several threads work.
   cases(quick ? 4 : 24, [](Pick& pick) {
     bias_acts(pick, 3, 11, 2100);
+    gates(pick, 70, 1030);
     filters(pick, 2, 3, 80, 77);
   });
   if (!quick)
@@ -198,6 +231,7 @@ int main(int argc, char**) {
       const int64_t inner[] = {0, 1, 1, 4, 16, 49, 784, 1030};
       bias_acts(pick, sizes[pick.below(4)], sizes[pick.below(6)], inner[pick.below(8)]);
       bias_acts(pick, sizes[pick.below(6)], pick.of({1, 2, 700, 1500}), 1);
+      gates(pick, sizes[pick.below(6)], inner[pick.below(8)]);
       filters(pick, 1 + pick.below(2), sizes[pick.below(6)], sizes[pick.below(6)],
               1 + pick.below(40));
     });
