@@ -44,7 +44,8 @@ struct Backward {
 
   const AttentionGradParams& g;
   const AttentionParams& p;
-  int64_t ldq, ldo, ldk, ldv, lds;
+  int64_t ldq, ldo, ldk, ldv;
+  static constexpr int64_t lds = odd_lines(BK);
   static constexpr int64_t ldt = odd_lines(BR / Unit::depth);
   int64_t longest_q = 0, longest_k = 0;
   int64_t splits = 1, split_keys = 0;
@@ -58,7 +59,6 @@ struct Backward {
     ldo = odd_lines(Unit::words(p.Dv));
     ldk = odd_lines(p.D);
     ldv = odd_lines(p.Dv);
-    lds = odd_lines(BK);
     options = has_score_options(p);
     row_pass = options || p.dropout;
     for (int64_t b = 0; b < p.B; ++b) {
@@ -175,10 +175,11 @@ struct Backward {
         const int r0 = rb * RB, m = t.n - r0 < RB ? t.n - r0 : RB;
         const bool plain = !options && spans[rb].full, ragged = columns % W != 0;
         multiply<false>(m, columns, p.D, x.q + r0 * ldq, ldq, x.kt + j * round_up(p.D, W), NR,
-                        [&](int row0, auto& acc) {
+                        [P = x.P + r0 * lds + j, lse = row_lse + r0, columns, ragged, plain](
+                            int row0, auto& acc) {
                           constexpr int M = sizeof(acc) / sizeof(acc[0]);
                           constexpr int N = sizeof(acc[0]) / sizeof(f32v);
-                          float* to = x.P + (r0 + row0) * lds + j;
+                          float* to = P + row0 * lds;
                           if (ragged)
 #pragma GCC unroll 16
                             for (int i = 0; i < M; ++i) acc[i][N - 1] += past_end(columns);
@@ -191,7 +192,7 @@ struct Backward {
 #pragma GCC unroll 4
                             for (int c = 0; c < N; ++c) {
                               float* e = to + i * lds + c * W;
-                              store(e, exp2_nonpositive<f32v>(load(e) - row_lse[r0 + row0 + i]));
+                              store(e, exp2_nonpositive<f32v>(load(e) - lse[row0 + i]));
                             }
                         });
       }
@@ -213,20 +214,22 @@ struct Backward {
         if (j < spans[rb].lo || j >= spans[rb].hi) continue;
         const int r0 = rb * RB, m = t.n - r0 < RB ? t.n - r0 : RB;
         multiply<false>(m, columns, p.Dv, x.dout + r0 * ldo, ldo, x.vt + j * round_up(p.Dv, W), NR,
-                        [&](int row0, auto& acc) {
+                        [P = x.P + r0 * lds + j, dS = x.dS + r0 * lds + j, shift = row_delta + r0,
+                         weigh = !row_pass](int row0, auto& acc) {
                           constexpr int M = sizeof(acc) / sizeof(acc[0]);
                           constexpr int N = sizeof(acc[0]) / sizeof(f32v);
-                          const int64_t at = (r0 + row0) * lds + j;
+                          if (weigh)
+#pragma GCC unroll 16
+                            for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+                              for (int c = 0; c < N; ++c)
+                                acc[i][c] = load(P + (row0 + i) * lds + c * W) *
+                                            (acc[i][c] - shift[row0 + i]);
 #pragma GCC unroll 16
                           for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
-                            for (int c = 0; c < N; ++c) {
-                              f32v d = acc[i][c];
-                              if (!row_pass)
-                                d = load(x.P + at + i * lds + c * W) *
-                                    (d - row_delta[r0 + row0 + i]);
-                              store(x.dS + at + i * lds + c * W, d);
-                            }
+                            for (int c = 0; c < N; ++c)
+                              store(dS + (row0 + i) * lds + c * W, acc[i][c]);
                         });
       }
     }
@@ -253,6 +256,24 @@ struct Backward {
     }
   }
 
+  // c = accumulators, or what it holds plus them. Epilogues hold what they use by value: a store
+  // might change a member, which would be read again for every vector (3 % of the time).
+  static auto add_to(float* c, int64_t ld, bool add) {
+    return [c, ld, add](int row0, auto& acc) {
+      constexpr int M = sizeof(acc) / sizeof(acc[0]);
+      constexpr int N = sizeof(acc[0]) / sizeof(f32v);
+      float* to = c + row0 * ld;
+#pragma GCC unroll 16
+      for (int i = 0; i < M && add; ++i)
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) acc[i][n] += load(to + i * ld + n * W);
+#pragma GCC unroll 16
+      for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) store(to + i * ld + n * W, acc[i][n]);
+    };
+  }
+
   // to[key][:] += sum over query rows of w[row][key] * from[row][:], for the rows that see the key.
   void add_transposed(const Tile& t, const Span* spans, int n, const float* w, const float* from,
                       int64_t ld, int64_t dim, float* to) const {
@@ -269,16 +290,7 @@ struct Backward {
       const int r0 = begin * RB, depth = (end * RB < t.n ? end * RB : t.n) - r0;
       for (int64_t d = 0; d < dim; d += NR)
         multiply<true>(m, static_cast<int>(dim - d < NR ? dim - d : NR), depth, w + r0 * lds + k0,
-                       lds, from + r0 * ld + d, ld, [&](int row0, auto& acc) {
-                         constexpr int M = sizeof(acc) / sizeof(acc[0]);
-                         constexpr int N = sizeof(acc[0]) / sizeof(f32v);
-                         float* o = to + (k0 + row0) * ld + d;
-#pragma GCC unroll 16
-                         for (int i = 0; i < M; ++i)
-#pragma GCC unroll 4
-                           for (int c = 0; c < N; ++c)
-                             store(o + i * ld + c * W, load(o + i * ld + c * W) + acc[i][c]);
-                       });
+                       lds, from + r0 * ld + d, ld, add_to(to + k0 * ld + d, ld, true));
     }
   }
 
@@ -291,18 +303,7 @@ struct Backward {
         const int r0 = rb * RB, m = t.n - r0 < RB ? t.n - r0 : RB;
         multiply<false>(m, static_cast<int>(p.D - d < NR ? p.D - d : NR), span.hi - span.lo,
                         x.dS + r0 * lds + span.lo, lds, x.kp + d * BK + span.lo * NR, NR,
-                        [&](int row0, auto& acc) {
-                          constexpr int M = sizeof(acc) / sizeof(acc[0]);
-                          constexpr int N = sizeof(acc[0]) / sizeof(f32v);
-                          float* o = dq + (r0 + row0) * ldk + d;
-#pragma GCC unroll 16
-                          for (int i = 0; i < M; ++i)
-#pragma GCC unroll 4
-                            for (int c = 0; c < N; ++c) {
-                              float* at = o + i * ldk + c * W;
-                              store(at, add ? load(at) + acc[i][c] : acc[i][c]);
-                            }
-                        });
+                        add_to(dq + r0 * ldk + d, ldk, add));
       }
   }
 
@@ -473,8 +474,7 @@ struct Backward {
   }
 
   // Adds dq to the head's total (the first range's own dQ), or the total to dq when no range is
-  // left. Tasks are handed out in
-  // the order of their turns, so the one that is waited for is running.
+  // left. Tasks are handed out in the order of their turns, so the one that is waited for runs.
   void add_to_total(int64_t head, int64_t turn, int64_t count, float* dq) const {
     std::atomic<int64_t>& now = turns[head];
     while (now.load(std::memory_order_acquire) != turn) std::this_thread::yield();
