@@ -10,6 +10,7 @@ from genfast.ops.attention import (
     attention_with_kvcache,
     scaled_dot_product_attention,
 )
+from genfast.ops.convolution import residual_conv2d, upsampled_conv2d
 from genfast.ops.diffusion import (
     add_noise,
     denoising_loss,
@@ -77,6 +78,7 @@ __all__ = [
     "randn_like",
     "relaxed_bernoulli",
     "reparameterize",
+    "residual_conv2d",
     "restore",
     "rms_norm",
     "sample",
@@ -91,5 +93,6 @@ __all__ = [
     "tanh_normal",
     "upfirdn2d",
     "upsample2d",
+    "upsampled_conv2d",
     "velocity",
 ]

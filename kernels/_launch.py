@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,10 @@ def launch(kernel: Any, programs: int, on: torch.Tensor, *args: Any, **options: 
             kernel[(programs,)](*args, **options)
     else:
         kernel[(programs,)](*args, **options)
+    # Each launch would compare every constant that the kernel names with its value of the first
+    # one: 7 of 15 us for random_kernel's eleven. Ours do not change.
+    if constants := getattr(kernel, "used_global_vals", None):
+        constants.clear()
 
 
 def hidden(values: tuple) -> tuple:
@@ -111,6 +116,12 @@ def as_rows(
     present = [t for t in tensors if t is not None]
     shape = present[0].shape
     low = min(split, len(shape))
+    if all(t.is_contiguous() for t in present):  # most calls; 4 of 8 us
+        first = low if first is None else first
+        rows, cols = math.prod(shape[:first]), math.prod(shape[first:])
+        step = cols if rows > 1 else 0
+        strides = [0 if t is None else step for t in tensors]
+        return Rows(rows, cols, tensors, strides, [], cols % 8 == 0 and on_16_bytes(present))
     if first is None:
         fits = (
             d
@@ -134,5 +145,9 @@ def as_rows(
     if rows == 1:
         strides = [0] * len(strides)
     aligned = cols % 8 == 0 and all(s % 8 == 0 for s in strides)
-    aligned = aligned and all(t.data_ptr() % 16 == 0 for t in tensors if t is not None)
+    aligned = aligned and on_16_bytes(t for t in tensors if t is not None)
     return Rows(rows, cols, tensors, strides, copies, aligned)
+
+
+def on_16_bytes(tensors: Iterable[torch.Tensor]) -> bool:
+    return all(t.data_ptr() % 16 == 0 for t in tensors)

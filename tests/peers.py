@@ -39,23 +39,44 @@ FILES = dict(
     FlowMatchHeunDiscrete="flow_match_heun_discrete",
     FlowMatchLCM="flow_match_lcm",
 )
+# With a plan but no drop-in: torchsde's tree draws their noise.
+BROWNIAN = dict(
+    DPMSolverSDE="dpmsolver_sde",
+    CosineDPMSolverMultistep="cosine_dpmsolver_multistep",
+)
+
+
+class Brownian:
+    """Stands for that tree: `draw` gives increments of one path from a sigma down. A second
+    interval from the same sigma holds the first."""
+
+    def __init__(self, draw):
+        self.draw, self.sigma = draw, None
+
+    def __call__(self, sigma, to):
+        z = self.draw()
+        if sigma == self.sigma:
+            shared = (sigma - self.to) / (sigma - to)
+            return shared.sqrt() * self.z + (1 - shared).sqrt() * z
+        self.sigma, self.to, self.z = sigma, to, z
+        return z
 
 
 def double_class(name, _cache={}):  # noqa: B006
     """The diffusers class computing in float64 throughout, and the module it lives in."""
     if name not in _cache:
         pytest.importorskip("diffusers", exc_type=ImportError)
-        original = importlib.import_module(f"diffusers.schedulers.scheduling_{FILES[name]}")
-        module = types.ModuleType(f"{original.__name__}_float64")
-        module.__package__ = original.__package__
-        module.__file__ = original.__file__
-        sys.modules[module.__name__] = module  # dataclasses look their module up
-        exec(
-            compile(
-                inspect.getsource(original).replace("float32", "float64"), original.__file__, "exec"
-            ),
-            module.__dict__,
-        )
+        file = {**FILES, **BROWNIAN}[name]
+        with pytest.MonkeyPatch.context() as patch:
+            if name in BROWNIAN:
+                patch.setitem(sys.modules, "torchsde", types.ModuleType("torchsde"))
+            original = importlib.import_module(f"diffusers.schedulers.scheduling_{file}")
+            module = types.ModuleType(f"{original.__name__}_float64")
+            module.__package__ = original.__package__
+            module.__file__ = original.__file__
+            sys.modules[module.__name__] = module  # dataclasses look their module up
+            source = inspect.getsource(original).replace("float32", "float64")
+            exec(compile(source, original.__file__, "exec"), module.__dict__)
         _cache[name] = getattr(module, f"{name}Scheduler"), module
     return _cache[name]
 
@@ -129,6 +150,7 @@ def cases():
                 if pred != "sample":
                     yield "KDPM2Discrete", b, n, {}, {}
                     yield "KDPM2AncestralDiscrete", b, n, {}, {}
+                    yield "DPMSolverSDE", b, n, {}, dict(s_noise=walk(1.0, 0.9))
     flow = [{"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}]
     for n, kind, order in itertools.product(N_GRID, KINDS + flow, [1, 2, 3]):
         flowing = "use_flow_sigmas" in kind
@@ -270,6 +292,9 @@ def cases():
                     {},
                     {},
                 )
+            for order in (1, 2):
+                config = dict(b, solver_order=order, solver_type=walk("midpoint", "heun"))
+                yield "CosineDPMSolverMultistep", config, n, {}, {}
         for kind in KINDS:
             shift = walk(
                 dict(shift=3.0),

@@ -24,6 +24,7 @@ from genfast.models._seeds import in_tiles, sample_seeds
 from genfast.nn.normalization import GroupNorm
 from genfast.ops import _check
 from genfast.ops.attention import attention
+from genfast.ops.convolution import residual_conv2d, upsampled_conv2d
 from genfast.ops.diffusion import add_noise, denoising_loss
 from genfast.ops.rng import rand, randn
 
@@ -44,7 +45,9 @@ def timestep_embedding(t: Tensor, width: int, longest: float = 10_000.0) -> Tens
 
 
 class ResBlock(nn.Module):
-    """norm, SiLU, conv; norm scaled and shifted by the embedding, SiLU, conv; plus the input."""
+    """norm, SiLU, conv; norm scaled and shifted by the embedding, SiLU, conv; plus the input.
+    x (B, inputs, H, W), e (B, 2 outputs): `emb` of the embedding, which the U-Net makes of all its
+    blocks at once."""
 
     def __init__(self, inputs: int, outputs: int, embedding: int, dropout: float):
         super().__init__()
@@ -58,8 +61,10 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
         h = self.conv1(self.norm1(x))
-        h = self.norm2(h, *self.emb(e).chunk(2, 1))  # scale and shift
-        return self.skip(x) + self.conv2(self.dropout(h))
+        h = self.dropout(self.norm2(h, *e.chunk(2, 1)))  # scale and shift
+        conv, skip = self.conv2, self.skip
+        projection = (skip.weight, skip.bias) if isinstance(skip, nn.Conv2d) else ()
+        return residual_conv2d(h, x, conv.weight, conv.bias, *projection)
 
 
 class AttentionBlock(nn.Module):
@@ -77,7 +82,7 @@ class AttentionBlock(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = zeroed(nn.Linear(channels, channels))
 
-    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
         tokens = self.norm(x).flatten(2).mT  # (B, H W, C)
         qkv = self.qkv(tokens).unflatten(-1, (3, self.heads, C // self.heads))
@@ -86,20 +91,14 @@ class AttentionBlock(nn.Module):
         return x + self.out(h).mT.unflatten(2, (H, W))
 
 
-class Down(nn.Conv2d):
-    def __init__(self, channels: int):
-        super().__init__(channels, channels, 3, stride=2, padding=1)
-
-    def forward(self, x: Tensor, e: Tensor) -> Tensor:
-        return super().forward(x)
-
-
 class Up(nn.Conv2d):
+    """x (B, C, H, W) -> (B, C, 2 H, 2 W)."""
+
     def __init__(self, channels: int):
         super().__init__(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, e: Tensor) -> Tensor:
-        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(self, x: Tensor) -> Tensor:
+        return upsampled_conv2d(x, self.weight, self.bias)
 
 
 def groups(channels: int) -> int:
@@ -161,7 +160,7 @@ class UNet(nn.Module):
                 c = width
                 skips.append(c)
             if level < len(widths) - 1:
-                self.down.append(nn.ModuleList([Down(c)]))
+                self.down.append(nn.ModuleList([nn.Conv2d(c, c, 3, stride=2, padding=1)]))
                 skips.append(c)
         self.middle = nn.ModuleList([
             ResBlock(c, c, embedding, dropout), AttentionBlock(c, head_dim),
@@ -179,6 +178,8 @@ class UNet(nn.Module):
             nn.Identity(),  # SiLU's place in old state dicts
             zeroed(nn.Conv2d(c, outputs, 3, padding=1)),
         )
+        levels = (*self.down, self.middle, *self.up)
+        self.embs = tuple(m.emb for layers in levels for m in layers if isinstance(m, ResBlock))
         # The convolutions' layout: x follows the weights. 10% of a training step and of a sampling
         # step on two cores, where each convolution would else reorder what it reads and writes.
         self.to(memory_format=torch.channels_last)
@@ -187,20 +188,26 @@ class UNet(nn.Module):
         e = self.time(timestep_embedding(t, self.first).to(x.dtype))
         if self.label is not None:
             e = e + self.label(y)
-        e = F.silu(e)
-        h = self.enter(x)
-        hs = [h]
+        of_block = iter(self._of_blocks(F.silu(e)))
+
+        def through(layers: nn.ModuleList, h: Tensor) -> Tensor:
+            for layer in layers:
+                h = layer(h, next(of_block)) if isinstance(layer, ResBlock) else layer(h)
+            return h
+
+        hs = [self.enter(x)]
         for layers in self.down:
-            for layer in layers:
-                h = layer(h, e)
-            hs.append(h)
-        for layer in self.middle:
-            h = layer(h, e)
+            hs.append(through(layers, hs[-1]))
+        h = through(self.middle, hs[-1])
         for layers in self.up:
-            h = torch.cat([h, hs.pop()], 1)
-            for layer in layers:
-                h = layer(h, e)
+            h = through(layers, torch.cat([h, hs.pop()], 1))
         return self.leave(h)
+
+    def _of_blocks(self, e: Tensor) -> tuple[Tensor, ...]:
+        """`emb` of each ResBlock in turn, as one product: between the convolutions each small one
+        took 50 us, 2.4 of the 92 ms of four sampling steps."""
+        weight, bias = (torch.cat([getattr(m, n) for m in self.embs]) for n in ("weight", "bias"))
+        return F.linear(e, weight, bias).split([m.out_features for m in self.embs], 1)
 
 
 # ---- conditioning by channels --------------------------------------------------------------------

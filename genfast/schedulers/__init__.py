@@ -25,14 +25,14 @@ Where a plan differs from diffusers 0.42.1 on purpose (`plan_from_config` maps i
 * betas and sigmas are float64; diffusers' fp32 table of the same schedule is up to 1e-5 away (pass
   alphas_cumprod= to use it).
 
-Not plans: schedulers that draw categorical tokens, resize x0 between steps (scale_factors), or need
-a Brownian tree (DPMSolverSDE, CosineDPMSolverMultistep).
+Not plans: schedulers that draw categorical tokens or resize x0 between steps (scale_factors).
 """
 
 from .consistency import consistency_grid, consistency_plan, lcm_plan, tcd_plan
 from .ddpm import ddim_inverse_grid, ddim_inverse_plan, ddim_plan, ddpm_plan
 from .dpm import dpm_solver_plan, dpm_solver_singlestep_plan
 from .euler import (
+    dpm_sde_plan,
     edm_euler_plan,
     euler_ancestral_plan,
     euler_plan,
@@ -92,6 +92,7 @@ __all__ = [
     "ddpm_plan",
     "deis_plan",
     "distilled_timesteps",
+    "dpm_sde_plan",
     "dpm_solver_plan",
     "dpm_solver_singlestep_plan",
     "dynamic_shift_mu",

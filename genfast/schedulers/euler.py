@@ -1,5 +1,5 @@
 """First and second order solvers in sigma (x = x0 + sigma eps): Euler, Euler ancestral, Heun,
-KDPM2, LMS, and EDM Euler.
+KDPM2, DPM-Solver++ SDE in two stages, LMS, and EDM Euler.
 
 All follow Karras et al. 2022: d = (x - x0) / sigma is dx/dsigma.
 """
@@ -280,6 +280,62 @@ def kdpm2_ancestral_plan(
         lambda s, s_next: ancestral(s, s_next, eta),
         True,
     )
+
+
+def dpm_sde_plan(
+    grid,
+    *,
+    prediction: str = "epsilon",
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    clip: float | None = None,
+    begin: int = 0,
+) -> SolverPlan:
+    """DPM-Solver++ (SDE) in two stages, the second from the geometric middle of sigma and its next
+    (k-diffusion, sample_dpmpp_sde with r = 1/2): two rows a step, one for a last step to sigma = 0.
+
+    eta: 0 takes no noise (an ODE), 1 all of the SDE's. s_noise: factor of the noise.
+    Both stages follow one Brownian path W, in time sigma:
+
+        z_1 = (W(sigma) - W(mid)) / sqrt(sigma - mid)
+        z = (W(sigma) - W(next)) / sqrt(sigma - next)
+
+    The increments of [next, mid] and [mid, sigma] are independent, so z = r z_1 + sqrt(1 - r^2)
+    z_2 with r^2 = (sigma - mid) / (sigma - next): row 1 keeps r z_1's part of the step, and no tree
+    is needed.
+    """
+    grid = _grid(grid)
+    eta, s_noise = number("eta", eta, 0.0, math.inf), number("s_noise", s_noise, 0.0, math.inf)
+    plan = PlanBuilder("dpm_sde", clip=clip)
+    for i in range(begin, len(grid)):
+        s, s_next = grid.sigmas[i], grid.sigmas[i + 1]
+        form = ve(prediction, s)
+        D = plan.x0(form)
+        common = dict(denoised=D, input_scale=input_scale("ve", s), step=i)
+        if s_next == 0:
+            plan.row(grid.timesteps[i], s, form, D, **common)
+            continue
+        mid = math.sqrt(s * s_next)
+        (to_mid, up_mid), (down, up) = ancestral(s, mid, eta), ancestral(s, s_next, eta)
+        shared = (s - mid) / (s - s_next)
+        kept = down / s * X + s_noise * up * math.sqrt(shared) * Z
+        prev = to_mid / s * X + (1 - to_mid / s) * D + s_noise * up_mid * Z
+        plan.row(grid.timesteps[i], s, form, prev, save={f"kept{i}": kept}, draws=True, **common)
+        form = ve(prediction, mid)
+        D = plan.x0(form)
+        prev = sym(f"kept{i}") + (1 - down / s) * D + s_noise * up * math.sqrt(1 - shared) * Z
+        plan.row(
+            sigma_to_t(mid, grid.table),
+            mid,
+            form,
+            prev,
+            denoised=D,
+            input_scale=input_scale("ve", mid),
+            draws=True,
+            step=i,
+            stage=1,
+        )
+    return _build(plan, grid)
 
 
 _GAUSS = np.polynomial.legendre.leggauss(4)

@@ -274,7 +274,7 @@ def _flow_grid(c, steps, o):
     )
 
 
-def _edm(c, steps, o):
+def _edm(c, steps, o, **kw):
     if "grid" in o:
         return o["grid"]
     return edm_grid(
@@ -284,6 +284,7 @@ def _edm(c, steps, o):
         rho=c["rho"],
         kind=c["sigma_schedule"],
         final=c["final_sigmas_type"],
+        **kw,
     )
 
 
@@ -343,12 +344,12 @@ def _lms(c, steps, sch, o):
     return euler.lms_plan(_ve_grid(c, steps, sch, o), **_pred(c), **_pick(o, "order", "begin"))
 
 
-def _ve(maker, clip=False):
+def _ve(maker, clip=False, takes=("begin",)):
     def make(c, steps, sch, o):
         round_t = maker in (euler.kdpm2_plan, euler.kdpm2_ancestral_plan) and _kind(c) == "karras"
         kw = dict(clip=_clip(c)) if clip else {}
         return maker(
-            _ve_grid(c, steps, sch, o, round_t=round_t), **_pred(c), **kw, **_pick(o, "begin")
+            _ve_grid(c, steps, sch, o, round_t=round_t), **_pred(c), **kw, **_pick(o, *takes)
         )
 
     return make
@@ -405,9 +406,9 @@ def _edm_euler(c, steps, sch, o):
     )
 
 
-def _edm_dpm(c, steps, sch, o):
+def _edm_dpm(c, steps, sch, o, **kw):
     return dpm.dpm_solver_plan(
-        _edm(c, steps, o),
+        _edm(c, steps, o, **kw),
         **_dpm_common(c, o),
         algorithm=c["algorithm_type"],
         solver_type=c["solver_type"],
@@ -415,6 +416,10 @@ def _edm_dpm(c, steps, sch, o):
         euler_at_final=c["euler_at_final"],
         sigma_data=c["sigma_data"],
     )
+
+
+def _cosine_dpm(c, steps, sch, o):
+    return _edm_dpm({**c, "algorithm_type": "sde-dpmsolver++"}, steps, sch, o, c_noise="atan")
 
 
 def _deis(c, steps, sch, o):
@@ -601,6 +606,7 @@ CLASSES = {
     "HeunDiscreteScheduler": (HEUN, _ve(euler.heun_plan, clip=True)),
     "KDPM2DiscreteScheduler": (HEUN, _ve(euler.kdpm2_plan)),
     "KDPM2AncestralDiscreteScheduler": (HEUN, _ve(euler.kdpm2_ancestral_plan)),
+    "DPMSolverSDEScheduler": (HEUN, _ve(euler.dpm_sde_plan, takes=("begin", "s_noise"))),
     "LMSDiscreteScheduler": ({**BETAS, **SPACING, **SIGMAS}, _lms),
     "DPMSolverMultistepScheduler": (LAMBDA, _dpm),
     "DPMSolverSinglestepScheduler": ({**LAMBDA, "lower_order_final": False}, _dpm_single),
@@ -637,6 +643,19 @@ CLASSES = {
     "EDMDPMSolverMultistepScheduler": (
         {**EDM, **DPM, **THRESHOLD, "final_sigmas_type": "zero"},
         _edm_dpm,
+    ),
+    "CosineDPMSolverMultistepScheduler": (
+        {
+            **EDM,
+            **DPM,
+            "sigma_min": 0.3,
+            "sigma_max": 500.0,
+            "sigma_data": 1.0,
+            "sigma_schedule": "exponential",
+            "prediction_type": "v_prediction",
+            "final_sigmas_type": "zero",
+        },
+        _cosine_dpm,
     ),
     "FlowMatchEulerDiscreteScheduler": (FLOW, _fm_euler),
     "FlowMatchHeunDiscreteScheduler": (FLOW, _fm_heun),
@@ -704,6 +723,7 @@ def plan_from_config(
         "DPMSolverMultistepScheduler",
         "DPMSolverSinglestepScheduler",
         "EDMDPMSolverMultistepScheduler",
+        "CosineDPMSolverMultistepScheduler",
     ):
         c["solver_type"] = (
             "midpoint" if c["solver_type"] in ("logrho", "bh1", "bh2") else c["solver_type"]

@@ -484,6 +484,9 @@ def flow_sigma_grid(
     return SigmaGrid(t, np.append(s, _final(final, s, sigma_min)), "flow")
 
 
+C_NOISE = {"log": lambda s: 0.25 * np.log(s), "atan": lambda s: np.arctan(s) * (2 / np.pi)}
+
+
 def edm_grid(
     steps,
     *,
@@ -492,10 +495,11 @@ def edm_grid(
     rho=7.0,
     kind="karras",
     final: str | float = "zero",
+    c_noise: str = "log",
 ) -> SigmaGrid:
-    """Karras et al. 2022, eq. 5: N sigmas from sigma_max to sigma_min, timesteps c_noise =
-    log(sigma) / 4.
-    steps: N, or ramp values in [0, 1]. final: "zero", "sigma_min" or a number."""
+    """Karras et al. 2022, eq. 5: N sigmas from sigma_max to sigma_min.
+    steps: N, or ramp values in [0, 1]. final: "zero", "sigma_min" or a number. c_noise, the
+    timesteps: "log", log(sigma) / 4, or "atan", 2 atan(sigma) / pi (Stable Audio)."""
     N = steps if np.ndim(steps) == 0 else len(steps)
     if kind == "karras":
         ramp = np.linspace(0, 1, N) if np.ndim(steps) == 0 else np.asarray(steps, np.float64)
@@ -504,7 +508,7 @@ def edm_grid(
     else:
         s = choice("kind", kind, SIGMA_KINDS)(sigma_max, sigma_min, positive("steps", N))
     return SigmaGrid(
-        0.25 * np.log(s),
+        choice("c_noise", c_noise, C_NOISE)(s),
         np.append(s, _final(final, s, sigma_min)),
         "edm",
         init_noise_sigma=float(np.sqrt(sigma_max**2 + 1)),

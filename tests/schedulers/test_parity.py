@@ -11,7 +11,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from peers import FILES, SHAPE, cases, double_class, extra_cases, pairwise, peer
+from peers import BROWNIAN, FILES, SHAPE, Brownian, cases, double_class, extra_cases, pairwise, peer
 
 from genfast.reference.diffusion import diffusion_step, dynamic_threshold
 from genfast.schedulers import plan as P
@@ -40,6 +40,8 @@ def run_peer(name, config, steps, set_kw, step_kw, shipped=None):
         return drawn[-1]
 
     original, module.randn_tensor = getattr(module, "randn_tensor", None), randn
+    if hasattr(module, "BrownianTreeNoiseSampler"):
+        module.BrownianTreeNoiseSampler = lambda x, *_, **__: Brownian(lambda: randn(x.shape))
     scheduler = peer(cls, config)
     scheduler.set_timesteps(steps, **set_kw) if steps is not None else scheduler.set_timesteps(
         **set_kw
@@ -113,7 +115,7 @@ PARITY = {
 }
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [*FILES, *BROWNIAN])
 def test_parity_with_diffusers_in_float64(name, float64):
     """Next sample, second output, input scale, timesteps and number of noise draws over a
     pairwise-covering part of class x prediction x spacing x sigma kind x order x solver type x

@@ -104,6 +104,7 @@ ODE = {
     "euler": (1, lambda n: S.euler_plan(_toy_grid(n))),
     "heun": (2, lambda n: S.heun_plan(_toy_grid(n))),
     "kdpm2": (2, lambda n: S.kdpm2_plan(_toy_grid(n))),
+    "dpm++ sde eta=0": (2, lambda n: S.dpm_sde_plan(_toy_grid(n), eta=0.0)),
     "lms4": (3.5, lambda n: S.lms_plan(_toy_grid(n))),
     "dpm++2m": (2, lambda n: S.dpm_solver_plan(_toy_grid(n), lower_order_final=False)),
     "dpm++3m heun": (
@@ -136,7 +137,7 @@ ODE = {
         ),
     ),
 }
-VE = {"euler", "heun", "kdpm2", "lms4"}
+VE = {"euler", "heun", "kdpm2", "dpm++ sde eta=0", "lms4"}
 
 
 def _toy_grid(n):
@@ -196,12 +197,13 @@ def test_plan_is_immutable_hashable_and_serialisable():
         (1, lambda: S.dpm_solver_plan(10)),
         (2, lambda: S.dpm_solver_plan(15, order=3)),
         (1, lambda: S.heun_plan(10)),
+        (1, lambda: S.dpm_sde_plan(10)),
         (3, lambda: S.lms_plan(10)),
         (4, lambda: S.unipc_plan(15, order=3)),
         (4, lambda: S.sa_solver_plan(15, predictor_order=3, corrector_order=4)),
         (6, lambda: S.unipc_plan(15, order=5)),
     ],
-    ids=["ddim", "dpm2m", "dpm3m", "heun", "lms4", "unipc3", "sa34", "unipc5"],
+    ids=["ddim", "dpm2m", "dpm3m", "heun", "dpm_sde", "lms4", "unipc3", "sa34", "unipc5"],
 )
 def test_slots_are_the_fewest(slots, make):
     assert make().slots == slots
@@ -363,9 +365,10 @@ def _linear_model(x, t):
         lambda: S.unipc_plan(6),
         lambda: S.heun_plan(6),
         lambda: S.dpm_solver_plan(6, algorithm="sde-dpmsolver++"),
+        lambda: S.dpm_sde_plan(6),
         lambda: S.flow_match_euler_plan(6, stochastic=True),
     ],
-    ids=["ddpm", "euler_a", "unipc", "heun", "dpm_sde", "flow_sde"],
+    ids=["ddpm", "euler_a", "unipc", "heun", "dpm2m_sde", "dpm_sde", "flow_sde"],
 )
 def test_sample_is_a_function_of_the_seed(make):
     plan = make()

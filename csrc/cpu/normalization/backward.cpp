@@ -233,10 +233,11 @@ void each_column(const Call& call) {
   const auto load_sample = [&](int64_t n, Scratch& of) {
     if (of.sample.of == n) return;
     of.sample.load(call.affine, n);
-    for (int64_t c = 0; c < C; ++c) {
-      const int64_t g = n * G + c / width;
-      of.mean[c] = call.mean(g), of.rstd[c] = call.rstd(g), of.k[c] = of.rstd[c] * of.sample.a[c];
-    }
+    for (int64_t c = 0, g = n * G; c < C; c += width, ++g)
+      for (int64_t i = c; i < c + width; ++i) {
+        of.mean[i] = call.mean(g), of.rstd[i] = call.rstd(g);
+        of.k[i] = of.rstd[i] * of.sample.a[i];
+      }
   };
   const auto slopes = [&](int64_t unit, Scratch& of) {
     load_sample(cut.sample(unit), of);
@@ -263,25 +264,27 @@ void each_column(const Call& call) {
   const auto conclude = [&](int64_t n, Scratch& of) {
     load_sample(n, of);
     for (int64_t u = n * cut.parts; u < (n + 1) * cut.parts; ++u)
-      for (int64_t c = 0; c < C; ++c)
-        found[n * G + c / width].add(of.sample.a[c], sums[u * 2 * C + c], sums[u * 2 * C + C + c]);
+      for (int64_t c = 0, g = n * G; c < C; c += width, ++g)
+        for (int64_t i = c; i < c + width; ++i)
+          found[g].add(of.sample.a[i], sums[u * 2 * C + i], sums[u * 2 * C + C + i]);
   };
   const auto apply = [&](int64_t unit, Scratch& of) {
     const int64_t n = cut.sample(unit);
     load_sample(n, of);
-    for (int64_t c = 0; c < C; ++c) {
-      const OfGroup& group = found[n * G + c / width];
-      of.u[c] = group.u(of.rstd[c], count), of.v[c] = group.v(of.rstd[c], count);
+    for (int64_t c = 0, g = n * G; c < C; c += width, ++g) {
+      std::fill_n(of.u + c, width, found[g].u(of.rstd[c], count));
+      std::fill_n(of.v + c, width, found[g].v(of.rstd[c], count));
     }
     cut.blocks(unit, [&](int64_t first, int64_t rows) {
       const float* q = call.x.read(first * C, rows * C, of.held);
       float* dx = call.dx.target(first * C, of.given);
       const float* d = kept ? dx : call.grad.read(first * C, rows * C, of.given);
+      const int64_t step = C, end = rows * C;  // by reference, each store could have changed them
       const auto pass = [&](auto ready) {
-        over(C, [&](int64_t c, auto lanes) {
+        over(C, [&, step, end](int64_t c, auto lanes) {
           const f32v m = load(of.mean + c), k = load(of.k + c), b = load(of.sample.b + c);
           const f32v u = load(of.u + c), v = load(of.v + c);
-          for (int64_t i = c; i < rows * C; i += C) {
+          for (int64_t i = c; i < end; i += step) {
             const f32v from = take(q + i, lanes) - m;
             f32v dz = take(d + i, lanes);
             if constexpr (!decltype(ready)::value)

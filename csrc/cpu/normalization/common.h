@@ -145,18 +145,23 @@ GENFAST_FN void add_lanes(double* total, int64_t channels, int64_t c, int count,
   add_lanes(total + channels, channels, c, count, v.b);
 }
 
+// The sum of term(r) over rows [0, rows), in four chains.
+template <class V, class Term>
+GENFAST_FN V row_sum(int64_t rows, Term&& term) {
+  V s0{}, s1{}, s2{}, s3{};
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4)
+    s0 += term(r), s1 += term(r + 1), s2 += term(r + 2), s3 += term(r + 3);
+  for (; r < rows; ++r) s0 += term(r);
+  return (s0 + s1) + (s2 + s3);
+}
+
 // total[c] += the sum of term(r) over rows [0, rows), term = column(c, lanes) of each vector of
 // columns; of a pair, its second lies behind.
 template <class V, class Column>
 GENFAST_FN void add_columns(int64_t rows, int64_t channels, double* total, Column&& column) {
   over(channels, [&](int64_t c, auto lanes) {
-    const auto term = column(c, lanes);
-    V s0{}, s1{}, s2{}, s3{};
-    int64_t r = 0;
-    for (; r + 4 <= rows; r += 4)
-      s0 += term(r), s1 += term(r + 1), s2 += term(r + 2), s3 += term(r + 3);
-    for (; r < rows; ++r) s0 += term(r);
-    add_lanes(total, channels, c, lanes.count, (s0 + s1) + (s2 + s3));
+    add_lanes(total, channels, c, lanes.count, row_sum<V>(rows, column(c, lanes)));
   });
 }
 

@@ -104,13 +104,13 @@ void each_column(const Call& call) {
     cut.blocks(unit, [&](int64_t first, int64_t rows) {
       const float* q = call.x.read(first * C, rows * C, of.buffer);
       if (!known)
-        over(C, [&](int64_t c, auto lanes) {
-          f32v sum{};
-          for (int64_t r = 0; r < rows; ++r) sum += take(q + r * C + c, lanes);
+        over(C, [=](int64_t c, auto lanes) {
+          const f32v sum =
+              row_sum<f32v>(rows, [=](int64_t r) { return take(q + r * C + c, lanes); });
           put(pivot + c, sum * (1.0f / rows), lanes);
         });
       known = true;
-      add_columns<f32p>(rows, C, sums.get() + unit * 2 * C, [&](int64_t c, auto lanes) {
+      add_columns<f32p>(rows, C, sums.get() + unit * 2 * C, [=](int64_t c, auto lanes) {
         const f32v k = take(pivot + c, lanes);
         return [=](int64_t r) {
           const f32v d = take(q + r * C + c, lanes) - k;
@@ -130,7 +130,8 @@ void each_column(const Call& call) {
     };
     const double count = static_cast<double>(width) * cut.rows;
     double mean = 0, squares = 0;
-    each([&](double rows, double k, double s, double) { mean += (rows * k + s) / count; });
+    each([&](double rows, double k, double s, double) { mean += rows * k + s; });
+    mean /= count;
     each([&](double rows, double k, double s, double s2) {
       const double d = mean - k;
       squares += s2 - d * (2 * s - rows * d);
@@ -156,9 +157,10 @@ void each_column(const Call& call) {
     cut.blocks(unit, [&](int64_t first, int64_t rows) {
       const float* q = call.x.read(first * C, rows * C, of.buffer);
       float* y = call.y.target(first * C, of.buffer);
-      over(C, [&](int64_t c, auto lanes) {
+      const int64_t step = C, end = rows * C;  // by reference, each store could have changed them
+      over(C, [=](int64_t c, auto lanes) {
         const f32v k = load(a + c), shift = load(b + c), m = load(mean + c);
-        for (int64_t i = c; i < rows * C; i += C)
+        for (int64_t i = c; i < end; i += step)
           put(y + i, Act::value((take(q + i, lanes) - m) * k + shift), lanes);
       });
       call.y.write(first * C, rows * C, y);

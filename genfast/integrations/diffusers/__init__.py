@@ -5,8 +5,9 @@
 
 or, for a pipeline as it stands, `genfast.accelerate(pipe)` and `genfast.restore(pipe)`.
 
-Without a counterpart here, and left alone by `accelerate`: DPMSolverSDE (its Brownian tree draws on
-the CPU between float times), the Parallel, CogVideoX, RePaint, ScoreSde, UnCLIP and token
+Without a counterpart here, and left alone by `accelerate`: DPMSolverSDE and
+CosineDPMSolverMultistep (torchsde draws their noise on the CPU; `genfast.schedulers` has both as
+plans, without it), the Parallel, CogVideoX, RePaint, ScoreSde, UnCLIP and token
 schedulers.
 
 Each class is a subclass of the diffusers class of the same name. Tables (`alphas_cumprod`,

@@ -122,7 +122,7 @@ def plain_training(q, k, v, mask, causal: bool, scale, grouped: bool) -> Tensor 
         return None
     if by_torch.chosen(_TRAINING, q, k, None, causal):
         return by_torch.differentiable(
-            q, k, v, _composite_gradients, is_causal=causal, scale=scale, enable_gqa=grouped
+            q, k, v, _TWICE, is_causal=causal, scale=scale, enable_gqa=grouped
         )
     return _PlainAttention.apply(q, k, v, 0 if causal else -1, scale)
 
@@ -372,6 +372,9 @@ def _composite_gradients(q, k, v, causal, scale, dout):
     return _differentiable((q, k, v, None, None, None), DENSE, options, [dout, None])[:3]
 
 
+_TWICE = by_torch.Twice(_composite_gradients)
+
+
 # ---- the road ----------------------------------------------------------------------------------
 
 
@@ -418,7 +421,7 @@ def attend(q, k, v, mask, alibi, sinks, packed: Packed, options: Options, want_l
                 if by_torch_too and mask is None and ATTENTION_BY_TORCH[q.is_cpu]:
                     given = by_torch.settings(_TRAINING, q, k, v, None, options)
                     if given is not None:
-                        return by_torch.differentiable(q, k, v, _composite_gradients, **given), None
+                        return by_torch.differentiable(q, k, v, _TWICE, **given), None
                 if _fits(q, k, v, mask, alibi, sinks, packed):
                     return _Attention.apply(q, k, v, mask, alibi, sinks, *packed, *options)
             except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
