@@ -5,11 +5,16 @@
 //
 // A task owns a range of key blocks of one key/value head: dK and dV of a block are complete when
 // all query rows of the group have passed, dQ is kept in fp32 for all those rows (O(S) memory). One
-// range when there are heads enough; else fixed ranges, whose dQ are added in order afterwards. So
-// there are five products, not the seven of separate dQ and dK/dV passes, and no atomics.
+// range when there are heads enough; else fixed ranges, whose dQ are added in a fixed order, each
+// task in its turn. So there are five products, not the seven of separate dQ and dK/dV passes, and
+// every sum has one order.
 // With dropout D (0 or 1/(1-p)): dV uses P D, dS = P (D dP - delta). Softcap multiplies dS by its
 // derivative. The sink's logit sees P_sink = 2^(sink - LSE): dsink = -sum P_sink delta.
 #pragma once
+#include <atomic>
+#include <memory>
+#include <thread>
+
 #include "cpu/attention/score.h"
 
 namespace genfast::cpu {
@@ -23,11 +28,11 @@ struct BackwardScratch {
   const char** rows;
   Tile<Unit::rows>* tile;
   float *kt, *vt, *kp;    // K and V by columns, K by panels
-  float *q, *dout;        // rows of a tile; q times scale * log2(e) where they are fp32
+  float *q, *dout;        // rows of the group or a tile; fp32 q times scale * log2(e)
   float *P, *dS, *slope;  // [BR][lds]; slope: derivative of the softcap
   float *dk, *dv, *dq;    // [BK][ldk], [BK][ldv], [rows][ldk]
   float* sums;            // mask gradient: [Sq or 1][BK]
-  float *qp, *dp;         // matrix unit: q and dout by panels,
+  float *qp, *dp;         // matrix unit: q and dout by panels, tile by tile,
   float *Pt, *dSt;        // P and dS of a tile by keys, [BK][ldt]
 };
 
@@ -39,20 +44,21 @@ struct Backward {
 
   const AttentionGradParams& g;
   const AttentionParams& p;
-  int64_t ldq, ldo, ldk, ldv, lds;
+  int64_t ldq, ldo, ldk, ldv;
+  static constexpr int64_t lds = odd_lines(BK);
   static constexpr int64_t ldt = odd_lines(BR / Unit::depth);
   int64_t longest_q = 0, longest_k = 0;
   int64_t splits = 1, split_keys = 0;
   bool options, row_pass;
-  float *lse2 = nullptr, *delta = nullptr;  // [B][Hq][longest_q]
-  float* part_dq = nullptr;                 // [splits][B][Hkv][group_rows][ldk]
+  float *lse2 = nullptr, *delta = nullptr;        // [B][Hq][longest_q]
+  float* total_dq = nullptr;                      // [B][Hkv][group_rows][ldk], of several ranges
+  std::unique_ptr<std::atomic<int64_t>[]> turns;  // [B][Hkv]: ranges whose dQ has been added
 
   explicit Backward(const AttentionGradParams& params) : g(params), p(params.p) {
     ldq = odd_lines(Unit::words(p.D));
     ldo = odd_lines(Unit::words(p.Dv));
     ldk = odd_lines(p.D);
     ldv = odd_lines(p.Dv);
-    lds = odd_lines(BK);
     options = has_score_options(p);
     row_pass = options || p.dropout;
     for (int64_t b = 0; b < p.B; ++b) {
@@ -60,7 +66,7 @@ struct Backward {
       if (s.Sq > longest_q) longest_q = s.Sq;
       if (s.Sk > longest_k) longest_k = s.Sk;
     }
-    constexpr int64_t kWantedTasks = 32, kLeastKeys = 2 * BK;
+    constexpr int64_t kWantedTasks = 32, kLeastKeys = 3 * BK;
     const int64_t heads = p.B * p.Hkv > 0 ? p.B * p.Hkv : 1;
     const int64_t wanted = (kWantedTasks + heads - 1) / heads;
     split_keys = round_up((longest_k + wanted - 1) / wanted, BK);
@@ -73,9 +79,8 @@ struct Backward {
   int64_t stat_index(int64_t b, int64_t head, int64_t i) const {
     return (b * p.Hq + head) * longest_q + i;
   }
-  float* part_of(int64_t split, int64_t b, int64_t kv_head) const {
-    return part_dq + ((split * p.B + b) * p.Hkv + kv_head) * group_rows() * ldk;
-  }
+  int64_t heads() const { return p.B * p.Hkv; }
+  float* total_of(int64_t head) const { return total_dq + head * group_rows() * ldk; }
 
   BackwardScratch lay_out(Arena& a, bool for_mask) const {
     BackwardScratch x;
@@ -86,21 +91,36 @@ struct Backward {
     x.kt = a.take<float>(keys * round_up(Unit::words(p.D), W));
     x.vt = a.take<float>(keys * round_up(Unit::words(p.Dv), W));
     x.kp = a.take<float>(for_mask ? 0 : BK / Unit::depth * round_up(p.D, NR));
-    x.q = a.take<float>(rows * ldq);
-    x.dout = a.take<float>(rows * ldo);
+    const bool kept = !for_mask && keeps_rows();
+    const int64_t tiles = kept ? tile_count(group_rows()) : 1, packed = kept ? group_rows() : rows;
+    x.q = a.take<float>(packed * ldq);
+    x.dout = a.take<float>(packed * ldo);
     const int64_t score_rows = Unit::matrix && rows > RB ? RB : rows;
     x.P = a.take<float>(score_rows * lds);
     x.dS = a.take<float>(score_rows * lds);
     x.slope = a.take<float>(p.softcap > 0.0f ? score_rows * lds : 0);
     x.dk = a.take<float>(for_mask ? 0 : BK * ldk);
     x.dv = a.take<float>(for_mask ? 0 : BK * ldv);
-    x.dq = a.take<float>(for_mask || splits > 1 ? 0 : group_rows() * ldk);
+    x.dq = a.take<float>(for_mask ? 0 : group_rows() * ldk);
     x.sums = a.take<float>(for_mask ? mask_rows() * (BK + W) : 0);
-    x.qp = a.take<float>(Unit::matrix ? BR / 2 * round_up(p.D, NR) : 0);
-    x.dp = a.take<float>(Unit::matrix ? BR / 2 * round_up(p.Dv, NR) : 0);
+    x.qp = a.take<float>(Unit::matrix ? tiles * panels_of(p.D) : 0);
+    x.dp = a.take<float>(Unit::matrix ? tiles * panels_of(p.Dv) : 0);
     x.Pt = a.take<float>(Unit::matrix ? BK * ldt : 0);
     x.dSt = a.take<float>(Unit::matrix ? BK * ldt : 0);
     return x;
+  }
+
+  // Query rows of the group are packed once a task and kept, up to 8 MiB a thread; longer ones once
+  // a block, tile by tile. (Kept: 5 to 7 % less time with the matrix unit, 0 to 2 % with AVX2.)
+  bool keeps_rows() const { return group_rows() * (ldq + ldo) <= int64_t{2} << 20; }
+  static constexpr int64_t panels_of(int64_t dim) { return BR / 2 * round_up(dim, NR); }
+  // The scratch of a tile of the group.
+  BackwardScratch tile_of(const BackwardScratch& x, int64_t index) const {
+    BackwardScratch y = x;
+    if (!keeps_rows()) return y;
+    y.q += index * BR * ldq, y.dout += index * BR * ldo;
+    if constexpr (Unit::matrix) y.qp += index * panels_of(p.D), y.dp += index * panels_of(p.Dv);
+    return y;
   }
 
   // Per row: LSE in units of log2 (+inf for a row that sees nothing, so that P = 0) and delta.
@@ -155,10 +175,11 @@ struct Backward {
         const int r0 = rb * RB, m = t.n - r0 < RB ? t.n - r0 : RB;
         const bool plain = !options && spans[rb].full, ragged = columns % W != 0;
         multiply<false>(m, columns, p.D, x.q + r0 * ldq, ldq, x.kt + j * round_up(p.D, W), NR,
-                        [&](int row0, auto& acc) {
+                        [P = x.P + r0 * lds + j, lse = row_lse + r0, columns, ragged, plain](
+                            int row0, auto& acc) {
                           constexpr int M = sizeof(acc) / sizeof(acc[0]);
                           constexpr int N = sizeof(acc[0]) / sizeof(f32v);
-                          float* to = x.P + (r0 + row0) * lds + j;
+                          float* to = P + row0 * lds;
                           if (ragged)
 #pragma GCC unroll 16
                             for (int i = 0; i < M; ++i) acc[i][N - 1] += past_end(columns);
@@ -171,7 +192,7 @@ struct Backward {
 #pragma GCC unroll 4
                             for (int c = 0; c < N; ++c) {
                               float* e = to + i * lds + c * W;
-                              store(e, exp2_nonpositive<f32v>(load(e) - row_lse[r0 + row0 + i]));
+                              store(e, exp2_nonpositive<f32v>(load(e) - lse[row0 + i]));
                             }
                         });
       }
@@ -193,20 +214,22 @@ struct Backward {
         if (j < spans[rb].lo || j >= spans[rb].hi) continue;
         const int r0 = rb * RB, m = t.n - r0 < RB ? t.n - r0 : RB;
         multiply<false>(m, columns, p.Dv, x.dout + r0 * ldo, ldo, x.vt + j * round_up(p.Dv, W), NR,
-                        [&](int row0, auto& acc) {
+                        [P = x.P + r0 * lds + j, dS = x.dS + r0 * lds + j, shift = row_delta + r0,
+                         weigh = !row_pass](int row0, auto& acc) {
                           constexpr int M = sizeof(acc) / sizeof(acc[0]);
                           constexpr int N = sizeof(acc[0]) / sizeof(f32v);
-                          const int64_t at = (r0 + row0) * lds + j;
+                          if (weigh)
+#pragma GCC unroll 16
+                            for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+                              for (int c = 0; c < N; ++c)
+                                acc[i][c] = load(P + (row0 + i) * lds + c * W) *
+                                            (acc[i][c] - shift[row0 + i]);
 #pragma GCC unroll 16
                           for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
-                            for (int c = 0; c < N; ++c) {
-                              f32v d = acc[i][c];
-                              if (!row_pass)
-                                d = load(x.P + at + i * lds + c * W) *
-                                    (d - row_delta[r0 + row0 + i]);
-                              store(x.dS + at + i * lds + c * W, d);
-                            }
+                            for (int c = 0; c < N; ++c)
+                              store(dS + (row0 + i) * lds + c * W, acc[i][c]);
                         });
       }
     }
@@ -233,6 +256,24 @@ struct Backward {
     }
   }
 
+  // c = accumulators, or what it holds plus them. Epilogues hold what they use by value: a store
+  // might change a member, which would be read again for every vector (3 % of the time).
+  static auto add_to(float* c, int64_t ld, bool add) {
+    return [c, ld, add](int row0, auto& acc) {
+      constexpr int M = sizeof(acc) / sizeof(acc[0]);
+      constexpr int N = sizeof(acc[0]) / sizeof(f32v);
+      float* to = c + row0 * ld;
+#pragma GCC unroll 16
+      for (int i = 0; i < M && add; ++i)
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) acc[i][n] += load(to + i * ld + n * W);
+#pragma GCC unroll 16
+      for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) store(to + i * ld + n * W, acc[i][n]);
+    };
+  }
+
   // to[key][:] += sum over query rows of w[row][key] * from[row][:], for the rows that see the key.
   void add_transposed(const Tile& t, const Span* spans, int n, const float* w, const float* from,
                       int64_t ld, int64_t dim, float* to) const {
@@ -249,20 +290,12 @@ struct Backward {
       const int r0 = begin * RB, depth = (end * RB < t.n ? end * RB : t.n) - r0;
       for (int64_t d = 0; d < dim; d += NR)
         multiply<true>(m, static_cast<int>(dim - d < NR ? dim - d : NR), depth, w + r0 * lds + k0,
-                       lds, from + r0 * ld + d, ld, [&](int row0, auto& acc) {
-                         constexpr int M = sizeof(acc) / sizeof(acc[0]);
-                         constexpr int N = sizeof(acc[0]) / sizeof(f32v);
-                         float* o = to + (k0 + row0) * ld + d;
-#pragma GCC unroll 16
-                         for (int i = 0; i < M; ++i)
-#pragma GCC unroll 4
-                           for (int c = 0; c < N; ++c)
-                             store(o + i * ld + c * W, load(o + i * ld + c * W) + acc[i][c]);
-                       });
+                       lds, from + r0 * ld + d, ld, add_to(to + k0 * ld + d, ld, true));
     }
   }
 
-  void add_dq(const Tile& t, const Span* spans, const BackwardScratch& x, float* dq) const {
+  void add_dq(const Tile& t, const Span* spans, const BackwardScratch& x, float* dq,
+              bool add) const {
     for (int64_t d = 0; d < p.D; d += NR)
       for (int rb = 0; rb * RB < t.n; ++rb) {
         const Span& span = spans[rb];
@@ -270,16 +303,7 @@ struct Backward {
         const int r0 = rb * RB, m = t.n - r0 < RB ? t.n - r0 : RB;
         multiply<false>(m, static_cast<int>(p.D - d < NR ? p.D - d : NR), span.hi - span.lo,
                         x.dS + r0 * lds + span.lo, lds, x.kp + d * BK + span.lo * NR, NR,
-                        [&](int row0, auto& acc) {
-                          constexpr int M = sizeof(acc) / sizeof(acc[0]);
-                          constexpr int N = sizeof(acc[0]) / sizeof(f32v);
-                          float* o = dq + (r0 + row0) * ldk + d;
-#pragma GCC unroll 16
-                          for (int i = 0; i < M; ++i)
-#pragma GCC unroll 4
-                            for (int c = 0; c < N; ++c)
-                              store(o + i * ldk + c * W, load(o + i * ldk + c * W) + acc[i][c]);
-                        });
+                        add_to(dq + r0 * ldk + d, ldk, add));
       }
   }
 
@@ -341,7 +365,7 @@ struct Backward {
   // The five products of the tile in x and the block [first, first + n); row blocks one by one, so
   // that P and dS stay in L1 from product to product.
   void tile_by_tiles(const Sequence& s, ScoreOptions& mods, const BackwardScratch& x, int64_t first,
-                     int n, float* dq) const {
+                     int n, float* dq, bool add) const {
     const Tile& t = *x.tile;
     const int64_t depth = Unit::words(p.D), value_depth = Unit::words(p.Dv);
     const int keys = static_cast<int>(round_up(n, NR));
@@ -368,7 +392,7 @@ struct Backward {
           store(row + j / 2, row_words(load(row + j), load(row + j + W)));
         }
       multiply_tiles(m, p.D, (hi - lo) / 2, x.dS + lo / 2, lds, x.kp + lo / 2 * NR, BK / 2 * NR,
-                     dq + r0 * ldk, ldk, true);
+                     dq + r0 * ldk, ldk, add);
     }
     const int64_t pairs = round_up(t.n, RB) / 2;
     multiply_tiles(n, p.Dv, pairs, x.Pt, ldt, x.dp, BR / 2 * NR, x.dv, ldv, true);
@@ -394,18 +418,22 @@ struct Backward {
   }
 
   void run_task(int64_t task, const BackwardScratch& x) const {
-    const int64_t split = task % splits;
-    const int64_t kv_head = task / splits % p.Hkv, b = task / splits / p.Hkv;
+    // The last keys first: causal ones are the least work, so a task seldom waits for its turn.
+    const int64_t turn = task / heads(), split = splits - 1 - turn;
+    const int64_t kv_head = task % p.Hkv, b = task % heads() / p.Hkv;
     const Sequence s = sequence_of(p, b);
     ScoreOptions mods(p, s);
     const int64_t rows = s.Sq * group();
-    float* dq = splits > 1 ? part_of(split, b, kv_head) : x.dq;
-    __builtin_memset(dq, 0, sizeof(float) * rows * ldk);
-    const int64_t last = (split + 1) * split_keys < s.Sk ? (split + 1) * split_keys : s.Sk;
+    const int64_t begin = split * split_keys;
+    const int64_t last = begin + split_keys < s.Sk ? begin + split_keys : s.Sk;
+    float* dq = turn == 0 && splits > 1 ? total_of(task % heads()) : x.dq;
+    // Where every row sees every key the first block writes all of dQ.
+    const bool add = p.window_left >= 0 || p.window_right >= 0 || begin >= last;
+    if (add) __builtin_memset(dq, 0, sizeof(float) * rows * ldk);
     float ones[BK], scales[BK];
     for (int j = 0; j < BK; ++j)
       ones[j] = 1.0f, scales[j] = Unit::matrix ? p.scale : kLn2;  // fp32 q carries scale * log2(e)
-    for (int64_t first = split * split_keys; first < last; first += BK) {
+    for (int64_t first = begin; first < last; first += BK) {
       const int n = static_cast<int>(last - first < BK ? last - first : BK);
       key_rows(p, p.k, s, kv_head, first, n, x.rows);
       pack_columns<Unit>(x.rows, n, p.dtype, static_cast<int>(p.D), x.kt);
@@ -418,20 +446,21 @@ struct Backward {
         make_tile(p, s, kv_head * group(), group(), index, *x.tile);
         const Tile& t = *x.tile;
         if (t.seen.lo >= first + n || t.seen.hi <= first) continue;
+        const BackwardScratch y = tile_of(x, index);
+        // Kept from the first block that it sees.
+        if (!keeps_rows() || first == begin || t.seen.lo >= first) load_tile(s, y);
 #if defined(__AMX_BF16__)
         if constexpr (Unit::matrix) {
-          load_tile(s, x);
-          tile_by_tiles(s, mods, x, first, n, dq + index * BR * ldk);
+          tile_by_tiles(s, mods, y, first, n, dq + index * BR * ldk, add || first > begin);
           continue;
         }
 #endif
         Span spans[BR / RB];
-        if (!spans_of(x, first, n, spans)) continue;
-        load_tile(s, x);
-        weights(s, mods, x, spans, first, n, false);
-        add_transposed(t, spans, n, x.P, x.dout, ldo, p.Dv, x.dv);
-        add_transposed(t, spans, n, x.dS, x.q, ldq, p.D, x.dk);
-        add_dq(t, spans, x, dq + index * BR * ldk);
+        if (!spans_of(y, first, n, spans)) continue;
+        weights(s, mods, y, spans, first, n, false);
+        add_transposed(t, spans, n, y.P, y.dout, ldo, p.Dv, y.dv);
+        add_transposed(t, spans, n, y.dS, y.q, ldq, p.D, y.dk);
+        add_dq(t, spans, y, dq + index * BR * ldk, add || first > begin);
       }
       key_rows(p, g.dk, s, kv_head, first, n, x.rows);
       unpack_rows(x.dk, ldk, n, static_cast<int>(p.D), scales, const_cast<char* const*>(x.rows),
@@ -440,7 +469,20 @@ struct Backward {
       unpack_rows(x.dv, ldv, n, static_cast<int>(p.Dv), ones, const_cast<char* const*>(x.rows),
                   p.dtype);
     }
-    if (splits == 1) store_dq(s, kv_head, dq);
+    if (splits > 1) add_to_total(task % heads(), turn, rows * ldk, dq);
+    if (turn == splits - 1) store_dq(s, kv_head, dq);
+  }
+
+  // Adds dq to the head's total (the first range's own dQ), or the total to dq when no range is
+  // left. Tasks are handed out in the order of their turns, so the one that is waited for runs.
+  void add_to_total(int64_t head, int64_t turn, int64_t count, float* dq) const {
+    std::atomic<int64_t>& now = turns[head];
+    while (now.load(std::memory_order_acquire) != turn) std::this_thread::yield();
+    const float* total = total_of(head);
+    float* to = turn == splits - 1 ? dq : total_of(head);
+    for (int64_t c = 0; c < count && turn > 0; c += W)
+      store(to + c, load(total + c) + load(dq + c));
+    now.store(turn + 1, std::memory_order_release);
   }
 
   void store_dq(const Sequence& s, int64_t kv_head, const float* dq) const {
@@ -449,17 +491,6 @@ struct Backward {
       char* row = row_at(g.dq, p.dtype, s.b, kv_head * group() + r / s.Sq, s.q_row + r % s.Sq);
       unpack_rows(dq + r * ldk, ldk, 1, static_cast<int>(p.D), &factor, &row, p.dtype);
     }
-  }
-
-  void merge_dq(int64_t b, int64_t kv_head) const {
-    const Sequence s = sequence_of(p, b);
-    float* total = part_of(0, b, kv_head);
-    const int64_t count = s.Sq * group() * ldk;
-    for (int64_t k = 1; k < splits; ++k) {
-      const float* part = part_of(k, b, kv_head);
-      for (int64_t c = 0; c < count; c += W) store(total + c, load(total + c) + load(part + c));
-    }
-    store_dq(s, kv_head, total);
   }
 
   void sink_gradient(int64_t head) const {

@@ -117,17 +117,16 @@ void backward(const AttentionGradParams& g) {
   const auto take = [&](Arena& a) {
     f.lse2 = a.take<float>(p.B * p.Hq * f.longest_q);
     f.delta = a.take<float>(p.B * p.Hq * f.longest_q);
-    if (f.splits > 1) f.part_dq = a.take<float>(f.splits * p.B * p.Hkv * f.group_rows() * f.ldk);
+    if (f.splits > 1) f.total_dq = a.take<float>(f.heads() * f.group_rows() * f.ldk);
   };
   take(sizes);
   Memory memory(sizes.used);
   Arena arena{memory.data(), 0};
   take(arena);
+  if (f.splits > 1) f.turns.reset(new std::atomic<int64_t>[f.heads()]());
   parallel_for(p.B * p.Hq, threads, [&](int64_t bh) { f.prepare_rows(bh / p.Hq, bh % p.Hq); });
-  run_with_scratch(f, false, p.B * p.Hkv * f.splits, threads,
+  run_with_scratch(f, false, f.heads() * f.splits, threads,
                    [&](const BackwardScratch<Unit>& x, int64_t task) { f.run_task(task, x); });
-  if (f.splits > 1)
-    parallel_for(p.B * p.Hkv, threads, [&](int64_t bh) { f.merge_dq(bh / p.Hkv, bh % p.Hkv); });
   if (g.dsinks != nullptr)
     parallel_for(p.Hq, threads, [&](int64_t head) { f.sink_gradient(head); });
   if constexpr (!Unit::matrix)

@@ -60,15 +60,16 @@ inline void product(int m, int64_t columns, int64_t depth, const float* a, int64
                     const Matrix& b, const Matrix& c, Put&& put) {
   for (int64_t d = 0; d < columns; d += NR)
     multiply<Transposed>(m, static_cast<int>(columns - d < NR ? columns - d : NR), depth, a, lda,
-                         b.data + d / NR * b.panel, b.ld, [&](int row0, auto& acc) {
+                         b.data + d / NR * b.panel, b.ld,
+                         [data = c.data + d, ld = c.ld, &put](int row0, auto& acc) {
                            constexpr int M = sizeof(acc) / sizeof(acc[0]);
                            constexpr int N = sizeof(acc[0]) / sizeof(f32v);
-                           float* to = c.data + row0 * c.ld + d;
+                           float* to = data + row0 * ld;
 #pragma GCC unroll 16
                            for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
                              for (int n = 0; n < N; ++n) {
-                               float* at = to + i * c.ld + n * W;
+                               float* at = to + i * ld + n * W;
                                store(at, put(acc[i][n], row0 + i, at));
                              }
                          });
@@ -144,9 +145,10 @@ struct ColumnForward : Columns {
   bool enough() const { return p.B * p.Hq * ((longest_q + kLeastRows - 1) / kLeastRows) >= 64; }
   int64_t block() const { return longest_k < kBlock ? longest_k : kBlock; }
   int64_t chunk_rows() const { return round_up(longest_q < rows ? longest_q : rows, NR); }
-  // Values of a long chunk are packed: by columns of long rows they would share a few sets of L1.
+  // Values of a long chunk are packed: by columns of long rows they would share a few sets of L1
+  // (16 of 64 for rows of 64 floats: packed, 197 keys take 7 % less time).
   bool packs_values() const {
-    return !in_place(p.dtype, p.Dv) || (p.Dv > 64 && chunk_rows() >= 2 * NR);
+    return !in_place(p.dtype, p.Dv) || (p.Dv >= 64 && chunk_rows() >= 2 * NR);
   }
 
   Scratch lay_out(Arena& a) const {

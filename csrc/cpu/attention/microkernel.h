@@ -71,20 +71,29 @@ GENFAST_INLINE void micro(int row0, int64_t depth, const float* a, int64_t lda, 
   epilogue(row0, acc);
 }
 
-// m rows (any number) by one panel of nv vectors.
+// The last m rows, at most M of them, in one piece.
+template <int M, int N, bool Transposed, class Epilogue>
+GENFAST_INLINE void last_rows(int m, int row0, int64_t depth, const float* a, int64_t lda,
+                              const float* b, int64_t ldb, Epilogue&& epilogue) {
+  if (m == M)
+    micro<M, N, Transposed>(row0, depth, a, lda, b, ldb, epilogue);
+  else if constexpr (M > 1)
+    last_rows<M - 1, N, Transposed>(m, row0, depth, a, lda, b, ldb, epilogue);
+}
+
+// m rows (any number) by one panel of N vectors. A chain of FMAs waits 4 cycles for each: 8 chains
+// keep two units busy, so one vector wants 8 rows.
 template <int N, bool Transposed, class Epilogue>
 GENFAST_INLINE void panel_rows(int m, int64_t depth, const float* a, int64_t lda, const float* b,
                                int64_t ldb, Epilogue&& epilogue) {
+  constexpr int most = N == 1 && MR < 8 ? 8 : MR;
   int r = 0;
-  for (; r + MR <= m; r += MR) micro<MR, N, Transposed>(r, depth, a, lda, b, ldb, epilogue);
-  if constexpr (MR > 8)
+  for (; r + most <= m; r += most) micro<most, N, Transposed>(r, depth, a, lda, b, ldb, epilogue);
+  if constexpr (most > 8)
     for (; r + 8 <= m; r += 8) micro<8, N, Transposed>(r, depth, a, lda, b, ldb, epilogue);
-  for (; r + 4 <= m; r += 4) micro<4, N, Transposed>(r, depth, a, lda, b, ldb, epilogue);
-  if (r + 2 <= m) {
-    micro<2, N, Transposed>(r, depth, a, lda, b, ldb, epilogue);
-    r += 2;
-  }
-  if (r < m) micro<1, N, Transposed>(r, depth, a, lda, b, ldb, epilogue);
+  if constexpr (most >= 8)
+    for (; r + 4 <= m; r += 4) micro<4, N, Transposed>(r, depth, a, lda, b, ldb, epilogue);
+  last_rows<most >= 8 ? 3 : most - 1, N, Transposed>(m - r, r, depth, a, lda, b, ldb, epilogue);
 }
 
 template <bool Transposed, class Epilogue>
