@@ -271,6 +271,26 @@ def test_unet_without_labels_and_with_odd_channels():
     assert out.shape == (2, 6, 4, 6) and not out.any()  # the last layer starts at 0
 
 
+def test_a_replaced_embedding_layer_is_the_one_that_runs():
+    class Twice(torch.nn.Linear):
+        def forward(self, e):
+            return 2 * super().forward(e)
+
+    net, (x, t) = UNet(1, 1, (8,), 1, ()), (torch.randn(2, 1, 8, 8), torch.tensor([3, 9]))
+    block = net.middle[0]
+    for weight in (net.leave[-1].weight, block.conv2.weight):  # they start at 0
+        torch.nn.init.normal_(weight)
+    plain, old = net(x, t), block.emb
+    block.emb = Twice(old.in_features, old.out_features)
+    block.emb.load_state_dict(old.state_dict())
+    replaced = net(x, t)
+    with torch.no_grad():
+        old.weight.mul_(2), old.bias.mul_(2)
+    block.emb = old
+    assert not torch.equal(plain, replaced)
+    torch.testing.assert_close(net(x, t), replaced)
+
+
 # ---- learning ------------------------------------------------------------------------------------
 
 
