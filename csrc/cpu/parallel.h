@@ -8,7 +8,8 @@
 namespace genfast::cpu {
 
 // Runs body(context, task) for task in [0, tasks), each exactly once, on at most `threads` threads
-// (0 = hardware concurrency). Tasks must not depend on order or on the number of threads.
+// (0 = hardware concurrency). Tasks are begun in their order, so one may wait for an earlier one;
+// results must not depend on the number of threads.
 void run_tasks(int64_t tasks, int threads, void (*body)(void*, int64_t), void* context);
 
 template <class Fn>

@@ -18,8 +18,10 @@ from genfast.reference import convolution as reference
 
 # Of nearest enlarging, y[2 i + a] sees x[i - 1 + a] and x[i + a] alone, through sums of taps: rows
 # are the taps of the transposed convolution with stride 2, columns those of the convolution.
-_TAPS = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
-_TAPS = torch.kron(_TAPS, _TAPS)  # of both axes, (16, 9)
+_TAPS = ((0.0, 0.0, 1.0), (0.0, 1.0, 1.0), (1.0, 1.0, 0.0), (1.0, 0.0, 0.0))
+with torch.inference_mode(False):  # a graph may hold it, wherever the package is first imported
+    _TAPS = torch.tensor(_TAPS, dtype=torch.float32, device="cpu")
+    _TAPS = torch.kron(_TAPS, _TAPS)  # of both axes, (16, 9)
 # Places times channels times channels from which fewer products pay for making the weights: 32
 # images of 16 channels take as long either way at 8 x 8 (2^19), at 14 x 14 (1.6 2^20) 0.7 times.
 _LEAST = 1 << 20

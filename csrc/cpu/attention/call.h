@@ -1,5 +1,7 @@
 // One call of forward or backward by one unit: scratch, tasks, threads.
 #pragma once
+#include <thread>
+
 #include "cpu/attention/backward.h"
 #include "cpu/attention/columns.h"
 #include "cpu/attention/forward.h"
@@ -10,8 +12,9 @@ namespace genfast::cpu {
 namespace {
 
 inline int workers(int threads, int64_t tasks) {
-  const int64_t n = threads > 0 ? threads : 256;
-  return static_cast<int>(n < tasks ? n : tasks > 0 ? tasks : 1);
+  const int64_t most = threads > 0 ? threads : std::thread::hardware_concurrency();
+  const int64_t n = most < tasks ? most : tasks;
+  return n > 0 ? static_cast<int>(n) : 1;
 }
 
 // Scores by columns. A short call is one run of heads for each thread, and the same thread for the
@@ -87,14 +90,15 @@ void forward(const AttentionParams& p) {
     });
 }
 
-// Runs body(scratch, task) for all tasks, each thread with its own scratch.
+// Runs body(scratch, task) for all tasks, each thread with its own scratch. No more threads than
+// slots: one that waits for an earlier task (add_to_total) keeps its slot.
 template <class Unit, class Body>
 void run_with_scratch(const Backward<Unit>& f, bool for_mask, int64_t tasks, int threads,
                       Body&& body) {
   Arena sizes;
   f.lay_out(sizes, for_mask);
   Slots slots(workers(threads, tasks), sizes.used);
-  parallel_for(tasks, threads, [&](int64_t task) {
+  parallel_for(tasks, slots.count(), [&](int64_t task) {
     slots.with([&](char* base) {
       Arena arena{base, 0};
       [[maybe_unused]] const typename Unit::Turn turn;

@@ -32,6 +32,7 @@ class Slots {
       : count_(count < kMost ? count : kMost),
         bytes_(round_up(bytes, 4096) + 64),
         memory_(count_ * bytes_) {}
+  int count() const { return count_; }
 
   template <class Fn>
   void with(Fn&& fn) {
