@@ -53,8 +53,9 @@ _CPU_ONLY = "CPU kernels only so far"
 # On an Intel Xeon with a matrix unit PyTorch's bf16 beats our vectors (0.35x at S 1024, D 128,
 # 2026-11-25-xeon-avx512), so level amx has that unit too: at least 1.22x, fp16 1.14x. Gradients of
 # fp32 heads of 256 come to 0.92x there with four heads of 1024 rows (1.03x with eight; shorter ones
-# 1.04 to 1.4x): the long ones are PyTorch's. With AVX2 alone it is 0.93x from 768 rows on; that
-# level does not tell a Xeon from an EPYC, where ours is ahead: `genfast bench --calibrate` does.
+# 1.04 to 1.4x): the long ones are PyTorch's. With AVX2 alone it is 0.98x (0.93 in an earlier
+# version); that level does not tell a Xeon from an EPYC, where ours is ahead: `genfast bench
+# --calibrate` does.
 # fp32 comes to 0.86x at one query without groups, bound by memory: handing it on is no faster
 # (0.82 to 0.99x).
 #
