@@ -69,7 +69,9 @@ struct Options {
 
   bool fill(AttentionParams& p) const {
     const double default_scale = 1.0 / std::sqrt(static_cast<double>(p.D > 0 ? p.D : 1));
-    p.scale = static_cast<float>(scale.is_none() ? default_scale : py::cast<double>(scale));
+    const double given = scale.is_none() ? default_scale : py::cast<double>(scale);
+    if (!std::isfinite(given) || !std::isfinite(softcap)) return false;
+    p.scale = static_cast<float>(given);
     p.softcap = softcap;
     p.window_left = left, p.window_right = right, p.bottom_right = bottom_right;
     p.threads = g_gate.threads();
@@ -383,6 +385,9 @@ bool attention_cached(TensorArgument& q, TensorArgument& k_cache, TensorArgument
   return run(p, k_cache, GENFAST_KERNEL(attention_forward));
 }
 
+// The elements of a dimension are one in memory: not to be written.
+bool shared(const TensorView& t, int dim) { return t.shape[dim] > 1 && t.strides[dim] == 0; }
+
 // Writes k, v (B, Hkv, S_new, X) behind the cache's rows; with cos and sin also q, rotated, to
 // q_out.
 bool attention_append(TensorArgument& q, TensorArgument& q_out, TensorArgument& k,
@@ -406,7 +411,7 @@ bool attention_append(TensorArgument& q, TensorArgument& q_out, TensorArgument& 
         v.shape[3] != p.Dv)
       return false;
     for (int i = 0; i < 3; ++i)
-      if (k.shape[i] != v.shape[i]) return false;
+      if (k.shape[i] != v.shape[i] || shared(k_cache, i) || shared(v_cache, i)) return false;
     p.S_new = k.shape[2];
     p.k_new = rows_of(k), p.v_new = rows_of(v);
   }

@@ -286,6 +286,18 @@ def test_threads_do_not_change_bits(dtype, options, shape):
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
+@pytest.mark.parametrize("size", [2**62, 2**63 - 1, 2**64])
+def test_a_window_of_any_size_is_none(size):
+    """sys.maxsize says "unbounded": added to a position it would not fit 64 bits."""
+    q, k, v = inputs(2, 4, 2, 33, 47, 16)
+    for align in core.ALIGN:
+        want = genfast.attention(q, k, v, causal=True, align=align)
+        for window in ((size, 0), (size, size)):
+            causal = window[1] == size
+            got = genfast.attention(q, k, v, window=window, causal=causal, align=align)
+            assert torch.equal(got, want)
+
+
 def test_dropout():
     q, k, v = inputs(2, 3, 3, 40, 50, 16)
     a = genfast.attention(q, k, v, dropout_p=0.4, seed=5)
@@ -364,6 +376,38 @@ def test_kvcache(dtype, paged, rotary, options):
     torch.testing.assert_close(lse, want_lse, rtol=1e-3 if rotary else 1e-5, atol=1e-3)
     assert torch.equal(ours[1], theirs[1]) and not torch.equal(ours[1], v_cache)
     torch.testing.assert_close(ours[0], theirs[0], **REORDERED[dtype])
+
+
+@pytest.mark.parametrize("options", [
+    {"alibi_slopes": torch.ones(3)}, {"sinks": torch.ones(1, 4)}, {"scale": "x"},
+    {"scale": math.nan}, {"softcap": "x"}, {"softcap": math.inf}, {"window": (0.5, 1)},
+], ids=str)  # fmt: skip
+def test_a_refused_call_leaves_the_cache_alone(options):
+    q, k, v = inputs(2, 4, 2, 1, 1, 8)
+    caches = [torch.zeros(2, 2, 16, 8) for _ in range(2)]
+    with pytest.raises((TypeError, ValueError), match=f"^{next(iter(options))}: "):
+        genfast.attention_with_kvcache(q, *caches, k, v, cache_seqlens=3, **options)
+    assert all((x == 0).all() for x in caches)
+
+
+def test_a_rotation_of_no_dimensions():
+    q, k, v = inputs(2, 4, 2, 3, 3, 8)
+    caches = torch.zeros(2, 2, 2, 16, 8), torch.zeros(2, 2, 2, 16, 8)
+    none = {"rotary_cos": torch.ones(9, 0), "rotary_sin": torch.ones(9, 0)}
+    got, want = (
+        genfast.attention_with_kvcache(q, *c, k, v, cache_seqlens=0, **turn)
+        for c, turn in zip(caches, (none, {}), strict=True)
+    )
+    assert torch.equal(got, want) and torch.equal(*caches)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_cache_of_an_empty_batch(backend):
+    with genfast.backend(backend):
+        out, lse = genfast.attention_with_kvcache(
+            *(torch.zeros(0, 2, n, 8) for n in (1, 16, 16)), cache_seqlens=0, return_lse=True
+        )
+    assert out.shape == (0, 2, 1, 8) and lse.shape == (0, 2, 1)
 
 
 def test_decoding_equals_prefill():
@@ -607,12 +651,17 @@ WRONG = {
     "softcap": (lambda: A(q4, k4, k4, softcap=-1.0), ValueError, "softcap: expected"),
     "p": (lambda: A(q4, k4, k4, dropout_p=1.5, seed=1), ValueError, "dropout_p: expected"),
     "scale": (lambda: A(q4, k4, k4, scale="x"), TypeError, "scale: expected a number"),
+    "scale NaN": (lambda: A(q4, k4, k4, scale=math.nan), ValueError, "scale: expected a finite"),
+    "scale tensor": (lambda: A(q4, k4, k4, scale=R(())), TypeError, "scale: .* multiply q"),
+    "softcap inf": (lambda: A(q4, k4, k4, softcap=math.inf), ValueError, "softcap: expected"),
+    "align list": (lambda: A(q4, k4, k4, align=[]), ValueError, "align: expected one of"),
     "seed": (lambda: A(q4, k4, k4, dropout_p=0.5, seed=0.5), TypeError, "seed: expected"),
     "cu dtype": (lambda: V(q3, q3, q3, i32.long(), i32), TypeError, "cu_seqlens_q: expected"),
     "cu falls": (lambda: V(q3, q3, q3, i32, i32.flip(0)), ValueError, "cu_seqlens_k: expected"),
     "cu end": (lambda: V(q3, q3, q3, i32 + 1, i32), ValueError, "cu_seqlens_q: expected"),
     "cu count": (lambda: V(q3, q3, q3, i32, i32[:2]), ValueError, "cu_seqlens_k: expected"),
     "max": (lambda: V(q3, q3, q3, i32, i32, 1, 3), ValueError, "max_seqlen_q: expected"),
+    "max str": (lambda: V(q3, q3, q3, i32, i32, 3, "3"), TypeError, "max_seqlen_k: "),
     "capacity": (lambda: C(q4[:, :, :2], c4, c4, k4[:, :, :2], k4[:, :, :2], cache_seqlens=n2),
                  ValueError, "cache_seqlens"),
     "no length": (lambda: C(q4, c4, c4, k4, k4), ValueError, "cache_seqlens: expected with k"),
@@ -622,6 +671,13 @@ WRONG = {
              "block_table"),
     "pad": (lambda: C(q4, c4, c4, cache_seqlens=n2, cache_leftpad=n2 + 1), ValueError,
             "cache_leftpad"),
+    "length": (lambda: C(q4, c4, c4, cache_seqlens=2**40), ValueError, "cache_seqlens: .* <= 16"),
+    "no v": (lambda: C(q4, c4, None, cache_seqlens=n2), TypeError, "v_cache: expected"),
+    "cos list": (lambda: C(q4, c4, c4, cache_seqlens=n2, rotary_cos=[1], rotary_sin=[1]), TypeError,
+                 "rotary_cos: expected"),
+    "table list": (lambda: C(q4, c4, c4, block_table=[[0], [1]]), TypeError, "block_table: "),
+    "expanded": (lambda: C(q4[:, :, :1], c4[:1].expand(2, -1, -1, -1), c4, k4[:, :, :1],
+                           k4[:, :, :1], cache_seqlens=n2), ValueError, "k_cache: .* of its own"),
     "only k": (lambda: C(q4, c4, c4, k4, cache_seqlens=n2), ValueError, "k, v: expected both"),
     "only cos": (lambda: C(q4, c4, c4, cache_seqlens=n2, rotary_cos=torch.ones(9, 4)), ValueError,
                  "rotary_cos, rotary_sin"),

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -83,12 +83,14 @@ def number(
                 f"{name}: expected a number or a tensor of one element, got {describe(value)}"
             )
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
     fits = (value > low if open_low else value >= low) and value <= high
     if not (math.isfinite(value) and fits):
-        bounds = f"{'>' if open_low else '>='} {low}" + ("" if high == math.inf else f", <= {high}")
-        raise ValueError(f"{name}: expected a finite number {bounds}, got {value!r}")
+        bounds = [f"{'>' if open_low else '>='} {low}"] if low > -math.inf else []
+        bounds += [f"<= {high}"] if high < math.inf else []
+        expected = " ".join(["a finite number", ", ".join(bounds)]).rstrip()
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
 def integer(name: str, value: Any, *, low: int | None = None, high: int | None = None) -> None:
@@ -117,8 +119,13 @@ def output(out: Any, shape: Sequence[int], dtype: torch.dtype | None) -> None:
         raise TypeError(
             f"out: expected dtype {dtype}, got {out.dtype}; leave dtype out or match it"
         )
-    if any(n > 1 and s == 0 for n, s in zip(out.shape, out.stride(), strict=True)):
+    own_memory("out", out)
+
+
+def own_memory(name: str, x: torch.Tensor) -> None:
+    """Of a tensor that is written."""
+    if any(n > 1 and s == 0 for n, s in zip(x.shape, x.stride(), strict=True)):
         raise ValueError(
-            "out: expected memory of its own for every element, got an expanded tensor; "
-            "pass out.contiguous()"
+            f"{name}: expected memory of its own for every element, got an expanded tensor; "
+            f"pass {name}.contiguous()"
         )

@@ -218,4 +218,6 @@ def attention_with_kvcache(
         )
         outs.append(out)
         lses.append(lse)
+    if not outs:
+        return q.new_zeros(0, *q.shape[1:3], v_cache.shape[3]), q.new_zeros(0, *q.shape[1:3])
     return torch.cat(outs), torch.cat(lses)

@@ -7,6 +7,7 @@ Function around the call 40.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -49,6 +50,7 @@ def settings(call: int, q: Tensor, k: Tensor, v: Tensor, mask, options) -> dict 
     (B, Hq, Sq, D), (Bk, Hkv, Sk, Dk) = q.shape, k.shape
     same = (
         (options.softcap, options.left, options.dropout_p) == (0.0, -1, 0.0)
+        and (options.scale is None or math.isfinite(options.scale))
         and (options.right == -1 or (causal and (not options.bottom_right or Sq == Sk)))
         and q.dtype is k.dtype is v.dtype
         and k.shape == v.shape

@@ -40,6 +40,7 @@ TRITON_HEAD_BYTES = 1024  # of the Triton kernels: fp32 heads up to 256
 _FLOAT = torch.float32
 _AUTOCAST = ("cpu", "cuda")
 _MASKS = (torch.bool, *_check.FLOATS)
+_BOUNDLESS = 2**62  # from here on a window is none: a position and it would not fit 64 bits
 _DECODE, _FORWARD, _TRAINING = map(ATTENTION_CALLS.index, ("decode", "forward", "training"))
 
 
@@ -495,9 +496,7 @@ def check_options(B, Hq, alibi, sinks, options: Options) -> None:
     if is_compiling():  # dynamic shapes make symbols of these numbers
         return
     if options.scale is not None:
-        if isinstance(options.scale, Tensor):
-            raise TypeError("scale: expected a float, got a tensor; multiply q by it instead")
-        _check.number("scale", options.scale)
+        _check.number("scale", as_scale(options.scale))
     _check.number("softcap", options.softcap, low=0.0)
     _check.number("dropout_p", options.dropout_p, low=0.0, high=1.0)
 
@@ -532,18 +531,34 @@ def validate(q, k, v, mask, alibi, sinks, packed: Packed, options: Options) -> N
     _check.same_device(q=q, **optional)
 
 
+def check_align(align) -> None:
+    if type(align) is not str or align not in ALIGN:
+        _check.choice("align", align, ALIGN)
+
+
 def windows(causal: bool, window) -> tuple[int, int]:
     """(left, right) of a window, with causal as right = 0."""
-    if window == (-1, -1) or window is None:
-        return -1, 0 if causal else -1
     try:
+        if window == (-1, -1) or window is None:
+            return -1, 0 if causal else -1
         left, right = window
     except (TypeError, ValueError):
         raise ValueError(f"window: expected (left, right), got {window!r}") from None
     left, right = (-1 if x is None else x for x in (left, right))
     _check.integer("window", left)
     _check.integer("window", right)
-    return (left if left >= 0 else -1), 0 if causal else (right if right >= 0 else -1)
+    left, right = (x if 0 <= x < _BOUNDLESS else -1 for x in (left, right))
+    return left, 0 if causal else right
+
+
+def as_scale(scale):
+    """What the kernels take: a float, or None for the default."""
+    if scale is None or type(scale) is float or is_compiling():
+        return scale
+    if isinstance(scale, Tensor):
+        raise TypeError("scale: expected a float, got a tensor; multiply q by it instead")
+    _check.number("scale", scale)
+    return float(scale)
 
 
 def noise(dropout_p: float, seed, stream, generator, device):
@@ -607,15 +622,14 @@ def attention(
     the operands are cast as torch's attention does. Raises TypeError / ValueError naming the
     argument. Dao et al. 2022, "FlashAttention"; Milakov & Gimelshein 2018.
     """
-    if align not in ALIGN:
-        _check.choice("align", align, ALIGN)
+    check_align(align)
     if not isinstance(q, Tensor):
         _check.tensor("q", q)
     if autocasting(q):
         q, k, v = lower_precision(q, k, v)
     left, right = windows(causal, window)
     options = Options(
-        *noise(dropout_p, seed, stream, generator, q.device), scale, softcap, left, right,
+        *noise(dropout_p, seed, stream, generator, q.device), as_scale(scale), softcap, left, right,
         ALIGN[align], dropout_p,
     )  # fmt: skip
     out, lse = attend(q, k, v, mask, alibi_slopes, sinks, DENSE, options, return_lse)

@@ -11,6 +11,7 @@ from genfast.ops._road import DIRECT, GRAD, KERNEL_DTYPES, define, gate, is_comp
 from genfast.ops.attention.core import (
     MAX_HEAD_DIM,
     Options,
+    as_scale,
     check_operands,
     check_options,
     empty_out,
@@ -26,6 +27,8 @@ def _native(
     scale, softcap, alibi, sinks, left, right, want_lse,
 ):  # fmt: skip
     """(out, lse or None), or None when the kernels do not take these tensors. Cache in place."""
+    if isinstance(cos, Tensor) and cos.dim() == 2 and cos.shape[1] == 0:
+        cos = sin = None  # nothing to rotate
     rotated = q
     added = 0 if k is None else k.shape[2]
     if k is not None or cos is not None:
@@ -63,7 +66,7 @@ def _composite(
 
 def _impl(q, k_cache, v_cache, *args):
     with torch.no_grad():
-        if not forced_reference() and _takes(q, k_cache, v_cache, args[11], args[12], args[10]):
+        if not forced_reference() and _takes(q, k_cache, v_cache, *args[11:13], *args[9:11]):
             found = _native(q, k_cache, v_cache, *args, True)
             if found is not None:
                 return found
@@ -111,17 +114,16 @@ def _validate(
         raise ValueError("k, v: expected both new keys and new values, or neither")
     if k is not None:
         operands |= {"k": k, "v": v}
+        for name, x in {"k_cache": k_cache, "v_cache": v_cache}.items():
+            _check.tensor(name, x)
+            _check.own_memory(name, x)
     check_operands({name: _LETTERS[name] for name in operands}, operands)
     B, Hq, Sq, D = q.shape
     _vector("cache_seqlens", lengths, B)
     _vector("cache_batch_idx", batch_idx, B)
     _vector("cache_leftpad", leftpad, B)
     if block_table is not None:
-        _check.tensor("block_table", block_table, (_INT32,))
-        if block_table.dim() != 2 or block_table.shape[0] != B:
-            raise ValueError(
-                f"block_table: expected (B, blocks) with B = {B}, got {tuple(block_table.shape)}"
-            )
+        check_table(block_table, B)
         if batch_idx is not None:
             raise ValueError("cache_batch_idx: has no meaning beside block_table; pass only one")
     elif batch_idx is None and k_cache.shape[0] < B:
@@ -186,6 +188,30 @@ def _check_rows(k_cache, k, lengths, batch_idx, leftpad, block_table) -> None:
         )
 
 
+def _whole_lengths(q, k_cache, k, length, block_table) -> Tensor:
+    """One length for every batch row; None: the whole cache."""
+    if q.dim() != 4 or k_cache.dim() != 4:
+        check_operands(_LETTERS, {"q": q, "k_cache": k_cache})
+    full = k_cache.shape[2]
+    if block_table is not None:
+        check_table(block_table, q.shape[0])
+        full *= block_table.shape[1]
+    if length is None and k is not None:
+        raise ValueError("cache_seqlens: expected with k, to know where the new rows go")
+    if length is None:
+        length = full
+    _check.integer("cache_seqlens", length, low=0, high=full)
+    return torch.full((q.shape[0],), length, dtype=_INT32, device=q.device)
+
+
+def check_table(block_table, B: int) -> None:
+    _check.tensor("block_table", block_table, (_INT32,))
+    if block_table.dim() != 2 or block_table.shape[0] != B:
+        raise ValueError(
+            f"block_table: expected (B, blocks) with B = {B}, got {tuple(block_table.shape)}"
+        )
+
+
 def attention_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -223,23 +249,18 @@ def attention_with_kvcache(
     under torch.no_grad(). Raises TypeError / ValueError naming the argument.
     """
     left, right = windows(causal, window)
-    _check.tensor("q", q)
-    _check.tensor("k_cache", k_cache)
+    scale = as_scale(scale)
+    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        _check.tensor(name, x)
     if not isinstance(cache_seqlens, Tensor):
-        full = k_cache.shape[2] if block_table is None else k_cache.shape[2] * block_table.shape[1]
-        if cache_seqlens is None and k is not None:
-            raise ValueError("cache_seqlens: expected with k, to know where the new rows go")
-        if cache_seqlens is not None:
-            _check.integer("cache_seqlens", cache_seqlens, low=0)
-        n = full if cache_seqlens is None else cache_seqlens
-        cache_seqlens = torch.full((q.shape[0],), n, dtype=_INT32, device=q.device)
+        cache_seqlens = _whole_lengths(q, k_cache, k, cache_seqlens, block_table)
     args = (
         k, v, cache_seqlens, rotary_cos, rotary_sin, rotary_interleaved, cache_batch_idx,
         cache_leftpad, block_table, scale, softcap, alibi_slopes, sinks, left, right,
     )  # fmt: skip
     if not is_compiling() and gate(q, k_cache, v_cache, k, v) in (DIRECT, GRAD):
         found = None
-        if _takes(q, k_cache, v_cache, alibi_slopes, sinks, softcap):
+        if _takes(q, k_cache, v_cache, alibi_slopes, sinks, scale, softcap):
             found = _native(q, k_cache, v_cache, *args, return_lse)
         if found is not None:
             return found if return_lse else found[0]
@@ -251,16 +272,19 @@ def attention_with_kvcache(
     return (out, lse) if return_lse else out
 
 
-def _takes(q, k_cache, v_cache, alibi, sinks, softcap) -> bool:
+def _takes(q, k_cache, v_cache, alibi, sinks, scale, softcap) -> bool:
     """Nothing is appended before it is sure that the rest of the call will run."""
-    return (
+    if not (
         q.dtype in KERNEL_DTYPES
         and all(x.dim() == 4 and x.stride(-1) == 1 for x in (q, k_cache, v_cache))
         and all(1 <= x.shape[-1] <= MAX_HEAD_DIM for x in (q, v_cache))
         and k_cache.shape[1] > 0
         and q.shape[1] % k_cache.shape[1] == 0
-        and all(
-            x is None or (x.dtype is torch.float32 and x.is_contiguous()) for x in (alibi, sinks)
-        )
-        and softcap >= 0
+    ):
+        return False
+    if alibi is not None or sinks is not None or scale is not None or softcap != 0:
+        options = Options(scale=scale, softcap=softcap)
+        check_options(q.shape[0], q.shape[1], alibi, sinks, options)
+    return all(
+        x is None or (x.dtype is torch.float32 and x.is_contiguous()) for x in (alibi, sinks)
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -145,7 +147,7 @@ def scaled_dot_product_attention(
         and query.dim() == key.dim() == 4
         and (enable_gqa or query.shape[1] == key.shape[1])
         and not autocasting(query)
-        and (scale is None or type(scale) is float)
+        and (scale is None or (type(scale) is float and math.isfinite(scale)))
     ):
         fast = plain_forward if road == DIRECT else plain_training
         try:

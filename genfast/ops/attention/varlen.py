@@ -11,15 +11,17 @@ from genfast.ops.attention.core import (
     ALIGN,
     Options,
     Packed,
+    as_scale,
     attend,
     autocasting,
+    check_align,
     lower_precision,
     noise,
     windows,
 )
 
 
-def _check_cu(name: str, cu, other: Tensor | None = None) -> None:
+def check_cu(name: str, cu, other: Tensor | None = None) -> None:
     _check.tensor(name, cu, (torch.int32,))
     if cu.dim() != 1 or cu.shape[0] < 1 or not cu.is_contiguous():
         raise ValueError(
@@ -43,12 +45,14 @@ def _longest(name: str, cu: Tensor, total: int, given: int | None) -> int:
             f"got {cu.tolist()}"
         )
     longest = int(lengths.max()) if lengths.numel() else 0
-    if given is not None and given < longest:
-        raise ValueError(
-            f"{name.replace('cu_seqlens', 'max_seqlen')}: expected at least the longest "
-            f"sequence, {longest}, got {given}"
-        )
-    return longest if given is None else given
+    if given is None:
+        return longest
+    name = name.replace("cu_seqlens", "max_seqlen")
+    given = given.item() if isinstance(given, Tensor) and given.numel() == 1 else given
+    _check.integer(name, given, high=2**31 - 1)
+    if given < longest:
+        raise ValueError(f"{name}: expected at least the longest sequence, {longest}, got {given}")
+    return given
 
 
 def attention_varlen(
@@ -82,12 +86,11 @@ def attention_varlen(
     (Tq, Hq, Dv), and lse (Hq, Tq) on request; rows of no sequence are 0. Raises TypeError /
     ValueError naming the argument.
     """
-    if align not in ALIGN:
-        _check.choice("align", align, ALIGN)
+    check_align(align)
     for name, x in {"q": q, "k": k}.items():
         _check.tensor(name, x)
-    _check_cu("cu_seqlens_q", cu_seqlens_q)
-    _check_cu("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q)
+    check_cu("cu_seqlens_q", cu_seqlens_q)
+    check_cu("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q)
     _check.same_device(q=q, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     max_q = _longest("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
     max_k = _longest("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
@@ -95,7 +98,7 @@ def attention_varlen(
         q, k, v = lower_precision(q, k, v)
     left, right = windows(causal, window)
     options = Options(
-        *noise(dropout_p, seed, stream, generator, q.device), scale, softcap, left, right,
+        *noise(dropout_p, seed, stream, generator, q.device), as_scale(scale), softcap, left, right,
         ALIGN[align], dropout_p,
     )  # fmt: skip
     packed = Packed(cu_seqlens_q, cu_seqlens_k, max_q, max_k)
