@@ -252,7 +252,8 @@ def test_flash_varlen_and_pages():
     q, k, v = qkv.unbind(1)
     packed = fa.flash_attn_varlen_kvpacked_func(q, qkv[:, 1:], cu, cu, 20, 20, causal=True)
     assert torch.equal(out, packed)
-    table = torch.tensor([[3, 0], [1, 1], [4, 2], [5, 5]], dtype=torch.int32)
+    # What stands behind the rows in use is never looked at.
+    table = torch.tensor([[3, 99], [-1, -1], [4, 2], [5, -1]], dtype=torch.int32)
     pages = torch.zeros(2, 6, 16, 4, 16)
     for (a, b), (first, second) in zip(
         itertools.pairwise(cu.tolist()), table.tolist(), strict=True
@@ -265,6 +266,40 @@ def test_flash_varlen_and_pages():
                 to[second] = rows[16:]
     paged = fa.flash_attn_varlen_func(q, *pages, cu, cu, 20, 20, causal=True, block_table=table)
     torch.testing.assert_close(paged, out, **CLOSE)
+
+
+Q4, P4 = torch.zeros(2, 5, 4, 8), torch.zeros(3, 4, 2, 8)  # dense queries, pages
+I32 = torch.tensor([0, 3, 8], dtype=torch.int32)
+
+
+def paged(table, cu_k=I32):
+    q = torch.zeros(8, 4, 8)
+    return fa.flash_attn_varlen_func(q, P4, P4, I32, cu_k, 5, 5, block_table=table)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "call"),
+    [
+        (TypeError, "q: expected", lambda: fa.flash_attn_func([1.0], Q4, Q4)),
+        (ValueError, r"q: expected .* got \(8,\)", lambda: fa.flash_attn_func(Q4[0, 0, 0], Q4, Q4)),
+        (ValueError, "window: expected", lambda: fa.flash_attn_func(Q4, Q4, Q4, window_size=3)),
+        (TypeError, "dropout_p: expected", lambda: fa.flash_attn_func(Q4, Q4, Q4, None)),
+        (TypeError, "dropout_p: expected", lambda: fa.flash_attn_func(Q4, Q4, Q4, "0.1")),
+        (ValueError, "block_table: expected pages below 3",
+         lambda: paged(torch.tensor([[0, 1], [-1, 2]]).int())),
+        (ValueError, "block_table: expected pages below 3",
+         lambda: paged(torch.tensor([[0, 1], [1, 3]]).int())),
+        (ValueError, "block_table: expected at least the 2 blocks of 5",
+         lambda: paged(torch.tensor([[0], [1]]).int())),
+        (ValueError, "block_table: expected .* B = 2", lambda: paged(torch.zeros(3, 2).int())),
+        (TypeError, "block_table: expected", lambda: paged([[0, 1], [1, 2]])),
+        (ValueError, "cu_seqlens_k: expected",
+         lambda: paged(torch.zeros(2, 2).int(), torch.tensor([0, 5, 3]).int())),
+    ],
+)  # fmt: skip
+def test_flash_wrong_input(error, message, call):
+    with pytest.raises(error, match=message):
+        call()
 
 
 def test_flash_dropout_mask():

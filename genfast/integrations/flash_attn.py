@@ -14,11 +14,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from genfast.ops import _check
 from genfast.ops._noise import draw_seed
 from genfast.ops.attention.core import Options, _keep, windows
 from genfast.ops.attention.core import attention as _attention
 from genfast.ops.attention.kvcache import attention_with_kvcache as _with_kvcache
+from genfast.ops.attention.kvcache import check_table
 from genfast.ops.attention.varlen import attention_varlen as _varlen
+from genfast.ops.attention.varlen import check_cu
 from genfast.reference.attention import attention as _reference
 from genfast.reference.attention import visible
 
@@ -34,7 +37,7 @@ __all__ = [
 
 
 def _bhsd(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.transpose(1, 2)
+    return x.transpose(1, 2) if isinstance(x, Tensor) and x.dim() == 4 else x
 
 
 def _s_dmask(q, k, lse, options: dict, dropout_p, seed) -> Tensor | None:
@@ -66,7 +69,7 @@ def _s_dmask(q, k, lse, options: dict, dropout_p, seed) -> Tensor | None:
 
 
 def _seed(q: Tensor, dropout_p: float) -> Tensor | None:
-    return draw_seed(q.device) if dropout_p > 0 else None
+    return draw_seed(q.device) if dropout_p and isinstance(q, Tensor) else None
 
 
 def flash_attn_func(
@@ -88,7 +91,7 @@ def flash_attn_func(
     """
     options = {
         "causal": causal,
-        "window": tuple(window_size),
+        "window": window_size,
         "scale": softmax_scale,
         "softcap": softcap,
         "alibi_slopes": alibi_slopes,
@@ -167,11 +170,29 @@ def flash_attn_qkvpacked_func(
 
 def _pages_to_rows(pages: Tensor, block_table: Tensor, cu_seqlens: Tensor) -> Tensor:
     """(pages, page_size, H, D) through the table -> packed (total, H, D)."""
-    lengths = cu_seqlens.diff().tolist()
-    rows = [
-        pages[table.long()].flatten(0, 1)[:n] for table, n in zip(block_table, lengths, strict=True)
-    ]
-    return torch.cat(rows) if rows else pages.flatten(0, 1)[:0]
+    _check.tensor("k, v", pages)
+    if pages.dim() != 4:
+        raise ValueError(
+            f"k, v: expected pages (pages, page_size, Hkv, D), got shape {tuple(pages.shape)}"
+        )
+    check_cu("cu_seqlens_k", cu_seqlens)
+    check_table(block_table, cu_seqlens.shape[0] - 1)
+    size, blocks = pages.shape[1], block_table.shape[1]
+    rows = [pages.new_zeros(max(int(cu_seqlens[0]), 0), *pages.shape[2:])]  # of no sequence
+    for table, n in zip(block_table, cu_seqlens.diff().tolist(), strict=True):
+        used = -(-n // max(size, 1))
+        if used > blocks:
+            raise ValueError(
+                f"block_table: expected at least the {used} blocks of {n} rows, got {blocks}"
+            )
+        table = table[: max(used, 0)].long()
+        if bool(((table < 0) | (table >= pages.shape[0])).any()):
+            raise ValueError(
+                f"block_table: expected pages below {pages.shape[0]} for the rows in use, "
+                f"got {table.tolist()}"
+            )
+        rows.append(pages[table].flatten(0, 1)[: max(n, 0)])
+    return torch.cat(rows)
 
 
 def flash_attn_varlen_func(
@@ -208,7 +229,7 @@ def flash_attn_varlen_func(
         max_seqlen_q,
         max_seqlen_k,
         causal=causal,
-        window=tuple(window_size),
+        window=window_size,
         scale=softmax_scale,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
@@ -327,7 +348,7 @@ def flash_attn_with_kvcache(
         cache_leftpad=cache_leftpad,
         block_table=block_table,
         causal=causal,
-        window=tuple(window_size),
+        window=window_size,
         scale=softmax_scale,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
