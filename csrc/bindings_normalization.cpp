@@ -1,4 +1,6 @@
 // Native entry points of the normalization family; bindings.cpp has the rest and the rules.
+#include <cmath>
+
 #include "api/normalization.h"
 #include "binding.h"
 
@@ -17,7 +19,7 @@ bool fill(NormalizeParams& p, const TensorView& x, const TensorView& statistics,
           const TensorView& w, const TensorView& b, const TensorView& scale,
           const TensorView& shift, int64_t groups, bool rms, int act, float eps) {
   if (!is_float(x.dtype) || x.ndim < 1 || groups < 0 || (rms && groups > 0) || act < 0 ||
-      act > static_cast<int>(NormActivation::gelu_tanh) || !(eps >= 0.0f))
+      act > static_cast<int>(NormActivation::gelu_tanh) || !(eps >= 0.0f) || std::isinf(eps))
     return false;
   if (groups > 0) {
     if (x.ndim < 2 || !planes_of(x, 1, p.planes) || p.planes.channels % groups != 0) return false;
@@ -32,7 +34,7 @@ bool fill(NormalizeParams& p, const TensorView& x, const TensorView& statistics,
   const int64_t C = p.planes.channels, outer = p.planes.outer;
   if (!vector_of(statistics, Dtype::f32, (rms ? 1 : 2) * p.group_count())) return false;
   for (const TensorView* t : {&w, &b})
-    if (!dense_floats(*t) || (t->defined() && t->numel != C)) return false;
+    if (!dense_floats(*t) || (t->defined() && (t->ndim != 1 || t->numel != C))) return false;
   if (!rows_of(scale, outer, C) || !rows_of(shift, outer, C)) return false;
   p.x = x, p.statistics = statistics, p.w = w, p.b = b, p.scale = scale, p.shift = shift;
   p.act = static_cast<NormActivation>(act), p.eps = eps;

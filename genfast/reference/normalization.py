@@ -52,7 +52,9 @@ def normalize(
     over dimension 1; 0: layer norm over the last, or with rms x / sqrt(mean(x^2) + eps).
     weight, bias: (C,); scale, shift: (B, C)."""
     if groups:
-        z = torch.group_norm(x, groups, weight, bias, eps)
+        alone = weight is None and bias is not None  # PyTorch has no gradient of a bias alone
+        z = torch.group_norm(x, groups, weight, None if alone else bias, eps)
+        z = z + bias.reshape(-1, *[1] * (x.dim() - 2)) if alone else z
     elif rms:
         z = F.rms_norm(x, x.shape[-1:], weight, eps)
         z = z if bias is None else z + bias

@@ -131,6 +131,28 @@ def test_first_rows_far_from_the_others():
     yardstick("far", got, eager, torch.group_norm(x.double(), 4, eps=0.0), kind="output")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_squares_beyond_fp32_are_nan(kind):
+    """Not zeros: a training that has run away must show."""
+    x = 1e25 * randn(2, 8, 4, 8)
+    for laid in (x, x.contiguous(memory_format=torch.channels_last)):
+        assert KINDS[kind][0](laid, None, None, None, None).isnan().all()
+
+
+def test_a_bias_without_a_weight():
+    """PyTorch's group norm has no gradient there, which the reference's is made of."""
+    x, b = randn(2, 8, 3, 5).requires_grad_(), randn(8, seed=2).requires_grad_()
+    wide, c = (t.detach().double().requires_grad_() for t in (x, b))
+    found = []
+    for x, b in ((x, b), (wide, c)):
+        first = torch.autograd.grad(genfast.group_norm(x, 4, None, b).square().sum(), (x, b),
+                                    create_graph=True)  # fmt: skip
+        second = torch.autograd.grad(sum(d.square().sum() for d in first), (x, b))
+        found.append([d.detach().double() for d in (*first, *second)])
+    for got, exact in zip(*found, strict=True):
+        torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-4)
+
+
 def test_expanded_gradient():
     """Of y.sum(): one number for every element."""
     x = randn(2, 8, 5, 5).requires_grad_()
@@ -337,6 +359,10 @@ X = torch.zeros(2, 8, 5)
          lambda: genfast.layer_norm(X, shift=torch.zeros(1, 5))),
         (TypeError, "scale: ", lambda: genfast.layer_norm(X, scale=1.0)),
         (ValueError, "eps: ", lambda: genfast.layer_norm(X, eps=-1.0)),
+        (ValueError, "eps: ", lambda: genfast.group_norm(X, 2, eps=float("inf"))),
+        (TypeError, "eps: ", lambda: genfast.layer_norm(X, eps=torch.tensor(1e-5))),
+        (ValueError, r"weight: expected shape \(8,\)",
+         lambda: genfast.group_norm(X, 2, torch.zeros(2, 4))),
         (TypeError, "eps: ", lambda: genfast.rms_norm(X, eps="small")),
         (ValueError, "one device",
          lambda: genfast.layer_norm(X, torch.zeros(5, device="meta"))),

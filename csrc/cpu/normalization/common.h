@@ -171,6 +171,11 @@ struct Statistics {
   float mean, rstd;
 };
 
+// A square beyond fp32 is NaN, as in PyTorch: 1 / inf would make silent zeros of the group.
+inline float rstd_of(double squares, double count, float eps) {
+  return static_cast<float>(1.0 / std::sqrt(squares / count + eps) + (squares - squares));
+}
+
 // Of n numbers that read(first, count) hands out in blocks. The mean first, then the squares around
 // it: one pass over both would cancel where the mean is large.
 template <class Read>
@@ -190,7 +195,7 @@ GENFAST_FN Statistics statistics(int64_t n, bool rms, float eps, Read&& read) {
     const f32v d = take(q, lanes, mean) - mean;
     return d * d;
   });
-  return {mean, static_cast<float>(1.0 / std::sqrt(squares / n + eps))};
+  return {mean, rstd_of(squares, static_cast<double>(n), eps)};
 }
 
 // ---- the affine -----------------------------------------------------------------------------

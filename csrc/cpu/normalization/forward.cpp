@@ -136,9 +136,7 @@ void each_column(const Call& call) {
       const double d = mean - k;
       squares += s2 - d * (2 * s - rows * d);
     });
-    const double variance = std::max(0.0, squares / count);
-    return Statistics{static_cast<float>(mean),
-                      static_cast<float>(1.0 / std::sqrt(variance + p.eps))};
+    return Statistics{static_cast<float>(mean), rstd_of(std::max(squares, 0.0), count, p.eps)};
   };
   // Once a sample: made again for each of its parts, they took as long as the passes.
   std::unique_ptr<Statistics[]> found(new Statistics[p.planes.outer * G]);
