@@ -15,7 +15,8 @@ bool fill(BiasActParams& p, const TensorView& x, const TensorView& b, const Tens
       act > static_cast<int>(Activation::gelu_tanh) || !dense_floats(b) || !dense_floats(noise) ||
       !vector_of(strength, Dtype::f32, 1))
     return false;
-  if (b.defined() && b.numel != p.planes.channels) return false;
+  if (b.defined() && (b.ndim != 1 || b.numel != p.planes.channels)) return false;
+  if (!std::isfinite(alpha) || !std::isfinite(gain) || !std::isfinite(clamp)) return false;
   const int64_t places = p.planes.outer * p.planes.inner;
   if (noise.defined() && noise.numel != places && noise.numel != p.planes.inner) return false;
   draws = draws && !noise.defined();
@@ -108,10 +109,10 @@ bool upfirdn2d(TensorArgument& y, TensorArgument& x, TensorArgument& f, int64_t 
     if (v < 1 || v > kMost) return false;
   for (int64_t v : {x0, x1, y0, y1})
     if (v < -kMost || v > kMost) return false;
-  if (y.shape[0] != x.shape[0] || y.shape[1] != x.shape[1]) return false;
+  if (y.shape[0] != x.shape[0] || y.shape[1] != x.shape[1] || x.shape[1] < 1) return false;
   const auto fits = [](int64_t in, int64_t out, int64_t up, int64_t down, int64_t pad, int64_t n) {
     const int64_t room = in * up + pad - n;
-    return in <= kMost && room >= 0 && out == room / down + 1;
+    return in >= 1 && in <= kMost && room >= 0 && out == room / down + 1;
   };
   if (!fits(x.shape[2], y.shape[2], up_y, down_y, y0 + y1, f.shape[0]) ||
       !fits(x.shape[3], y.shape[3], up_x, down_x, x0 + x1, f.shape[f.ndim - 1]))

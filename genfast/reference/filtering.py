@@ -114,7 +114,8 @@ def upfirdn2d(
     N, C, H, W = x.shape
     x = x.reshape(N, C, H, 1, W, 1)
     x = F.pad(x, [0, up_x - 1, 0, 0, 0, up_y - 1]).reshape(N, C, H * up_y, W * up_x)
-    x = F.pad(x, list(padding))  # negative numbers crop
+    x = F.pad(x, [max(n, 0) for n in padding])
+    x = F.pad(x, [min(n, 0) for n in padding])  # crops, of the padding too
     f = (f * gain ** (f.dim() / 2)).to(x.dtype)
     if not flip_filter:
         f = f.flip(list(range(f.dim())))

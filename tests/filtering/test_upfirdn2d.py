@@ -225,6 +225,34 @@ def test_resampling_keeps_a_constant_and_the_size(taps):
         torch.testing.assert_close(inside, torch.ones_like(inside), rtol=2e-5, atol=0)
 
 
+# Options and what they give of x and a filter (fh, fw): one place, one tap a place, padding alone.
+FAR = {
+    "down": ({"down": 2**31, "padding": 1}, lambda x, f: truth(x, f, 1, 1, (1,) * 4)[..., :1, :1]),
+    "up": ({"up": 2**31, "down": 2**31}, lambda x, f: x * f[-1, -1]),
+    "padding": ({"padding": (2**31 - 9, 9 - 2**31, 0, 3)},
+                lambda x, f: torch.zeros_like(truth(x, f, 1, 1, (0, 0, 0, 3)))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAR)
+@pytest.mark.parametrize("taps", ["1331", "any 2-d"])
+def test_memory_follows_the_sizes_of_the_images(taps, name):
+    """Not those of up, down and the padding: gigabytes of zeros around a row, of which no output
+    sees one, and products of sizes that leave 64 bits."""
+    x, f = randn(400, 3, 9, 8), FILTERS[taps]
+    options, expected = FAR[name]
+    want = expected(x, f if f.dim() == 2 else f.outer(f))
+    torch.testing.assert_close(genfast.upfirdn2d(x, f, **options), want, rtol=1e-4, atol=1e-5)
+
+
+def test_cropping_beyond_the_image():
+    x, f = randn(2, 3, 6, 7), FILTERS["any 2-d"]
+    y = genfast.upfirdn2d(x, f, padding=(-9, 11, -8, 10))
+    with genfast.backend("reference"):
+        other = genfast.upfirdn2d(x, f, padding=(-9, 11, -8, 10))
+    assert y.shape == other.shape and (y == 0).all() and (other == 0).all()
+
+
 # ---- wrong input ---------------------------------------------------------------------------------
 
 
@@ -233,6 +261,7 @@ def test_resampling_keeps_a_constant_and_the_size(taps):
     [
         (TypeError, "x: ", ([1.0], None), {}),
         (ValueError, r"x: expected images \(N, C, H, W\)", (torch.zeros(2, 3), None), {}),
+        (ValueError, "x: expected images", (torch.zeros(1, 0, 4, 4), torch.ones(2)), {}),
         (TypeError, "f: ", (torch.zeros(1, 1, 4, 4), [1.0]), {}),
         (ValueError, r"f: expected shape \(fh, fw\)",
          (torch.zeros(1, 1, 4, 4), torch.ones(1, 1, 1)), {}),
@@ -246,6 +275,8 @@ def test_resampling_keeps_a_constant_and_the_size(taps):
          {"padding": -2}),
         (TypeError, "flip_filter: ", (torch.zeros(1, 1, 4, 4), None), {"flip_filter": 1}),
         (TypeError, "gain: ", (torch.zeros(1, 1, 4, 4), None), {"gain": torch.tensor(1.0)}),
+        (TypeError, "gain: ", (torch.zeros(1, 1, 4, 4), torch.ones(2)),
+         {"gain": torch.tensor(1.0)}),
     ],
 )  # fmt: skip
 def test_wrong_input_names_the_argument(error, message, args, options):
@@ -260,6 +291,8 @@ def test_wrong_input_names_the_argument(error, message, args, options):
         (ValueError, "f: expected at most two dim", lambda: genfast.setup_filter([[[1.0]]])),
         (ValueError, "f: expected taps with a sum", lambda: genfast.setup_filter([1, -1])),
         (ValueError, "separable: ", lambda: genfast.setup_filter([[1.0]], separable=True)),
+        (ValueError, "gain: ", lambda: genfast.setup_filter([1, 2], separable=True, gain=-1.0)),
+        (TypeError, "gain: ", lambda: genfast.upsample2d(torch.zeros(1, 1, 4, 4), None, gain="2")),
     ],
 )
 def test_wrong_taps(error, message, call):

@@ -141,10 +141,9 @@ def test_squares_beyond_fp32_are_nan(kind):
 
 def test_a_bias_without_a_weight():
     """PyTorch's group norm has no gradient there, which the reference's is made of."""
-    x, b = randn(2, 8, 3, 5).requires_grad_(), randn(8, seed=2).requires_grad_()
-    wide, c = (t.detach().double().requires_grad_() for t in (x, b))
     found = []
-    for x, b in ((x, b), (wide, c)):
+    for dtype in (torch.float32, torch.float64):
+        x, b = (t.to(dtype).requires_grad_() for t in (randn(2, 8, 3, 5), randn(8, seed=2)))
         first = torch.autograd.grad(genfast.group_norm(x, 4, None, b).square().sum(), (x, b),
                                     create_graph=True)  # fmt: skip
         second = torch.autograd.grad(sum(d.square().sum() for d in first), (x, b))

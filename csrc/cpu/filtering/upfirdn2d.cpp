@@ -25,19 +25,28 @@ struct Tap {
   int64_t phase, shift;  // r, a
 };
 
-// One axis: the taps of each output phase s.
+// One axis: the taps of each output phase s that reach the input for some output. So what is kept
+// of a row grows with in and out alone, whatever up, down and the padding are.
 struct Axis {
   int64_t in, out, up, down;
+  int64_t split, woven;  // phases that hold something: of a row, and of the output (two for up = 2)
   std::vector<std::vector<Tap>> phases;
 
   Axis(int64_t in, int64_t out, int64_t up, int64_t down, int64_t before, const float* f, int64_t n)
-      : in(in), out(out), up(up), down(down), phases(up) {
-    for (int64_t s = 0; s < up; ++s)
+      : in(in),
+        out(out),
+        up(up),
+        down(down),
+        split(std::min(down, in)),
+        woven(std::min(up, out + 1)),
+        phases(woven) {
+    for (int64_t s = 0; s < woven; ++s)
       for (int64_t k = 0; k < n; ++k) {
         const int64_t at = s * down + k - before;
         if (f[k] == 0.0f || at % up != 0) continue;
         const int64_t q = at / up, a = q >= 0 ? q / down : -((down - 1 - q) / down);
-        phases[s].push_back({f[k], q - a * down, a});
+        const int64_t r = q - a * down, m = std::max<int64_t>(0, -a);  // m: the first that may
+        if (m < count(s) && (m + a) * down + r < in) phases[s].push_back({f[k], r, a});
       }
   }
   int64_t count(int64_t s) const { return s < out ? (out - s + up - 1) / up : 0; }  // of phase s
@@ -148,7 +157,7 @@ class Rows {
     end_ = static_cast<const char*>(p.x.data) + p.x.numel * size_;
     lead_ = 0, reach_ = (columns_.in + columns_.down - 1) / columns_.down;
     for (const Axis& axis : x)
-      for (int64_t s = 0; s < axis.up; ++s)
+      for (int64_t s = 0; s < axis.woven; ++s)
         for (const Tap& t : axis.phases[s]) {
           lead_ = std::max(lead_, -t.shift);
           reach_ = std::max(reach_, axis.count(s) + t.shift);
@@ -158,9 +167,9 @@ class Rows {
     copies_.resize(f.fh + 1);  // more than one output row wants
     if (pixel_ == 1) {
       stride_ = lead_ + rounded(reach_);
-      phases_.data.assign(columns_.down * stride_ + W, 0.0f);
+      phases_.data.assign(columns_.split * stride_ + W, 0.0f);
       woven_stride_ = rounded(columns_.count(0));
-      woven_.get(columns_.up * woven_stride_);
+      woven_.get(columns_.woven * woven_stride_);
     }
     out_.get(rounded(columns_.out * pixel_));
   }
@@ -190,7 +199,7 @@ class Rows {
         first = false;
       }
       if (first) {
-        const int64_t n = pixel_ == 1 ? columns_.up * woven_stride_ : columns_.out * pixel_;
+        const int64_t n = pixel_ == 1 ? columns_.woven * woven_stride_ : columns_.out * pixel_;
         std::fill_n(pixel_ == 1 ? woven_.get(0) : out, n, 0.0f);
       }
     }
@@ -234,7 +243,7 @@ class Rows {
       return;
     }
     if (!placed) split(row);
-    for (int64_t s = 0; s < axis.up; ++s) {
+    for (int64_t s = 0; s < axis.woven; ++s) {
       line_.clear();
       for (const Tap& t : axis.phases[s])
         line_.push_back({phases_.get(0) + t.phase * stride_ + lead_ + t.shift, t.c});
@@ -325,7 +334,7 @@ class Planes {
     for (const Axis* axis : {&y, &x})
       for (const auto& taps : axis->phases) terms_ = std::max<int64_t>(terms_, taps.size());
     past_ = 2 * W + stride_;
-    floats_ = y.down * x.down * plane_ + x.down * high_ + y.up * x.up * high_ + 3 * past_;
+    floats_ = y.split * x.split * plane_ + x.split * high_ + y.woven * x.woven * high_ + 3 * past_;
   }
   int64_t floats() const { return floats_; }
   int64_t stride() const { return stride_; }
@@ -335,24 +344,24 @@ class Planes {
    public:
     explicit Task(const Planes& s)
         : s_(s),
-          in_(s.y_.down * s.x_.down * s.plane_ + s.past_, 0.0f),
-          middle_(s.x_.down * s.high_ + s.past_, 0.0f),
-          out_(s.y_.up * s.x_.up * s.high_ + s.past_),
+          in_(s.y_.split * s.x_.split * s.plane_ + s.past_, 0.0f),
+          middle_(s.x_.split * s.high_ + s.past_, 0.0f),
+          out_(s.y_.woven * s.x_.woven * s.high_ + s.past_),
           line_(s.terms_),
           row_(rounded(std::max(s.x_.in, s.x_.out))) {}
 
     void run(const char* from, char* to) {
       const Axis &y = s_.y_, &x = s_.x_;
       for (int64_t r = 0; r < y.in; ++r) split(from + r * x.in * s_.size_, r);
-      for (int64_t s = 0; s < y.up; ++s) {
-        for (int64_t q = 0; q < x.down; ++q) {
+      for (int64_t s = 0; s < y.woven; ++s) {
+        for (int64_t q = 0; q < x.split; ++q) {
           const float* phase = in_.data() + q * s_.plane_ + s_.lead_y_ * s_.stride_;
           int64_t n = 0;
           for (const Tap& t : y.phases[s])
-            line_[n++] = {phase + t.phase * x.down * s_.plane_ + t.shift * s_.stride_, t.c};
+            line_[n++] = {phase + t.phase * x.split * s_.plane_ + t.shift * s_.stride_, t.c};
           sums(line_.data(), n, y.count(s) * s_.stride_, true, middle_.data() + q * s_.high_);
         }
-        for (int64_t u = 0; u < x.up; ++u) {
+        for (int64_t u = 0; u < x.woven; ++u) {
           int64_t n = 0;
           for (const Tap& t : x.phases[u])
             line_[n++] = {middle_.data() + t.phase * s_.high_ + s_.lead_x_ + t.shift, t.c};
@@ -363,14 +372,14 @@ class Planes {
     }
 
    private:
-    float* plane(int64_t s, int64_t u) { return out_.data() + (s * s_.x_.up + u) * s_.high_; }
+    float* plane(int64_t s, int64_t u) { return out_.data() + (s * s_.x_.woven + u) * s_.high_; }
 
     // Row r of the input to its places in the phases.
     void split(const char* from, int64_t r) {
       const int64_t d = s_.x_.down, n = s_.x_.in;
       const float* row = reinterpret_cast<const float*>(from);
       if (s_.p_.x.dtype != Dtype::f32) row = widened(from, n);
-      float* to = in_.data() + r % s_.y_.down * d * s_.plane_ +
+      float* to = in_.data() + r % s_.y_.down * s_.x_.split * s_.plane_ +
                   (s_.lead_y_ + r / s_.y_.down) * s_.stride_ + s_.lead_x_;
       if (d == 1) {
         std::copy_n(row, n, to);
@@ -419,7 +428,7 @@ class Planes {
   struct Margin {
     int64_t lead = 0, reach;
     explicit Margin(const Axis& axis) : reach((axis.in + axis.down - 1) / axis.down) {
-      for (int64_t s = 0; s < axis.up; ++s)
+      for (int64_t s = 0; s < axis.woven; ++s)
         for (const Tap& t : axis.phases[s]) {
           lead = std::max(lead, -t.shift);
           reach = std::max(reach, axis.count(s) + t.shift);

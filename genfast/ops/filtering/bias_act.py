@@ -8,6 +8,7 @@ activations go through the reference then.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
@@ -299,6 +300,8 @@ def _strength(strength, device) -> Tensor | None:
     """fp32 of one element. A number is kept: it costs 2 us to make."""
     if isinstance(strength, Tensor):
         return strength
+    if not math.isfinite(strength):
+        _check.number("strength", strength)
     if strength == 1 and device.type == "cpu":
         if device not in _ONE:
             with torch.inference_mode(False), torch.no_grad():
@@ -367,6 +370,8 @@ def bias_act(
         found.gain if gain is None else gain,
         _NO_CLAMP if clamp is None else clamp,
     )
+    if clamp == _NO_CLAMP:
+        _check.number("clamp", clamp, low=0)
     draws = noise is None and strength is not None
     if not is_compiling() and noise is None and (draws or (seed is None and generator is None)):
         try:

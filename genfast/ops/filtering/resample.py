@@ -20,7 +20,8 @@ def setup_filter(
     """The filter for `upfirdn2d` of its taps: a number, a sequence, an array or a tensor.
 
     (n,) taps stay (n,), along both axes, where separable (default: from 8 taps on), else become
-    their outer product (n, n). normalize: to sum 1. gain: of the whole image. Returns float32
+    their outer product (n, n). normalize: to sum 1. gain: of the whole image (no root of a negative
+    one: not for (n,) taps). Returns float32
     (fh, fw) or (n,). Raises TypeError / ValueError naming the argument.
     """
     try:
@@ -37,6 +38,10 @@ def setup_filter(
         separable = f.dim() == 1 and f.numel() >= 8
     if separable and f.dim() != 1:
         raise ValueError(f"separable: expected taps (n,) for it, got a filter {tuple(f.shape)}")
+    if separable and gain < 0:
+        raise ValueError(
+            f"gain: expected a number >= 0 for separable taps, got {gain}; negate them"
+        )
     if f.dim() == 1 and not separable:
         f = f.outer(f)
     if normalize:
@@ -67,6 +72,7 @@ def upsample2d(
         left + (fw + up_x - 1) // 2, right + (fw - up_x) // 2,
         top + (fh + up_y - 1) // 2, bottom + (fh - up_y) // 2,
     )  # fmt: skip
+    _check.number("gain", gain)
     if not isinstance(gain, Tensor):
         gain = gain * up_x * up_y
     return upfirdn2d(x, f, up=up, padding=padding, flip_filter=flip_filter, gain=gain)

@@ -214,7 +214,8 @@ def upfirdn2d(
     """
     if (
         type(up) is int and type(down) is int and up >= 1 and down >= 1
-        and type(flip_filter) is bool and isinstance(f, Tensor) and not is_compiling()
+        and type(flip_filter) is bool and type(gain) in (float, int) and isinstance(f, Tensor)
+        and not is_compiling()
     ):  # fmt: skip
         try:
             padding4 = _quad(padding)
