@@ -28,6 +28,17 @@ def positive(name: str, value) -> int:
     return n
 
 
+def rows_from(begin, n: int) -> range:
+    """Rows begin ... n - 1 of a grid; a negative one would be counted from the end."""
+    try:
+        first = operator.index(begin)
+    except TypeError:
+        raise TypeError(f"begin: expected an int, got {type(begin).__name__}") from None
+    if not 0 <= first < n:
+        raise ValueError(f"begin: expected a row of the grid, 0..{n - 1}, got {first}")
+    return range(first, n)
+
+
 def number(name: str, value, low: float, high: float) -> float:
     """value as a float in [low, high]."""
     v = float(value)

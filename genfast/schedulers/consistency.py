@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from ._check import number, positive
+from ._check import number, positive, rows_from
 from .convert import vp
 from .plan import M, PlanBuilder, SolverPlan, X, Z
 from .schedules import AlphaGrid, SigmaGrid, alpha_grid, distilled_timesteps
@@ -33,7 +33,7 @@ def lcm_plan(
     distilled ones), timesteps, or `AlphaGrid` with chain "repeat"."""
     grid = _grid(grid, "repeat")
     plan = PlanBuilder("lcm", clip=clip, threshold=threshold)
-    for i in range(begin, len(grid)):
+    for i in rows_from(begin, len(grid)):
         a_t, a_p = grid.alpha_bar[i], grid.alpha_bar_next[i]
         x0, _ = vp(prediction, math.sqrt(a_t), math.sqrt(1 - a_t))
         t = grid.timesteps[i] * timestep_scaling
@@ -58,7 +58,7 @@ def tcd_plan(
     grid = _grid(grid, "zero")
     eta = number("eta", eta, 0.0, 1.0)
     plan = PlanBuilder("tcd")
-    for i in range(begin, len(grid)):
+    for i in rows_from(begin, len(grid)):
         last = i == len(grid) - 1
         t_next = 0 if last else grid.timesteps[i + 1]
         # in fp32, as diffusers computes it: the result indexes a table, so a last bit can matter
@@ -128,7 +128,7 @@ def consistency_plan(
         else consistency_grid(grid, sigma_min=sigma_min, sigma_max=sigma_max)
     )
     plan = PlanBuilder("consistency", clip=clip)
-    for i in range(begin, len(grid)):
+    for i in rows_from(begin, len(grid)):
         s = grid.sigmas[i]
         c_skip = sigma_data**2 / ((s - sigma_min) ** 2 + sigma_data**2)
         c_out = (s - sigma_min) * sigma_data / math.hypot(s, sigma_data)

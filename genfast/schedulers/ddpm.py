@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from ._check import choice, number
+from ._check import choice, number, rows_from
 from .convert import vp
 from .plan import X0, PlanBuilder, SolverPlan, X, Z
 from .schedules import AlphaGrid, NoiseSchedule, alpha_grid
@@ -48,7 +48,7 @@ def ddpm_plan(
     grid = _grid(grid)
     std = choice("variance", variance, DDPM_VARIANCES)
     plan = PlanBuilder("ddpm", clip=clip, threshold=threshold)
-    for i in range(begin, len(grid)):
+    for i in rows_from(begin, len(grid)):
         t, a_t, a_p = grid.timesteps[i], grid.alpha_bar[i], grid.alpha_bar_next[i]
         alpha, b_t, b_p = a_t / a_p, 1 - a_t, 1 - a_p
         beta = 1 - alpha
@@ -88,7 +88,7 @@ def ddim_plan(
     grid = _grid(grid, chain="stride")
     eta = number("eta", eta, 0.0, 1.0)
     plan = PlanBuilder("ddim", clip=clip, threshold=threshold)
-    for i in range(begin, len(grid)):
+    for i in rows_from(begin, len(grid)):
         a_t, a_p = grid.alpha_bar[i], grid.alpha_bar_next[i]
         a, s = math.sqrt(a_t), math.sqrt(1 - a_t)
         x0, eps = vp(prediction, a, s)
@@ -135,7 +135,7 @@ def ddim_inverse_plan(
 ) -> SolverPlan:
     """DDIM from data to noise (Mokady et al. 2022, sec. 3.2). grid: from `ddim_inverse_grid`."""
     plan = PlanBuilder("ddim_inverse", clip=clip)
-    for i in range(begin, len(grid)):
+    for i in rows_from(begin, len(grid)):
         a_t, a_p = grid.alpha_bar[i], grid.alpha_bar_next[i]
         x0, eps = vp(prediction, np.sqrt(a_t), np.sqrt(1 - a_t))
         D = plan.x0(x0)

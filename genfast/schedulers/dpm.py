@@ -14,7 +14,7 @@ import math
 
 import numpy as np
 
-from ._check import choice, positive
+from ._check import choice, positive, rows_from
 from ._special import phi
 from .convert import convert, input_scale
 from .plan import X0, PlanBuilder, SolverPlan, X, Z, sym
@@ -114,7 +114,7 @@ def dpm_solver_plan(
     a, s, lam = log_snr(grid)
     N = len(grid)
     plan = PlanBuilder(algorithm, clip=clip, threshold=threshold)
-    for i in range(begin, N):
+    for i in rows_from(begin, N):
         x0, eps = convert(grid.kind, prediction, a[i], s[i], sigma_data)
         D0, D = history_entry(plan, x0, eps, data, a[i], s[i])
         p = min(order, i - begin + 1)
@@ -202,7 +202,7 @@ def dpm_solver_singlestep_plan(
     orders = singlestep_orders(N, order, lower_order_final, s[-1] == 0)
     plan = PlanBuilder(f"singlestep {algorithm}", clip=clip, threshold=threshold)
     base = begin
-    for i in range(begin, N):
+    for i in rows_from(begin, N):
         x0, eps = convert(grid.kind, prediction, a[i], s[i])
         D0, D = history_entry(plan, x0, eps, data, a[i], s[i])
         p = min(orders[i], i - begin + 1)

@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from ._check import number, positive
+from ._check import number, positive, rows_from
 from .convert import edm, input_scale, ve
 from .plan import PlanBuilder, SolverPlan, X, Z, sym
 from .schedules import SigmaGrid, edm_grid, sigma_grid, sigma_to_t
@@ -39,7 +39,7 @@ def _substitute(form, x_hat):
 
 def _euler_rows(plan, grid, x0_of, c_in, *, s_churn, s_tmin, s_tmax, s_noise, churn_steps, begin):
     s_churn = number("s_churn", s_churn, 0.0, math.inf)
-    for i in range(begin, len(grid)):
+    for i in rows_from(begin, len(grid)):
         s, s_next = grid.sigmas[i], grid.sigmas[i + 1]
         s_hat, sd = churn(s, churn_steps or len(grid), s_churn, s_tmin, s_tmax, s_noise)
         x_hat = X + sd * Z
@@ -150,7 +150,7 @@ def euler_ancestral_plan(
     """Euler to sigma_down, then noise sigma_up (k-diffusion, sample_euler_ancestral)."""
     grid = _grid(grid)
     plan = PlanBuilder("euler_ancestral", clip=clip)
-    for i in range(begin, len(grid)):
+    for i in rows_from(begin, len(grid)):
         s, s_next = grid.sigmas[i], grid.sigmas[i + 1]
         down, up = ancestral(s, s_next, eta)
         form = ve(prediction, s)
@@ -179,7 +179,7 @@ def heun_plan(
     """
     grid = _grid(grid)
     plan = PlanBuilder("heun", clip=clip)
-    for i in range(begin, len(grid)):
+    for i in rows_from(begin, len(grid)):
         s, s_next = grid.sigmas[i], grid.sigmas[i + 1]
         form = ve(prediction, s)
         D = plan.x0(form)
@@ -217,7 +217,7 @@ def _kdpm2(name, grid, prediction, clip, begin, target, noisy):
     """
     grid = _grid(grid)
     plan = PlanBuilder(name, clip=clip)
-    for i in range(begin, len(grid)):
+    for i in rows_from(begin, len(grid)):
         s, s_next = grid.sigmas[i], grid.sigmas[i + 1]
         s_to, up = target(s, s_next)
         last = s_to == 0
@@ -307,7 +307,7 @@ def dpm_sde_plan(
     grid = _grid(grid)
     eta, s_noise = number("eta", eta, 0.0, math.inf), number("s_noise", s_noise, 0.0, math.inf)
     plan = PlanBuilder("dpm_sde", clip=clip)
-    for i in range(begin, len(grid)):
+    for i in rows_from(begin, len(grid)):
         s, s_next = grid.sigmas[i], grid.sigmas[i + 1]
         form = ve(prediction, s)
         D = plan.x0(form)
@@ -365,7 +365,7 @@ def lms_plan(
     if positive("order", order) > 7:
         raise ValueError(f"order: expected 1..7, got {order}")
     plan = PlanBuilder("lms", clip=clip)
-    for i in range(begin, len(grid)):
+    for i in rows_from(begin, len(grid)):
         s = grid.sigmas[i]
         form = ve(prediction, s)
         D = plan.x0(form)

@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 
+from ._check import rows_from
 from .euler import churn
 from .plan import CLIP, COEF, COLUMNS, D_M, D_X, INPUT_SCALE, M, PlanBuilder, SolverPlan, X, Z, sym
 from .schedules import SigmaGrid, flow_grid
@@ -25,7 +26,7 @@ def flow_match_euler_plan(
     """
     grid = _grid(grid)
     plan = PlanBuilder("flow_match_euler", clip=clip)
-    for i in range(begin, len(grid)):
+    for i in rows_from(begin, len(grid)):
         s, s_next = grid.sigmas[i], grid.sigmas[i + 1]
         x0 = X - s * M
         D = plan.x0(x0)
@@ -53,7 +54,7 @@ def flow_match_heun_plan(
     """
     grid = _grid(grid)
     plan = PlanBuilder("flow_match_heun")
-    for i in range(begin, len(grid)):
+    for i in rows_from(begin, len(grid)):
         s, s_next = grid.sigmas[i], grid.sigmas[i + 1]
         # the peer counts 2N - 1 evaluations as its steps
         s_hat, sd = churn(s, 2 * len(grid) - 1, s_churn, s_tmin, s_tmax, s_noise)
@@ -87,7 +88,7 @@ def flow_match_lcm_plan(grid, *, clip: float | None = None, begin: int = 0) -> S
     """Predict x0, noise it again to sigma_next: (1 - sigma_next) x0 + sigma_next z."""
     grid = _grid(grid)
     plan = PlanBuilder("flow_match_lcm", clip=clip)
-    for i in range(begin, len(grid)):
+    for i in rows_from(begin, len(grid)):
         s, s_next = grid.sigmas[i], grid.sigmas[i + 1]
         D = plan.x0(X - s * M)
         prev = (1 - s_next) * D + s_next * Z

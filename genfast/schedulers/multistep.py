@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ._check import choice, positive
+from ._check import choice, positive, rows_from
 from ._special import phi
 from .convert import convert
 from .dpm import dpm_grid, history_entry, log_snr
@@ -52,7 +52,7 @@ def deis_plan(
     a, s, lam = log_snr(grid)
     N = len(grid)
     plan = PlanBuilder("deis", clip=clip, threshold=threshold)
-    for i in range(begin, N):
+    for i in rows_from(begin, N):
         x0, eps = convert(grid.kind, prediction, a[i], s[i])
         E0, D = history_entry(plan, x0, eps, False, a[i], s[i])
         p = min(order, i - begin + 1)
@@ -130,7 +130,7 @@ def sa_solver_plan(
         return w
 
     x, order_c, carried, filled = X, 0, None, 0
-    for i in range(begin, N):
+    for i in rows_from(begin, N):
         x0, eps = convert(grid.kind, prediction, a[i], s[i])
         D0, D = history_entry(plan, x0, eps, data, a[i], s[i])
         entry = lambda k, D0=D0, i=i: D0 if k == i else sym(f"D{k}")  # noqa: E731
@@ -236,7 +236,7 @@ def unipc_plan(
         return out - c * B * sum(r * d for r, d in zip(rho, d1, strict=True))
 
     p = 0
-    for i in range(begin, N):
+    for i in rows_from(begin, N):
         x0, eps = convert(grid.kind, prediction, a[i], s[i])
         D0, D = history_entry(plan, x0, eps, predict_x0, a[i], s[i])
         x = X

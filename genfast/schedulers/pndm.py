@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from ._check import choice
+from ._check import choice, rows_from
 from .convert import vp
 from .plan import Lin, M, PlanBuilder, SolverPlan, X, sym
 from .schedules import AlphaGrid, alpha_grid
@@ -63,7 +63,7 @@ def pndm_plan(
         )
 
     if skip_prk:
-        for i in range(begin, len(t)):
+        for i in rows_from(begin, len(t)):
             save = {f"e{i}": M} | ({"first": X} if i == begin else {})
             row(t[i], X, adams_bashforth([M, *ets[::-1][:3]]), t[i], t[i] - stride, save, i)
             ets.append(sym(f"e{i}"))
@@ -111,7 +111,7 @@ def ipndm_plan(steps: int, *, betas=None, begin: int = 0) -> SolverPlan:
     a = np.sqrt(1 - b**2)
     plan = PlanBuilder("ipndm")
     ets: list[Lin] = []
-    for i in range(begin, steps):
+    for i in rows_from(begin, steps):
         e = b[i] * X + a[i] * M
         combo = adams_bashforth([e, *ets[::-1][:3]])
         prev = a[i + 1] / max(a[i], 1e-8) * (X - b[i] * combo) + b[i + 1] * combo

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ._check import choice, positive
+from ._check import choice, number, positive
 from ._special import beta_ppf
 
 
@@ -252,14 +252,18 @@ def alpha_grid(
         t = np.round(choice("spacing", spacing, SPACINGS)(T, N, offset))
     else:
         t = np.asarray(steps, np.float64)
-        if t.ndim != 1 or t.size == 0 or (np.diff(t) >= 0).any():
-            raise ValueError(f"steps: expected descending timesteps, got {list(np.ravel(t))[:8]}")
-    t = t.astype(np.int64)
+        if t.ndim != 1 or t.size == 0 or not ((np.diff(t) < 0).all() and (t == np.round(t)).all()):
+            raise ValueError(
+                f"steps: expected descending integer timesteps, got {list(np.ravel(t))[:8]}"
+            )
     # "leading" with an offset can pass the end: T = N = 4 with offset 1 does
-    if t[0] >= T:
+    if not (t[0] < T and t[-1] >= 0):
         raise ValueError(
-            f"steps: timestep {t[0]} is beyond the training schedule (0..{T - 1}); lower the offset"
+            f"steps: timesteps {t[0]:g} ... {t[-1]:g} go beyond the training schedule "
+            f"(0..{T - 1}); change the offset"
         )
+    number("final_alpha_bar", final_alpha_bar, 0.0, 1.0)
+    t = t.astype(np.int64)
     stride = T // len(t)
     tail = {"visited": -1, "repeat": t[-1], "zero": 0}
     t_next = t - stride if chain == "stride" else np.append(t[1:], choice("chain", chain, tail))
@@ -271,6 +275,7 @@ def distilled_timesteps(steps: int, T: int = 1000, original_steps: int = 50, str
     """The timesteps LCM and TCD visit: ``steps`` of the ``original_steps`` the teacher was
     distilled on; (steps,) int64.
     """
+    positive("steps", steps)
     origin = np.arange(1, int(original_steps * strength) + 1) * (T // original_steps) - 1
     if not 1 <= steps <= len(origin):
         raise ValueError(
@@ -305,6 +310,8 @@ class SigmaGrid:
             )
         if not (np.isfinite(s).all() and (s >= 0).all()):
             raise ValueError(f"sigmas: expected finite values >= 0, got {s}")
+        if not np.isfinite(t).all():
+            raise ValueError(f"timesteps: expected finite values, got {t}; keep sigmas above 0")
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -366,9 +373,10 @@ def sigma_grid(
             t = choice("spacing", spacing, SPACINGS)(T, N, offset)
     else:
         t, N = np.asarray(steps, np.float64), len(steps)
-        if t.ndim != 1 or N == 0 or not ((t >= 0) & (t <= T - 1)).all():
+        inside = t.ndim == 1 and N > 0 and ((t >= 0) & (t <= T - 1)).all()
+        if not inside or (np.diff(t) > 0).any():
             raise ValueError(
-                f"steps: expected timesteps in [0, {T - 1}], got {list(np.ravel(t))[:8]}"
+                f"steps: expected descending timesteps in [0, {T - 1}], got {list(np.ravel(t))[:8]}"
             )
     if interpolation == "log_linear":
         sigmas = np.exp(np.linspace(np.log(table[-1]), np.log(table[0]), N + 1))[:N]
@@ -448,12 +456,20 @@ def flow_grid(
         shifted once already as diffusers does (so that a static shift acts twice on the low end),
         or unshifted with mu.
     """
+    positive("T", T)
+    if not 0 < shift < math.inf:
+        raise ValueError(f"shift: expected a finite number > 0, got {shift!r}")
     if np.ndim(steps) == 0:
         hi, lo = t_range or time_shift(np.array([1.0, 1 / T]), None if mu is not None else shift)
         # linspace on T sigma, as the peers do: the values agree to the last bit
         s = np.linspace(hi * T, lo * T, positive("steps", steps)) / T
     else:
         s = np.array(steps, np.float64)
+        if s.ndim != 1 or s.size == 0 or not ((s >= 0) & (s <= 1)).all():
+            raise ValueError(
+                f"steps: expected flow times in [0, 1], got {list(np.ravel(s))[:8]}; divide "
+                f"timesteps by {T}"
+            )
     s = time_shift(s, shift, mu, form)
     if terminal:
         s = stretch_to_terminal(s, terminal)
@@ -500,15 +516,24 @@ def edm_grid(
     """Karras et al. 2022, eq. 5: N sigmas from sigma_max to sigma_min.
     steps: N, or ramp values in [0, 1]. final: "zero", "sigma_min" or a number. c_noise, the
     timesteps: "log", log(sigma) / 4, or "atan", 2 atan(sigma) / pi (Stable Audio)."""
-    N = steps if np.ndim(steps) == 0 else len(steps)
+    N = positive("steps", steps if np.ndim(steps) == 0 else len(steps))
+    if not 0 <= sigma_min <= sigma_max < math.inf:
+        raise ValueError(
+            "sigma_min, sigma_max: expected finite numbers, 0 <= sigma_min <= sigma_max, got "
+            f"{sigma_min!r} and {sigma_max!r}"
+        )
+    if not 0 < rho < math.inf:
+        raise ValueError(f"rho: expected a finite number > 0, got {rho!r}")
     if kind == "karras":
         ramp = np.linspace(0, 1, N) if np.ndim(steps) == 0 else np.asarray(steps, np.float64)
         hi, lo = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
         s = (hi + ramp * (lo - hi)) ** rho
     else:
-        s = choice("kind", kind, SIGMA_KINDS)(sigma_max, sigma_min, positive("steps", N))
+        s = choice("kind", kind, SIGMA_KINDS)(sigma_max, sigma_min, N)
+    with np.errstate(divide="ignore"):  # log 0, which the grid refuses
+        t = choice("c_noise", c_noise, C_NOISE)(s)
     return SigmaGrid(
-        choice("c_noise", c_noise, C_NOISE)(s),
+        t,
         np.append(s, _final(final, s, sigma_min)),
         "edm",
         init_noise_sigma=float(np.sqrt(sigma_max**2 + 1)),
