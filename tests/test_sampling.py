@@ -413,6 +413,27 @@ def test_relaxed_bernoulli_follows_the_sigmoid():
         assert two_sided(z)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("temperature", [1.0, math.nan]), ("temperature", [1.0, -1.0]), ("top_k", [1, -1]),
+     ("top_p", [0.5, math.nan]), ("min_p", [0.5, 1.5]), ("top_k", 2**63)],
+)  # fmt: skip
+def test_settings_of_tokens_are_checked(name, value, backend):
+    value = value if isinstance(value, int) else torch.tensor(value)
+    with genfast.backend(backend), pytest.raises(ValueError, match=f"^{name}: "):
+        genfast.sample_tokens(torch.zeros(2, 5), **{name: value}, seed=1)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_settings_beyond_fp32(backend):
+    with genfast.backend(backend):
+        flat = genfast.sample_tokens(torch.randn(100, 8), 1e300, seed=1)
+        y = genfast.gumbel_softmax(torch.randn(3, 8), 1e300, seed=1)
+    assert len(flat.unique()) > 4  # as of equal logits
+    torch.testing.assert_close(y, torch.full_like(y, 1 / 8))
+
+
 # ---- seeds ------------------------------------------------------------------------------------
 
 BATCHED = {

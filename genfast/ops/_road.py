@@ -40,6 +40,14 @@ def transforming() -> bool:
     return not is_compiling() and torch._C._functorch.maybe_current_level() is not None
 
 
+def readable(*tensors: torch.Tensor | None) -> bool:
+    """Values that a check can look at: on the CPU, so without a sync, and real."""
+    if is_compiling() or transforming() or torch._C._len_torch_dispatch_stack():
+        return False
+    plain_types = (torch.Tensor, torch.nn.Parameter)
+    return all(t is None or (type(t) in plain_types and t.is_cpu) for t in tensors)
+
+
 def define(
     schema: str,
     impl: Callable,

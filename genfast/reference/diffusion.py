@@ -244,7 +244,7 @@ def dynamic_threshold(x0, ratio=0.995, max_value=1.0):
 
     By sorting, so without torch.quantile's limit of 2^24 elements. NaN anywhere gives NaN.
     """
-    a = x0.to(_acc(x0)).flatten(1).abs().sort(dim=1).values
+    a = x0.to(_acc(x0)).reshape(x0.shape[0], -1).abs().sort(dim=1).values
     rank = ratio * (a.shape[1] - 1)
     low = int(rank)
     high = min(low + 1, a.shape[1] - 1)

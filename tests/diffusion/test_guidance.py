@@ -132,6 +132,14 @@ def test_threshold_of_strange_numbers():
     assert genfast.dynamic_threshold(huge, 1 - 4 / huge.numel(), 5.0) == 3
 
 
+def test_threshold_of_numbers_alone():
+    x = torch.tensor([0.5, -3.0, 20.0])  # (B,): one element a sample
+    want = torch.tensor([1.0, 3.0, 10.0])
+    assert torch.equal(genfast.dynamic_threshold(x, 0.5, 10.0), want)
+    with genfast.backend("reference"):
+        assert torch.equal(genfast.dynamic_threshold(x, 0.5, 10.0), want)
+
+
 def test_threshold_of_a_row():
     x, m = draw(3, 4, 50, seed=1), draw(3, 4, 50, seed=2)
     table = torch.tensor(S.ddim_plan(8).table, dtype=torch.float32)
@@ -249,6 +257,7 @@ BAD = [
     ("x0 empty", ValueError, "x0:", lambda: genfast.dynamic_threshold(X[:, :0])),
     ("ratio above 1", ValueError, "ratio:", lambda: genfast.dynamic_threshold(X, 1.5)),
     ("max below 1", ValueError, "max_value:", lambda: genfast.dynamic_threshold(X, 0.5, 0.5)),
+    ("max a text", TypeError, "max_value:", lambda: genfast.dynamic_threshold(X, 0.5, "2")),
     ("m alone", ValueError, "m, table:", lambda: genfast.dynamic_threshold(X, m=X)),
     ("no noise to judge", ValueError, "noise:", lambda: genfast.step_log_prob(X, X, TABLE, 1)),
     (
@@ -272,8 +281,9 @@ BAD = [
 ]
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("error, name, call", [b[1:] for b in BAD], ids=[b[0] for b in BAD])
-def test_bad_input(error, name, call):
-    with pytest.raises(error) as caught:
+def test_bad_input(error, name, call, backend):
+    with genfast.backend(backend), pytest.raises(error) as caught:
         call()
     assert str(caught.value).startswith(name), caught.value

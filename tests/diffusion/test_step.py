@@ -693,9 +693,10 @@ BAD = [
 ]
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("error, name, call", [b[1:] for b in BAD], ids=[b[0] for b in BAD])
-def test_bad_input(error, name, call):
-    with pytest.raises(error) as caught:
+def test_bad_input(error, name, call, backend):
+    with genfast.backend(backend), pytest.raises(error) as caught:
         call()
     assert str(caught.value).startswith(name), caught.value
 

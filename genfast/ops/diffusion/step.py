@@ -17,12 +17,12 @@ from genfast.ops._backend import forced_reference, kernels
 from genfast.ops._road import (
     DIRECT,
     GRAD,
-    SLOW,
     define,
     differentiable_backward,
     gate,
     is_compiling,
     plain,
+    readable,
     transforming,
     wants_graph,
 )
@@ -381,7 +381,7 @@ def _index(row, table, x) -> tuple[int, Tensor | None]:
             f"row: expected shape (), (B,) or (B, L) = leading sizes of {tuple(x.shape)}, got "
             f"{tuple(row.shape)}"
         )
-    if row.device.type == "cpu" and row.numel() and not is_compiling() and gate(row) != SLOW:
+    if row.numel() and readable(row):
         low, high = int(row.min()), int(row.max())
         if low < 0 or high >= rows:
             raise ValueError(f"row: expected values in [0, {rows}), got {low} .. {high}")
@@ -390,7 +390,7 @@ def _index(row, table, x) -> tuple[int, Tensor | None]:
 
 def _require_sources(table, row, index, history, noisy, outputs):
     """ValueError when a used row needs what is not there; CPU only: elsewhere a sync."""
-    if table.device.type != "cpu" or is_compiling() or gate(table, index) == SLOW:
+    if not readable(table, index):
         return
     rows = table[row] if index is None else table[index.unique()]
     used = rows[..., COEF : COEF + outputs * SOURCES].reshape(-1, SOURCES).ne(0).any(0).tolist()

@@ -3,6 +3,8 @@ without torch.quantile's limit of 2^24 elements."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -58,9 +60,9 @@ def dynamic_threshold(
     through plain PyTorch. Raises TypeError / ValueError naming the argument.
     Saharia et al. 2022, section 2.3.
     """
-    if not is_compiling() and type(row) is int and isinstance(x0, Tensor) and max_value >= 1:
+    if not is_compiling() and type(row) is int and isinstance(x0, Tensor):
         try:
-            if gate(x0, m, table) == DIRECT:
+            if 1.0 <= max_value < math.inf and gate(x0, m, table) == DIRECT:
                 found = _native(x0, m, table, row, ratio, max_value)
                 if found is not None:
                     return found

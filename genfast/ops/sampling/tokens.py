@@ -16,15 +16,16 @@ from genfast.ops._backend import forced_reference, has_kernels, kernels
 from genfast.ops._road import (
     DIRECT,
     KERNEL_DTYPES,
-    SLOW,
     define,
     gate,
     is_compiling,
+    readable,
     transforming,
 )
 from genfast.ops.rng import noise_like
 from genfast.reference import sampling as reference
 
+_MOST = torch.finfo(torch.float32).max
 _FILTERS = ("temperature", "top_k", "top_p", "min_p")
 _ARGS = (
     "Tensor logits, Tensor? temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p, "
@@ -141,7 +142,7 @@ def _filter_tensor(name, value, low, high, logits, rows):
         if value.is_floating_point() == (name == "top_k"):
             raise TypeError(f"{name}: expected {dtype}, got {value.dtype}; convert it with .to()")
         _check.same_device(logits=logits, **{name: value})
-        if value.device.type == "cpu" and not is_compiling() and gate(value) != SLOW:
+        if readable(value):
             fits = (value >= low) & (value <= high)  # false for NaN; no sync on a CPU
             if not bool(fits.all()):
                 raise ValueError(
@@ -149,9 +150,10 @@ def _filter_tensor(name, value, low, high, logits, rows):
                 )
         return value.reshape(-1).to(dtype).contiguous()
     if name == "top_k":
-        _check.integer(name, value, low=low)
+        _check.integer(name, value, low=low, high=2**63 - 1)
     else:
         _check.number(name, value, low=low, high=high)
+        value = min(float(value), _MOST)
     return torch.full((1,), value, dtype=dtype, device=logits.device)  # no copy from the host
 
 
