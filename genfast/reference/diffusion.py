@@ -114,13 +114,18 @@ def combine(outputs, weights):
     ).to(outputs[0].dtype)
 
 
+def _rows(a):
+    """(B, ...) as (B, n)."""
+    return a.flatten(1) if a.dim() > 1 else a[:, None]
+
+
 def _dot(a, b):
     """Per-sample inner product, (B, 1, ...)."""
-    return (a * b).flatten(1).sum(1).reshape(-1, *(1,) * (a.ndim - 1))
+    return _rows(a * b).sum(1).reshape(-1, *(1,) * (a.ndim - 1))
 
 
 def _var(a):
-    return a.flatten(1).var(1, unbiased=True).reshape(-1, *(1,) * (a.ndim - 1))
+    return _rows(a).var(1, unbiased=True).reshape(-1, *(1,) * (a.ndim - 1))
 
 
 def cfg(cond, uncond, scale, *, original=False):
@@ -192,7 +197,7 @@ def guidance_weights(cond, uncond, scale, *, method, original, options, average=
     fp64: what the kernels compute. options: (rescale, -), (eta, norm_threshold) or (alpha, -).
     average: `uncond` is the running average; (B, 3) weights of (cond, uncond, average) then.
     """
-    c, u = cond.flatten(1).double(), uncond.flatten(1).double()
+    c, u = _rows(cond).double(), _rows(uncond).double()
     n, w = c.shape[1], scale.double().expand(c.shape[0])
     cc, uu, cu = (c * c).sum(1), (u * u).sum(1), (c * u).sum(1)
     one = torch.ones_like(w)
@@ -244,7 +249,7 @@ def dynamic_threshold(x0, ratio=0.995, max_value=1.0):
 
     By sorting, so without torch.quantile's limit of 2^24 elements. NaN anywhere gives NaN.
     """
-    a = x0.to(_acc(x0)).reshape(x0.shape[0], -1).abs().sort(dim=1).values
+    a = _rows(x0.to(_acc(x0))).abs().sort(dim=1).values
     rank = ratio * (a.shape[1] - 1)
     low = int(rank)
     high = min(low + 1, a.shape[1] - 1)
@@ -276,10 +281,14 @@ def loss_weight(weighting, prediction, alpha, sigma, *, gamma=5.0, k=1.0):
     2024, sec. 3.1). "edm": 1/sigma^2 + 1/sigma_data^2, sigma_data 0.5.
     """
     snr = (alpha / sigma) ** 2
-    per = {"epsilon": snr, "sample": 1.0, "v_prediction": snr + 1, "flow_prediction": sigma**-2}
+    per = {"sample": 1.0, "v_prediction": snr + 1, "flow_prediction": sigma**-2}
     return {
         "none": lambda: torch.ones_like(snr),
-        "min_snr": lambda: snr.clamp(max=gamma) / per[prediction],
+        "min_snr": lambda: (
+            (gamma / snr).clamp(max=1)  # at snr 0 too
+            if prediction == "epsilon"
+            else snr.clamp(max=gamma) / per[prediction]
+        ),
         "p2": lambda: (k + snr) ** -gamma,
         "snr": lambda: snr,
         "sigma_sqrt": lambda: sigma**-2,
@@ -308,7 +317,7 @@ def denoising_loss(
     out, x0, noise = output.to(dtype), x0.to(dtype), noise.to(dtype)
     a, s = _like(alpha, x0).to(dtype), _like(sigma, x0).to(dtype)
     error = (out - _target(prediction, x0, noise, a, s)) ** 2
-    loss = (loss_weight(weighting, prediction, a, s, **options) * error).flatten(1).mean(1)
+    loss = _rows(loss_weight(weighting, prediction, a, s, **options) * error).mean(1)
     return {"mean": loss.mean, "sum": loss.sum, "none": lambda: loss}[reduction]()
 
 
@@ -326,4 +335,4 @@ def step_log_prob(sample, mean, std, *, reduction="mean"):
         - torch.log(std)
         - 0.9189385332046727
     )  # ln(2 pi)/2
-    return getattr(log_p.flatten(1), reduction)(1)
+    return getattr(_rows(log_p), reduction)(1)

@@ -284,8 +284,14 @@ def sample(
     """
     if seed is not None and generator is not None:
         raise ValueError("seed, generator: expected at most one of them, got both")
-    if not x_T.is_floating_point():
-        raise TypeError(f"x_T: expected a floating point tensor, got {x_T.dtype}")
+    _check.tensor("x_T", x_T)
+    if not isinstance(plan, SolverPlan):
+        raise TypeError(
+            f"plan: expected a SolverPlan, such as ddim_plan(50), got {_check.describe(plan)}"
+        )
+    for g in generator if isinstance(generator, (list, tuple)) else (generator,):
+        if g is not None and not isinstance(g, torch.Generator):
+            raise TypeError(f"generator: expected a torch.Generator, got {_check.describe(g)}")
     given = tuple(guidance) if isinstance(guidance, (tuple, list)) else None
     options = guidance if isinstance(guidance, dict) else dict(scale=guidance)
     private = callback is None and state is None  # nobody else holds the history

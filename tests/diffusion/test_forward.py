@@ -257,10 +257,12 @@ def test_zero_terminal_snr():
     """alpha = 0: the limit of the weights, no NaN."""
     output, x0, *_ = loss_inputs(torch.float32)
     for prediction in PREDICTIONS:
-        loss = genfast.denoising_loss(
-            output, x0, 0.0, 1.0, seed=1, prediction=prediction, weighting="min_snr"
-        )
-        assert math.isfinite(loss)
+        for backend in ("auto", "reference"):
+            with genfast.backend(backend):
+                loss = genfast.denoising_loss(
+                    output, x0, 0.0, 1.0, seed=1, prediction=prediction, weighting="min_snr"
+                )
+            assert math.isfinite(loss)
 
 
 # ---- roads ---------------------------------------------------------------------------------------
@@ -340,6 +342,8 @@ BAD = [
     ),
     ("alpha a string", TypeError, "alpha:", lambda: genfast.add_noise(X, "1", 0.5)),
     ("alpha infinite", ValueError, "alpha:", lambda: genfast.add_noise(X, math.inf, 0.5)),
+    ("sigma None", TypeError, "sigma:", lambda: genfast.add_noise(X, None, None)),
+    ("velocity without sigma", TypeError, "sigma:", lambda: genfast.velocity(X, 0.5, None)),
     ("sigma NaN", ValueError, "sigma:", lambda: genfast.add_noise(X, 0.5, math.nan)),
     ("sigma of ints", TypeError, "sigma:", lambda: genfast.add_noise(X, 0.5, torch.ones(2).long())),
     (
@@ -401,12 +405,25 @@ BAD = [
         "sigma:",
         lambda: genfast.denoising_loss(X, X, 0.5, torch.ones(2, 3), seed=1),
     ),  # noqa: E501
+    (
+        "loss of a number",
+        ValueError,
+        "model_output:",
+        lambda: genfast.denoising_loss(X[0, 0, 0], X[0, 0, 0], 0.5, 0.5, seed=1),
+    ),
+    (
+        "gamma NaN",
+        ValueError,
+        "gamma:",
+        lambda: genfast.denoising_loss(X, X, HALF, HALF, seed=1, gamma=math.nan),
+    ),
     ("sigma missing", TypeError, "sigma:", lambda: genfast.denoising_loss(X, X, 0.5, None, seed=1)),
 ]
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("error, name, call", [b[1:] for b in BAD], ids=[b[0] for b in BAD])
-def test_bad_input(error, name, call):
-    with pytest.raises(error) as caught:
+def test_bad_input(error, name, call, backend):
+    with genfast.backend(backend), pytest.raises(error) as caught:
         call()
     assert str(caught.value).startswith(name), caught.value

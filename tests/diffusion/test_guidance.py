@@ -53,6 +53,15 @@ def test_guide(name, original):
             torch.testing.assert_close(again.double(), truth, rtol=2e-2, atol=5e-2)
 
 
+@pytest.mark.parametrize("name", [n for n in METHODS if n != "rescale"])  # no deviation of one
+def test_guide_of_numbers_alone(name):
+    c, u = pair(torch.float32, (5,))
+    got = genfast.guide(c, u, 4.5, **METHODS[name])
+    with genfast.backend("reference"):
+        want = genfast.guide(c, u, 4.5, **METHODS[name])
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_apg_with_momentum():
     c, u = pair(torch.float32)
     average = 0.5 * draw(*c.shape, seed=3)

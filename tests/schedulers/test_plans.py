@@ -347,6 +347,13 @@ BAD = {
         "x_T",
         lambda: S.sample(None, S.ddim_plan(2), torch.zeros(1, 2, dtype=torch.int64)),
     ),
+    "no x": (TypeError, "x_T", lambda: S.sample(None, S.ddim_plan(2), [0.0])),
+    "no plan": (TypeError, "plan", lambda: S.sample(None, None, torch.zeros(1, 2))),
+    "generator": (
+        TypeError,
+        "generator",
+        lambda: S.sample(None, S.ddim_plan(2), torch.zeros(1, 2), generator="cpu"),
+    ),
 }
 
 

@@ -182,6 +182,11 @@ def _mix(
     return y if out is None else out.copy_(y)
 
 
+def _needed(name: str, value) -> None:
+    if value is None:
+        raise TypeError(f"{name}: expected a number or a tensor, got None")
+
+
 def add_noise(
     x0: Tensor,
     alpha,
@@ -203,6 +208,7 @@ def add_noise(
     Differentiable in x0, noise, alpha and sigma, twice too. Raises TypeError / ValueError naming
     the argument. Ho et al. 2020, eq. 4; flow: Lipman et al. 2023.
     """
+    _needed("sigma", sigma)
     draws = noise is None
     return _mix("x0", x0, noise, alpha, sigma, seed, stream, offset, generator, draws, out)
 
@@ -210,6 +216,7 @@ def add_noise(
 def scale_noise(x0: Tensor, sigma, *, noise=None, seed=None, stream=0, offset=0, generator=None,
                 out=None) -> Tensor:  # fmt: skip
     """(1 - sigma) x0 + sigma noise, the forward process of flow matching; `add_noise` otherwise."""
+    _needed("sigma", sigma)
     draws = noise is None
     return _mix("x0", x0, noise, None, sigma, seed, stream, offset, generator, draws, out)
 
@@ -230,8 +237,8 @@ def velocity(
 
     alpha may not be None. Salimans & Ho 2022, appendix D.
     """
-    if alpha is None:
-        raise TypeError("alpha: expected a number or a tensor, got None")
+    _needed("alpha", alpha)
+    _needed("sigma", sigma)
     return _mix(
         "x0", x0, noise, sigma, alpha, seed, stream, offset, generator, noise is None, out,
         a_sign=-1, names=("sigma", "alpha"),
@@ -242,6 +249,5 @@ def scale_model_input(x: Tensor, scale, *, out: Tensor | None = None) -> Tensor:
     """scale x. x: (B, ...); scale: a number, or a tensor () / (B,) / (B, L) (a plan's input_scale:
     1 / sqrt(sigma^2 + 1) for Euler and its kin). Differentiable; errors as in `add_noise`.
     """
-    if scale is None:
-        raise TypeError("scale: expected a number or a tensor, got None")
+    _needed("scale", scale)
     return _mix("x", x, None, scale, None, None, 0, 0, None, False, out, names=("scale", "scale"))

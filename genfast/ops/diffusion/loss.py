@@ -3,6 +3,7 @@ nor the target is ever stored."""
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
@@ -238,7 +239,7 @@ def denoising_loss(
                 alpha if isinstance(alpha, Tensor) else None,
                 sigma if isinstance(sigma, Tensor) else None,
             )  # fmt: skip
-            if road:
+            if road and math.isfinite(gamma) and math.isfinite(k):
                 int_seed, seeds = _noise.resolve(seed or 0, None, model_output.device)
                 args = (model_output, x0, noise, alpha, sigma, weight, seeds, int_seed, stream,
                         offset, *numbers)  # fmt: skip
@@ -250,7 +251,7 @@ def denoising_loss(
                     and (_common.on_kernel(model_output, x0, noise))
                 ):
                     found = _Loss.apply(*args)
-        except (TypeError, ValueError, RuntimeError, AttributeError):
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
             found = None  # the checks below name the argument
     if found is None:
         found = _slow(model_output, x0, alpha, sigma, noise, seed, stream, offset, weight, *numbers)
