@@ -50,7 +50,7 @@ bool overlap_is_safe(const TensorView& out, const TensorView& source) {
 
 // Every element has memory of its own (sufficient test: strides sorted by size do not fold).
 bool writable(const TensorView& t) {
-  for (int i = 0; i < t.ndim; ++i)
+  for (int i = 0; i < t.ndim && t.numel > 0; ++i)
     if (t.shape[i] > 1 && t.strides[i] == 0) return false;
   return true;
 }

@@ -124,7 +124,8 @@ def output(out: Any, shape: Sequence[int], dtype: torch.dtype | None) -> None:
 
 def own_memory(name: str, x: torch.Tensor) -> None:
     """Of a tensor that is written."""
-    if any(n > 1 and s == 0 for n, s in zip(x.shape, x.stride(), strict=True)):
+    shared = any(n > 1 and s == 0 for n, s in zip(x.shape, x.stride(), strict=True))
+    if shared and x.numel():
         raise ValueError(
             f"{name}: expected memory of its own for every element, got an expanded tensor; "
             f"pass {name}.contiguous()"

@@ -253,6 +253,15 @@ def test_loss_per_sample_and_layout():
     torch.testing.assert_close(g, 3 * g1)
 
 
+def test_nothing_expanded():
+    """Strides of 0 say nothing about a tensor without elements, nor about what is made like it."""
+    x = torch.zeros(1, 0).expand(5, 0).requires_grad_()
+    y = genfast.add_noise(x, 0.5, 0.5, seed=1)
+    (g,) = torch.autograd.grad(y.sum(), x)
+    assert y.shape == g.shape == (5, 0)
+    assert genfast.add_noise(x.detach(), 0.5, 0.5, seed=1, out=x.detach()).shape == (5, 0)
+
+
 def test_zero_terminal_snr():
     """alpha = 0: the limit of the weights, no NaN."""
     output, x0, *_ = loss_inputs(torch.float32)
