@@ -233,6 +233,25 @@ def test_fake_and_meta_tensors_agree_with_real_ones(name):
     close(f(*inputs(), seed=3), f(*inputs(torch.float64), seed=3).float())  # nothing fake stayed
 
 
+def test_fake_tensors_are_not_looked_into():
+    """Lengths of a cache, first rows of sequences, a strength that is kept."""
+    i32 = torch.int32
+
+    def outs(**where):
+        q, c = torch.zeros(2, 4, 1, 8, **where), torch.zeros(2, 2, 16, 8, **where)
+        cu = torch.arange(3, dtype=i32, **where)
+        return (
+            genfast.attention_with_kvcache(q, c, c, cache_seqlens=cu[1:]),
+            genfast.attention_varlen(q[:, :, 0], q[:, :, 0], q[:, :, 0], cu, cu, 1, 1),
+            genfast.bias_act(torch.zeros(2, 3, 4, **where), strength=1.0, seed=1),
+        )
+
+    with FakeTensorMode():
+        fake = outs()
+    for a, b, c in zip(fake, outs(device="meta"), outs(), strict=True):
+        assert a.shape == b.shape == c.shape and type(c) is torch.Tensor
+
+
 def test_fake_noise():
     with FakeTensorMode():
         out = torch.empty(3, 4)

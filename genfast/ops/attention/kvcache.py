@@ -7,7 +7,7 @@ from torch import Tensor
 
 from genfast.ops import _check
 from genfast.ops._backend import forced_reference, kernels
-from genfast.ops._road import DIRECT, GRAD, KERNEL_DTYPES, define, gate, is_compiling
+from genfast.ops._road import DIRECT, GRAD, KERNEL_DTYPES, define, gate, is_compiling, readable
 from genfast.ops.attention.core import (
     MAX_HEAD_DIM,
     Options,
@@ -145,7 +145,7 @@ def _validate(
     _check.same_device(q=q, cache_seqlens=lengths, rotary_cos=cos, rotary_sin=sin,
                        cache_batch_idx=batch_idx, cache_leftpad=leftpad, block_table=block_table,
                        alibi_slopes=alibi, sinks=sinks)  # fmt: skip
-    if q.device.type == "cpu" and not is_compiling():
+    if readable(q, lengths, batch_idx, leftpad, block_table):
         _check_rows(k_cache, k, lengths, batch_idx, leftpad, block_table)
         turned = Sq if left >= 0 or right >= 0 else 1
         _check_positions(cos, lengths, leftpad, max(turned, 0 if k is None else k.shape[2]))

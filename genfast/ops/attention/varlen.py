@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from genfast.ops import _check
-from genfast.ops._road import is_compiling
+from genfast.ops._road import readable
 from genfast.ops.attention.core import (
     ALIGN,
     Options,
@@ -36,7 +36,7 @@ def check_cu(name: str, cu, other: Tensor | None = None) -> None:
 
 def _longest(name: str, cu: Tensor, total: int, given: int | None) -> int:
     """Checks the values (read on the CPU only: no device synchronisation elsewhere)."""
-    if cu.device.type != "cpu" or is_compiling():
+    if not readable(cu):
         return total if given is None else given
     lengths = cu.diff()
     if int(cu[0]) < 0 or int(cu[-1]) > total or bool((lengths < 0).any()):

@@ -26,6 +26,7 @@ from genfast.ops._road import (
     gate,
     is_compiling,
     plain,
+    readable,
     transforming,
     wants_graph,
 )
@@ -296,16 +297,19 @@ class _BiasAct(Function):
 _ONE: dict[torch.device, Tensor] = {}
 
 
-def _strength(strength, device) -> Tensor | None:
-    """fp32 of one element. A number is kept: it costs 2 us to make."""
+def _strength(strength, device, kept: bool = True) -> Tensor | None:
+    """fp32 of one element. 1 is kept, on plain roads only: it costs 2 us to make."""
     if isinstance(strength, Tensor):
         return strength
     if not math.isfinite(strength):
         _check.number("strength", strength)
-    if strength == 1 and device.type == "cpu":
+    if kept and strength == 1 and device.type == "cpu":
         if device not in _ONE:
             with torch.inference_mode(False), torch.no_grad():
-                _ONE[device] = torch.ones((), device=device)
+                one = torch.ones((), device=device)
+            if not readable(one):
+                return one  # of a mode or transform: it would outlive them
+            _ONE[device] = one
         return _ONE[device]
     return torch.full((), float(strength), device=device)
 
@@ -424,7 +428,7 @@ def _slow(x, b, noise, strength, seed, stream, offset, generator, dim, act, alph
         _check.number("strength", strength)
         if isinstance(strength, Tensor):
             _check.tensor("strength", strength)
-        strength = _strength(strength, x.device)
+        strength = _strength(strength, x.device, kept=False)
     _check.same_device(x=x, b=b, noise=noise, strength=strength)
     shape = [1 if i == dim else n for i, n in enumerate(x.shape)]
     _noise.check(seed, stream, offset, generator, shape, x.device)
