@@ -374,7 +374,7 @@ def bias_act(
         found.gain if gain is None else gain,
         _NO_CLAMP if clamp is None else clamp,
     )
-    if clamp == _NO_CLAMP:
+    if type(clamp) in (int, float) and clamp == _NO_CLAMP:
         _check.number("clamp", clamp, low=0)
     draws = noise is None and strength is not None
     if not is_compiling() and noise is None and (draws or (seed is None and generator is None)):
