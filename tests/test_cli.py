@@ -331,6 +331,11 @@ def test_a_config_file_and_flags_make_the_same_run_and_resume_ends_there(tmp_pat
     capsys.readouterr()
     assert run("train", "--resume", "--out", str(by_file), "--lr", "0.1") == 2
     assert "leave --lr away" in capsys.readouterr().err
+    config.write_text("model: vae\ndata: digits\nepochs: 1\nlr: 0.1\nwidth: 4\n")
+    assert run("train", "--resume", "--out", str(by_file), "--config", str(config)) == 2
+    assert "of the run (conv-vae); leave --lr, --model away" in capsys.readouterr().err
+    config.write_text("model: conv-vae\ndata: digits\nepochs: 1\nz-dim: 6\n")
+    assert run("train", "--resume", "--out", str(by_file), "--config", str(config)) == 0
 
 
 @pytest.mark.slow
@@ -415,6 +420,7 @@ def test_a_missing_package_names_the_install_line(monkeypatch, capsys, tmp_path)
             "widths: expected whole numbers such as 16,32,64, got '8,x'",
         ),
         ("resume = 'yes'", "resume: expected true or false"),
+        ("device = 'gpu'", "device: expected one of auto, cpu, got 'gpu'"),
         ("model = 'vea'\ndata = 'digits'", "model: expected one of vae"),
     ],
 )
