@@ -369,6 +369,7 @@ WRONG = {
     "threads": (["bench", "--threads", "0"], "expected an int >= 1, got '0'"),
     "json name": (["bench", "--json", "rows.txt"], "expected a file name in .json"),
     "json folder": (["bench", "--json", "no/such/rows.json"], "does not exist"),
+    "calibrate a family": (["bench", "rng", "--calibrate"], "--calibrate: measures attention"),
     "unknown model": (["train", "vea", "--data", "mnist5k", "--out", "."], "expected one of vae"),
     "unknown data": (["train", "vae", "--data", "mnist", "--out", "."], "expected one of mnist5k"),
     "learning rate": (
