@@ -369,6 +369,7 @@ WRONG = {
     "threads": (["bench", "--threads", "0"], "expected an int >= 1, got '0'"),
     "json name": (["bench", "--json", "rows.txt"], "expected a file name in .json"),
     "json folder": (["bench", "--json", "no/such/rows.json"], "does not exist"),
+    "json is a folder": (["bench", "--json", "FOLDER.json"], "expected a file, got the folder"),
     "calibrate a family": (["bench", "rng", "--calibrate"], "--calibrate: measures attention"),
     "unknown model": (["train", "vea", "--data", "mnist5k", "--out", "."], "expected one of vae"),
     "unknown data": (["train", "vae", "--data", "mnist", "--out", "."], "expected one of mnist5k"),
@@ -392,7 +393,9 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("args", "message"), WRONG.values(), ids=WRONG)
-def test_wrong_input_says_what_was_expected(args, message, capsys):
+def test_wrong_input_says_what_was_expected(args, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FOLDER.json").mkdir()
     assert run(*args) == 2
     assert message in capsys.readouterr().err
 

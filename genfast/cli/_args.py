@@ -36,6 +36,8 @@ def output_file(*suffixes: str):
             )
         if not path.parent.is_dir():
             raise argparse.ArgumentTypeError(f"the folder {path.parent} does not exist")
+        if path.is_dir():
+            raise argparse.ArgumentTypeError(f"expected a file, got the folder {path}")
         return path
 
     return check
