@@ -466,7 +466,14 @@ def test_inspect_refuses_what_says_nothing(tmp_path, capsys):
 
     Image.new("L", (2, 2)).save(tmp_path / "plain.png")
     (tmp_path / "half.safetensors").write_bytes(b"xx")
-    for name, message in (("plain.png", "says nothing"), ("half.safetensors", "not a readable")):
+    (tmp_path / "empty.json").write_text("{}")
+    (tmp_path / "latin.json").write_bytes(b"caf\xe9")
+    (tmp_path / "folder.png").mkdir()
+    for name, message in (
+        ("plain.png", "says nothing"), ("half.safetensors", "not a readable"),
+        ("empty.json", "empty.json: says nothing"), ("latin.json", "latin.json: expected UTF-8"),
+        ("folder.png", "a folder"),
+    ):  # fmt: skip
         assert run("inspect", str(tmp_path / name)) == 2
         assert message in capsys.readouterr().err
 
