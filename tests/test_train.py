@@ -316,6 +316,21 @@ def test_two_gloo_processes_train_as_one(tmp_path):
         assert a["validation_loss"] == pytest.approx(b["validation_loss"], rel=1e-5)
 
 
+def test_a_state_that_is_none_is_named(tmp_path):
+    run(tmp_path, epochs=1)
+    path = tmp_path / state.STATE
+    tensors, about = checkpoint.read(path)
+    for part, facts in (
+        ({}, about),
+        (tensors, {k: v for k, v in about.items() if k != "progress"}),
+        (tensors, {**about, "progress": {"steps": 3}}),
+        (tensors, about),  # without averages
+    ):
+        _files.write_tensors(path, part, facts)
+        with pytest.raises(checkpoint.BadCheckpoint, match="state.safetensors: expected the state"):
+            run(tmp_path, resume=True, ema=0.9)
+
+
 # ---- settings ------------------------------------------------------------------------------------
 
 
