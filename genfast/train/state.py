@@ -91,8 +91,8 @@ def restore(
             raise KeyError(f"ema: averages of {len(averages)} weights, expected {len(ema)}")
     except (RuntimeError, KeyError, TypeError) as error:
         raise BadCheckpoint(
-            f"{folder / STATE}: expected the state of this run, as `genfast train` writes it; start "
-            f"again without --resume ({str(error)[:300]})"
+            f"{folder / STATE}: expected the state of this run, as `genfast train` writes it; "
+            f"start again without --resume ({str(error)[:300]})"
         ) from None
     for name, x in averages.items():
         ema[name].copy_(x)
