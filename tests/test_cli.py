@@ -355,8 +355,12 @@ def test_diffusion_from_the_command_line(task, tmp_path, capsys):
     assert run("evaluate", "--from", folder, "--count", "20", "--steps", "2") == 0
     shown = capsys.readouterr().out
     assert ("bits per dimension" if task == "generate" else "PSNR, dB, what was given") in shown
-    assert run("generate", "--from", folder, "--seed", "1", "--label", "10") == 2
-    assert "label: expected a class in 0 ... 9, got 10" in capsys.readouterr().err
+    for label in ("10", "-2"):
+        assert run("generate", "--from", folder, "--seed", "1", "--label", label) == 2
+        assert (
+            f"--label: expected a class in 0 ... 9, or -1 for every one in turn, got {label}"
+            in (capsys.readouterr().err)
+        )
 
 
 # ---- wrong input ---------------------------------------------------------------------------------
