@@ -325,7 +325,7 @@ def test_greedy_eos_and_lengths():
         (lambda m: T5(97, 48, 1, heads=4).generate(ids(1, 3), 4, beams=0), ValueError, "beams"),
         (
             lambda m: T5(97, 48, 1, heads=4).generate(ids(1, 3), 4, length_penalty=float("nan")),
-            ValueError, "length_penalty: expected a finite number",
+            ValueError, "length_penalty: expected a finite number, got",
         ),
     ],
 )  # fmt: skip

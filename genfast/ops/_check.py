@@ -87,8 +87,9 @@ def number(
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
     fits = (value > low if open_low else value >= low) and value <= high
     if not (math.isfinite(value) and fits):
-        bounds = f"{'>' if open_low else '>='} {low}" + ("" if high == math.inf else f", <= {high}")
-        raise ValueError(f"{name}: expected a finite number {bounds}, got {value!r}")
+        bounds = "" if low == -math.inf else f" {'>' if open_low else '>='} {low}"
+        bounds += "" if high == math.inf else f"{',' if bounds else ''} <= {high}"
+        raise ValueError(f"{name}: expected a finite number{bounds}, got {value!r}")
 
 
 def integer(name: str, value: Any, *, low: int | None = None, high: int | None = None) -> None:
