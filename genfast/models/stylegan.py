@@ -262,7 +262,8 @@ class StyleGAN2(nn.Module):
             )
         for name, n in (("r1_every", r1_every), ("path_every", path_every), ("group", group),
                         ("width", width), ("mapping_layers", mapping_layers),
-                        ("z_dim", z_dim), ("w_dim", w_dim), ("most_width", most_width)):  # fmt: skip
+                        ("most_width", most_width), ("z_dim", z_dim),
+                        ("w_dim", w_dim)):  # fmt: skip
             if n < 1:
                 raise ValueError(f"{name}: expected an int >= 1, got {n}")
         self.config = {
