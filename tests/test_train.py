@@ -100,6 +100,10 @@ def test_sample_seeds_are_functions_of_seed_stream_and_index():
     assert torch.equal(sample_seeds(10, SEED, 3, 20), whole[20:30])
     assert len(set(whole.tolist())) == 100 and whole.min() >= 0
     assert not torch.equal(sample_seeds(100, SEED, 4), whole)
+    with pytest.raises(TypeError, match="seed: expected an int, .* got a tensor of shape"):
+        sample_seeds(3, torch.arange(3))
+    with pytest.raises(TypeError, match="n: expected an int, got float"):
+        VAE(36, 24, 5).sample(2.0, 1)
 
 
 def test_early_stopping_keeps_the_best_epoch(tmp_path, monkeypatch):
