@@ -102,6 +102,8 @@ def test_sample_seeds_are_functions_of_seed_stream_and_index():
     assert not torch.equal(sample_seeds(100, SEED, 4), whole)
     with pytest.raises(TypeError, match="seed: expected an int, .* got a tensor of shape"):
         sample_seeds(3, torch.arange(3))
+    with pytest.raises(TypeError, match="seed: expected an int, got a"):
+        VAE(36, 24, 5).sample(3, torch.arange(64))
     with pytest.raises(TypeError, match="n: expected an int, got float"):
         VAE(36, 24, 5).sample(2.0, 1)
 
@@ -203,6 +205,16 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, at, more):
         if name == loop.LOG:
             files = [[{**json.loads(x), "seconds": 0} for x in f.splitlines()] for f in files]
         assert files[0] == files[1], name
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path):
+    def second(progress, record):
+        if progress.step == 1:
+            with pytest.raises(ValueError, match="out: expected a folder that no other run"):
+                run(tmp_path)
+
+    whole, _ = run(tmp_path, show=second)
+    same(whole, run(tmp_path, resume=True)[0])  # free again, and left alone
 
 
 def test_a_finished_run_resumes_to_itself(tmp_path):
