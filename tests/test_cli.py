@@ -404,6 +404,13 @@ def test_wrong_input_says_what_was_expected(args, message, capsys, tmp_path, mon
     assert message in capsys.readouterr().err
 
 
+def test_help_says_which_defaults_a_model_has_of_its_own(capsys):
+    assert run("train", "--help") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "conv-vae: --lr 0.002, --epochs 30; diffusion:" in shown
+    assert "--epochs EPOCHS passes over the training part, at most (default: 60)" in shown
+
+
 def test_a_missing_package_names_the_install_line(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("genfast._extras.installed", lambda package: package != "rich")
     assert run("bench", "--quick") == 2

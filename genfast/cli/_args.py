@@ -48,7 +48,8 @@ def flag(name: str) -> str:
 
 
 def add_options(parser, tables: dict[str, dict[str, Option]]) -> None:
-    """One flag per name in the tables of the models; `chosen` says which came."""
+    """One flag per name in the tables of the models; `chosen` says which came. A table under "" is
+    everyone's."""
     users: dict[str, list[str]] = {}
     for model, table in tables.items():
         for name in table:
@@ -57,10 +58,11 @@ def add_options(parser, tables: dict[str, dict[str, Option]]) -> None:
         option = tables[models[0]][name]
         kind = str if option.default is None else type(option.default)
         defaults = ", ".join(dict.fromkeys(str(tables[m][name].default) for m in models))
+        whose = f"{', '.join(models)}: " if models != [""] else ""
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         parser.add_argument(
             flag(name), default=argparse.SUPPRESS, **how,
-            help=f"{', '.join(models)}: {option.help} (default: {defaults})",
+            help=f"{whose}{option.help} (default: {defaults})",
         )  # fmt: skip
 
 

@@ -37,7 +37,13 @@ def add(commands) -> None:
                    help="go on with the run in --out, with its settings")  # fmt: skip
     p.add_argument("--device", choices=("auto", "cpu"), default=unset)
     p.add_argument("--threads", type=positive, default=unset, help="of torch")
-    add_options(p.add_argument_group("settings"), {"": SETTINGS})
+    own = "; ".join(
+        f"{name}: {', '.join(f'{flag(k)} {v}' for k, v in recipe.settings.items())}"
+        for name, recipe in RECIPES.items() if recipe.settings
+    )  # fmt: skip
+    add_options(
+        p.add_argument_group("settings", f"with defaults of their own: {own}"), {"": SETTINGS}
+    )
     add_options(p.add_argument_group("options of the models"), OPTIONS)
     p.set_defaults(run=lambda args: run(configured(p, args)))
 
