@@ -174,6 +174,29 @@ def test_bad_weights_are_named():
         converted(config | {"scale_attn_by_inverse_layer_idx": True}, state)
     with pytest.raises(FileNotFoundError, match="config.json"):
         from_transformers("/nonexistent")
+    with pytest.raises(TypeError, match="source: expected a transformers model or .* got Linear"):
+        from_transformers(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("config", "weights", "message"),
+    [
+        ("{", None, "expected a readable config.json and model.safetensors"),
+        ("[]", None, "config.json: expected a table, got list"),
+        ('{"model_type": "gpt2"}', None, "config: expected the key 'vocab_size' of a gpt2"),
+        (None, b"half", "expected a readable config.json and model.safetensors"),
+    ],
+)
+def test_a_folder_with_a_broken_file_is_named(config, weights, message, tmp_path):
+    peer("gpt2").save_pretrained(tmp_path)
+    for name, content in (
+        ("config.json", config and config.encode()),
+        ("model.safetensors", weights),
+    ):
+        if content:
+            (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadWeights, match=message):
+        from_transformers(tmp_path)
 
 
 # ---- gradients ----------------------------------------------------------------------------------
