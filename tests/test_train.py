@@ -164,6 +164,9 @@ def test_mixed_precision_trains_and_keeps_fp32_weights(tmp_path):
     assert model.fc1.weight.dtype == torch.float32
     assert not torch.equal(model.fc1.weight, exact.fc1.weight)
     assert summary["test_loss"] == pytest.approx(other["test_loss"], rel=0.01)
+    if not torch.accelerator.is_available():
+        with pytest.raises(ValueError, match="precision: expected fp32 or bf16 on a CPU"):
+            run(tmp_path / "fp16", precision="fp16")
 
 
 class Dropped(type(VAE_RECIPE)):
@@ -312,13 +315,15 @@ t.run(pathlib.Path(sys.argv[1]), epochs=2, batch_size=33, ema=0.9)
 
 
 def test_two_gloo_processes_train_as_one(tmp_path):
-    """96 samples in batches of 33: odd shares. Only the order of sums differs."""
+    """96 samples in batches of 33: odd shares. Only the order of sums differs. Without a GPU the
+    command needs no word about it."""
+    cpu = {"ACCELERATE_USE_CPU": "1"} if torch.accelerator.is_available() else {}
     script = tmp_path / "shared.py"
     script.write_text(SHARED)
     found = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
          str(script), str(tmp_path / "two"), os.path.dirname(__file__)],
-        capture_output=True, text=True, timeout=240, env={**os.environ, "ACCELERATE_USE_CPU": "1"},
+        capture_output=True, text=True, timeout=240, env={**os.environ, **cpu},
     )  # fmt: skip
     assert found.returncode == 0, found.stderr[-3000:]
     one, _ = run(tmp_path / "one", epochs=2, batch_size=33, ema=0.9)

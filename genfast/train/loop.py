@@ -51,7 +51,13 @@ class Processes:
 
         AcceleratorState._reset_state()  # the precision is the run's, not the process's
         precision = "no" if settings.precision == "fp32" else settings.precision
-        self.accelerator = Accelerator(mixed_precision=precision, cpu=device == "cpu")
+        # Unless told so, accelerate makes of N processes without a GPU N runs of one each.
+        cpu = device == "cpu" or not torch.accelerator.is_available()
+        if cpu and precision == "fp16":  # accelerate would train in fp32
+            raise ValueError(
+                "precision: expected fp32 or bf16 on a CPU, got 'fp16', which needs a GPU"
+            )
+        self.accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
         self.device = self.accelerator.device
         self.rank, self.count = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
