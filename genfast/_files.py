@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None
 
 from genfast._extras import need
 
@@ -46,6 +52,32 @@ def _sync(path: str | Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """The folder is this process's to write to within; ValueError where another one holds it.
+
+    The lock is on the folder itself: it leaves no file and ends with the process, whatever ends it.
+    None where the system has no such locks.
+    """
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"out: expected a folder that no other run writes to, got {folder}, which another "
+                "process holds; wait for its end or take another folder"
+            ) from None
+        except OSError:  # network file systems without locks
+            pass
+        yield
     finally:
         os.close(handle)
 

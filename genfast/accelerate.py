@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from genfast.integrations import torch_sdpa
@@ -38,8 +39,13 @@ def _swap_classes(model) -> list[Undo]:
         own = type(module)
         if own in CLASSES:
             module.__class__ = CLASSES[own]
-            undo.append(lambda m=module, c=own: setattr(m, "__class__", c))
+            undo.append(lambda m=module, c=own: _swap_back(m, c))
     return undo
+
+
+def _swap_back(module, own) -> None:
+    if type(module) is CLASSES[own]:  # not one made of it since, as parametrizations do
+        module.__class__ = own
 
 
 def _swap_transformers(model) -> list[Undo]:
@@ -59,9 +65,17 @@ def _swap_transformers(model) -> list[Undo]:
 
 def _swap_functional(model) -> list[Undo]:
     """Models that call F.scaled_dot_product_attention: rerouted while they run."""
-    enter = model.register_forward_pre_hook(lambda *_: torch_sdpa.enable(), prepend=True)
-    leave = model.register_forward_hook(lambda *_: torch_sdpa.disable(), always_call=True)
+    enter = model.register_forward_pre_hook(_enter, prepend=True)
+    leave = model.register_forward_hook(_leave, always_call=True)
     return [enter.remove, leave.remove]
+
+
+def _enter(*_) -> None:  # functions with a name: a model with these hooks can be pickled
+    torch_sdpa.enable()
+
+
+def _leave(*_) -> None:
+    torch_sdpa.disable()
 
 
 def _swap_pipeline(pipe) -> list[Undo] | None:
@@ -73,7 +87,8 @@ def _swap_pipeline(pipe) -> list[Undo] | None:
 
     undo = door.swap_scheduler(pipe)
     for part in getattr(pipe, "components", {}).values():
-        if isinstance(part, nn.Module) and part not in _undo:
+        scripted = isinstance(part, torch.jit.ScriptModule)
+        if isinstance(part, nn.Module) and not scripted and part not in _undo:
             accelerate(part)
             undo.append(lambda m=part: restore(m))
     return undo
@@ -96,8 +111,16 @@ def accelerate(model: Model) -> Model:
     torch.nn.MultiheadAttention and Transformer layers take genfast's forward, Hugging Face models
     attn_implementation="genfast", other calls of F.scaled_dot_product_attention are rerouted while
     the model runs. Schedulers take the class of the same name of genfast.integrations.diffusers.
-    TypeError for anything else.
+    TypeError for anything else, TorchScript included.
+
+    A copy of the model (copy.deepcopy, pickle, torch.save) stays switched over and cannot be
+    switched back: restore, then copy.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            f"model: expected a torch.nn.Module that runs in Python, got {type(model).__name__}, "
+            "whose calls TorchScript makes; accelerate the module that it was made of"
+        )
     if not isinstance(model, nn.Module):
         done = _swap_pipeline(model)
         if done is None:
@@ -117,7 +140,12 @@ def accelerate(model: Model) -> Model:
 
 
 def restore(model: Model) -> Model:
-    """Undoes `accelerate`; a model that was not accelerated stays as it is. Returns it."""
+    """Undoes `accelerate`; a model that was not accelerated stays as it is. Returns it. TypeError
+    for what no model is."""
+    if not hasattr(model, "__weakref__"):
+        raise TypeError(
+            f"model: expected what `genfast.accelerate` takes, got {type(model).__name__}"
+        )
     for undo in reversed(_undo.pop(model, [])):
         undo()
     return model

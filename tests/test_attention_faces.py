@@ -1,8 +1,10 @@
 """attention's drop-in faces: torch.nn modules, flash-attn's functions, reroute, accelerate."""
 
+import copy
 import inspect
 import itertools
 import math
+import pickle
 import threading
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from tolerances import REORDERED
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import genfast
 import genfast.nn as gnn
@@ -406,3 +409,26 @@ def test_accelerate_and_restore():
     genfast.restore(model)
     with pytest.raises(TypeError, match="model: expected a torch.nn.Module"):
         genfast.accelerate(lambda x: x)
+    with pytest.raises(TypeError, match="model: expected what `genfast.accelerate` takes, got int"):
+        genfast.restore(3)
+    with pytest.raises(TypeError, match="model: expected a torch.nn.Module that runs in Python"):
+        genfast.accelerate(torch.jit.script(torch.nn.Linear(2, 2)))
+
+
+def test_an_accelerated_model_is_pickled_and_copied_as_it_is():
+    model, x = genfast.accelerate(Block()), torch.randn(N, L, E)
+    want = model(x)
+    for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert torch.equal(twin(x), want) and twin.used is torch_sdpa.scaled_dot_product_attention
+        genfast.restore(twin)  # it was not accelerated, its original was
+        assert torch.equal(twin(x), want)
+
+
+def test_restore_leaves_what_became_another_class_since():
+    model, x = Block(), torch.randn(N, L, E)
+    want = model(x)
+    attn = genfast.accelerate(model).decoder.self_attn
+    parametrizations.weight_norm(attn, "in_proj_weight")
+    genfast.restore(model)
+    assert isinstance(attn, gnn.MultiheadAttention)
+    torch.testing.assert_close(model(x), want, **CLOSE)

@@ -182,7 +182,16 @@ def test_a_calibrated_table_is_read_back_on_its_own_machine_only(tmp_path, monke
     assert _choice.table() == _choice.ROWS
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"machine": 1}', '{"rows": [{"x": 1}]}'])
+_WRONG_KIND = Row("attention", "cpu", ANY, "float32", "forward", "many", "torch", "")._asdict()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{", "[]", '{"machine": 1}', '{"rows": [{"x": 1}]}',
+        json.dumps({"machine": _choice.machine(), "rows": [_WRONG_KIND]}),
+    ],
+)  # fmt: skip
 def test_a_broken_table_is_named_and_ignored(tmp_path, monkeypatch, text):
     path = tmp_path / "choices.json"
     path.write_text(text)
@@ -192,6 +201,11 @@ def test_a_broken_table_is_named_and_ignored(tmp_path, monkeypatch, text):
         return
     with pytest.warns(RuntimeWarning, match="choices.json.*calibrate again"):
         assert _choice.user_rows() == ()
+
+
+def test_a_folder_in_place_of_the_table_is_no_table(tmp_path, monkeypatch):
+    monkeypatch.setenv("GENFAST_CHOICES", str(tmp_path))
+    assert _choice.user_rows() == ()
 
 
 @pytest.fixture

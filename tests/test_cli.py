@@ -331,6 +331,11 @@ def test_a_config_file_and_flags_make_the_same_run_and_resume_ends_there(tmp_pat
     capsys.readouterr()
     assert run("train", "--resume", "--out", str(by_file), "--lr", "0.1") == 2
     assert "leave --lr away" in capsys.readouterr().err
+    config.write_text("model: vae\ndata: digits\nepochs: 1\nlr: 0.1\nwidth: 4\n")
+    assert run("train", "--resume", "--out", str(by_file), "--config", str(config)) == 2
+    assert "of the run (conv-vae); leave --lr, --model away" in capsys.readouterr().err
+    config.write_text("model: conv-vae\ndata: digits\nepochs: 1\nz-dim: 6\n")
+    assert run("train", "--resume", "--out", str(by_file), "--config", str(config)) == 0
 
 
 @pytest.mark.slow
@@ -350,8 +355,12 @@ def test_diffusion_from_the_command_line(task, tmp_path, capsys):
     assert run("evaluate", "--from", folder, "--count", "20", "--steps", "2") == 0
     shown = capsys.readouterr().out
     assert ("bits per dimension" if task == "generate" else "PSNR, dB, what was given") in shown
-    assert run("generate", "--from", folder, "--seed", "1", "--label", "10") == 2
-    assert "label: expected a class in 0 ... 9, got 10" in capsys.readouterr().err
+    for label in ("10", "-2"):
+        assert run("generate", "--from", folder, "--seed", "1", "--label", label) == 2
+        assert (
+            f"--label: expected a class in 0 ... 9, or -1 for every one in turn, got {label}"
+            in (capsys.readouterr().err)
+        )
 
 
 # ---- wrong input ---------------------------------------------------------------------------------
@@ -364,6 +373,8 @@ WRONG = {
     "threads": (["bench", "--threads", "0"], "expected an int >= 1, got '0'"),
     "json name": (["bench", "--json", "rows.txt"], "expected a file name in .json"),
     "json folder": (["bench", "--json", "no/such/rows.json"], "does not exist"),
+    "json is a folder": (["bench", "--json", "FOLDER.json"], "expected a file, got the folder"),
+    "calibrate a family": (["bench", "rng", "--calibrate"], "--calibrate: measures attention"),
     "unknown model": (["train", "vea", "--data", "mnist5k", "--out", "."], "expected one of vae"),
     "unknown data": (["train", "vae", "--data", "mnist", "--out", "."], "expected one of mnist5k"),
     "learning rate": (
@@ -386,9 +397,18 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("args", "message"), WRONG.values(), ids=WRONG)
-def test_wrong_input_says_what_was_expected(args, message, capsys):
+def test_wrong_input_says_what_was_expected(args, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FOLDER.json").mkdir()
     assert run(*args) == 2
     assert message in capsys.readouterr().err
+
+
+def test_help_says_which_defaults_a_model_has_of_its_own(capsys):
+    assert run("train", "--help") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "conv-vae: --lr 0.002, --epochs 30; diffusion:" in shown
+    assert "--epochs EPOCHS passes over the training part, at most (default: 60)" in shown
 
 
 def test_a_missing_package_names_the_install_line(monkeypatch, capsys, tmp_path):
@@ -415,6 +435,7 @@ def test_a_missing_package_names_the_install_line(monkeypatch, capsys, tmp_path)
             "widths: expected whole numbers such as 16,32,64, got '8,x'",
         ),
         ("resume = 'yes'", "resume: expected true or false"),
+        ("device = 'gpu'", "device: expected one of auto, cpu, got 'gpu'"),
         ("model = 'vea'\ndata = 'digits'", "model: expected one of vae"),
     ],
 )
@@ -456,7 +477,14 @@ def test_inspect_refuses_what_says_nothing(tmp_path, capsys):
 
     Image.new("L", (2, 2)).save(tmp_path / "plain.png")
     (tmp_path / "half.safetensors").write_bytes(b"xx")
-    for name, message in (("plain.png", "says nothing"), ("half.safetensors", "not a readable")):
+    (tmp_path / "empty.json").write_text("{}")
+    (tmp_path / "latin.json").write_bytes(b"caf\xe9")
+    (tmp_path / "folder.png").mkdir()
+    for name, message in (
+        ("plain.png", "says nothing"), ("half.safetensors", "not a readable"),
+        ("empty.json", "empty.json: says nothing"), ("latin.json", "latin.json: expected UTF-8"),
+        ("folder.png", "a folder"),
+    ):  # fmt: skip
         assert run("inspect", str(tmp_path / name)) == 2
         assert message in capsys.readouterr().err
 

@@ -92,6 +92,14 @@ def test_the_classifier_is_the_same_for_the_same_seed_and_knows_digits():
 def test_psnr():
     x = torch.full((2, 1, 2, 2), 0.5)
     assert images.psnr(x + 0.1, x).item() == pytest.approx(20, abs=1e-4)
+    with pytest.raises(ValueError, match="truth: expected"):
+        images.psnr(x, x[0])
+
+
+def test_features_that_are_not_finite_are_no_precision_of_0():
+    x = points(20, 0)
+    with pytest.raises(ValueError, match="drawn: expected finite features"):
+        images.precision_recall_density_coverage(x, x / 0)
 
 
 def test_perplexity_and_bits():
@@ -99,6 +107,8 @@ def test_perplexity_and_bits():
     assert text.bits_per_byte(8 * math.log(2), "añb") == pytest.approx(2)
     with pytest.raises(ValueError, match="tokens: expected"):
         text.perplexity(1.0, 0)
+    with pytest.raises(ValueError, match="text: expected at least one byte"):
+        text.bits_per_byte(1.0, "")
 
 
 def test_pair_bits():

@@ -442,6 +442,7 @@ def test_sample_takes_a_weight_per_model_output():
         (lambda: prior().sample(2, 0, ids=IDS), "ids: expected a text for each of 2"),
         (lambda: prior().sample(6, 0, ids=IDS, candidates=0), "candidates: expected an int >= 1"),
         (lambda: KLAutoencoder((1, 10, 8)), "shape: expected H and W divisible by 4"),
+        (lambda: KLAutoencoder((1, 0, 8)), r"shape: expected H and W .* got \(1, 0, 8\)"),
         (lambda: autoencoder().encode(torch.zeros(1, 1, 4, 4)), "x: expected"),
         (lambda: clip().encode_text(torch.full((1, 3), 9)), "ids: expected an end token"),
         (lambda: clip().loss(torch.zeros(2, 1, 8, 8), IDS, seed=SEEDS), "ids: expected a text"),

@@ -228,6 +228,7 @@ def test_from_the_command_line(tmp_path, capsys):
     [
         (lambda: StyleGAN2((1, 29, 28)), r"shape: expected \(C, H, W\) with H and W that halve"),
         (lambda: StyleGAN2(group=0), "group: expected an int >= 1, got 0"),
+        (lambda: StyleGAN2(z_dim=0), "z_dim: expected an int >= 1, got 0"),
         (lambda: StyleGAN2(r1_every=0), "r1_every: expected an int >= 1, got 0"),
         (lambda: tiny().d_loss(torch.zeros(2, 1, 9, 8), seed=SEEDS[:2]),
          r"x: expected \(B, 1, 8, 8\), got shape \(2, 1, 9, 8\)"),

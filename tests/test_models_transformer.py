@@ -174,6 +174,29 @@ def test_bad_weights_are_named():
         converted(config | {"scale_attn_by_inverse_layer_idx": True}, state)
     with pytest.raises(FileNotFoundError, match="config.json"):
         from_transformers("/nonexistent")
+    with pytest.raises(TypeError, match="source: expected a transformers model or .* got Linear"):
+        from_transformers(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("config", "weights", "message"),
+    [
+        ("{", None, "expected a readable config.json and model.safetensors"),
+        ("[]", None, "config.json: expected a table, got list"),
+        ('{"model_type": "gpt2"}', None, "config: expected the key 'vocab_size' of a gpt2"),
+        (None, b"half", "expected a readable config.json and model.safetensors"),
+    ],
+)
+def test_a_folder_with_a_broken_file_is_named(config, weights, message, tmp_path):
+    peer("gpt2").save_pretrained(tmp_path)
+    for name, content in (
+        ("config.json", config and config.encode()),
+        ("model.safetensors", weights),
+    ):
+        if content:
+            (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadWeights, match=message):
+        from_transformers(tmp_path)
 
 
 # ---- gradients ----------------------------------------------------------------------------------
@@ -320,12 +343,15 @@ def test_greedy_eos_and_lengths():
         (lambda m: gpt(positions="sine"), ValueError, "positions: expected one of rotary"),
         (lambda m: BERT(97, 48, 1, 4, mlm=False).logits(0), ValueError, "no head"),
         (lambda m: BERT(97, 48, 1, 4)(ids(1, 3), ids(1, 3)), ValueError, "seen: expected"),
+        (lambda m: m(ids(1, 3) + 97), ValueError, r"ids: expected ids in \[0, 97\), got"),
+        (lambda m: BERT(97, 48, 1, 4)(ids(1, 3) - 97), ValueError, "ids: expected ids in"),
+        (lambda m: T5(97, 48, 1, heads=4).generate(ids(1, 0), 4), ValueError, "got an empty"),
         (lambda m: ViT(8, 3, 1, 2), ValueError, "patch: expected a divisor of image = 8, got 3"),
         (lambda m: ViT(8, 4, 1, 2)(torch.zeros(1, 3, 8, 8)), ValueError, r"\(B, 1, 8, 8\)"),
         (lambda m: T5(97, 48, 1, heads=4).generate(ids(1, 3), 4, beams=0), ValueError, "beams"),
         (
             lambda m: T5(97, 48, 1, heads=4).generate(ids(1, 3), 4, length_penalty=float("nan")),
-            ValueError, "length_penalty: expected a finite number",
+            ValueError, "length_penalty: expected a finite number, got",
         ),
     ],
 )  # fmt: skip

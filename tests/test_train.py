@@ -100,6 +100,12 @@ def test_sample_seeds_are_functions_of_seed_stream_and_index():
     assert torch.equal(sample_seeds(10, SEED, 3, 20), whole[20:30])
     assert len(set(whole.tolist())) == 100 and whole.min() >= 0
     assert not torch.equal(sample_seeds(100, SEED, 4), whole)
+    with pytest.raises(TypeError, match="seed: expected an int, .* got a tensor of shape"):
+        sample_seeds(3, torch.arange(3))
+    with pytest.raises(TypeError, match="seed: expected an int, got a"):
+        VAE(36, 24, 5).sample(3, torch.arange(64))
+    with pytest.raises(TypeError, match="n: expected an int, got float"):
+        VAE(36, 24, 5).sample(2.0, 1)
 
 
 def test_early_stopping_keeps_the_best_epoch(tmp_path, monkeypatch):
@@ -158,6 +164,9 @@ def test_mixed_precision_trains_and_keeps_fp32_weights(tmp_path):
     assert model.fc1.weight.dtype == torch.float32
     assert not torch.equal(model.fc1.weight, exact.fc1.weight)
     assert summary["test_loss"] == pytest.approx(other["test_loss"], rel=0.01)
+    if not torch.accelerator.is_available():
+        with pytest.raises(ValueError, match="precision: expected fp32 or bf16 on a CPU"):
+            run(tmp_path / "fp16", precision="fp16")
 
 
 class Dropped(type(VAE_RECIPE)):
@@ -199,6 +208,16 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, at, more):
         if name == loop.LOG:
             files = [[{**json.loads(x), "seconds": 0} for x in f.splitlines()] for f in files]
         assert files[0] == files[1], name
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path):
+    def second(progress, record):
+        if progress.step == 1:
+            with pytest.raises(ValueError, match="out: expected a folder that no other run"):
+                run(tmp_path)
+
+    whole, _ = run(tmp_path, show=second)
+    same(whole, run(tmp_path, resume=True)[0])  # free again, and left alone
 
 
 def test_a_finished_run_resumes_to_itself(tmp_path):
@@ -296,13 +315,15 @@ t.run(pathlib.Path(sys.argv[1]), epochs=2, batch_size=33, ema=0.9)
 
 
 def test_two_gloo_processes_train_as_one(tmp_path):
-    """96 samples in batches of 33: odd shares. Only the order of sums differs."""
+    """96 samples in batches of 33: odd shares. Only the order of sums differs. Without a GPU the
+    command needs no word about it."""
+    cpu = {"ACCELERATE_USE_CPU": "1"} if torch.accelerator.is_available() else {}
     script = tmp_path / "shared.py"
     script.write_text(SHARED)
     found = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
          str(script), str(tmp_path / "two"), os.path.dirname(__file__)],
-        capture_output=True, text=True, timeout=240, env={**os.environ, "ACCELERATE_USE_CPU": "1"},
+        capture_output=True, text=True, timeout=240, env={**os.environ, **cpu},
     )  # fmt: skip
     assert found.returncode == 0, found.stderr[-3000:]
     one, _ = run(tmp_path / "one", epochs=2, batch_size=33, ema=0.9)
@@ -314,6 +335,21 @@ def test_two_gloo_processes_train_as_one(tmp_path):
     for a, b in zip(*logs, strict=True):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5)
         assert a["validation_loss"] == pytest.approx(b["validation_loss"], rel=1e-5)
+
+
+def test_a_state_that_is_none_is_named(tmp_path):
+    run(tmp_path, epochs=1)
+    path = tmp_path / state.STATE
+    tensors, about = checkpoint.read(path)
+    for part, facts in (
+        ({}, about),
+        (tensors, {k: v for k, v in about.items() if k != "progress"}),
+        (tensors, {**about, "progress": {"steps": 3}}),
+        (tensors, about),  # without averages
+    ):
+        _files.write_tensors(path, part, facts)
+        with pytest.raises(checkpoint.BadCheckpoint, match="state.safetensors: expected the state"):
+            run(tmp_path, resume=True, ema=0.9)
 
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -362,6 +398,10 @@ def test_config_files(tmp_path):
     toml.write_text('model = "vae"\nbatch-size = 64\nlr = 1e-3\n')
     yaml.write_text("model: vae\nbatch-size: 64\nlr: 0.001\n")
     assert read_config(toml) == read_config(yaml) == {"model": "vae", "batch_size": 64, "lr": 1e-3}
+    for path in (toml, yaml):
+        path.write_bytes(b"model: caf\xe9")
+        with pytest.raises(ValueError, match=f"{path.name}: expected UTF-8 text"):
+            read_config(path)
     for path, text, message in (
         (toml, "a = ", "not readable TOML"), (yaml, "a: [", "not readable YAML"),
         (yaml, "- 3", "expected a table of names"), (tmp_path / "run.ini", "", "expected a file"),

@@ -79,7 +79,8 @@ def test_what_python_ships():
         (lambda d: text.documents("nothing"), "data: expected pydoc or a text file, got 'nothing'"),
         (lambda d: text.pairs("nothing", (8, 8)), "data: expected summaries or a file of lines"),
         (lambda d: text.windows(str(d / "short"), 8), "data: expected more than 2 pieces"),
-        (lambda d: text.windows(str(d / "latin"), 8), "expected UTF-8 text"),
+        (lambda d: text.windows(str(d / "latin"), 8), "latin: expected UTF-8 text"),
+        (lambda d: text.pairs(str(d / "latin"), (8, 8)), "latin: expected UTF-8 text"),
     ],
 )
 def test_refusals(call, message, tmp_path):

@@ -36,6 +36,8 @@ def output_file(*suffixes: str):
             )
         if not path.parent.is_dir():
             raise argparse.ArgumentTypeError(f"the folder {path.parent} does not exist")
+        if path.is_dir():
+            raise argparse.ArgumentTypeError(f"expected a file, got the folder {path}")
         return path
 
     return check
@@ -46,7 +48,8 @@ def flag(name: str) -> str:
 
 
 def add_options(parser, tables: dict[str, dict[str, Option]]) -> None:
-    """One flag per name in the tables of the models; `chosen` says which came."""
+    """One flag per name in the tables of the models; `chosen` says which came. A table under "" is
+    everyone's."""
     users: dict[str, list[str]] = {}
     for model, table in tables.items():
         for name in table:
@@ -55,10 +58,11 @@ def add_options(parser, tables: dict[str, dict[str, Option]]) -> None:
         option = tables[models[0]][name]
         kind = str if option.default is None else type(option.default)
         defaults = ", ".join(dict.fromkeys(str(tables[m][name].default) for m in models))
+        whose = f"{', '.join(models)}: " if models != [""] else ""
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         parser.add_argument(
             flag(name), default=argparse.SUPPRESS, **how,
-            help=f"{', '.join(models)}: {option.help} (default: {defaults})",
+            help=f"{whose}{option.help} (default: {defaults})",
         )  # fmt: skip
 
 

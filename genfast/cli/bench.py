@@ -58,6 +58,9 @@ def calibrate(args) -> int:
 
     if args.device != "cpu":
         raise ValueError("--calibrate: measures the CPU only; leave --device out")
+    unused = ("family", "quick", "only", "list", "json", "plot", "check")
+    if more := [name for name in unused if getattr(args, name)]:
+        raise ValueError(f"--calibrate: measures attention alone; leave {', '.join(more)} out")
     rows = []
     for row in calibration.calibrate(args.threads):
         rows.append(row)

@@ -37,7 +37,13 @@ def add(commands) -> None:
                    help="go on with the run in --out, with its settings")  # fmt: skip
     p.add_argument("--device", choices=("auto", "cpu"), default=unset)
     p.add_argument("--threads", type=positive, default=unset, help="of torch")
-    add_options(p.add_argument_group("settings"), {"": SETTINGS})
+    own = "; ".join(
+        f"{name}: {', '.join(f'{flag(k)} {v}' for k, v in recipe.settings.items())}"
+        for name, recipe in RECIPES.items() if recipe.settings
+    )  # fmt: skip
+    add_options(
+        p.add_argument_group("settings", f"with defaults of their own: {own}"), {"": SETTINGS}
+    )
     add_options(p.add_argument_group("options of the models"), OPTIONS)
     p.set_defaults(run=lambda args: run(configured(p, args)))
 
@@ -68,6 +74,8 @@ def typed(action: argparse.Action, value):
             raise ValueError(f"expected true or false, got {value!r}")
         return value
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    if action.choices and text not in action.choices:
+        raise ValueError(f"expected one of {', '.join(action.choices)}, got {value!r}")
     try:
         return action.type(text) if action.type else text
     except ValueError:
@@ -92,16 +100,19 @@ def run(args) -> None:
 
 
 def resume(args) -> None:
-    """The settings of the run, and no others: only then is the continuation the same run."""
+    """The settings of the run, and no others: only then is the continuation the same run. Flags and
+    a config file may repeat them."""
     from genfast.train import state
 
-    more = sorted(set(vars(args)) - WITH_RESUME - {"config"})
-    if more and "config" not in args:
-        raise ValueError(
-            f"--resume: goes on with the settings of the run; leave {', '.join(map(flag, more))} "
-            "away"
-        )
     about = state.about(args.out)
+    own = {**about["settings"], **about["options"], "model": about["model"], "data": about["data"]}
+    more = set(vars(args)) - WITH_RESUME - {"config"}
+    other = [flag(name) for name in sorted(more) if getattr(args, name) != own.get(name)]
+    if other:
+        raise ValueError(
+            f"--resume: goes on with the settings of the run ({about['model']}); leave "
+            f"{', '.join(other)} away"
+        )
     follow(args, about["model"], Settings(**about["settings"]), about["options"], about["data"])
 
 

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 
 def psnr(x: Tensor, truth: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of the whole set, dB, ()."""
+    """Peak signal-to-noise ratio of the whole set, dB, (). x, truth: of one shape."""
+    if x.shape != truth.shape:
+        raise ValueError(f"truth: expected {tuple(x.shape)}, x's, got {tuple(truth.shape)}")
     return -10 * (x - truth).square().mean().log10()
 
 
@@ -137,6 +139,8 @@ def precision_recall_density_coverage(
     for name, x in (("real", real), ("drawn", drawn)):
         if x.dim() != 2 or len(x) <= k:
             raise ValueError(f"{name}: expected more than k = {k} rows, got {tuple(x.shape)}")
+        if not x.isfinite().all():  # comparisons with NaN would all be false: a precision of 0
+            raise ValueError(f"{name}: expected finite features, got NaN or infinite ones")
     real, drawn = real.double(), drawn.double()
 
     def radii(x: Tensor) -> Tensor:

@@ -19,7 +19,9 @@ def perplexity(nll: float, tokens: int) -> float:
 
 def bits_per_byte(nll: float, text: str) -> float:
     """-log2 p(text) over its UTF-8 length: comparable between vocabularies."""
-    return nll / math.log(2) / max(len(text.encode()), 1)
+    if not text:
+        raise ValueError("text: expected at least one byte, got none")
+    return nll / math.log(2) / len(text.encode())
 
 
 TOKENS = 257  # bytes and an end
@@ -55,6 +57,7 @@ def bleu(found: Sequence[str], wanted: Sequence[str]) -> float:
 
     if len(found) != len(wanted) or not found:
         raise ValueError(
-            f"found, wanted: expected as many sentences in both, got {len(found)} and {len(wanted)}"
+            "found, wanted: expected as many sentences in both, at least one, got "
+            f"{len(found)} and {len(wanted)}"
         )
     return sacrebleu.corpus_bleu(list(found), [list(wanted)]).score

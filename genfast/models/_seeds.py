@@ -8,12 +8,18 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from genfast.ops._check import integer
 from genfast.ops.rng import randint
 
 
 def sample_seeds(n: int, seed: int, stream: int = 0, start: int = 0, device=None) -> Tensor:
     """Seeds of samples start ... start + n - 1, (n,) int64 in [0, 2**62): functions of (seed,
     stream, index) alone."""
+    if isinstance(seed, Tensor):
+        raise TypeError(
+            f"seed: expected an int, from which every sample's seed is made, got a tensor of shape "
+            f"{tuple(seed.shape)}; `start` is the first sample's index"
+        )
     words = randint(0, 2**31, (n, 2), seed=seed, stream=stream, offset=2 * start, device=device)
     return words[:, 0] << 31 | words[:, 1]
 
@@ -25,6 +31,8 @@ def in_tiles(call: Callable[[int], Tensor], n: int, start: int, tile: int) -> Te
     number of rows. Here row i always stands at place i % tile of a call of `tile` rows, so its bits
     do not depend on how the rows are cut into calls.
     """
+    integer("n", n)
+    integer("start", start)
     if n < 0 or start < 0:
         raise ValueError(f"n, start: expected ints >= 0, got {n} and {start}")
     first = start // tile * tile

@@ -261,7 +261,9 @@ class StyleGAN2(nn.Module):
                 f"{tuple(shape)}; crop or pad the images"
             )
         for name, n in (("r1_every", r1_every), ("path_every", path_every), ("group", group),
-                        ("width", width), ("mapping_layers", mapping_layers)):  # fmt: skip
+                        ("width", width), ("mapping_layers", mapping_layers),
+                        ("most_width", most_width), ("z_dim", z_dim),
+                        ("w_dim", w_dim)):  # fmt: skip
             if n < 1:
                 raise ValueError(f"{name}: expected an int >= 1, got {n}")
         self.config = {

@@ -113,6 +113,7 @@ class GaussianVAE(nn.Module):
         """Means of p(x|z) for samples start ... start + n - 1 of the prior, (n, *x_shape) in
         (0, 1). The same bits for sample i however the samples are cut into calls (see TILE).
         """
+        _check.integer("seed", seed)
         return in_tiles(
             lambda at: torch.sigmoid(self.decode(self.prior(TILE, seed, at))), n, start, TILE
         )

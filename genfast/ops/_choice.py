@@ -117,9 +117,15 @@ def user_rows() -> tuple[Row, ...]:
         found = json.loads(path.read_text())
         if found["machine"] != machine():
             return ()
-        return tuple(Row(**row) for row in found["rows"])
-    except (FileNotFoundError, NotADirectoryError, PermissionError, RuntimeError):
-        return ()  # RuntimeError: no home folder
+        rows = tuple(Row(**row) for row in found["rows"])
+        for row in rows:
+            for name, value in row._asdict().items():
+                kind = int if name == "below" else str
+                if type(value) is not kind:
+                    raise TypeError(f"{name}: expected {kind.__name__}, got {value!r}")
+        return rows
+    except (OSError, RuntimeError):
+        return ()  # no such file, or none that may be read; RuntimeError: no home folder
     except (ValueError, KeyError, TypeError) as error:
         warnings.warn(
             f"{path}: not a table of `genfast bench --calibrate` ({error}); it is ignored. Delete "

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from genfast._extras import need
-from genfast._files import remove_leftovers, write_atomic
+from genfast._files import held, remove_leftovers, write_atomic
 from genfast.models._seeds import sample_seeds
 from genfast.ops.rng import rand
 from genfast.train import alarms, checkpoint, state
@@ -51,7 +51,13 @@ class Processes:
 
         AcceleratorState._reset_state()  # the precision is the run's, not the process's
         precision = "no" if settings.precision == "fp32" else settings.precision
-        self.accelerator = Accelerator(mixed_precision=precision, cpu=device == "cpu")
+        # Unless told so, accelerate makes of N processes without a GPU N runs of one each.
+        cpu = device == "cpu" or not torch.accelerator.is_available()
+        if cpu and precision == "fp16":  # accelerate would train in fp32
+            raise ValueError(
+                "precision: expected fp32 or bf16 on a CPU, got 'fp16', which needs a GPU"
+            )
+        self.accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
         self.device = self.accelerator.device
         self.rank, self.count = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
@@ -169,11 +175,13 @@ def train(
     per epoch to log.jsonl. Killed at any moment, it leaves each of them whole; `resume` goes on.
     Leaves the best epoch's weights in `model`. notes: JSON facts for the files; "options" in it are
     the recipe's. show: told the progress after each step, with a record after each epoch. device:
-    "auto" or "cpu". Raises Diverged, and Collapsed (`genfast.train.alarms`) if so set.
+    "auto" or "cpu". Raises Diverged, Collapsed (`genfast.train.alarms`) if so set, and ValueError
+    where another process trains into out.
     """
     s, processes = settings, Processes(settings, device)
     devices = [processes.device] if processes.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    alone_here = held(out) if processes.main else contextlib.nullcontext()
+    with torch.random.fork_rng(devices), alone_here:
         return _train(name, recipe, model, data, s, out, notes or {}, show, resume, processes)
 
 

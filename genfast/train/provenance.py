@@ -38,18 +38,25 @@ def facts(folder: Path, about: dict, seed: int, count: int, options: dict) -> di
 
 def read(path: Path) -> dict:
     """What a PNG or safetensors file of genfast says of itself; NoProvenance otherwise."""
-    readers = {".png": _png, ".safetensors": _safetensors, ".json": lambda p: p.read_text()}
+    readers = {".png": _png, ".safetensors": _safetensors, ".json": _json}
     if path.suffix.lower() not in readers:
         raise NoProvenance(f"{path}: expected a file in {', '.join(readers)}")
     if not path.is_file():
-        raise NoProvenance(f"{path}: no such file")
+        raise NoProvenance(f"{path}: {'a folder' if path.is_dir() else 'no such file'}")
     try:
         found = json.loads(readers[path.suffix.lower()](path) or "null")
     except json.JSONDecodeError as error:
         raise NoProvenance(f"{path}: its genfast metadata is no JSON ({error})") from None
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or "model" not in found:
         raise NoProvenance(f"{path}: says nothing of genfast; `genfast generate` writes it in")
     return found
+
+
+def _json(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise NoProvenance(f"{path}: expected UTF-8 text ({error})") from None
 
 
 def _png(path: Path) -> str | None:

@@ -85,7 +85,10 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"config: expected a file in {', '.join(readers)}, got {str(path)!r}")
     if not path.is_file():
         raise ValueError(f"config: expected a file that exists, got {str(path)!r}")
-    found = readers[path.suffix](path)
+    try:
+        found = readers[path.suffix](path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text ({error})") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path}: expected a table of names and values, got {found!r}")
     return {str(name).replace("-", "_"): value for name, value in found.items()}
@@ -97,7 +100,7 @@ def _toml(path: Path) -> dict:
     except ModuleNotFoundError:  # Python 3.10
         raise ValueError(f"{path}: TOML needs Python 3.11; write the same in YAML") from None
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: not readable TOML ({error})") from None
 
@@ -107,6 +110,6 @@ def _yaml(path: Path) -> Any:
     import yaml
 
     try:
-        return yaml.safe_load(path.read_text())
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not readable YAML ({error})") from None

@@ -77,14 +77,24 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], dict]:
 def restore(
     folder: Path, model: nn.Module, ema: dict[str, Tensor], optimizers: Sequence[Optimizer]
 ) -> Progress:
-    """Puts a saved state back, in place."""
+    """Puts a saved state back, in place; BadCheckpoint where it is not one of this model."""
     tensors, facts = _read(folder)
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): x for k, x in tensors.items() if k.startswith(prefix)}
 
-    model.load_state_dict(part("model."))
-    for name, x in part("ema.").items():
+    averages = part("ema.")
+    try:
+        model.load_state_dict(part("model."))
+        progress = Progress(**facts["progress"])
+        if averages.keys() != ema.keys():
+            raise KeyError(f"ema: averages of {len(averages)} weights, expected {len(ema)}")
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise BadCheckpoint(
+            f"{folder / STATE}: expected the state of this run, as `genfast train` writes it; "
+            f"start again without --resume ({str(error)[:300]})"
+        ) from None
+    for name, x in averages.items():
         ema[name].copy_(x)
     for name, p, state in _states(model, optimizers):
         moments = part(f"optimizer.{name}.")
@@ -93,4 +103,4 @@ def restore(
             key: x if key == "step" else torch.empty_like(p, dtype=x.dtype).copy_(x)
             for key, x in moments.items()
         }
-    return Progress(**facts["progress"])
+    return progress

@@ -88,16 +88,20 @@ def documents(name: str) -> list[str]:
     path = Path(name)
     if not path.is_file():
         raise ValueError(f"data: expected {', '.join(TEXTS)} or a text file, got {name!r}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"data: {path}: expected UTF-8 text ({error})") from None
+    text = _read(path)
     pieces, piece = [], ""
     for line in text.splitlines(keepends=True):
         piece += line
         if len(piece) > 4000 and (not line.strip() or len(piece) > 8000):
             pieces, piece = [*pieces, piece], ""
     return [p for p in (*pieces, piece) if p.strip()]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data: {path}: expected UTF-8 text ({error})") from None
 
 
 def parted(
@@ -195,7 +199,7 @@ def pairs(name: str, sizes: tuple[int, int]) -> Split:
     if name in PAIRS:
         found = PAIRS[name]()
     elif Path(name).is_file():
-        lines = Path(name).read_text(encoding="utf-8").splitlines()
+        lines = _read(Path(name)).splitlines()
         found = [tuple(line.split("\t", 1)) for line in lines if "\t" in line]
     else:
         raise ValueError(

@@ -44,10 +44,10 @@ class KLAutoencoder(nn.Module):
         }  # fmt: skip
         C, H, W = self.shape = tuple(shape)
         f = 2 ** len(widths)
-        if not widths or H % f or W % f:
+        if not widths or H % f or W % f or min(C, H, W) < 1:
             raise ValueError(
                 f"shape: expected H and W divisible by {f} for widths {tuple(widths)}, got "
-                f"{H} x {W}; take fewer widths, or crop or pad the images"
+                f"{(C, H, W)}; take fewer widths, or crop or pad the images"
             )
         self.z_shape, self.beta = (z_channels, H // f, W // f), beta
         down, up, c = [], [], C

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from genfast.models.transformer.cache import LayerCache
 from genfast.nn.normalization import LayerNorm, RMSNorm
+from genfast.ops._road import DIRECT, gate, is_compiling
 from genfast.ops.attention import attention, attention_with_kvcache
 from genfast.ops.filtering import bias_act, gated_act
 
@@ -207,7 +208,8 @@ def arguments(scope: dict) -> dict:
 
 
 def check_ids(name: str, ids: Tensor, vocab: int, longest: int | None = None) -> None:
-    """ids (B, S) int64 with S <= longest. Values are checked on the CPU only: no sync elsewhere."""
+    """ids (B, S) int64 in [0, vocab) with S <= longest. Values are checked of plain tensors on the
+    CPU only: no sync elsewhere, and nothing to trace."""
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
         got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(f"{name}: expected an int64 tensor of token ids, got {got}")
@@ -218,3 +220,7 @@ def check_ids(name: str, ids: Tensor, vocab: int, longest: int | None = None) ->
             f"{name}: expected at most {longest} tokens (the model's context), got {ids.shape[1]}; "
             "cut the text or build the model with a longer context"
         )
+    if ids.device.type == "cpu" and ids.numel() and not is_compiling() and gate(ids) == DIRECT:
+        low, high = (int(x) for x in ids.aminmax())
+        if low < 0 or high >= vocab:
+            raise ValueError(f"{name}: expected ids in [0, {vocab}), got {low} ... {high}")

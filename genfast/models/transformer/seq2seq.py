@@ -152,6 +152,8 @@ class T5(nn.Module):
     def encode(self, ids: Tensor, seen: Tensor | None = None) -> Tensor:
         """Memory (B, S, d) of ids (B, S) int64. seen: (B, S) bool, default ids != pad."""
         blocks.check_ids("ids", ids, self.vocab)
+        if not ids.shape[1]:
+            raise ValueError("ids: expected sources of at least one token, got an empty one")
         x, S = self.embed(ids), ids.shape[1]
         bias = self.encoder_bias(S, S).to(x.dtype)
         mask = bias.masked_fill(~self._seen(ids, seen)[:, None, None], -math.inf)

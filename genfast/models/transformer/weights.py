@@ -7,6 +7,7 @@ tensor of theirs must be named by a row or in `unused`, and every one of ours mu
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -396,28 +397,46 @@ def from_transformers(source, dtype: torch.dtype = torch.float32) -> nn.Module:
 
     source: a transformers model of GPT-2, Llama, BERT (MiniLM), T5 or ViT, or the path of a folder
     with config.json and model.safetensors, read without transformers. The weights are copied.
-    Raises BadWeights naming missing and unknown keys, FileNotFoundError.
+    Raises BadWeights naming missing and unknown keys and files that cannot be read, TypeError,
+    FileNotFoundError.
     """
-    if isinstance(source, nn.Module):
+    if isinstance(source, (str, os.PathLike)):
+        config, state = _read(Path(source))
+    elif isinstance(source, nn.Module) and hasattr(getattr(source, "config", None), "to_dict"):
         config, state = source.config.to_dict(), source.state_dict()
     else:
-        config, state = _read(Path(source))
-    model, found = converted(config, state)
+        raise TypeError(
+            f"source: expected a transformers model or the path of a folder of one, got "
+            f"{type(source).__name__}"
+        )
+    try:
+        model, found = converted(config, state)
+    except KeyError as error:
+        raise BadWeights(
+            f"config: expected the key {error} of a {config.get('model_type')}, got none"
+        ) from None
     model.load_state_dict(found)
     return model.to(dtype).eval()
 
 
 def _read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     need("safetensors")
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder}: expected a folder that holds {name}")
-    config = json.loads((folder / "config.json").read_text())
-    return _DEFAULTS.get(config.get("model_type"), {}) | config, load_file(
-        folder / "model.safetensors"
-    )
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        state = load_file(folder / "model.safetensors")
+    except (ValueError, SafetensorError) as error:
+        raise BadWeights(
+            f"{folder}: expected a readable config.json and model.safetensors ({error})"
+        ) from None
+    if not isinstance(config, dict):
+        raise BadWeights(f"{folder}: config.json: expected a table, got {type(config).__name__}")
+    return _DEFAULTS.get(config.get("model_type"), {}) | config, state
 
 
 # What config.json may leave out because it is transformers' default.

@@ -16,7 +16,7 @@ from genfast.ops.rng import rand
 from genfast.train import captions, images
 from genfast.train.recipe import Batch, Option, Split
 from genfast.train.recipes.images import ImageRecipe
-from genfast.train.recipes.parts import part
+from genfast.train.recipes.parts import labels_of, part
 
 DRAWS = 8  # whose mean stands for the posterior's in `judge_completion`
 
@@ -81,14 +81,7 @@ class DiffusionRecipe(ImageRecipe):
     def sample(self, model: Diffusion, about, count, seed, start, options) -> Tensor:
         o = options
         plan = model.plan(o["plan"], o["steps"])
-        y = None
-        if o["label"] >= 0:
-            y = torch.full((count,), o["label"])
-        if o["label"] >= max(model.classes, 0) and o["label"] >= 0:
-            raise ValueError(
-                f"label: expected a class in 0 ... {model.classes - 1}, got {o['label']}"
-                if model.classes else "label: expected none, the model was trained without labels"
-            )  # fmt: skip
+        y = labels_of(o["label"], model.classes, count)
         more = {"plan": plan, "y": y, "guidance": o["guidance"], **self.guide(about, o)}
         if model.task == "generate":
             return model.sample(count, seed, start, **more)

@@ -17,7 +17,7 @@ from genfast.models.hybrid.process import CONDITIONS
 from genfast.train import captions, images
 from genfast.train.recipe import Batch, Option, Split
 from genfast.train.recipes.images import ImageRecipe
-from genfast.train.recipes.parts import part
+from genfast.train.recipes.parts import labels_of, part
 
 _CLIP = Option("", "folder of a trained clip, for conditions text and image")
 
@@ -82,12 +82,8 @@ class DiTRecipe(ImageRecipe):
         return ids[torch.arange(start, start + count) % len(ids)]
 
     def sample(self, model: DiTDiffusion, about, count, seed, start, options) -> Tensor:
-        o, c = options, None
-        if o["label"] >= 0:
-            if model.condition != "class" or o["label"] >= model.classes:
-                want = f"a class in 0 ... {model.classes - 1}" if model.classes else "none"
-                raise ValueError(f"--label: expected {want}, got {o['label']}")
-            c = torch.full((count,), o["label"])
+        o = options
+        c = labels_of(o["label"], model.classes if model.condition == "class" else 0, count)
         if o["prompt"] and model.condition != "text":
             raise ValueError(f"--prompt: expected none for condition {model.condition!r}")
         if model.condition == "text":

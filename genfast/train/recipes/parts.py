@@ -1,10 +1,11 @@
-"""What is trained before, and read from its folder by the recipe that builds on it."""
+"""What recipes share: trained parts that are read from their folders, and the labels asked for."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def part(option: str, folder: str, kind: type[nn.Module], name: str) -> nn.Module:
@@ -19,3 +20,14 @@ def part(option: str, folder: str, kind: type[nn.Module], name: str) -> nn.Modul
         raise ValueError(f"{option}: expected the folder of a trained {name}, got one of "
                          f"{about['model']}: {folder}")  # fmt: skip
     return model
+
+
+def labels_of(label: int, classes: int, count: int) -> Tensor | None:
+    """`count` times the class that --label asks for; None for -1, every class in turn."""
+    if label == -1:
+        return None
+    if not 0 <= label < classes:
+        want = f"a class in 0 ... {classes - 1}, or -1 for every one in turn" if classes else (
+            "none, the model was trained without labels")  # fmt: skip
+        raise ValueError(f"--label: expected {want}, got {label}")
+    return torch.full((count,), label)
