@@ -56,6 +56,22 @@ def norm(kind: str, d: int, eps: float = 1e-5, bias: bool = True) -> nn.Module:
     return row("norm", kind, NORMS)(d, eps, bias)
 
 
+class Residual(NamedTuple):
+    """x + gate add, not added up yet: the norm behind does it in its own pass. add None: x alone;
+    gate (B, d), None: 1."""
+
+    x: Tensor
+    add: Tensor | None = None
+    gate: Tensor | None = None
+
+
+def added(norm: nn.Module, h: Residual, *condition: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of h, and its norm under a condition (scale, shift)."""
+    if h.add is None:
+        return h.x, norm(h.x, *condition)
+    return norm(h.x, *condition, add=h.add, gate=h.gate)
+
+
 def divides(name: str, part: int, whole_name: str, whole: int) -> int:
     """whole // part, or an error that names both."""
     if part < 1 or whole % part:
@@ -182,10 +198,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor, **options) -> Tensor:
         """options: of `Attention.forward`."""
         if self.pre_norm:
-            x = x + self.attention(self.norm1(x), **options)
-            return x + self.feed_forward(self.norm2(x))
-        x = self.norm1(x + self.attention(x, **options))
-        return self.norm2(x + self.feed_forward(x))
+            x, y = self.norm2(x, add=self.attention(self.norm1(x), **options))
+            return x + self.feed_forward(y)
+        _, x = self.norm1(x, add=self.attention(x, **options))
+        return self.norm2(x, add=self.feed_forward(x))[1]
 
 
 def initialise(model: nn.Module, layers: int, std: float = 0.02) -> None:
