@@ -27,6 +27,7 @@ from genfast.models.transformer import blocks
 from genfast.models.transformer.blocks import FeedForward, Residual
 from genfast.nn.normalization import LayerNorm, RMSNorm
 from genfast.ops.attention import attention
+from genfast.ops.attention.parts import apart
 
 
 class Conditions(NamedTuple):
@@ -53,7 +54,7 @@ class Attention(nn.Module):
 
     def __init__(self, d: int, heads: int, memory: int | None = None, qk_norm: bool = False):
         super().__init__()
-        self.head_dim = blocks.divides("heads", heads, "d", d)
+        self.heads, self.head_dim = heads, blocks.divides("heads", heads, "d", d)
         self.q = nn.Linear(d, d) if memory else None
         self.kv = nn.Linear(memory, 2 * d) if memory else None
         self.qkv = None if memory else nn.Linear(d, 3 * d)
@@ -63,14 +64,15 @@ class Attention(nn.Module):
         self.out = nn.Linear(d, d)
 
     def forward(self, x: Tensor, memory: Tensor | None = None, seen: Tensor | None = None):
+        of = (-1, self.head_dim)
         if self.qkv is not None:
-            q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
+            q, k, v = apart(self.qkv(x).unflatten(-1, of), [self.heads] * 3)
         else:
-            q = self.q(x).unflatten(-1, (-1, self.head_dim))
-            k, v = self.kv(memory).unflatten(-1, (2, -1, self.head_dim)).unbind(2)
-        q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
+            q = self.q(x).unflatten(-1, of).transpose(1, 2)
+            k, v = apart(self.kv(memory).unflatten(-1, of), [self.heads] * 2)
         mask = None if seen is None else seen[:, None, None]
-        return self.out(attention(q, k, v, mask=mask).transpose(1, 2).flatten(2))
+        out = attention(self.q_norm(q), self.k_norm(k), v, mask=mask)
+        return self.out(out.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):

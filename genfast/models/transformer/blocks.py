@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from genfast.models.transformer.cache import LayerCache
 from genfast.nn.normalization import LayerNorm, RMSNorm
 from genfast.ops.attention import attention, attention_with_kvcache
+from genfast.ops.attention.parts import apart
 from genfast.ops.filtering import bias_act, gated_act
 
 # 3 to 4x as fast as PyTorch's on a CPU, forward and backward; its exact GELU is as fast as ours.
@@ -164,9 +165,9 @@ class Attention(nn.Module):
         if turn is not None:
             qk, v = heads.split((sum(self.groups[:2]), self.groups[2]), 2)
             q, k = rotate(qk, turn).split(self.groups[:2], 2)
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         else:
-            q, k, v = heads.split(self.groups, 2)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+            q, k, v = apart(heads, self.groups)
         if cache is not None and mask is not None:
             k, v = cache.append(k, v, mask.shape[-1])
             causal = False
