@@ -10,6 +10,7 @@ import torch
 
 import genfast
 from genfast.models.transformer import BERT, GPT, T5, ViT, from_transformers
+from genfast.models.transformer.blocks import ACTIVATIONS, FeedForward
 from genfast.models.transformer.seq2seq import RelativeBias
 from genfast.models.transformer.weights import FAMILIES, BadWeights, converted
 
@@ -343,3 +344,32 @@ def test_bfloat16_and_compile():
         assert torch.cosine_similarity(a.flatten(), b.flatten(), 0) > 0.999
         whole = torch.compile(model, fullgraph=True, backend="aot_eager")
         close(whole(x), a)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_feed_forward_is_that_of_its_layers(activation, bias):
+    """With the bias behind the product, in one pass with the activation."""
+    m, x = FeedForward(12, 40, activation, bias), torch.randn(3, 5, 12)
+    given = [x.requires_grad_(), *m.parameters()]
+    found, want = (
+        [y.detach(), *torch.autograd.grad(y.square().sum(), given)]
+        for y in (m(x), m.down(m.f(m.up(x))))
+    )
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("hook", ["forward", "backward", "wrapper"])
+def test_feed_forward_calls_a_layer_that_is_more_than_one(hook):
+    m, x, seen = FeedForward(12, 40), torch.randn(3, 12), []
+    if hook == "forward":
+        m.up.register_forward_hook(lambda *_: seen.append(1))
+    elif hook == "backward":
+        m.up.register_full_backward_hook(lambda *_: seen.append(1))
+    else:
+        m.up = torch.nn.Sequential(m.up, torch.nn.Dropout(1.0))
+        assert torch.equal(m(x), m.down.bias.expand(3, 12))
+        return
+    m(x.requires_grad_()).sum().backward()
+    assert seen

@@ -136,6 +136,9 @@ def _of_term(d_sum, add, gate):
 
 
 def _gradients(ctx, g, g_sum, first_order):
+    """Of the op's eleven inputs."""
+    if g is None and g_sum is None:
+        return (None,) * 11
     *tensors, statistics = ctx.saved_tensors
     needs = ctx.needs_input_grad[:7]
     higher = not is_compiling() and (wants_graph() or not (plain(g) and plain(g_sum)))
@@ -146,11 +149,11 @@ def _gradients(ctx, g, g_sum, first_order):
     dx, *others, d_add, d_gate = found
     if needs[5] and tensors[6] is None:
         d_add = dx
-    found = (dx, *others, d_add, d_gate)
-    return [
+    found = (
         None if d is None or not need else d if t is None else d.to(t.dtype)
-        for d, t, need in zip(found, tensors, needs, strict=True)
-    ]
+        for d, t, need in zip((dx, *others, d_add, d_gate), tensors, needs, strict=True)
+    )
+    return *found, *[None] * 4
 
 
 def _backward_impl(g, g_sum, statistics, *inputs):
@@ -209,13 +212,13 @@ def _save(ctx, inputs, output):
     x, *others, add, gate = inputs[:7]
     x, add = x if add is None else output[2], None if gate is None else add
     ctx.save_for_backward(x, *others, add, gate, output[1])
-    ctx.rest = inputs[7:]
+    ctx.rest, ctx.summed = inputs[7:], inputs[5] is not None
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, g, _, g_sum):
-    nothing = g is None and g_sum is None
-    return *([None] * 7 if nothing else _gradients(ctx, g, g_sum, _first_by_op)), *[None] * 4
+    # Without a sum there is a gradient of what stands for it.
+    return _gradients(ctx, g, g_sum if ctx.summed else None, _first_by_op)
 
 
 _op = define(
@@ -235,11 +238,8 @@ class _Normalize(Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        g_sum, g = (None, *grads) if len(grads) == 1 else grads
-        nothing = g is None and g_sum is None
-        return *([None] * 7 if nothing else _gradients(ctx, g, g_sum, _native_backward)), *[
-            None
-        ] * 4
+        g_sum, g = grads if ctx.summed else (None, *grads)
+        return _gradients(ctx, g, g_sum, _native_backward)
 
 
 # ---- the road ----------------------------------------------------------------------------------

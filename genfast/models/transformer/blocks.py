@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from genfast.models.transformer.cache import LayerCache
 from genfast.nn.normalization import LayerNorm, RMSNorm
+from genfast.ops._backend import forced_reference
+from genfast.ops._road import is_compiling
 from genfast.ops.attention import attention, attention_with_kvcache
 from genfast.ops.attention.parts import apart
 from genfast.ops.filtering import bias_act, gated_act
@@ -27,16 +29,18 @@ _gelu_tanh = partial(bias_act, act="gelu_tanh", gain=1.0)
 
 class Activation(NamedTuple):
     """gated: W_2 (f(W_g x) * W_u x), Shazeer, "GLU variants improve transformer", 2020; f takes
-    both in one tensor."""
+    both in one tensor. act: f's name in `bias_act`, where a bias joins it in one pass: of PyTorch's
+    product it takes a pass before it and one behind its backward."""
 
     gated: bool
     f: Callable[[Tensor], Tensor]
+    act: str | None = None
 
 
 ACTIVATIONS = {
     "relu": Activation(False, F.relu),
-    "gelu": Activation(False, F.gelu),
-    "gelu_tanh": Activation(False, _gelu_tanh),
+    "gelu": Activation(False, F.gelu, "gelu"),
+    "gelu_tanh": Activation(False, _gelu_tanh, "gelu_tanh"),
     "swiglu": Activation(True, partial(gated_act, act="swish")),
     "geglu": Activation(True, partial(gated_act, act="gelu_tanh")),
 }
@@ -87,12 +91,30 @@ class FeedForward(nn.Module):
 
     def __init__(self, d: int, hidden: int, activation: str = "gelu", bias: bool = True):
         super().__init__()
-        gated, self.f = row("activation", activation, ACTIVATIONS)
+        gated, self.f, self.act = row("activation", activation, ACTIVATIONS)
         self.up = nn.Linear(d, hidden * (2 if gated else 1), bias=bias)
         self.down = nn.Linear(hidden, d, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.f(self.up(x)))
+        if self.act is None or not _takes_bias_out(self.up, x):
+            return self.down(self.f(self.up(x)))
+        y, b = F.linear(x, self.up.weight), self.up.bias
+        return self.down(bias_act(y, b, dim=y.dim() - 1, act=self.act, gain=1.0))
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _takes_bias_out(layer: nn.Module, x: Tensor) -> bool:
+    """Its bias may be added by what follows. Not in a wrapper or with hooks, which see the whole
+    layer; not on a GPU, whose products add it for nothing, nor where PyTorch's way is asked for."""
+    return (
+        type(layer) is nn.Linear
+        and layer.bias is not None
+        and not any(getattr(layer, hooks) for hooks in _HOOKS)
+        and x.device.type == "cpu"
+        and not (forced_reference() or is_compiling())
+    )
 
 
 class Rotary:
