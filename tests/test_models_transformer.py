@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 
@@ -349,15 +350,45 @@ def test_bfloat16_and_compile():
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_feed_forward_is_that_of_its_layers(activation, bias):
-    """With the bias behind the product, in one pass with the activation."""
     m, x = FeedForward(12, 40, activation, bias), torch.randn(3, 5, 12)
     given = [x.requires_grad_(), *m.parameters()]
-    found, want = (
-        [y.detach(), *torch.autograd.grad(y.square().sum(), given)]
-        for y in (m(x), m.down(m.f(m.up(x))))
-    )
-    for a, b in zip(found, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+    def orders(y):
+        first = torch.autograd.grad(y.square().sum(), given, create_graph=True)
+        second = torch.autograd.grad(sum(d.square().sum() for d in first), given)
+        return [y.detach(), *(d.detach() for d in first), *second]
+
+    want = orders(m.down(m.f(m.up(x))))
+    for a, b in zip(orders(m(x)), want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(1.0, b.abs().max().item()))
+    y = m(x)
+    first = torch.autograd.grad(y.square().sum(), given)  # by the kernel
+    for a, b in zip((y.detach(), *first), want, strict=False):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(1.0, b.abs().max().item()))
+    before = x.detach().clone()
+    with torch.no_grad():
+        torch.testing.assert_close(m(x), y.detach())
+        assert torch.equal(x, before)
+    m.up.requires_grad_(False)
+    (dx,) = torch.autograd.grad(m(x).square().sum(), x)
+    torch.testing.assert_close(dx, first[0])
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_feed_forward_in_other_dtypes_and_traced(activation):
+    m, x = FeedForward(12, 40, activation), torch.randn(3, 5, 12)
+    want = m.down(m.f(m.up(x))).detach()
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        y = copy.deepcopy(m).to(dtype)(x.to(dtype).requires_grad_())
+        y.sum().backward()
+        assert y.dtype == dtype
+        torch.testing.assert_close(y.float(), want, rtol=5e-2, atol=5e-2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert m(x.requires_grad_()).dtype == torch.bfloat16
+    compiled = torch.compile(m, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), want, rtol=1e-4, atol=1e-5)
+    one = torch.func.vmap(m)(x)
+    torch.testing.assert_close(one, want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("hook", ["forward", "backward", "wrapper"])

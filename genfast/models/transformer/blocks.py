@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from genfast.models.transformer.cache import LayerCache
 from genfast.nn.normalization import LayerNorm, RMSNorm
-from genfast.ops._backend import forced_reference
-from genfast.ops._road import is_compiling
 from genfast.ops.attention import attention, attention_with_kvcache
 from genfast.ops.attention.parts import apart
 from genfast.ops.filtering import bias_act, gated_act
+from genfast.ops.filtering.feed_forward import feed_forward
 
 # 3 to 4x as fast as PyTorch's on a CPU, forward and backward; its exact GELU is as fast as ours.
 _gelu_tanh = partial(bias_act, act="gelu_tanh", gain=1.0)
@@ -29,8 +28,7 @@ _gelu_tanh = partial(bias_act, act="gelu_tanh", gain=1.0)
 
 class Activation(NamedTuple):
     """gated: W_2 (f(W_g x) * W_u x), Shazeer, "GLU variants improve transformer", 2020; f takes
-    both in one tensor. act: f's name in `bias_act`, where a bias joins it in one pass: of PyTorch's
-    product it takes a pass before it and one behind its backward."""
+    both in one tensor. act: f's name in `feed_forward`, if it has one."""
 
     gated: bool
     f: Callable[[Tensor], Tensor]
@@ -96,25 +94,18 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(hidden, d, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.act is None or not _takes_bias_out(self.up, x):
+        if self.act is None or not (_bare(self.up) and _bare(self.down)):
             return self.down(self.f(self.up(x)))
-        y, b = F.linear(x, self.up.weight), self.up.bias
-        return self.down(bias_act(y, b, dim=y.dim() - 1, act=self.act, gain=1.0))
+        up, down = self.up, self.down
+        return feed_forward(x, up.weight, up.bias, down.weight, down.bias, act=self.act)
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _takes_bias_out(layer: nn.Module, x: Tensor) -> bool:
-    """Its bias may be added by what follows. Not in a wrapper or with hooks, which see the whole
-    layer; not on a GPU, whose products add it for nothing, nor where PyTorch's way is asked for."""
-    return (
-        type(layer) is nn.Linear
-        and layer.bias is not None
-        and not any(getattr(layer, hooks) for hooks in _HOOKS)
-        and x.device.type == "cpu"
-        and not (forced_reference() or is_compiling())
-    )
+def _bare(layer: nn.Module) -> bool:
+    """A Linear and nothing else: no wrapper, and no hooks, which see the whole layer."""
+    return type(layer) is nn.Linear and not any(getattr(layer, hooks) for hooks in _HOOKS)
 
 
 class Rotary:
