@@ -34,24 +34,27 @@ def _step(forward, leaves, grad):
 
 
 def compare(ours, plain, leaves, backward: bool) -> Work:
-    """ours and plain: functions of `leaves`; plain in any dtype."""
-    first = ours(*leaves)
-    grad = torch.empty_like(first).copy_(_draw(first.shape, 9, first.device))
+    """ours and plain: functions of `leaves`, to a tensor or several; plain in any dtype."""
+    found = ours(*leaves)
+    found = found if isinstance(found, tuple) else (found,)
+    grads = [torch.empty_like(y).copy_(_draw(y.shape, 9 + i, y.device))
+             for i, y in enumerate(found)]  # fmt: skip
 
     def calls(function):
-        return _step(function, leaves, grad) if backward else partial(function, *leaves)
+        return _step(function, leaves, grads) if backward else partial(function, *leaves)
 
     def proof():
         def values(function, dtype):
             given = [x.detach().to(dtype).requires_grad_() for x in leaves]
             y = function(*given)
-            return y.detach(), *torch.autograd.grad(y, given, grad.to(dtype))
+            y = y if isinstance(y, tuple) else (y,)
+            gradients = torch.autograd.grad(y, given, [g.to(dtype) for g in grads])
+            return *(t.detach() for t in y), *gradients
 
-        three = (
-            values(ours, first.dtype), values(plain, first.dtype), values(plain, torch.float64)
-        )  # fmt: skip
+        dtype = found[0].dtype
+        three = values(ours, dtype), values(plain, dtype), values(plain, torch.float64)
         for i, (a, b, c) in enumerate(zip(*three, strict=True)):
-            assert_judged(f"tensor {i}", a, b, c, 3.0 if i else 2.0)
+            assert_judged(f"tensor {i}", a, b, c, 2.0 if i < len(grads) else 3.0)
 
     return Work(
         ours=calls(ours),

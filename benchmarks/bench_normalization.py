@@ -1,5 +1,6 @@
 """normalization: group, layer and RMS norm against the PyTorch lines that they replace, eager and
-compiled: the norm, (1 + scale) y + shift of a condition, the activation.
+compiled: the norm, (1 + scale) y + shift of a condition, the activation; and the gated sum before
+it, both of whose results are used.
 
 Shapes of the project's models: a U-Net's levels, channels outside and inside (nhwc), the DiT's and
 the ViT's tokens, T5's; and the first level of a latent U-Net of 64 x 64.
@@ -15,7 +16,7 @@ from torch import Tensor
 import genfast
 from genfast.benchmarks.bench_filtering import compare
 from genfast.benchmarks.harness import Case, Work
-from genfast.reference.normalization import normalize
+from genfast.reference.normalization import gated_sum, normalize
 
 SEED = 1234
 FORMATS = {"": torch.contiguous_format, " nhwc": torch.channels_last}
@@ -50,6 +51,21 @@ def _norm(kind, shape, groups, act, modulated, layout, dtype, backward, device) 
     return compare(ours, plain, leaves, backward)
 
 
+def _summed(shape, dtype, backward, device) -> Work:
+    """A DiT's x + gate h and the modulated norm of it."""
+    rows = [_draw((shape[0], shape[-1]), n, device, dtype) for n in (3, 4, 5)]
+    leaves = [_draw(shape, 1, device, dtype), _draw(shape, 2, device, dtype), *rows]
+
+    def ours(x, h, gate, scale, shift):
+        return genfast.layer_norm(x, scale=scale, shift=shift, add=h, gate=gate)
+
+    def plain(x, h, gate, scale, shift):
+        total = gated_sum(x, h, gate)
+        return total, normalize(total, scale=scale, shift=shift)
+
+    return compare(ours, plain, leaves, backward)
+
+
 PASSES = {"": False, " fwd+bwd": True}
 # kind, shape, groups, activation, modulated, layouts, dtype
 KINDS = (
@@ -79,3 +95,12 @@ CASES = [
     for layout in layouts
     for p, backward in PASSES.items()
 ]
+CASES += [
+    Case(
+        "normalization", f"layer_norm + gated sum + modulation{p}", shape,
+        partial(_summed, shape, torch.float32, backward),
+        bytes=(10 if backward else 4) * torch.Size(shape).numel() * 4,
+    )
+    for shape in ((32, 196, 96), (32, 49, 96))
+    for p, backward in PASSES.items()
+]  # fmt: skip

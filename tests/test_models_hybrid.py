@@ -25,6 +25,7 @@ from genfast.models.hybrid import CLIPGuide
 from genfast.models.hybrid.dit import Conditions, learned_range, places, variational_bound
 from genfast.models.hybrid.prior import TILE as PRIOR_TILE
 from genfast.models.hybrid.process import NOISE, STEPS, TILE, TIME
+from genfast.models.transformer.blocks import Residual
 from genfast.schedulers.plan import CLIP as CLAMP
 from genfast.train import captions, checkpoint, loop, provenance
 from genfast.train.recipes import RECIPES
@@ -234,7 +235,8 @@ def test_dit_starts_as_the_identity_and_predicts_nothing():
     assert not net(torch.randn(2, 2, 6, 4), torch.tensor([0, 9]), given).any()
     h = torch.randn(2, 6, 16)
     c = net._condition(torch.tensor([0, 9]), given, None, torch.float32)[0]
-    assert torch.equal(net.blocks[0](h, c, given), h)
+    x, add, gate = net.blocks[0](Residual(h), c, given)
+    assert torch.equal(x + gate[:, None] * add, h)
     patches = net.patches(torch.arange(96.0).view(2, 2, 6, 4))
     assert torch.equal(net.image(patches), torch.arange(96.0).view(2, 2, 6, 4))
 

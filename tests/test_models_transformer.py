@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 import genfast
 from genfast.models.transformer import BERT, GPT, T5, ViT, from_transformers
+from genfast.models.transformer.blocks import ACTIVATIONS, FeedForward
 from genfast.models.transformer.seq2seq import RelativeBias
 from genfast.models.transformer.weights import FAMILIES, BadWeights, converted
 
@@ -369,3 +371,62 @@ def test_bfloat16_and_compile():
         assert torch.cosine_similarity(a.flatten(), b.flatten(), 0) > 0.999
         whole = torch.compile(model, fullgraph=True, backend="aot_eager")
         close(whole(x), a)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_feed_forward_is_that_of_its_layers(activation, bias):
+    m, x = FeedForward(12, 40, activation, bias), torch.randn(3, 5, 12)
+    given = [x.requires_grad_(), *m.parameters()]
+
+    def orders(y):
+        first = torch.autograd.grad(y.square().sum(), given, create_graph=True)
+        second = torch.autograd.grad(sum(d.square().sum() for d in first), given)
+        return [y.detach(), *(d.detach() for d in first), *second]
+
+    want = orders(m.down(m.f(m.up(x))))
+    for a, b in zip(orders(m(x)), want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(1.0, b.abs().max().item()))
+    y = m(x)
+    first = torch.autograd.grad(y.square().sum(), given)  # by the kernel
+    for a, b in zip((y.detach(), *first), want, strict=False):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(1.0, b.abs().max().item()))
+    before = x.detach().clone()
+    with torch.no_grad():
+        torch.testing.assert_close(m(x), y.detach())
+        assert torch.equal(x, before)
+    m.up.requires_grad_(False)
+    (dx,) = torch.autograd.grad(m(x).square().sum(), x)
+    torch.testing.assert_close(dx, first[0])
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_feed_forward_in_other_dtypes_and_traced(activation):
+    m, x = FeedForward(12, 40, activation), torch.randn(3, 5, 12)
+    want = m.down(m.f(m.up(x))).detach()
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        y = copy.deepcopy(m).to(dtype)(x.to(dtype).requires_grad_())
+        y.sum().backward()
+        assert y.dtype == dtype
+        torch.testing.assert_close(y.float(), want, rtol=5e-2, atol=5e-2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert m(x.requires_grad_()).dtype == torch.bfloat16
+    compiled = torch.compile(m, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), want, rtol=1e-4, atol=1e-5)
+    one = torch.func.vmap(m)(x)
+    torch.testing.assert_close(one, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("hook", ["forward", "backward", "wrapper"])
+def test_feed_forward_calls_a_layer_that_is_more_than_one(hook):
+    m, x, seen = FeedForward(12, 40), torch.randn(3, 12), []
+    if hook == "forward":
+        m.up.register_forward_hook(lambda *_: seen.append(1))
+    elif hook == "backward":
+        m.up.register_full_backward_hook(lambda *_: seen.append(1))
+    else:
+        m.up = torch.nn.Sequential(m.up, torch.nn.Dropout(1.0))
+        assert torch.equal(m(x), m.down.bias.expand(3, 12))
+        return
+    m(x.requires_grad_()).sum().backward()
+    assert seen

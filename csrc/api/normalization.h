@@ -1,4 +1,5 @@
-// normalization: group, layer and RMS norm with affine, modulation and activation in one pass.
+// normalization: group, layer and RMS norm with affine, modulation and activation in one pass; of a
+// sum of two tensors in the same.
 #pragma once
 #include "api/tensor.h"
 
@@ -6,7 +7,8 @@ namespace genfast {
 
 enum class NormActivation : uint8_t { linear, silu, gelu, gelu_tanh };
 
-// y = act(((x - mean) rstd w + b) (1 + scale) + shift), mean and rstd of each group.
+// y = act(((x - mean) rstd w + b) (1 + scale) + shift), mean and rstd of each group. With `add`, of
+// layer and RMS norm, sum = x + gate add has x's place.
 struct NormalizeParams {
   TensorView x, y;  // one shape and memory order, dense as `planes` says; f32/f16/bf16
   // f32, contiguous, one number a group: the means, none with `rms`, then 1 / deviation. Written by
@@ -14,6 +16,9 @@ struct NormalizeParams {
   TensorView statistics;
   TensorView w, b;          // [channels] f32/f16/bf16; undefined: 1 and 0
   TensorView scale, shift;  // [outer, channels], rows of any stride; undefined: 0
+  TensorView add;           // like x, f32/f16/bf16, or undefined
+  TensorView gate;          // with add: [outer, channels], rows of any stride; undefined: 1
+  TensorView sum;           // with add: like x
   // Group norm: channels / groups channels over all `inner` places of a sample make a group.
   // groups = 0, layer and RMS norm: the channels of one place do; they lie inside.
   Planes planes;
@@ -29,9 +34,12 @@ struct NormalizeParams {
 };
 
 struct NormalizeBackwardParams {
-  NormalizeParams forward;      // y is not used
-  TensorView grad, dx;          // like x
-  TensorView dw, db;            // f32 [channels] or undefined
+  NormalizeParams forward;  // x is the forward's sum; y and sum are not used, add with gate alone
+  TensorView grad, dx;      // like x
+  TensorView grad_sum;      // like x, joins dx; undefined: 0
+  TensorView d_add;         // with gate: like add
+  TensorView d_gate;        // with gate: f32 [outer, channels], contiguous
+  TensorView dw, db;        // f32 [channels] or undefined
   TensorView d_scale, d_shift;  // f32 [outer, channels], contiguous, or undefined
 };
 

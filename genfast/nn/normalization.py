@@ -1,7 +1,8 @@
 """torch.nn's GroupNorm, LayerNorm and RMSNorm on the fused op, with a condition and an activation.
 
 Same constructors, parameters and state dicts; `act` is new, and so are `scale` and `shift` of
-`forward`: (1 + scale) norm(x) + shift, one row a sample, see `genfast.group_norm`.
+`forward`: (1 + scale) norm(x) + shift, one row a sample, see `genfast.group_norm`; and `add` and
+`gate`: (sum, y) of the norm of sum = x + gate add, see `genfast.layer_norm`.
 """
 
 from __future__ import annotations
@@ -36,39 +37,61 @@ def _rows(norm: nn.Module, *tensors: Tensor | None) -> list[Tensor | None]:
     return [t if t is None or sizes == 1 else t.flatten(-sizes) for t in tensors]
 
 
+def _like(x: Tensor, found: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+    """The result in x's shape."""
+    if isinstance(found, tuple):
+        return tuple(t.view(x.shape) for t in found)
+    return found.view(x.shape)
+
+
 class LayerNorm(nn.LayerNorm):
-    """x (B, ..., *normalized_shape), scale and shift (B, C) with C of all normalized -> like x."""
+    """x (B, ..., *normalized_shape), scale, shift and gate (B, C) with C of all normalized -> like
+    x; with add, like x, (sum, y)."""
 
     def __init__(self, *args, act: str = "linear", **options):
         super().__init__(*args, **options)
         self.act = act
 
     def forward(
-        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
-    ) -> Tensor:
-        rows, weight, bias = _rows(self, x, self.weight, self.bias)
-        y = layer_norm(
-            rows, weight, bias, scale=scale, shift=shift, act=self.act, eps=self.eps
+        self,
+        x: Tensor,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        add: Tensor | None = None,
+        gate: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        rows, weight, bias, add = _rows(self, x, self.weight, self.bias, add)
+        found = layer_norm(
+            rows, weight, bias, scale=scale, shift=shift, act=self.act, eps=self.eps, add=add,
+            gate=gate,
         )  # fmt: skip
-        return y if rows is x else y.view(x.shape)
+        return found if rows is x else _like(x, found)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, act={self.act!r}"
 
 
 class RMSNorm(nn.RMSNorm):
-    """x (B, ..., *normalized_shape), scale and shift (B, C) with C of all normalized -> like x."""
+    """x (B, ..., *normalized_shape), scale, shift and gate (B, C) with C of all normalized -> like
+    x; with add, like x, (sum, y)."""
 
     def __init__(self, *args, act: str = "linear", **options):
         super().__init__(*args, **options)
         self.act = act
 
     def forward(
-        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
-    ) -> Tensor:
-        rows, weight = _rows(self, x, self.weight)
-        y = rms_norm(rows, weight, scale=scale, shift=shift, act=self.act, eps=self.eps)
-        return y if rows is x else y.view(x.shape)
+        self,
+        x: Tensor,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        add: Tensor | None = None,
+        gate: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        rows, weight, add = _rows(self, x, self.weight, add)
+        found = rms_norm(
+            rows, weight, scale=scale, shift=shift, act=self.act, eps=self.eps, add=add, gate=gate
+        )
+        return found if rows is x else _like(x, found)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, act={self.act!r}"

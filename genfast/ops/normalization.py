@@ -1,8 +1,9 @@
-"""normalization: group, layer and RMS norm with affine, modulation and activation in one pass.
+"""normalization: group, layer and RMS norm with affine, modulation and activation in one pass, the
+last two of a sum x + gate add too, which they then return as well.
 
-Saved for backward: x, and mean and 1 / deviation of each group; nothing between the norm and the
-activation is kept, the backward makes it again from x. A differentiable backward goes through the
-reference.
+Saved for backward: x or the sum, with a gate the term, and mean and 1 / deviation of each group;
+nothing between the norm and the activation is kept, the backward makes it again from x. A
+differentiable backward goes through the reference.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from genfast.ops import _check
+from genfast.ops import _check, _road
 from genfast.ops._backend import forced_reference, kernels
 from genfast.ops._common import composite_dtype, like, on_kernel, wide_dtype
 from genfast.ops._road import (
@@ -21,7 +22,6 @@ from genfast.ops._road import (
     GRAD,
     define,
     differentiable_backward,
-    gate,
     is_compiling,
     plain,
     transforming,
@@ -33,8 +33,12 @@ from genfast.reference.normalization import ACTIVATIONS
 _CODES = {name: i for i, name in enumerate(ACTIVATIONS)}  # the native enum
 _NAMES = tuple(ACTIVATIONS)
 
-# Tensors x, weight, bias, scale, shift; then groups (0: the last dimension's), rms, act, eps.
-_TENSORS = "Tensor x, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift"
+# Tensors x, weight, bias, scale, shift, add, gate; then groups (0: the last dimension's), rms, act,
+# eps.
+_TENSORS = (
+    "Tensor x, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? add, "
+    "Tensor? gate"
+)
 _REST = "int groups, bool rms, int act, float eps"
 
 
@@ -48,10 +52,11 @@ def _statistics(x: Tensor, groups: int, rms: bool) -> Tensor:
 
 
 def _native(x, *rest):
-    """y and its statistics, or None where the kernel does not take the tensors."""
-    y, statistics = torch.empty_like(x), _statistics(x, *rest[4:6])
-    if kernels.normalize(y, statistics, x, *rest):
-        return y, statistics
+    """y, its statistics and the sum, if any, or None where the kernel does not take the tensors."""
+    y, statistics = torch.empty_like(x), _statistics(x, *rest[6:8])
+    total = None if rest[4] is None else torch.empty_like(x)
+    if kernels.normalize(y, statistics, total, x, *rest):
+        return y, statistics, total
     return None
 
 
@@ -63,78 +68,117 @@ def _sums(x, wants, groups):
                                                     strict=True)]  # fmt: skip
 
 
-def _native_backward(g, statistics, x, *rest, wants):
-    dx = torch.empty_like(x)
-    sums = _sums(x, wants, rest[4])
-    if not kernels.normalize_backward(like(g, x), dx, *sums, statistics, x, *rest):
+def _of_gated(add, gate):
+    """Memory of the gradients of a gated term, None of one without: of add, of gate in fp32."""
+    if gate is None:
+        return None, None
+    return torch.empty_like(add), torch.empty(gate.shape, dtype=torch.float32, device=gate.device)
+
+
+def _native_backward(g, g_sum, statistics, x, *rest, wants):
+    dx, gated = torch.empty_like(x), _of_gated(*rest[4:6])
+    sums = _sums(x, wants, rest[6])
+    g, g_sum = like(g, x), None if g_sum is None else like(g_sum, x)
+    if not kernels.normalize_backward(g, g_sum, dx, *sums, *gated, statistics, x, *rest):
         raise RuntimeError("genfast: the backward kernel refused what the forward kernel took")
-    return dx, *sums
+    return dx, *sums, *gated
 
 
 # ---- composite: the reference ------------------------------------------------------------------
 
 
-def _composite(x, weight, bias, scale, shift, groups, rms, act, eps):
-    dtype = composite_dtype(x, weight, bias, scale, shift)
-    tensors = (None if t is None else t.to(dtype) for t in (x, weight, bias, scale, shift))
-    y = reference.normalize(*tensors, groups=groups, rms=rms, act=_NAMES[act], eps=eps)
-    return y.to(x.dtype)
+def _composite(x, weight, bias, scale, shift, add, gate, groups, rms, act, eps):
+    """y and the sum, if any."""
+    tensors = (x, weight, bias, scale, shift, add, gate)
+    dtype = composite_dtype(*tensors)
+    wide, *rest, add, gate = (None if t is None else t.to(dtype) for t in tensors)
+    total = None
+    if add is not None:
+        total = reference.gated_sum(wide, add, gate).to(x.dtype)
+        wide = total.to(dtype)
+    y = reference.normalize(wide, *rest, groups=groups, rms=rms, act=_NAMES[act], eps=eps)
+    return y.to(x.dtype), total
 
 
 def _of_given(rest, places, *tensors):
-    inputs = [None] * 5
+    inputs = [None] * 7
     for at, t in zip(places, tensors, strict=True):
         inputs[at] = t
-    return _composite(*inputs, *rest)
+    return _composite(*inputs, *rest)[0]
 
 
-def _by_reference(tensors, rest, g):
-    places = [i for i, t in enumerate(tensors) if t is not None]
-    gradients = differentiable_backward(
-        partial(_of_given, rest, places), [tensors[i] for i in places], [g]
-    )
+def _by_reference(tensors, rest, g, g_sum):
+    """Of the saved tensors, where the sum has x's place."""
+    *normed, add, gate = tensors
     found = [None] * 5
-    for at, d in zip(places, gradients, strict=True):
-        found[at] = d
-    return found
+    if g is not None:
+        places = [i for i, t in enumerate(normed) if t is not None]
+        gradients = differentiable_backward(
+            partial(_of_given, rest, places), [normed[i] for i in places], [g]
+        )
+        for at, d in zip(places, gradients, strict=True):
+            found[at] = d
+    if g_sum is not None:
+        found[0] = g_sum if found[0] is None else found[0] + g_sum
+    return *found, *_of_term(found[0], add, gate)
+
+
+def _of_term(d_sum, add, gate):
+    """The gradients of a gated term from the sum's; without a gate add's is the sum's."""
+    if d_sum is None or gate is None:
+        return None, None
+    wide = d_sum.to(wide_dtype(d_sum, add, gate))
+    d_add = reference.of_samples(gate, wide, 0) * wide
+    return d_add, (wide * add).flatten(1, -2).sum(1) if wide.dim() > 2 else wide * add
 
 
 # ---- gradients ---------------------------------------------------------------------------------
 
 
-def _gradients(ctx, g, first_order):
+def _gradients(ctx, g, g_sum, first_order):
+    """Of the op's eleven inputs."""
+    if g is None and g_sum is None:
+        return (None,) * 11
     *tensors, statistics = ctx.saved_tensors
-    if not is_compiling() and (wants_graph() or not plain(g)):
-        return _by_reference(tensors, ctx.rest, g)
-    needs = ctx.needs_input_grad[:5]
-    found = first_order(g, statistics, *tensors, *ctx.rest, wants=needs[1:])
-    return [
-        d.to(t.dtype) if need else None for d, t, need in zip(found, tensors, needs, strict=True)
-    ]
+    needs = ctx.needs_input_grad[:7]
+    higher = not is_compiling() and (wants_graph() or not (plain(g) and plain(g_sum)))
+    if g is None or higher:
+        found = _by_reference(tensors, ctx.rest, g, g_sum)
+    else:
+        found = first_order(g, g_sum, statistics, *tensors, *ctx.rest, wants=needs[1:5])
+    dx, *others, d_add, d_gate = found
+    if needs[5] and tensors[6] is None:
+        d_add = dx
+    found = (
+        None if d is None or not need else d if t is None else d.to(t.dtype)
+        for d, t, need in zip((dx, *others, d_add, d_gate), tensors, needs, strict=True)
+    )
+    return *found, *[None] * 4
 
 
-def _backward_impl(g, statistics, x, weight, bias, scale, shift, *rest):
-    tensors = (x, weight, bias, scale, shift)
-    wants = [t is not None for t in tensors[1:]]
-    if on_kernel("normalize_backward", g, *tensors):
-        found = _native_backward(g, statistics, *tensors, *rest, wants=wants)
+def _backward_impl(g, g_sum, statistics, *inputs):
+    tensors, rest = inputs[:7], inputs[7:]
+    if on_kernel("normalize_backward", g, g_sum, *tensors):
+        wants = [t is not None for t in tensors[1:5]]
+        found = _native_backward(g, g_sum, statistics, *inputs, wants=wants)
     else:
         leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
-        found = [None if d is None else d.detach() for d in _by_reference(leaves, rest, g)]
-    dx, *sums = found
-    return dx, *(g.new_empty(0, dtype=torch.float32) if d is None else d.float() for d in sums)
+        found = [None if d is None else d.detach() for d in _by_reference(leaves, rest, g, g_sum)]
+    dx, *sums, d_add, d_gate = found
+    empty = partial(g.new_empty, 0, dtype=torch.float32)
+    sums = [empty() if d is None else d.float() for d in (*sums, d_gate)]
+    return dx, *sums[:4], empty() if d_add is None else d_add.to(tensors[5].dtype), sums[4]
 
 
-def _backward_fake(g, statistics, x, weight, bias, scale, shift, *rest):
-    wants = [t is not None for t in (weight, bias, scale, shift)]
-    return torch.empty_like(x), *(
-        g.new_empty(0, dtype=torch.float32) if d is None else d for d in _sums(x, wants, rest[0])
-    )
+def _backward_fake(g, g_sum, statistics, x, *inputs):
+    found = *_sums(x, [t is not None for t in inputs[:4]], inputs[6]), *_of_gated(*inputs[4:6])
+    empty = partial(g.new_empty, 0, dtype=torch.float32)
+    return torch.empty_like(x), *(empty() if d is None else d for d in found)
 
 
 _backward_op = define(
-    f"normalize_backward(Tensor g, Tensor statistics, {_TENSORS}, {_REST}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"normalize_backward(Tensor g, Tensor? g_sum, Tensor statistics, {_TENSORS}, {_REST}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_impl,
     _backward_fake,
 )
@@ -148,29 +192,38 @@ def _first_by_op(*args, wants):
 
 
 def _impl(x, *rest):
-    found = _native(x, *rest) if on_kernel("normalize", x, *rest[:4]) else None
+    found = _native(x, *rest) if on_kernel("normalize", x, *rest[:6]) else None
     if found is None:
         # One memory order whatever the road, and never the input itself; the composite's backward
         # needs no statistics.
-        y = torch.empty_like(x).copy_(_composite(x, *rest))
-        found = y, _statistics(x, *rest[4:6]).zero_()
-    return found
+        y, total = _composite(x, *rest)
+        total = None if total is None else torch.empty_like(x).copy_(total)
+        found = torch.empty_like(x).copy_(y), _statistics(x, *rest[6:8]).zero_(), total
+    y, statistics, total = found
+    return y, statistics, x.new_empty(0) if total is None else total
+
+
+def _fake(x, *rest):
+    total = x.new_empty(0) if rest[4] is None else torch.empty_like(x)
+    return torch.empty_like(x), _statistics(x, *rest[6:8]), total
 
 
 def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:5], output[1])
-    ctx.rest = inputs[5:]
+    x, *others, add, gate = inputs[:7]
+    x, add = x if add is None else output[2], None if gate is None else add
+    ctx.save_for_backward(x, *others, add, gate, output[1])
+    ctx.rest, ctx.summed = inputs[7:], inputs[5] is not None
     ctx.set_materialize_grads(False)
 
 
+def _backward(ctx, g, _, g_sum):
+    # Without a sum there is a gradient of what stands for it.
+    return _gradients(ctx, g, g_sum if ctx.summed else None, _first_by_op)
+
+
 _op = define(
-    f"normalize({_TENSORS}, {_REST}) -> (Tensor, Tensor)",
-    _impl,
-    lambda x, *rest: (torch.empty_like(x), _statistics(x, *rest[4:6])),
-    lambda ctx, g, _: (*([None] * 5 if g is None else _gradients(ctx, g, _first_by_op)),
-                       *[None] * 4),
-    _save,
-)  # fmt: skip
+    f"normalize({_TENSORS}, {_REST}) -> (Tensor, Tensor, Tensor)", _impl, _fake, _backward, _save
+)
 
 
 class _Normalize(Function):
@@ -179,39 +232,40 @@ class _Normalize(Function):
         found = _native(*inputs)
         if found is None:
             raise TypeError("genfast: the kernel does not take these tensors")
-        ctx.save_for_backward(*inputs[:5], found[1])
-        ctx.rest = inputs[5:]
-        return found[0]
+        _save(ctx, inputs, found)
+        y, _, total = found
+        return y if total is None else (total, y)
 
     @staticmethod
-    def backward(ctx, g):
-        return (*_gradients(ctx, g, _native_backward), *[None] * 4)
+    def backward(ctx, *grads):
+        g_sum, g = grads if ctx.summed else (None, *grads)
+        return _gradients(ctx, g, g_sum, _native_backward)
 
 
 # ---- the road ----------------------------------------------------------------------------------
 
 
-def _norm(x, weight, bias, scale, shift, groups, rms, act, eps):
+def _norm(x, weight, bias, scale, shift, groups, rms, act, eps, add=None, gate=None):
     if not is_compiling():
         try:
-            tensors = (x, weight, bias, scale, shift)
-            road = gate(*tensors)
+            tensors = (x, weight, bias, scale, shift, add, gate)
+            road = _road.gate(*tensors)
             if road and type(eps) is float:
                 args = (*tensors, groups, rms, _CODES[act], eps)
                 if road == DIRECT:
-                    y = torch.empty_like(x)
-                    if kernels.normalize(y, None, *args):
-                        return y
+                    y, total = torch.empty_like(x), None if add is None else torch.empty_like(x)
+                    if kernels.normalize(y, None, total, *args):
+                        return y if add is None else (total, y)
                 elif on_kernel("normalize", *tensors):
                     return _Normalize.apply(*args)
         except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError):
             pass  # the checks below name the argument
-    return _slow(x, weight, bias, scale, shift, groups, rms, act, eps)
+    return _slow(x, weight, bias, scale, shift, groups, rms, act, eps, add, gate)
 
 
-def _slow(x, weight, bias, scale, shift, groups, rms, act, eps):
+def _slow(x, weight, bias, scale, shift, groups, rms, act, eps, add, gate):
     _check.tensor("x", x)
-    least = 2 if groups or scale is not None or shift is not None else 1
+    least = 2 if groups or any(t is not None for t in (scale, shift, gate)) else 1
     if x.dim() < least:
         raise ValueError(
             f"x: expected at least {least} dimensions, got shape {tuple(x.shape)}; add a batch "
@@ -230,6 +284,7 @@ def _slow(x, weight, bias, scale, shift, groups, rms, act, eps):
     for name, t, shape in (
         ("weight", weight, (C,)), ("bias", bias, (C,)),
         ("scale", scale, (len(x), C)), ("shift", shift, (len(x), C)),
+        ("gate", gate, (len(x), C)),
     ):  # fmt: skip
         if t is None:
             continue
@@ -239,8 +294,18 @@ def _slow(x, weight, bias, scale, shift, groups, rms, act, eps):
             raise ValueError(
                 f"{name}: expected shape {shape}, one {per}, got {tuple(t.shape)}; reshape it"
             )
-    _check.same_device(x=x, weight=weight, bias=bias, scale=scale, shift=shift)
-    tensors = (x, weight, bias, scale, shift)
+    if add is not None:
+        _check.tensor("add", add)
+        if add.shape != x.shape:
+            raise ValueError(
+                f"add: expected x's shape {tuple(x.shape)}, got {tuple(add.shape)}; expand it"
+            )
+    elif gate is not None:
+        raise ValueError("gate: expected None without add, got a tensor; give add, which it scales")
+    _check.same_device(
+        x=x, weight=weight, bias=bias, scale=scale, shift=shift, add=add, gate=gate
+    )  # fmt: skip
+    tensors = (x, weight, bias, scale, shift, add, gate)
     rest = (groups, rms, _CODES[act], float(eps))
     if (
         forced_reference()
@@ -248,17 +313,19 @@ def _slow(x, weight, bias, scale, shift, groups, rms, act, eps):
         or transforming()
         or not on_kernel("normalize", *tensors)
     ):
-        return _composite(*tensors, *rest)
-    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
-    scale, shift = (
-        t if t is None or t.stride(1) == 1 else t.contiguous() for t in (scale, shift)
-    )  # fmt: skip
+        y, total = _composite(*tensors, *rest)
+        return y if add is None else (total, y)
+    weight, bias, add = (None if t is None else t.contiguous() for t in (weight, bias, add))
+    scale, shift, gate = (
+        t if t is None or t.stride(1) == 1 else t.contiguous() for t in (scale, shift, gate)
+    )
     if not (x.is_contiguous() or (groups and x.movedim(1, -1).is_contiguous())):
         x = x.contiguous()
-    tensors = (x, weight, bias, scale, shift)
-    if not is_compiling() and gate(*tensors) == GRAD:
+    tensors = (x, weight, bias, scale, shift, add, gate)
+    if not is_compiling() and _road.gate(*tensors) == GRAD:
         return _Normalize.apply(*tensors, *rest)
-    return _op(*tensors, *rest)[0]
+    y, _, total = _op(*tensors, *rest)
+    return y if add is None else (total, y)
 
 
 def _eps(x, eps) -> float:
@@ -302,14 +369,18 @@ def layer_norm(
     shift: Tensor | None = None,
     act: str = "linear",
     eps: float = 1e-5,
-) -> Tensor:
+    add: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """act((norm(x) weight + bias) (1 + scale) + shift), norm over the last dimension.
 
     x: (..., C), with scale or shift (B, ..., C); contiguous, otherwise it is copied. weight, bias:
     (C,). scale, shift: (B, C), of a condition (adaLN). The rest as in `group_norm`.
-    Ba et al., "Layer normalization", 2016; Peebles & Xie 2023, section 3.2 (adaLN).
+    add: None, or like x: then of the sum x + gate add, as between two parts of a transformer, and
+    (sum, y) is returned; sum in x's dtype. gate: None for 1, or (B, C), of a condition.
+    Ba et al., "Layer normalization", 2016; Peebles & Xie 2023, section 3.2 (adaLN, its gates).
     """
-    return _norm(x, weight, bias, scale, shift, 0, False, act, eps)
+    return _norm(x, weight, bias, scale, shift, 0, False, act, eps, add, gate)
 
 
 def rms_norm(
@@ -320,10 +391,12 @@ def rms_norm(
     shift: Tensor | None = None,
     act: str = "linear",
     eps: float | None = None,
-) -> Tensor:
+    add: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """act(x / sqrt(mean(x^2) + eps) weight (1 + scale) + shift), the mean over the last dimension.
 
     eps: None is torch.finfo(x.dtype).eps, as in PyTorch. The rest as in `layer_norm`.
     Zhang & Sennrich, "Root mean square layer normalization", 2019.
     """
-    return _norm(x, weight, None, scale, shift, 0, True, act, _eps(x, eps))
+    return _norm(x, weight, None, scale, shift, 0, True, act, _eps(x, eps), add, gate)

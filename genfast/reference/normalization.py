@@ -36,6 +36,12 @@ def of_samples(s: Tensor, x: Tensor, groups: int) -> Tensor:
     return s.reshape([*s.shape, *ones] if groups else [len(s), *ones, s.shape[1]])
 
 
+def gated_sum(x: Tensor, add: Tensor, gate: Tensor | None = None) -> Tensor:
+    """x + gate add along the last dimension; gate: (B, C)."""
+    # addcmul's gradient takes two passes more
+    return x + (add if gate is None else of_samples(gate, x, 0) * add)
+
+
 def normalize(
     x: Tensor,
     weight: Tensor | None = None,

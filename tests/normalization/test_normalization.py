@@ -268,7 +268,8 @@ def test_opcheck(groups, rms):
     x = randn(2, 8, 3, 8).requires_grad_()
     w, s = randn(8, seed=2).requires_grad_(), randn(2, 8, seed=3).requires_grad_()
     torch.library.opcheck(
-        torch.ops.genfast.normalize.default, (x, w, None, s, None, groups, rms, 1, 1e-5)
+        torch.ops.genfast.normalize.default,
+        (x, w, None, s, None, None, None, groups, rms, 1, 1e-5),
     )
 
 

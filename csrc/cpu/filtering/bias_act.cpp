@@ -144,6 +144,33 @@ double dot(const float* p, const float* q, int n) {
   return total;
 }
 
+// Sums of the columns of rows: floats over kRows rows, then double.
+class Columns {
+ public:
+  Columns(double* total, int64_t channels) : total_(total), channels_(channels) {
+    if (total != nullptr) sums_.reset(new float[channels]());
+  }
+  ~Columns() { flush(); }
+  void add(const float* __restrict row, int64_t channel, int count) {
+    float* __restrict sums = sums_.get() + channel;
+    for (int i = 0; i < count; ++i) sums[i] += row[i];
+    if (++rows_ == kRows) flush();
+  }
+
+ private:
+  static constexpr int kRows = 64;
+  void flush() {
+    if (rows_ == 0) return;
+    for (int64_t c = 0; c < channels_; ++c) total_[c] += sums_[c];
+    std::fill_n(sums_.get(), channels_, 0.0f);
+    rows_ = 0;
+  }
+  double* total_;
+  int64_t channels_;
+  std::unique_ptr<float[]> sums_;
+  int rows_ = 0;
+};
+
 // One thread where a second gains little, see threads_for of the diffusion family.
 int threads_for(int64_t numel, int threads) { return numel < 64 * kChunk ? 1 : threads; }
 
@@ -195,7 +222,7 @@ void bias_act_backward(const BiasActBackwardParams& q) {
 
   with_activation(p.act, [&](auto act) {
     using Act = decltype(act);
-    const auto run = [&](int64_t first, int n, double* own) {
+    const auto run = [&](int64_t first, int n, double* own, Columns& columns) {
       Chunk buffer, held, staged;
       const float* g = grad.load(first, n, held);
       const float* z = source.load(first, n, buffer);
@@ -222,27 +249,28 @@ void bias_act_backward(const BiasActBackwardParams& q) {
             if (strength) own[channels] += dot(dz + at, noise, count);
             return;
           }
-          double* __restrict bias = own + channel;
-          for (int i = 0; i < count; ++i) bias[i] += dz[at + i];
+          columns.add(dz + at, channel, count);
           if (strength) own[channels] += *noise * sum(dz + at, count);
         });
       to.store(first, n, dz);
     };
     parallel_for(tasks, threads_for(numel, p.threads), [&](int64_t task) {
       double* own = sums ? partial.get() + task * (channels + 1) : nullptr;
+      Columns columns(p.planes.channels_inner ? own : nullptr, channels);
       for (int64_t c = task * per_task; c < std::min(chunks, (task + 1) * per_task); ++c)
-        run(c * kChunk, static_cast<int>(std::min<int64_t>(kChunk, numel - c * kChunk)), own);
+        run(c * kChunk, static_cast<int>(std::min<int64_t>(kChunk, numel - c * kChunk)), own,
+            columns);
     });
   });
 
-  const auto total = [&](int64_t at) {
-    double all = 0;
-    for (int64_t t = 0; t < tasks; ++t) all += partial[t * (channels + 1) + at];
-    return static_cast<float>(all);
-  };
+  if (!sums) return;
+  std::unique_ptr<double[]> total(new double[channels + 1]());
+  for (int64_t t = 0; t < tasks; ++t)
+    for (int64_t c = 0; c <= channels; ++c) total[c] += partial[t * (channels + 1) + c];
   if (q.db.defined())
-    for (int64_t c = 0; c < channels; ++c) static_cast<float*>(q.db.data)[c] = total(c);
-  if (strength) *static_cast<float*>(q.d_strength.data) = total(channels);
+    for (int64_t c = 0; c < channels; ++c)
+      static_cast<float*>(q.db.data)[c] = static_cast<float>(total[c]);
+  if (strength) *static_cast<float*>(q.d_strength.data) = static_cast<float>(total[channels]);
 }
 
 }  // namespace genfast::cpu::GENFAST_ISA

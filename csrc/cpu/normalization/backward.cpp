@@ -2,8 +2,9 @@
 // and
 //     dx = rstd (a dz - mean over the group of a dz - h mean over the group of a dz h)
 //     d_shift = S1, d_scale = w S2 + b S1, db = sum over samples of (1 + scale) S1, dw of S2
-// where a = w (1 + scale). dz lies in dx between its two passes; 16 bits would round it, so there
-// it is made again.
+// where a = w (1 + scale). With sum = x + gate add in x's place dx is the gradient of the sum,
+// d_add = gate dx and d_gate = sum dx add. dz lies in dx between its two passes; 16 bits would
+// round it, so there it is made again.
 #include "cpu/normalization/common.h"
 
 namespace genfast::cpu::GENFAST_ISA {
@@ -13,9 +14,17 @@ struct Call {
   const NormalizeParams& p;
   const NormalizeBackwardParams& q;
   Affine affine;
-  Dense x, grad, dx;
+  Dense x, grad, dx, grad_sum, add, d_add;
   explicit Call(const NormalizeBackwardParams& all)
-      : p(all.forward), q(all), affine(p), x(p.x), grad(all.grad), dx(all.dx) {}
+      : p(all.forward),
+        q(all),
+        affine(p),
+        x(p.x),
+        grad(all.grad),
+        dx(all.dx),
+        grad_sum(all.grad_sum),
+        add(p.add),
+        d_add(all.d_add) {}
   float mean(int64_t group) const { return p.rms ? 0.0f : p.mean()[group]; }
   float rstd(int64_t group) const { return p.rstd()[group]; }
   bool sums() const {
@@ -65,17 +74,24 @@ void of_parameters(const Call& call, int64_t samples, int64_t parts, const doubl
   put_row(q.db, 0, [=](int64_t c) { return db[c]; });
 }
 
-// Layer and RMS norm: dz of a row waits in L1 for the row's two means.
-template <class Act>
+// total += sums, which start again.
+void flush(float* sums, int64_t n, double* total) {
+  for (int64_t i = 0; i < n; ++i) total[i] += sums[i];
+  std::fill(sums, sums + n, 0.0f);
+}
+
+// Layer and RMS norm: dz of a row waits in L1 for the row's two means. summed: x was a sum.
+template <class Act, bool summed>
 void each_row(const Call& call) {
   const NormalizeParams& p = call.p;
-  const Rows cut(p, call.affine.modulated());
+  const Rows cut(p, call.affine.by_sample());
   const int64_t C = cut.channels;
-  const bool wanted = call.sums();
+  const bool wanted = call.sums(), gated = p.gate.defined(), joined = call.q.grad_sum.defined();
   std::unique_ptr<double[]> sums(new double[wanted ? cut.units() * 2 * C : 0]());
+  std::unique_ptr<double[]> gates(new double[gated ? cut.units() * C : 0]());
   struct Scratch {
     Sample sample;
-    Floats held, given, waiting, s1, s2;
+    Floats held, given, waiting, s1, s2, joins, added, s3;
   };
   const auto make = [&] {
     return Scratch{Sample(C),
@@ -83,16 +99,26 @@ void each_row(const Call& call) {
                    buffer_of_both(call, cut.buffer()),
                    Floats(C),
                    Floats(C),
+                   Floats(C),
+                   call.grad_sum.buffer(cut.buffer()),
+                   Floats(call.add.direct() && call.d_add.direct() ? 0 : cut.buffer()),
                    Floats(C)};
   };
   cut.each(threads_for(p), make, [&](int64_t unit, Scratch& of) {
     of.sample.load(call.affine, cut.sample(unit));
-    const float *a = of.sample.a, *b = of.sample.b;
-    float *t = of.waiting, *dz = of.s1, *dzh = of.s2;
+    const float *a = of.sample.a, *b = of.sample.b, *gate = of.sample.gate;
+    float *t = of.waiting, *dz = of.s1, *dzh = of.s2, *ds_h = of.s3;
     cut.blocks(unit, [&](int64_t first, int64_t rows) {
       const float* block = call.x.read(first * C, rows * C, of.held);
       const float* grads = call.grad.read(first * C, rows * C, of.given);
       float* target = call.dx.target(first * C, of.given);
+      const float *joins = nullptr, *adds = nullptr;
+      float* d_adds = nullptr;
+      if (joined) joins = call.grad_sum.read(first * C, rows * C, of.joins);
+      if (gated) {
+        adds = call.add.read(first * C, rows * C, of.added);
+        d_adds = call.d_add.target(first * C, of.added);
+      }
       for (int64_t r = 0; r < rows; ++r) {
         const float *q = block + r * C, *g = grads + r * C;
         float* dx = target + r * C;
@@ -116,19 +142,38 @@ void each_row(const Call& call) {
         const float m2 = horizontal_sum(found.b) / C;
         over(C, [&](int64_t c, auto lanes) {
           const f32v h = (take(q + c, lanes, mean) - mean) * rstd;
-          put(dx + c, ((load(t + c) - m1) - h * m2) * rstd, lanes);
+          f32v d = ((load(t + c) - m1) - h * m2) * rstd;
+          if constexpr (summed) {
+            const int64_t at = r * C + c;
+            if (joined) d += take(joins + at, lanes);
+            if (gated) {
+              store(ds_h + c, load(ds_h + c) + d * take(adds + at, lanes));
+              put(d_adds + at, d * load(gate + c), lanes);
+            }
+          }
+          put(dx + c, d, lanes);
         });
       }
       call.dx.write(first * C, rows * C, target);
+      if (gated) {
+        call.d_add.write(first * C, rows * C, d_adds);
+        flush(ds_h, C, gates.get() + unit * C);
+      }
       if (!wanted) return;
       double* total = sums.get() + unit * 2 * C;
-      for (int64_t c = 0; c < C; ++c) total[c] += dz[c];
-      for (int64_t c = 0; c < C; ++c) total[C + c] += dzh[c];
-      std::fill(dz, dz + C, 0.0f);
-      std::fill(dzh, dzh + C, 0.0f);
+      flush(dz, C, total);
+      flush(dzh, C, total + C);
     });
   });
   if (wanted) of_parameters(call, cut.samples, cut.parts, sums.get());
+  if (!gated) return;
+  float* d_gate = static_cast<float*>(call.q.d_gate.data);
+  for (int64_t n = 0; n < cut.samples; ++n, d_gate += C)
+    for (int64_t c = 0; c < C; ++c) {
+      double total = 0;
+      for (int64_t u = n * cut.parts; u < (n + 1) * cut.parts; ++u) total += gates[u * C + c];
+      d_gate[c] = static_cast<float>(total);
+    }
 }
 
 // Of the channels of a group with statistics s: dx = k dz + (x - mean) u + v, from the group's
@@ -317,14 +362,17 @@ void each_column(const Call& call) {
 }  // namespace
 
 void normalize_backward(const NormalizeBackwardParams& q) {
-  for (const TensorView* t : {&q.dw, &q.db, &q.d_scale, &q.d_shift})
+  for (const TensorView* t : {&q.dw, &q.db, &q.d_scale, &q.d_shift, &q.d_gate})
     if (t->numel > 0) std::memset(t->data, 0, 4 * t->numel);
   if (q.forward.x.numel == 0) return;
   const Call call(q);
-  advise_huge_pages(q.dx.data, q.dx.numel * dtype_bytes(q.dx.dtype));
+  for (const TensorView* t : {&q.dx, &q.d_add})
+    if (t->defined()) advise_huge_pages(t->data, t->numel * dtype_bytes(t->dtype));
   with_activation(q.forward.act, [&](auto act) {
     using Act = decltype(act);
-    if (q.forward.groups == 0) return each_row<Act>(call);
+    if (q.forward.groups == 0)
+      return q.grad_sum.defined() || q.forward.gate.defined() ? each_row<Act, true>(call)
+                                                              : each_row<Act, false>(call);
     if (q.forward.planes.channels_inner) return each_column<Act>(call);
     each_run<Act>(call);
   });

@@ -208,11 +208,13 @@ class Affine {
         w_(channels_),
         b_(channels_),
         scale_(p.scale),
-        shift_(p.shift) {
+        shift_(p.shift),
+        gate_(p.gate) {
     read(p.w, 0, w_, 1.0f);
     read(p.b, 0, b_, 0.0f);
   }
-  bool modulated() const { return scale_.defined() || shift_.defined(); }
+  // A row belongs to one sample.
+  bool by_sample() const { return scale_.defined() || shift_.defined() || gate_.defined(); }
   const float* w() const { return w_; }
   const float* b() const { return b_; }
 
@@ -227,6 +229,7 @@ class Affine {
     for (int64_t c = 0; c < channels_; ++c) b[c] += scratch[c];
   }
   void scale(int64_t sample, float* to) const { read(scale_, sample, to, 0.0f); }
+  void gate(int64_t sample, float* to) const { read(gate_, sample, to, 1.0f); }
 
  private:
   void read(const TensorView& t, int64_t row, float* to, float otherwise) const {
@@ -237,17 +240,18 @@ class Affine {
   }
   int64_t channels_;
   Floats w_, b_;
-  TensorView scale_, shift_;
+  TensorView scale_, shift_, gate_;
 };
 
 // Per-task vectors of a sample.
 struct Sample {
-  Floats a, b, scratch;
+  Floats a, b, gate, scratch;
   int64_t of = -1;
-  explicit Sample(int64_t channels) : a(channels), b(channels), scratch(channels) {}
+  explicit Sample(int64_t channels) : a(channels), b(channels), gate(channels), scratch(channels) {}
   void load(const Affine& affine, int64_t sample) {
     if (sample == of) return;
     affine.of(of = sample, a, b, scratch);
+    affine.gate(sample, gate);
   }
 };
 

@@ -1,4 +1,4 @@
-// Statistics, affine, modulation and activation: x is read from memory once, where a group (of
+// Sum, statistics, affine, modulation and activation: x is read from memory once, where a group (of
 // channels inside: a sample) fits the second-level cache, and y written once.
 #include "cpu/normalization/common.h"
 
@@ -8,12 +8,25 @@ namespace {
 struct Call {
   const NormalizeParams& p;
   Affine affine;
-  Dense x, y;
-  explicit Call(const NormalizeParams& q) : p(q), affine(q), x(q.x), y(q.y) {}
+  Dense x, y, add, sum;
+  explicit Call(const NormalizeParams& q)
+      : p(q), affine(q), x(q.x), y(q.y), add(q.add), sum(q.sum) {}
   void keep(int64_t group, Statistics s) const {
     if (!p.statistics.defined()) return;
     if (!p.rms) p.mean()[group] = s.mean;
     p.rstd()[group] = s.rstd;
+  }
+  // x + gate add of n elements, whole rows, rounded as `sum` is. buffer: may hold x.
+  const float* summed(int64_t first, int64_t n, const float* x, const float* gate, float* buffer,
+                      float* added) const {
+    const float* h = add.read(first, n, added);
+    float* s = sum.target(first, buffer);
+    for (int64_t at = 0; at < n; at += p.planes.channels)
+      over(p.planes.channels, [=](int64_t c, auto lanes) {
+        put(s + at + c, take(x + at + c, lanes) + load(gate + c) * take(h + at + c, lanes), lanes);
+      });
+    sum.write(first, n, s);
+    return sum.read(first, n, buffer);
   }
 };
 
@@ -21,18 +34,22 @@ struct Call {
 template <class Act>
 void each_row(const Call& call) {
   const NormalizeParams& p = call.p;
-  const Rows cut(p, call.affine.modulated());
+  const Rows cut(p, call.affine.by_sample());
   const int64_t C = cut.channels;
   struct Scratch {
     Sample sample;
-    Floats buffer;
+    Floats buffer, added;
   };
-  const auto make = [&] { return Scratch{Sample(C), call.x.buffer(cut.buffer())}; };
+  const auto make = [&] {
+    return Scratch{Sample(C), call.x.buffer(cut.buffer()), call.add.buffer(cut.buffer())};
+  };
   cut.each(threads_for(p), make, [&](int64_t unit, Scratch& of) {
     of.sample.load(call.affine, cut.sample(unit));
     const float *a = of.sample.a, *b = of.sample.b;
     cut.blocks(unit, [&](int64_t first, int64_t rows) {
       const float* block = call.x.read(first * C, rows * C, of.buffer);
+      if (p.add.defined())
+        block = call.summed(first * C, rows * C, block, of.sample.gate, of.buffer, of.added);
       float* target = call.y.target(first * C, of.buffer);
       for (int64_t r = 0; r < rows; ++r) {
         const float* q = block + r * C;
@@ -180,7 +197,8 @@ void each_column(const Call& call) {
 void normalize(const NormalizeParams& p) {
   if (p.x.numel == 0) return;
   const Call call(p);
-  advise_huge_pages(p.y.data, p.y.numel * dtype_bytes(p.y.dtype));
+  for (const TensorView* t : {&p.y, &p.sum})
+    if (t->defined()) advise_huge_pages(t->data, t->numel * dtype_bytes(t->dtype));
   with_activation(p.act, [&](auto act) {
     using Act = decltype(act);
     if (p.groups == 0) return each_row<Act>(call);

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from genfast.models.diffusion import timestep_embedding, zeroed
 from genfast.models.transformer import blocks
-from genfast.models.transformer.blocks import FeedForward
+from genfast.models.transformer.blocks import FeedForward, Residual
 from genfast.nn.normalization import LayerNorm, RMSNorm
 from genfast.ops.attention import attention
+from genfast.ops.attention.parts import apart
 
 
 class Conditions(NamedTuple):
@@ -53,7 +54,7 @@ class Attention(nn.Module):
 
     def __init__(self, d: int, heads: int, memory: int | None = None, qk_norm: bool = False):
         super().__init__()
-        self.head_dim = blocks.divides("heads", heads, "d", d)
+        self.heads, self.head_dim = heads, blocks.divides("heads", heads, "d", d)
         self.q = nn.Linear(d, d) if memory else None
         self.kv = nn.Linear(memory, 2 * d) if memory else None
         self.qkv = None if memory else nn.Linear(d, 3 * d)
@@ -63,14 +64,15 @@ class Attention(nn.Module):
         self.out = nn.Linear(d, d)
 
     def forward(self, x: Tensor, memory: Tensor | None = None, seen: Tensor | None = None):
+        of = (-1, self.head_dim)
         if self.qkv is not None:
-            q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
+            q, k, v = apart(self.qkv(x).unflatten(-1, of), [self.heads] * 3)
         else:
-            q = self.q(x).unflatten(-1, (-1, self.head_dim))
-            k, v = self.kv(memory).unflatten(-1, (2, -1, self.head_dim)).unbind(2)
-        q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
+            q = self.q(x).unflatten(-1, of).transpose(1, 2)
+            k, v = apart(self.kv(memory).unflatten(-1, of), [self.heads] * 2)
         mask = None if seen is None else seen[:, None, None]
-        return self.out(attention(q, k, v, mask=mask).transpose(1, 2).flatten(2))
+        out = attention(self.q_norm(q), self.k_norm(k), v, mask=mask)
+        return self.out(out.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -85,14 +87,15 @@ class Block(nn.Module):
         self.cross = Attention(d, heads, tokens, qk_norm) if tokens else None
         self.modulation = nn.Linear(d, 6 * d)
 
-    def forward(self, x: Tensor, c: Tensor, given: Conditions) -> Tensor:
+    def forward(self, h: Residual, c: Tensor, given: Conditions) -> Residual:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, 1)
-        h = self.attention(self.norm1(x, scale1, shift1))
-        x = x + gate1[:, None] * h  # addcmul's gradient takes two passes more
+        x, y = blocks.added(self.norm1, h, scale1, shift1)
+        h = Residual(x, self.attention(y), gate1)
         if self.cross is not None:
-            x = x + self.cross(self.norm3(x), given.tokens, given.seen)
-        h = self.feed_forward(self.norm2(x, scale2, shift2))
-        return x + gate2[:, None] * h
+            x, y = blocks.added(self.norm3, h)
+            h = Residual(x, self.cross(y, given.tokens, given.seen))
+        x, y = blocks.added(self.norm2, h, scale2, shift2)
+        return Residual(x, self.feed_forward(y), gate2)
 
 
 class DiT(nn.Module):
@@ -174,11 +177,11 @@ class DiT(nn.Module):
         """drop: (B,) bool, the samples that get no condition."""
         self._check(given)
         c, given = self._condition(t, given, drop, x.dtype)
-        x = self.enter(self.patches(x)) + self.places.to(x.dtype)
+        h = Residual(self.enter(self.patches(x)) + self.places.to(x.dtype))
         for block in self.blocks:
-            x = block(x, c, given)
+            h = block(h, c, given)
         shift, scale = self.modulation(c).chunk(2, 1)
-        return self.image(self.leave(self.norm(x, scale, shift)))
+        return self.image(self.leave(blocks.added(self.norm, h, scale, shift)[1]))
 
     def _check(self, given: Conditions) -> None:
         for name, width in (("y", self.classes), ("z", self.z), ("tokens", self.tokens)):

@@ -31,6 +31,7 @@ from genfast.ops._road import (
     wants_graph,
 )
 from genfast.ops.attention import by_torch
+from genfast.ops.attention.parts import empty_like_parts
 from genfast.ops.rng import DISTRIBUTIONS, random_op
 from genfast.reference import attention as reference
 
@@ -136,7 +137,7 @@ def _unit(x: Tensor) -> Tensor:
 def _backward(dout, dlse, q, k, v, out, lse, mask, alibi, sinks, packed, options, wants):
     """Gradients of (q, k, v, mask, sinks); wants: are the last two wanted."""
     dout = torch.zeros_like(out) if dout is None else _unit(dout)
-    dq, dk, dv = (_unit(torch.empty_like(x)) for x in (q, k, v))
+    dq, dk, dv = (_unit(x) for x in empty_like_parts(q, k, v))
     dmask = mask.new_empty(mask.shape, dtype=_FLOAT) if wants[0] else None
     dsinks = torch.empty_like(sinks) if wants[1] else None
     if not kernels.attention_backward(
