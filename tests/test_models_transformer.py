@@ -11,9 +11,10 @@ import torch
 
 import genfast
 from genfast.models.transformer import BERT, GPT, T5, ViT, from_transformers
-from genfast.models.transformer.blocks import ACTIVATIONS, FeedForward
+from genfast.models.transformer.blocks import ACTIVATIONS, Attention, Block, FeedForward
 from genfast.models.transformer.seq2seq import RelativeBias
 from genfast.models.transformer.weights import FAMILIES, BadWeights, converted
+from genfast.nn import LayerNorm
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -430,3 +431,13 @@ def test_feed_forward_calls_a_layer_that_is_more_than_one(hook):
         return
     m(x.requires_grad_()).sum().backward()
     assert seen
+
+
+@pytest.mark.parametrize("pre_norm", [True, False])
+def test_any_norm_may_stand_in_a_block(pre_norm):
+    """One that knows nothing of sums before it."""
+    block = Block(Attention(32, 4), FeedForward(32, 64), LayerNorm(32), LayerNorm(32), pre_norm)
+    x = genfast.randn(2, 5, 32, seed=1)
+    want = block(x)
+    block.norm1, block.norm2 = torch.nn.LayerNorm(32), torch.nn.LayerNorm(32)
+    torch.testing.assert_close(block(x), want, rtol=1e-5, atol=1e-5)
