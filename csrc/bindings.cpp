@@ -256,4 +256,5 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   register_diffusion(m);
   register_filtering(m);
   register_normalization(m);
+  register_convolution(m);
 }

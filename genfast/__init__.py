@@ -10,7 +10,7 @@ from genfast.ops.attention import (
     attention_with_kvcache,
     scaled_dot_product_attention,
 )
-from genfast.ops.convolution import residual_conv2d, upsampled_conv2d
+from genfast.ops.convolution import conv2d, residual_conv2d, upsampled_conv2d
 from genfast.ops.diffusion import (
     add_noise,
     denoising_loss,
@@ -59,6 +59,7 @@ __all__ = [
     "backend",
     "bernoulli_nll",
     "bias_act",
+    "conv2d",
     "denoising_loss",
     "diffusion_step",
     "downsample2d",

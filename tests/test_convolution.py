@@ -7,7 +7,8 @@ from tolerances import REORDERED, yardstick
 from torch.autograd import gradcheck, gradgradcheck
 
 import genfast
-from genfast.ops import convolution
+from genfast.ops.convolution import common, winograd
+from genfast.ops.convolution import upsampled as upsampled_op
 from genfast.reference import convolution as reference
 
 INNER, OUTER = torch.channels_last, torch.contiguous_format
@@ -85,7 +86,7 @@ def test_the_fewer_products_are_taken(monkeypatch):
     """And neither by the reference, nor in the layout and the dtypes that were not measured."""
     seen = []
     monkeypatch.setattr(
-        convolution.F, "conv_transpose2d", lambda *a, **k: seen.append(1) or torch.zeros(1)
+        upsampled_op.F, "conv_transpose2d", lambda *a, **k: seen.append(1) or torch.zeros(1)
     )
     x, weight, bias = upsampled(*SHAPES["images"])
     genfast.upsampled_conv2d(x, weight, bias)
@@ -131,9 +132,9 @@ def test_without_biases(without):
 
 def test_gradients_of_any_order(monkeypatch):
     """The sums of taps in fp64, where they are taken only here."""
-    monkeypatch.setattr(convolution, "_quick", lambda x: True)
-    monkeypatch.setattr(convolution, "_LEAST", 0)
-    monkeypatch.setattr(convolution, "_TAPS", convolution._TAPS.double())
+    monkeypatch.setattr(common, "quick", lambda x: True)
+    monkeypatch.setattr(upsampled_op, "_LEAST", 0)
+    monkeypatch.setattr(upsampled_op, "_TAPS", upsampled_op._TAPS.double())
     tensors = [t.double().requires_grad_() for t in upsampled((1, 2, 3, 4), 3)]
     assert gradcheck(genfast.upsampled_conv2d, tensors)
     assert gradgradcheck(genfast.upsampled_conv2d, tensors)

@@ -1,6 +1,7 @@
 // The CPU kernels of one ISA level, and the choice of the level.
 #pragma once
 #include "api/attention.h"
+#include "api/convolution.h"
 #include "api/diffusion.h"
 #include "api/filtering.h"
 #include "api/limits.h"
@@ -36,6 +37,8 @@ struct Kernels {
   void (*upfirdn2d)(const UpfirdnParams&);
   void (*normalize)(const NormalizeParams&);
   void (*normalize_backward)(const NormalizeBackwardParams&);
+  void (*convolution)(const ConvolutionParams&);
+  void (*convolution_weight)(const ConvolutionWeightParams&);
   double (*fma_limit)(const LimitParams&);
   double (*read_limit)(const LimitParams&);
 };
@@ -80,6 +83,8 @@ void gated_act_backward(const GatedActBackwardParams&);
 void upfirdn2d(const UpfirdnParams&);
 void normalize(const NormalizeParams&);
 void normalize_backward(const NormalizeBackwardParams&);
+void convolution(const ConvolutionParams&);
+void convolution_weight(const ConvolutionWeightParams&);
 double fma_limit(const LimitParams&);
 double read_limit(const LimitParams&);
 extern const Kernels table;

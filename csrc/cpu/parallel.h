@@ -4,6 +4,7 @@
 #pragma once
 #include <atomic>
 #include <cstdint>
+#include <thread>
 
 namespace genfast::cpu {
 
@@ -21,6 +22,13 @@ void parallel_for(int64_t tasks, int threads, Fn&& fn) {
   run_tasks(
       tasks, threads, [](void* f, int64_t i) { (*static_cast<decltype(&fn)>(f))(i); },
       static_cast<void*>(&fn));
+}
+
+// Of `threads` (0 = hardware concurrency), how many find a task.
+inline int workers(int threads, int64_t tasks) {
+  const int64_t most = threads > 0 ? threads : std::thread::hardware_concurrency();
+  const int64_t n = most < tasks ? most : tasks;
+  return n > 0 ? static_cast<int>(n) : 1;
 }
 
 // Which runtime serves: "gomp" or "std::thread".

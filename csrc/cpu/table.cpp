@@ -28,6 +28,8 @@ extern const Kernels table = {
     upfirdn2d,
     normalize,
     normalize_backward,
+    convolution,
+    convolution_weight,
     fma_limit,
     read_limit,
 };

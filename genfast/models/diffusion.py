@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from genfast import schedulers
 from genfast.models._seeds import in_tiles, sample_seeds
+from genfast.nn.convolution import Conv2d
 from genfast.nn.normalization import GroupNorm
 from genfast.ops import _check
 from genfast.ops.attention import attention
@@ -52,7 +53,7 @@ class ResBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, embedding: int, dropout: float):
         super().__init__()
         self.norm1 = GroupNorm(groups(inputs), inputs, act="silu")
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.conv1 = Conv2d(inputs, outputs, 3, padding=1)
         self.emb = nn.Linear(embedding, 2 * outputs)
         self.norm2 = GroupNorm(groups(outputs), outputs, act="silu")
         self.dropout = nn.Dropout(dropout)

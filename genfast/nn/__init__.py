@@ -1,6 +1,7 @@
 """Drop-in modules, thin over `genfast.ops`."""
 
 from genfast.nn.attention import MultiheadAttention
+from genfast.nn.convolution import Conv2d
 from genfast.nn.filtering import BiasAct, Downsample2d, Upsample2d
 from genfast.nn.normalization import GroupNorm, LayerNorm, RMSNorm
 from genfast.nn.sampling import (
@@ -13,6 +14,7 @@ from genfast.nn.transformer import TransformerDecoderLayer, TransformerEncoderLa
 
 __all__ = [
     "BiasAct",
+    "Conv2d",
     "DiagonalGaussianDistribution",
     "Downsample2d",
     "GaussianReparameterize",

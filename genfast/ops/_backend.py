@@ -61,6 +61,8 @@ _TRITON = {
     "bernoulli_nll_backward": None,
     "normalize": None,
     "normalize_backward": None,
+    "conv2d": None,
+    "conv2d_weight": None,
 }
 _REFUSED = {"categorical": -1}  # what "not handled" is; False elsewhere
 

@@ -1,21 +1,13 @@
 // One call of forward or backward by one unit: scratch, tasks, threads.
 #pragma once
-#include <thread>
-
 #include "cpu/attention/backward.h"
 #include "cpu/attention/columns.h"
 #include "cpu/attention/forward.h"
-#include "cpu/attention/scratch.h"
 #include "cpu/parallel.h"
+#include "cpu/scratch.h"
 
 namespace genfast::cpu {
 namespace {
-
-inline int workers(int threads, int64_t tasks) {
-  const int64_t most = threads > 0 ? threads : std::thread::hardware_concurrency();
-  const int64_t n = most < tasks ? most : tasks;
-  return n > 0 ? static_cast<int>(n) : 1;
-}
 
 // Scores by columns. A short call is one run of heads for each thread, and the same thread for the
 // same heads: what it wrote forward lies in its own cache backward.

@@ -112,17 +112,5 @@ inline Span span_of(const Tile<Rows>& t, int rb, int64_t first, int n) {
   return s;
 }
 
-// Scratch memory handed out in order; run with base = null first to learn the size.
-struct Arena {
-  char* base = nullptr;
-  int64_t used = 0;
-  template <class T>
-  T* take(int64_t count) {
-    T* p = base != nullptr ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-    return p;
-  }
-};
-
 }  // namespace
 }  // namespace genfast::cpu

@@ -6,7 +6,7 @@
 // panels of NR columns, for each pair of depth a row of NR words. Depth is padded with zeros to 16
 // words, rows and columns of results to 16: the unit is configured once, for whole tiles.
 #pragma once
-#include "cpu/attention/microkernel.h"
+#include "cpu/microkernel.h"
 
 #if defined(__AMX_BF16__)
 namespace genfast::cpu {

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from genfast.models.diffusion import groups
+from genfast.nn.convolution import Conv2d
 from genfast.nn.normalization import GroupNorm
 from genfast.ops.sampling import bernoulli_nll, reparameterize
 
@@ -22,7 +23,7 @@ _MOMENTUM = 0.05  # of the running mean and variance of the latents: the last 20
 
 def _block(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, padding=1), GroupNorm(groups(outputs), outputs, act="silu")
+        Conv2d(inputs, outputs, 3, padding=1), GroupNorm(groups(outputs), outputs, act="silu")
     )
 
 

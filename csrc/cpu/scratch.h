@@ -1,14 +1,32 @@
-// Scratch memory of one call: one slot per thread, taken for the length of a task.
+// Scratch memory of one call: its layout, and one slot per thread, taken for the length of a task.
 #pragma once
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <new>
 
-#include "cpu/attention/geometry.h"
-
 namespace genfast::cpu {
 namespace {
+
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Leading dimension of n floats: whole vectors, an odd number of 64-byte lines.
+constexpr int64_t odd_lines(int64_t n) {
+  const int64_t lines = round_up(n, 16) / 16;
+  return 16 * (lines % 2 ? lines : lines + 1);
+}
+
+// Scratch memory handed out in order; run with base = null first to learn the size.
+struct Arena {
+  char* base = nullptr;
+  int64_t used = 0;
+  template <class T>
+  T* take(int64_t count) {
+    T* p = base != nullptr ? reinterpret_cast<T*>(base + used) : nullptr;
+    used += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return p;
+  }
+};
 
 class Memory {
  public:

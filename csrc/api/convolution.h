@@ -1,0 +1,26 @@
+// convolution: 3 x 3, stride 1, padding 1, of fp32 images with the channels inside.
+#pragma once
+#include "api/tensor.h"
+
+namespace genfast {
+
+// y = x * weight + bias + add.
+struct ConvolutionParams {
+  TensorView x, y;    // f32 (B, I, H, W) and (B, O, H, W), the channels inside, dense
+  TensorView weight;  // f32 (O, I, 3, 3), any strides; transposed: (I, O, 3, 3)
+  TensorView bias;    // f32 [O], contiguous, or undefined
+  TensorView add;     // like y, which it may be; or undefined
+  // The gradient by the input: x is the output's, y the input's.
+  bool transposed = false;
+  int threads = 1;
+};
+
+// The gradients by weight and bias.
+struct ConvolutionWeightParams {
+  TensorView x, grad;  // f32 (B, I, H, W) and (B, O, H, W), the channels inside, dense
+  TensorView dweight;  // f32 (O, I, 3, 3), any strides
+  TensorView dbias;    // f32 [O], contiguous, or undefined
+  int threads = 1;
+};
+
+}  // namespace genfast

@@ -1,0 +1,155 @@
+"""3 x 3 convolutions of stride 1 in 16 of their 36 products, by Winograd's F(2 x 2, 3 x 3).
+
+Saved for backward: x and the weight. The gradient by x is the same kernel with the weight turned
+round; the gradients by weight and bias have their own. A differentiable backward goes through the
+reference.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from genfast._native import _C
+from genfast.ops._backend import kernels
+from genfast.ops._road import (
+    DIRECT,
+    SLOW,
+    differentiable_backward,
+    gate,
+    is_compiling,
+    plain,
+    wants_graph,
+)
+
+_INNER = torch.channels_last
+# Weights go into Winograd's domain at each call, sixteen numbers for nine. On two Zen 5 cores
+# 512 -> 512 channels at 8 x 8 took 1.14 times oneDNN's time and 1280 -> 1280 twice (16 and 32
+# tiles); 128 -> 128 at 8 x 8 takes 0.48 and 512 -> 512 at 32 x 32 0.56.
+_LEAST_TILES, _MOST_WEIGHTS_A_TILE = 8, 1024
+# The weight's gradient reads and writes its sums once a block of tiles; beyond the second-level
+# cache oneDNN is faster: 256 -> 256 channels, 256 tiles, 0.76 of its speed, 128 -> 128 1.4.
+_MOST_SUMS, _MOST_SUMS_A_TILE = 1 << 14, 256
+# Without fused multiply-adds nothing was measured.
+_MEASURED = _C.build_info()["isa"] in ("amx", "v4", "v3")
+_ONE = (1, (1, 1), [1, 1])
+_AROUND = (*_ONE, "same")  # padding that keeps the sizes
+
+
+def _tiles(x: Tensor) -> int:
+    B, _, H, W = x.shape
+    return B * ((H + 1) // 2) * ((W + 1) // 2)
+
+
+def takes(x: Tensor, weight: Tensor) -> bool:
+    """The kernel is the faster one. RuntimeError or ValueError where the shapes are no
+    convolution's."""
+    outputs, inputs, *sides = weight.shape
+    tiles = _tiles(x)
+    return (
+        sides == [3, 3]
+        and inputs % 16 == outputs % 16 == 0
+        and tiles >= _LEAST_TILES
+        and outputs * inputs <= _MOST_WEIGHTS_A_TILE * tiles
+        and x.dtype == weight.dtype == torch.float32
+        and x.is_cpu
+        and _MEASURED
+        and x.is_contiguous(memory_format=_INNER)
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _like(x: Tensor, channels: int) -> Tensor:
+    B, _, H, W = x.shape
+    return torch.empty((B, channels, H, W), dtype=x.dtype, memory_format=_INNER)
+
+
+def _plain(x: Tensor, weight: Tensor) -> Tensor:
+    return F.conv2d(x, weight, padding=1)
+
+
+class _Convolve(Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, add):
+        y = _like(x, len(weight))
+        if not kernels.conv2d(y, x, weight, bias, add, False):
+            raise TypeError("genfast: the kernel does not take these tensors")
+        ctx.save_for_backward(x, weight)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias, of_add = ctx.needs_input_grad
+        if wants_graph() or not plain(g):
+            dx, dw = differentiable_backward(_plain, (x, weight), (g,))
+            db = g.sum((0, 2, 3)) if of_bias else None
+            return dx if of_x else None, dw if of_weight else None, db, g if of_add else None
+        inner = g.contiguous(memory_format=_INNER)
+        dx = dw = db = None
+        if of_x:
+            dx = torch.empty_like(x)
+            done = kernels.conv2d(dx, inner, weight, None, None, True)
+            if not done:
+                raise RuntimeError("genfast: the kernel refused a gradient of its own result")
+        if of_weight or of_bias:
+            dw, db = _of_weight(inner, x, weight, of_bias)
+        return dx, dw if of_weight else None, db, g if of_add else None
+
+
+def _of_weight(g, x, weight, of_bias):
+    sums = weight.shape[0] * weight.shape[1]
+    if sums <= min(_MOST_SUMS, _MOST_SUMS_A_TILE * _tiles(x)):
+        dw, db = torch.empty_like(weight), g.new_empty(len(weight)) if of_bias else None
+        if kernels.conv2d_weight(dw, db, g, x):
+            return dw, db
+    _, dw, db = torch.ops.aten.convolution_backward(
+        g, x, weight, [len(weight)], [1, 1], [1, 1], [1, 1], False, [0, 0], 1,
+        [False, True, of_bias],
+    )  # fmt: skip
+    return dw, db
+
+
+def convolved(x, weight, bias=None, add=None, out=None) -> Tensor | None:
+    """x (B, I, H, W) by weight (O, I, 3, 3) with padding 1, plus bias (O,), plus add (B, O, H, W)
+    with the channels inside; or None where the kernel does not take them or was not measured to be
+    faster. out: memory of the result where no gradient is wanted; it may be add's."""
+    if is_compiling():
+        return None
+    try:
+        road = gate(x, weight, bias, add)
+        if road == SLOW or not takes(x, weight):
+            return None
+        if road != DIRECT:
+            return _Convolve.apply(x, weight, bias, add)
+        y = _like(x, len(weight)) if out is None else out
+        return y if kernels.conv2d(y, x, weight, bias, add, False) else None
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+        return None  # PyTorch names the argument
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: str | int | tuple[int, ...] = 0,
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """F.conv2d, its arguments and results.
+
+    input: (B, I, H, W), weight: (O, I / groups, K, L), bias: (O,). A kernel of 3 x 3 with stride 1
+    and padding 1 between multiples of 16 channels takes 16 of its 36 products, forward and
+    backward, on fp32 CPU tensors with the channels inside (`memory_format=torch.channels_last`);
+    everything else is PyTorch's, and so are the errors. The error against fp64 is PyTorch's or
+    less. Differentiable any number of times; the same bits from any number of threads.
+    Lavin & Gray, "Fast algorithms for convolutional neural networks", 2016, F(2 x 2, 3 x 3).
+    """
+    if stride in _ONE and padding in _AROUND and dilation in _ONE and groups == 1:
+        y = convolved(input, weight, bias)
+        if y is not None:
+            return y
+    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
