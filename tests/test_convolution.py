@@ -1,4 +1,6 @@
-"""upsampled_conv2d and residual_conv2d against the reference in fp64, on each of their roads."""
+"""conv2d, upsampled_conv2d and residual_conv2d against the reference in fp64, on each road."""
+
+from functools import partial
 
 import pytest
 import torch
@@ -17,10 +19,17 @@ SHAPES = {
     "images": ((8, 32, 14, 14), 32), "wider": ((8, 24, 9, 20), 40), "few": ((64, 16, 12, 15), 8),
     "small": ((2, 8, 4, 4), 8), "one place": ((32, 192, 1, 1), 192), "none": ((0, 8, 4, 4), 8),
 }  # fmt: skip
+# x of conv2d, and output channels
+CONVOLUTIONS = {
+    "even": ((4, 16, 8, 12), 32), "odd": ((5, 16, 9, 7), 32), "rows": ((3, 48, 1, 14), 16),
+    "columns": ((3, 32, 21, 1), 64), "two blocks": ((2, 128, 20, 22), 80),
+    "none": ((0, 16, 8, 8), 16), "many weights": ((1, 256, 16, 15), 240),
+}  # fmt: skip
 # channels of h, of x, of the result, side of the kernel; whether x is projected
 BLOCKS = {
     "identity": (16, 16, 16, 3, False), "projected": (16, 48, 16, 3, True),
-    "to one": (16, 8, 1, 3, True), "wide kernel": (8, 12, 20, 5, True),
+    "projected to more": (32, 7, 48, 3, True), "to one": (16, 8, 1, 3, True),
+    "wide kernel": (8, 12, 20, 5, True),
 }  # fmt: skip
 
 
@@ -32,6 +41,10 @@ def upsampled(shape, outputs, layout=INNER, dtype=torch.float32):
     x = randn(*shape, dtype=dtype).contiguous(memory_format=layout)
     weight = randn(outputs, shape[1], 3, 3, seed=2, dtype=dtype)
     return x, weight.contiguous(memory_format=layout), randn(outputs, seed=3, dtype=dtype)
+
+
+def convolution(name, layout=INNER, dtype=torch.float32):
+    return upsampled(*CONVOLUTIONS[name], layout, dtype)
 
 
 def residual(name, layout=INNER, dtype=torch.float32, size=(10, 13)):
@@ -82,15 +95,19 @@ def test_residual(name, layout):
     assert torch.equal(alone, with_graph) and alone.stride() == with_graph.stride()
 
 
+def count(monkeypatch, owner, name) -> list:
+    """A list that grows by one at each call of `owner.name`."""
+    calls, found = [], getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *a, **k: calls.append(1) or found(*a, **k))
+    return calls
+
+
 def test_the_fewer_products_are_taken(monkeypatch):
     """And neither by the reference, nor in the layout and the dtypes that were not measured."""
-    seen = []
-    monkeypatch.setattr(
-        upsampled_op.F, "conv_transpose2d", lambda *a, **k: seen.append(1) or torch.zeros(1)
-    )
-    x, weight, bias = upsampled(*SHAPES["images"])
+    transposed = count(monkeypatch, upsampled_op.F, "conv_transpose2d")
+    x, weight, bias = upsampled(*SHAPES["wider"])
     genfast.upsampled_conv2d(x, weight, bias)
-    assert seen == [1]
+    assert transposed == [1]
     with genfast.backend("reference"):
         genfast.upsampled_conv2d(x, weight, bias)
     genfast.upsampled_conv2d(x.contiguous(), weight, bias)
@@ -98,7 +115,161 @@ def test_the_fewer_products_are_taken(monkeypatch):
     genfast.upsampled_conv2d(*upsampled(*SHAPES["small"]))
     with torch.autocast("cpu", torch.bfloat16):
         genfast.upsampled_conv2d(x, weight, bias)
-    assert seen == [1]
+    assert transposed == [1]
+
+
+def test_the_kernel_is_taken(monkeypatch):
+    if not winograd._MEASURED:
+        pytest.skip("this instruction set was not measured")
+    forward = count(monkeypatch, winograd.kernels, "conv2d")
+    of_weight = count(monkeypatch, winograd.kernels, "conv2d_weight")
+    x, weight, bias = convolution("even")
+    genfast.conv2d(x, weight, bias, padding=1)
+    genfast.conv2d(x, weight, bias, (1, 1), "same")
+    genfast.conv2d(x.requires_grad_(), weight, bias, padding=1).sum().backward()
+    x = x.detach()
+    assert (len(forward), len(of_weight)) == (4, 0)  # nothing but x wants a gradient
+    genfast.conv2d(x, weight.requires_grad_(), bias, padding=1).sum().backward()
+    weight = weight.detach()
+    assert (len(forward), len(of_weight)) == (5, 1)
+    genfast.upsampled_conv2d(*upsampled(*SHAPES["images"]))
+    genfast.residual_conv2d(*residual("identity"))
+    genfast.residual_conv2d(*residual("projected"))
+    genfast.residual_conv2d(*residual("projected to more"))
+    assert len(forward) == 9
+    # Other settings, dtypes, layouts, channels and sizes are PyTorch's.
+    genfast.conv2d(x, weight, bias)
+    genfast.conv2d(x, weight, bias, stride=2, padding=1)
+    genfast.conv2d(x, weight, bias, padding=2, dilation=2)
+    genfast.conv2d(x, weight[:, :8], bias, padding=1, groups=2)
+    genfast.conv2d(x.contiguous(), weight, bias, padding=1)
+    genfast.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+    genfast.conv2d(x, weight[:20], bias[:20], padding=1)
+    genfast.conv2d(x[:1, :, :4, :4], weight, bias, padding=1)
+    genfast.conv2d(x[0].contiguous(), weight, bias, padding=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        genfast.conv2d(x, weight, bias, padding=1)
+    with genfast.backend("reference"):
+        genfast.conv2d(x, weight, bias, padding=1)
+    assert len(forward) == 9
+
+
+@pytest.mark.parametrize("layout", [INNER, OUTER], ids=str)
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_conv2d(name, layout):
+    tensors = convolution(name, layout)
+    judge(name, partial(genfast.conv2d, padding=1), reference.conv2d, tensors)
+    alone, with_graph, *_ = run(partial(genfast.conv2d, padding=1), tensors, torch.float32)
+    assert torch.equal(alone, with_graph) and alone.stride() == with_graph.stride()
+
+
+def calls_of_all():
+    """name: a function of (x, term) and its other arguments, on the kernel."""
+    x, weight, bias = convolution("odd")
+    term = randn(len(x), len(weight), *x.shape[2:], seed=7).contiguous(memory_format=INNER)
+    projection = randn(len(weight), len(weight), 1, 1, seed=8)
+    return x, term, {
+        "conv2d": lambda x, term: genfast.conv2d(x, weight, bias, padding=1),
+        "upsampled": lambda x, term: genfast.upsampled_conv2d(x, weight, bias),
+        "identity": lambda x, term: genfast.residual_conv2d(x, term, weight, bias),
+        "projected": lambda x, term: genfast.residual_conv2d(x, term, weight, bias, projection),
+    }  # fmt: skip
+
+
+def test_a_sample_is_its_own_and_threads_change_no_bit():
+    x, term, calls = calls_of_all()
+    before = torch.get_num_threads()
+    for name, call in calls.items():
+        seen = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            try:
+                leaf = x.detach().requires_grad_()
+                y = call(leaf, term)
+                seen.append([y.detach(), *torch.autograd.grad(y.square().sum(), [leaf])])
+            finally:
+                torch.set_num_threads(before)
+        assert all(torch.equal(*pair) for s in seen[1:] for pair in zip(s, seen[0], strict=True)), (
+            name
+        )
+        assert torch.equal(call(x[2:4], term[2:4]), seen[0][0][2:4]), name
+    _, weight, bias = convolution("odd")
+    sums = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        leaves = [weight.detach().requires_grad_(), bias.detach().requires_grad_()]
+        y = genfast.conv2d(x, *leaves, padding=1)
+        sums.append(torch.autograd.grad(y.square().sum(), leaves))
+    torch.set_num_threads(before)
+    assert all(torch.equal(*pair) for s in sums[1:] for pair in zip(s, sums[0], strict=True))
+
+
+def test_a_gradient_of_any_layout():
+    """Expanded, with the channels outside, negative, batched."""
+    x, weight, bias = (t.requires_grad_() for t in convolution("odd"))
+    y = genfast.conv2d(x, weight, bias, padding=1)
+    plain = reference.conv2d(x, weight, bias)
+    g = randn(*y.shape, seed=4)
+    negative = torch._neg_view(g)
+    for grad in (torch.ones(()).expand_as(y), g, g.contiguous(memory_format=INNER), negative):
+        got, want = (torch.autograd.grad(t, (x, weight, bias), grad, retain_graph=True)
+                     for t in (y, plain))  # fmt: skip
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+    some = torch.stack([g, 2 * g])
+    got, want = (
+        torch.autograd.grad(t, (x, weight, bias), some, is_grads_batched=True, retain_graph=True)
+        for t in (y, plain)
+    )
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["conv2d", "upsampled", "identity", "projected"])
+def test_second_derivatives_on_the_kernel(name):
+    x, term, calls = calls_of_all()
+
+    def second(call):
+        leaves = [t.detach().requires_grad_() for t in (x, term)]
+        first = torch.autograd.grad(
+            call(*leaves).square().sum(), leaves, create_graph=True, allow_unused=True
+        )
+        first = [g for g in first if g is not None]
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves[0])
+
+    (got,) = second(calls[name])
+    with genfast.backend("reference"):
+        (want,) = second(calls[name])
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+
+
+def test_the_module_is_torchs():
+    ours, torchs = genfast.nn.Conv2d(16, 32, 3, padding=1), torch.nn.Conv2d(16, 32, 3, padding=1)
+    torchs.load_state_dict(ours.state_dict())
+    x = convolution("odd")[0]
+    torch.testing.assert_close(ours(x), torchs(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours(x[0]), torchs(x[0]), rtol=1e-4, atol=1e-4)
+    assert repr(ours) == repr(torchs)
+    options = dict(padding=1, padding_mode="reflect")
+    ours, torchs = genfast.nn.Conv2d(16, 32, 3, **options), torch.nn.Conv2d(16, 32, 3, **options)
+    torchs.load_state_dict(ours.state_dict())
+    assert torch.equal(ours(x), torchs(x))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"input": None}, {"input": randn(3)}, {"weight": randn(32, 8, 3, 3)}, {"bias": randn(31)},
+     {"weight": randn(32)}, {"bias": 1.0}, {"input": randn(4, 16, 6, 6, dtype=torch.float64)}],
+    ids=lambda change: "-".join(change),
+)  # fmt: skip
+def test_errors_of_conv2d_are_torchs(change):
+    given = dict(zip(("input", "weight", "bias"), convolution("odd"), strict=True)) | change
+    with pytest.raises((TypeError, RuntimeError)) as want:
+        F.conv2d(**given, padding=1)
+    with pytest.raises(want.type) as got:
+        genfast.conv2d(**given, padding=1)
+    first = str(want.value).split(" - got")[0]  # of keywords or places, then
+    assert str(got.value).startswith(first)
 
 
 @torch.no_grad()

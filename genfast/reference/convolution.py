@@ -17,6 +17,11 @@ def upsampled_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
 
 
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x: (B, I, H, W), weight: (O, I, 3, 3), bias: (O,), padding 1 -> (B, O, H, W)."""
+    return F.conv2d(x, weight, bias, padding=1)
+
+
 def residual_conv2d(
     h: Tensor,
     x: Tensor,

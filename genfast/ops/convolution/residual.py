@@ -32,12 +32,10 @@ def _joined(h, x, weight, bias, projection, projection_bias) -> Tensor | None:
         return None
     if projection is not None and projection_bias is not None:
         bias = projection_bias if bias is None else bias + projection_bias
+    y = winograd.convolved(h, weight, bias, x, projection)
+    if y is not None:
+        return y
     taps = None if projection is None else projection.flatten(1).T
-    if winograd.takes(h, weight):  # its last step adds what is there
-        term = x if taps is None else _image(_rows(x) @ taps, x)
-        y = winograd.convolved(h, weight, bias, term, None if taps is None else term)
-        if y is not None:
-            return y
     y = F.conv2d(h, weight, bias, padding=weight.shape[-1] // 2)
     C = x.shape[1] if taps is not None else y.shape[1]
     if x.shape != (len(y), C, *y.shape[2:]):

@@ -1,5 +1,5 @@
-"""A convolution of an enlarged image as a transposed one of the image itself. The products stay
-oneDNN's; the reference elsewhere, whose sums differ by rounding."""
+"""A convolution of an enlarged image from the image itself: on the kernel of 3 x 3, or as a
+transposed convolution, whose products are oneDNN's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genfast.ops.convolution import common
+from genfast.ops.convolution import common, winograd
 from genfast.reference import convolution as reference
 
 # Of nearest enlarging, y[2 i + a] sees x[i - 1 + a] and x[i + a] alone, through sums of taps: rows
@@ -22,14 +22,19 @@ _LEAST = 1 << 20
 
 
 def upsampled_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x enlarged twice by nearest, then convolved with padding 1; in 16 of its 36 products.
+    """x enlarged twice by nearest, then convolved with padding 1; in 9 or 16 of its 36 products.
 
     x: (B, I, H, W); weight: (O, I, 3, 3); bias: (O,); of any float dtype. Returns (B, O, 2 H, 2 W).
-    Each output sees 2 x 2 places of x, through sums of the weight's taps: a transposed convolution
-    of 4 x 4 with stride 2, on fp32 CPU tensors with the channels inside and from 2^20 B H W I O.
+    On fp32 CPU tensors with the channels inside: between multiples of 16 channels the kernel of
+    `genfast.conv2d`, whose input has three different rows there, not four: 9 products. Else, from
+    2^20 B H W I O, a transposed convolution of 4 x 4 with stride 2 by sums of the weight's taps,
+    as each output sees 2 x 2 places of x: 16.
     Differentiable any number of times. Raises TypeError / ValueError naming the argument.
     Odena et al., "Deconvolution and checkerboard artifacts", 2016 (enlarge, then convolve).
     """
+    y = winograd.convolved(x, weight, bias, enlarged=True)
+    if y is not None:
+        return y
     if common.check(x, weight, bias, ("x", "weight", "bias")) != 3:
         raise ValueError(f"weight: expected (O, I, 3, 3), got shape {tuple(weight.shape)}")
     outputs, inputs = weight.shape[:2]

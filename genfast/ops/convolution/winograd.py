@@ -1,8 +1,8 @@
 """3 x 3 convolutions of stride 1 in 16 of their 36 products, by Winograd's F(2 x 2, 3 x 3).
 
-Saved for backward: x and the weight. The gradient by x is the same kernel with the weight turned
-round; the gradients by weight and bias have their own. A differentiable backward goes through the
-reference.
+Of an image that is enlarged by nearest in 9 of 36. Saved for backward: x and the weight, and of a
+projected term both. The gradient by x is the same kernel with the weight turned round; the
+gradients by weight and bias have their own. A differentiable backward goes through the reference.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from genfast.ops._road import (
     plain,
     wants_graph,
 )
+from genfast.reference import convolution as reference
 
 _INNER = torch.channels_last
 # Weights go into Winograd's domain at each call, sixteen numbers for nine. On two Zen 5 cores
@@ -38,16 +39,16 @@ _ONE = (1, (1, 1), [1, 1])
 _AROUND = (*_ONE, "same")  # padding that keeps the sizes
 
 
-def _tiles(x: Tensor) -> int:
+def _tiles(x: Tensor, enlarged: bool) -> int:
     B, _, H, W = x.shape
-    return B * ((H + 1) // 2) * ((W + 1) // 2)
+    return B * H * W if enlarged else B * ((H + 1) // 2) * ((W + 1) // 2)
 
 
-def takes(x: Tensor, weight: Tensor) -> bool:
+def takes(x: Tensor, weight: Tensor, enlarged: bool = False) -> bool:
     """The kernel is the faster one. RuntimeError or ValueError where the shapes are no
     convolution's."""
     outputs, inputs, *sides = weight.shape
-    tiles = _tiles(x)
+    tiles = _tiles(x, enlarged)
     return (
         sides == [3, 3]
         and inputs % 16 == outputs % 16 == 0
@@ -61,71 +62,86 @@ def takes(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _like(x: Tensor, channels: int) -> Tensor:
+def _native(x, weight, bias, term, projection, enlarged) -> Tensor | None:
     B, _, H, W = x.shape
-    return torch.empty((B, channels, H, W), dtype=x.dtype, memory_format=_INNER)
-
-
-def _plain(x: Tensor, weight: Tensor) -> Tensor:
-    return F.conv2d(x, weight, padding=1)
+    times = 2 if enlarged else 1
+    size = (B, len(weight), times * H, times * W)
+    y = torch.empty(size, dtype=x.dtype, memory_format=_INNER)
+    return y if kernels.conv2d(y, x, weight, bias, term, projection, enlarged, False) else None
 
 
 class _Convolve(Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, add):
-        y = _like(x, len(weight))
-        if not kernels.conv2d(y, x, weight, bias, add, False):
+    def forward(ctx, *inputs):
+        y = _native(*inputs)
+        if y is None:
             raise TypeError("genfast: the kernel does not take these tensors")
-        ctx.save_for_backward(x, weight)
+        x, weight, _, term, projection, ctx.enlarged = inputs
+        ctx.save_for_backward(x, weight, *((None, None) if projection is None else inputs[3:5]))
         return y
 
     @staticmethod
     def backward(ctx, g):
-        x, weight = ctx.saved_tensors
-        of_x, of_weight, of_bias, of_add = ctx.needs_input_grad
+        x, weight, term, projection = ctx.saved_tensors
+        of_x, of_weight, of_bias, of_term, of_projection, _ = ctx.needs_input_grad
         if wants_graph() or not plain(g):
-            dx, dw = differentiable_backward(_plain, (x, weight), (g,))
+            by = reference.upsampled_conv2d if ctx.enlarged else reference.conv2d
+            dx, dw = differentiable_backward(by, (x, weight), (g,))
             db = g.sum((0, 2, 3)) if of_bias else None
-            return dx if of_x else None, dw if of_weight else None, db, g if of_add else None
-        inner = g.contiguous(memory_format=_INNER)
-        dx = dw = db = None
-        if of_x:
-            dx = torch.empty_like(x)
-            done = kernels.conv2d(dx, inner, weight, None, None, True)
-            if not done:
-                raise RuntimeError("genfast: the kernel refused a gradient of its own result")
-        if of_weight or of_bias:
-            dw, db = _of_weight(inner, x, weight, of_bias)
-        return dx, dw if of_weight else None, db, g if of_add else None
+            dt, dp = g, None
+            if projection is not None:
+                dt, dp = differentiable_backward(F.conv2d, (term, projection), (g,))
+        else:
+            g = g.contiguous(memory_format=_INNER)
+            dx = _of_input(g, x, weight, ctx.enlarged) if of_x else None
+            dw = db = None
+            if of_weight or of_bias:
+                dw, db = _of_weight(g, x, weight, of_bias, ctx.enlarged)
+            dt, dp = g, None
+            if projection is not None:
+                dt, dp, _ = _by_torch(g, term, projection, 0, (of_term, of_projection, False))
+        return (
+            dx if of_x else None, dw if of_weight else None, db, dt if of_term else None,
+            dp if of_projection else None, None,
+        )  # fmt: skip
 
 
-def _of_weight(g, x, weight, of_bias):
+def _of_input(g, x, weight, enlarged):
+    dx = torch.empty_like(x)
+    if not kernels.conv2d(dx, g, weight, None, None, None, enlarged, True):
+        raise RuntimeError("genfast: the backward kernel refused what the forward kernel took")
+    return dx
+
+
+def _of_weight(g, x, weight, of_bias, enlarged):
     sums = weight.shape[0] * weight.shape[1]
-    if sums <= min(_MOST_SUMS, _MOST_SUMS_A_TILE * _tiles(x)):
+    if sums <= min(_MOST_SUMS, _MOST_SUMS_A_TILE * _tiles(x, enlarged)):
         dw, db = torch.empty_like(weight), g.new_empty(len(weight)) if of_bias else None
-        if kernels.conv2d_weight(dw, db, g, x):
+        if kernels.conv2d_weight(dw, db, g, x, enlarged):
             return dw, db
-    _, dw, db = torch.ops.aten.convolution_backward(
-        g, x, weight, [len(weight)], [1, 1], [1, 1], [1, 1], False, [0, 0], 1,
-        [False, True, of_bias],
-    )  # fmt: skip
-    return dw, db
+    if enlarged:
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+    return _by_torch(g, x, weight, 1, (False, True, of_bias))[1:]
 
 
-def convolved(x, weight, bias=None, add=None, out=None) -> Tensor | None:
-    """x (B, I, H, W) by weight (O, I, 3, 3) with padding 1, plus bias (O,), plus add (B, O, H, W)
-    with the channels inside; or None where the kernel does not take them or was not measured to be
-    faster. out: memory of the result where no gradient is wanted; it may be add's."""
+def _by_torch(g, x, weight, padding, wanted):
+    return torch.ops.aten.convolution_backward(
+        g, x, weight, [len(weight)], [1, 1], [padding, padding], [1, 1], False, [0, 0], 1, wanted
+    )
+
+
+def convolved(x, weight, bias=None, term=None, projection=None, enlarged=False) -> Tensor | None:
+    """x (B, I, H, W) by weight (O, I, 3, 3) with padding 1, plus bias (O,), plus term (B, O, H, W);
+    or term (B, C, H, W) by projection (O, C, 1, 1). enlarged: x is enlarged twice by nearest first.
+    None where the kernel does not take the tensors or was not measured to be faster."""
     if is_compiling():
         return None
     try:
-        road = gate(x, weight, bias, add)
-        if road == SLOW or not takes(x, weight):
+        road = gate(x, weight, bias, term, projection)
+        if road == SLOW or not takes(x, weight, enlarged):
             return None
-        if road != DIRECT:
-            return _Convolve.apply(x, weight, bias, add)
-        y = _like(x, len(weight)) if out is None else out
-        return y if kernels.conv2d(y, x, weight, bias, add, False) else None
+        call = _native if road == DIRECT else _Convolve.apply
+        return call(x, weight, bias, term, projection, enlarged)
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
         return None  # PyTorch names the argument
 
