@@ -1,5 +1,6 @@
-// The one matrix product of attention and convolution: C (m x N W) = sum_k a(row, k) * b(k, column), accumulated in
-// registers and handed to an epilogue. a is read by broadcast, b by vectors.
+// The one matrix product of attention and convolution: C (m x N W) = sum_k a(row, k) * b(k,
+// column), accumulated in registers and handed to an epilogue. a is read by broadcast, b by
+// vectors.
 //   AVX2: 6 rows x 2 vectors = 12 accumulators of 16 registers, 8 loads for 12 FMAs.
 //   AVX-512 and NEON: 12 x 2 = 24 of 32.
 #pragma once
