@@ -5,6 +5,7 @@
 #include "api/sampling.h"
 #include "binding.h"
 #include "cpu/parallel.h"
+#include "cpu/processor.h"
 
 namespace genfast {
 namespace {
@@ -209,6 +210,9 @@ py::dict build_info() {
   for (const char* const* name = cpu::isa_usable(); *name != nullptr; ++name) isa.append(*name);
   info["isa"] = cpu::isa_name();
   info["isa_usable"] = isa;
+  char vendor[13];
+  cpu::vendor(vendor);
+  info["vendor"] = vendor;
   info["threads"] = cpu::thread_runtime();
   info["compiler"] = GENFAST_COMPILER;
   info["cuda"] = bool(GENFAST_HAVE_CUDA);

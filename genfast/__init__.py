@@ -32,6 +32,7 @@ from genfast.ops.filtering import (
     upfirdn2d,
     upsample2d,
 )
+from genfast.ops.linear import linear
 from genfast.ops.normalization import group_norm, layer_norm, rms_norm
 from genfast.ops.rng import NOISE_VERSION, rand, rand_like, randint, randn, randn_like
 from genfast.ops.sampling import (
@@ -73,6 +74,7 @@ __all__ = [
     "guide",
     "gumbel_softmax",
     "layer_norm",
+    "linear",
     "log_normal",
     "rand",
     "rand_like",

@@ -13,6 +13,14 @@
 namespace genfast::cpu {
 
 #if defined(__x86_64__)
+// "GenuineIntel", "AuthenticAMD", ... in 13 bytes.
+inline void vendor(char* name) {
+  unsigned a = 0, words[3] = {};
+  __get_cpuid(0, &a, &words[0], &words[2], &words[1]);
+  __builtin_memcpy(name, words, 12);
+  name[12] = 0;
+}
+
 inline bool has_bits(unsigned value, unsigned mask) { return (value & mask) == mask; }
 
 inline int x86_level() {
@@ -55,6 +63,7 @@ inline bool runs(const char* level) {
   return x86_level() >= (level[0] == 'v' ? level[1] - '0' : 0);
 }
 #else
+inline void vendor(char* name) { name[0] = 0; }
 inline bool runs(const char*) { return true; }
 #endif
 

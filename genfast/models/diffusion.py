@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from genfast import schedulers
 from genfast.models._seeds import in_tiles, sample_seeds
 from genfast.nn.convolution import Conv2d
+from genfast.nn.linear import Linear
 from genfast.nn.normalization import GroupNorm
 from genfast.ops import _check
 from genfast.ops.attention import attention
 from genfast.ops.convolution import residual_conv2d, upsampled_conv2d
 from genfast.ops.diffusion import add_noise, denoising_loss
+from genfast.ops.linear import linear
 from genfast.ops.rng import rand, randn
 
 # Images of one model call in `sample`, see `in_tiles`. 16 of 28 x 28 fill two cores; a tile that
@@ -54,7 +56,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.norm1 = GroupNorm(groups(inputs), inputs, act="silu")
         self.conv1 = Conv2d(inputs, outputs, 3, padding=1)
-        self.emb = nn.Linear(embedding, 2 * outputs)
+        self.emb = Linear(embedding, 2 * outputs)
         self.norm2 = GroupNorm(groups(outputs), outputs, act="silu")
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zeroed(nn.Conv2d(outputs, outputs, 3, padding=1))
@@ -80,8 +82,8 @@ class AttentionBlock(nn.Module):
                 f"{channels}; take a multiple of head_dim = {head_dim}"
             )
         self.norm = GroupNorm(groups(channels), channels)
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.out = zeroed(nn.Linear(channels, channels))
+        self.qkv = Linear(channels, 3 * channels)
+        self.out = zeroed(Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
@@ -142,9 +144,7 @@ class UNet(nn.Module):
         super().__init__()
         first, embedding = widths[0], 4 * widths[0]
         self.first = first
-        self.time = nn.Sequential(
-            nn.Linear(first, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
-        )
+        self.time = nn.Sequential(Linear(first, embedding), nn.SiLU(), Linear(embedding, embedding))
         self.label = nn.Embedding(classes + 1, embedding) if classes else None
         self.enter = nn.Conv2d(inputs, first, 3, padding=1)
 
@@ -207,10 +207,10 @@ class UNet(nn.Module):
         took 50 us, 2.4 of the 92 ms of four sampling steps."""
         levels = (*self.down, self.middle, *self.up)
         embs = [m.emb for layers in levels for m in layers if isinstance(m, ResBlock)]
-        if any(type(m) is not nn.Linear for m in embs):  # replaced, by LoRA for example
+        if any(type(m) not in (Linear, nn.Linear) for m in embs):  # replaced, by LoRA for example
             return [m(e) for m in embs]
         weight, bias = (torch.cat([getattr(m, n) for m in embs]) for n in ("weight", "bias"))
-        return F.linear(e, weight, bias).split([m.out_features for m in embs], 1)
+        return linear(e, weight, bias).split([m.out_features for m in embs], 1)
 
 
 # ---- conditioning by channels --------------------------------------------------------------------

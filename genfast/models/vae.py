@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genfast.models._seeds import in_tiles, sample_seeds
+from genfast.nn.linear import Linear
 from genfast.ops import _check
 from genfast.ops.rng import randn
 from genfast.ops.sampling import bernoulli_nll, reparameterize
@@ -140,11 +141,11 @@ class VAE(GaussianVAE):
         _check.number("beta", beta, low=0.0)
         self.config = {"x_dim": x_dim, "h_dim": h_dim, "z_dim": z_dim, "beta": beta}
         self.x_shape, self.z_dim, self.beta = (x_dim,), z_dim, beta
-        self.fc1 = nn.Linear(x_dim, h_dim)
-        self.fc21 = nn.Linear(h_dim, z_dim)  # mu
-        self.fc22 = nn.Linear(h_dim, z_dim)  # logvar
-        self.fc3 = nn.Linear(z_dim, h_dim)
-        self.fc4 = nn.Linear(h_dim, x_dim)
+        self.fc1 = Linear(x_dim, h_dim)
+        self.fc21 = Linear(h_dim, z_dim)  # mu
+        self.fc22 = Linear(h_dim, z_dim)  # logvar
+        self.fc3 = Linear(z_dim, h_dim)
+        self.fc4 = Linear(h_dim, x_dim)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         h = F.relu(self.fc1(self._shaped(x)))
@@ -179,8 +180,8 @@ class ConvVAE(GaussianVAE):
         self.encoder = nn.Sequential(
             nn.Conv2d(C, width, 4, 2, 1), nn.SiLU(), nn.Conv2d(width, 2 * width, 4, 2, 1), nn.SiLU()
         )
-        self.to_posterior = nn.Linear(features, 2 * z_dim)  # mu, then logvar
-        self.from_z = nn.Linear(z_dim, features)
+        self.to_posterior = Linear(features, 2 * z_dim)  # mu, then logvar
+        self.from_z = Linear(z_dim, features)
         self.decoder = nn.Sequential(
             nn.SiLU(), nn.ConvTranspose2d(2 * width, width, 4, 2, 1), nn.SiLU(),
             nn.ConvTranspose2d(width, C, 4, 2, 1),

@@ -3,6 +3,7 @@
 from genfast.nn.attention import MultiheadAttention
 from genfast.nn.convolution import Conv2d
 from genfast.nn.filtering import BiasAct, Downsample2d, Upsample2d
+from genfast.nn.linear import Linear
 from genfast.nn.normalization import GroupNorm, LayerNorm, RMSNorm
 from genfast.nn.sampling import (
     DiagonalGaussianDistribution,
@@ -21,6 +22,7 @@ __all__ = [
     "GroupNorm",
     "GumbelSoftmax",
     "LayerNorm",
+    "Linear",
     "MultiheadAttention",
     "Normal",
     "RMSNorm",

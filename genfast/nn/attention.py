@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genfast.ops.attention import attention
+from genfast.ops.linear import linear
 
 _INF = float("-inf")
 
@@ -125,20 +126,20 @@ class MultiheadAttention(nn.MultiheadAttention):
                     f"{tuple(value.shape)}"
                 )
             if query is key and key is value:
-                parts = F.linear(query, self.in_proj_weight, bias).chunk(3, -1)
+                parts = linear(query, self.in_proj_weight, bias).chunk(3, -1)
             elif key is value:
                 E = self.embed_dim
                 wq, wkv = self.in_proj_weight.split([E, 2 * E])
                 bq, bkv = (None, None) if bias is None else bias.split([E, 2 * E])
-                parts = F.linear(query, wq, bq), *F.linear(key, wkv, bkv).chunk(2, -1)
+                parts = linear(query, wq, bq), *linear(key, wkv, bkv).chunk(2, -1)
             else:
                 weights = self.in_proj_weight.chunk(3)
                 biases = (None,) * 3 if bias is None else bias.chunk(3)
-                parts = map(F.linear, (query, key, value), weights, biases)
+                parts = map(linear, (query, key, value), weights, biases)
         else:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             biases = (None,) * 3 if bias is None else bias.chunk(3)
-            parts = map(F.linear, (query, key, value), weights, biases)
+            parts = map(linear, (query, key, value), weights, biases)
         heads = (x.unflatten(-1, (self.num_heads, self.head_dim)) for x in parts)
         if sequence == 1:
             return tuple(x.transpose(1, 2) for x in heads)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from genfast.models.diffusion import groups
 from genfast.models.transformer import blocks
 from genfast.models.transformer.blocks import Attention, Block, FeedForward, Rotary
+from genfast.nn.linear import Linear
 from genfast.nn.normalization import GroupNorm, LayerNorm
 from genfast.ops.diffusion import add_noise
 from genfast.ops.rng import rand, randint
@@ -78,7 +79,7 @@ class ImageEncoder(nn.Sequential):
             c, places = c_out, [-(-n // 2) for n in places]
         flat = c * math.prod(places)
         super().__init__(
-            *layers, nn.Flatten(), nn.Linear(flat, c), nn.SiLU(), nn.Linear(c, e, bias=False)
+            *layers, nn.Flatten(), Linear(flat, c), nn.SiLU(), Linear(c, e, bias=False)
         )
 
 
@@ -118,7 +119,7 @@ class CLIP(nn.Module):
         self.shift, self.noise = shift, noise
         self.image = ImageEncoder(tuple(shape), width, e)  # its last layer is W_i
         self.text = TextEncoder(vocab, d, layers, heads, context)
-        self.project = nn.Linear(d, e, bias=False)  # W_t
+        self.project = Linear(d, e, bias=False)  # W_t
         self.tau = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def encode_image(self, x: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from genfast.models.diffusion import timestep_embedding, zeroed
 from genfast.models.transformer import blocks
 from genfast.models.transformer.blocks import FeedForward, Residual
+from genfast.nn.linear import Linear
 from genfast.nn.normalization import LayerNorm, RMSNorm
 from genfast.ops.attention import attention
 from genfast.ops.attention.parts import apart
@@ -55,13 +56,13 @@ class Attention(nn.Module):
     def __init__(self, d: int, heads: int, memory: int | None = None, qk_norm: bool = False):
         super().__init__()
         self.heads, self.head_dim = heads, blocks.divides("heads", heads, "d", d)
-        self.q = nn.Linear(d, d) if memory else None
-        self.kv = nn.Linear(memory, 2 * d) if memory else None
-        self.qkv = None if memory else nn.Linear(d, 3 * d)
+        self.q = Linear(d, d) if memory else None
+        self.kv = Linear(memory, 2 * d) if memory else None
+        self.qkv = None if memory else Linear(d, 3 * d)
         self.q_norm, self.k_norm = (
             RMSNorm(self.head_dim, 1e-6) if qk_norm else nn.Identity() for _ in range(2)
         )
-        self.out = nn.Linear(d, d)
+        self.out = Linear(d, d)
 
     def forward(self, x: Tensor, memory: Tensor | None = None, seen: Tensor | None = None):
         of = (-1, self.head_dim)
@@ -85,7 +86,7 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(d, 4 * d, "gelu_tanh")
         self.norm3 = LayerNorm(d, 1e-6) if tokens else None
         self.cross = Attention(d, heads, tokens, qk_norm) if tokens else None
-        self.modulation = nn.Linear(d, 6 * d)
+        self.modulation = Linear(d, 6 * d)
 
     def forward(self, h: Residual, c: Tensor, given: Conditions) -> Residual:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, 1)
@@ -126,17 +127,17 @@ class DiT(nn.Module):
         if d % 8:
             raise ValueError(f"d: expected a multiple of 8 (of the fixed positions), got {d}")
         self.patch, self.d, self.classes, self.z, self.tokens = patch, d, classes, z, tokens
-        self.enter = nn.Linear(C * patch * patch, d)
+        self.enter = Linear(C * patch * patch, d)
         self.register_buffer("places", places(*self.grid, d), persistent=False)
-        self.time = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d))
+        self.time = nn.Sequential(Linear(256, d), nn.SiLU(), Linear(d, d))
         self.label = nn.Embedding(classes + 1, d) if classes else None
-        self.of_z = nn.Sequential(nn.Linear(z, d), nn.SiLU(), nn.Linear(d, d)) if z else None
+        self.of_z = nn.Sequential(Linear(z, d), nn.SiLU(), Linear(d, d)) if z else None
         self.no_z = nn.Parameter(torch.zeros(d)) if z else None
         self.no_token = nn.Parameter(torch.zeros(tokens)) if tokens else None
         self.blocks = nn.ModuleList(Block(d, heads, tokens, qk_norm) for _ in range(layers))
         self.norm = LayerNorm(d, 1e-6, elementwise_affine=False)
-        self.modulation = nn.Linear(d, 2 * d)
-        self.leave = nn.Linear(d, outputs * patch * patch)
+        self.modulation = Linear(d, 2 * d)
+        self.leave = Linear(d, outputs * patch * patch)
         self._initialise()
 
     def _initialise(self) -> None:

@@ -24,6 +24,7 @@ from genfast.models.hybrid.clip import CLIP
 from genfast.models.hybrid.process import DROP, NOISE, START, STEPS, TIME, frozen
 from genfast.models.transformer import blocks
 from genfast.models.transformer.blocks import Attention, Block, FeedForward
+from genfast.nn.linear import Linear
 from genfast.nn.normalization import LayerNorm
 from genfast.ops.diffusion import add_noise, denoising_loss
 from genfast.ops.rng import rand, randn
@@ -55,16 +56,16 @@ class DiffusionPrior(nn.Module):
         self.T, self.condition_dropout = T, condition_dropout
         self.clip = frozen(CLIP, clip)
         e, S = self.clip.e, self.clip.context
-        self.of_token, self.of_text = nn.Linear(self.clip.d, d), nn.Linear(e, d)
+        self.of_token, self.of_text = Linear(self.clip.d, d), Linear(e, d)
         self.no_token, self.no_text = nn.Parameter(torch.zeros(d)), nn.Parameter(torch.zeros(d))
-        self.time = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d))
-        self.of_z, self.last = nn.Linear(e, d), nn.Parameter(torch.empty(d))
+        self.time = nn.Sequential(Linear(d, d), nn.SiLU(), Linear(d, d))
+        self.of_z, self.last = Linear(e, d), nn.Parameter(torch.empty(d))
         self.positions = nn.Parameter(torch.empty(S + _OWN, d))
         self.blocks = nn.ModuleList(
             Block(Attention(d, heads), FeedForward(d, 4 * d), LayerNorm(d), LayerNorm(d))
             for _ in range(layers)
         )
-        self.norm, self.leave = LayerNorm(d), nn.Linear(d, e)
+        self.norm, self.leave = LayerNorm(d), Linear(d, e)
         blocks.initialise(self, layers, std=(2 / (5 * d)) ** 0.5)
         for p in (self.last, self.positions):
             nn.init.normal_(p, std=0.02)

@@ -31,6 +31,7 @@ from genfast.models.gan import (
     generator,
     narrow,
 )
+from genfast.nn.linear import Linear
 from genfast.ops.sampling import reparameterize
 
 POSTERIOR = 1 + max(LATENT, REAL, FAKE, MIX)  # stream of z ~ q(z|x)
@@ -55,7 +56,7 @@ class VAEGAN(Adversarial):
         self.gamma = gamma
         body = features(self.x_shape, width, levels, True, False)
         inner = (width << (levels - 1)) * (shape[1] >> levels) * (shape[2] >> levels)
-        self.E = nn.Sequential(*body, nn.Linear(inner, 2 * z_dim))  # mu, then logvar
+        self.E = nn.Sequential(*body, Linear(inner, 2 * z_dim))  # mu, then logvar
         self.G = generator(self.x_shape, z_dim, width, levels)
         self.D = discriminator(self.x_shape, width, levels, True, False)
         narrow(self)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genfast.models.transformer.cache import LayerCache
+from genfast.nn.linear import Linear
 from genfast.nn.normalization import LayerNorm, RMSNorm
 from genfast.ops._road import DIRECT, gate, is_compiling
 from genfast.ops.attention import attention, attention_with_kvcache
@@ -95,8 +96,8 @@ class FeedForward(nn.Module):
     def __init__(self, d: int, hidden: int, activation: str = "gelu", bias: bool = True):
         super().__init__()
         gated, self.f, self.act = row("activation", activation, ACTIVATIONS)
-        self.up = nn.Linear(d, hidden * (2 if gated else 1), bias=bias)
-        self.down = nn.Linear(hidden, d, bias=bias)
+        self.up = Linear(d, hidden * (2 if gated else 1), bias=bias)
+        self.down = Linear(hidden, d, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.act is None or not (_bare(self.up) and _bare(self.down)):
@@ -109,8 +110,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def _bare(layer: nn.Module) -> bool:
-    """A Linear and nothing else: no wrapper, and no hooks, which see the whole layer."""
-    return type(layer) is nn.Linear and not any(getattr(layer, hooks) for hooks in _HOOKS)
+    """A linear layer and nothing else: no wrapper, and no hooks, which see the whole layer."""
+    return type(layer) in (Linear, nn.Linear) and not any(getattr(layer, hooks) for hooks in _HOOKS)
 
 
 class Rotary:
@@ -164,8 +165,8 @@ class Attention(nn.Module):
         self.head_dim = head_dim or divides("heads", heads, "d", d)
         self.groups = heads, kv_heads, kv_heads
         self.scale = scale
-        self.qkv = nn.Linear(d, sum(self.groups) * self.head_dim, bias=bias)
-        self.out = nn.Linear(heads * self.head_dim, d, bias=bias)
+        self.qkv = Linear(d, sum(self.groups) * self.head_dim, bias=bias)
+        self.out = Linear(heads * self.head_dim, d, bias=bias)
 
     def forward(
         self,

@@ -17,7 +17,9 @@ from genfast.models.transformer import blocks
 from genfast.models.transformer.blocks import Attention, Block, FeedForward, Rotary
 from genfast.models.transformer.cache import KVCache
 from genfast.models.transformer.generation import generate
+from genfast.nn.linear import Linear
 from genfast.ops import _check
+from genfast.ops.linear import linear
 
 POSITIONS = ("rotary", "learned")
 
@@ -68,7 +70,7 @@ class GPT(nn.Module):
 
         self.blocks = nn.ModuleList(block() for _ in range(layers))
         self.norm = blocks.norm(norm, d, eps, bias)
-        self.head = None if tied else nn.Linear(d, vocab, bias=False)
+        self.head = None if tied else Linear(d, vocab, bias=False)
         D = self.blocks[0].attention.head_dim
         self.rotary = Rotary(context, D, rotary_base) if positions == "rotary" else None
         blocks.initialise(self, layers)
@@ -87,7 +89,7 @@ class GPT(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         head = self.embed if self.head is None else self.head
-        return F.linear(self.norm(x), head.weight)
+        return linear(self.norm(x), head.weight)
 
     def nll(self, ids: Tensor) -> Tensor:
         """-ln p(ids[b, s] | ids[b, :s]) for s >= 1, (B, S - 1), nats. ids (B, S) int64."""

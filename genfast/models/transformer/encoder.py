@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from genfast.models.transformer import blocks
 from genfast.models.transformer.blocks import Attention, Block, FeedForward
+from genfast.nn.linear import Linear
 from genfast.nn.normalization import LayerNorm
 from genfast.ops import _check
+from genfast.ops.linear import linear
 from genfast.ops.rng import rand, randint
 
 # Streams of a sample's seed in `mask_tokens`.
@@ -61,10 +63,10 @@ class BERT(nn.Module):
 
         self.blocks = nn.ModuleList(block() for _ in range(layers))
         self.f = blocks.row("activation", activation, blocks.ACTIVATIONS).f
-        self.head = nn.Linear(d, d) if mlm else None
+        self.head = Linear(d, d) if mlm else None
         self.head_norm = LayerNorm(d, eps) if mlm else None
         self.head_bias = nn.Parameter(torch.zeros(vocab)) if mlm else None
-        self.pooler = nn.Linear(d, d) if pooler else None
+        self.pooler = Linear(d, d) if pooler else None
         blocks.initialise(self, layers)
 
     def forward(
@@ -93,7 +95,7 @@ class BERT(nn.Module):
         if self.head is None:
             raise ValueError("logits: this model has no head; build BERT(mlm=True)")
         h = self.head_norm(self.f(self.head(hidden)))
-        return F.linear(h, self.embed.weight, self.head_bias)
+        return linear(h, self.embed.weight, self.head_bias)
 
     def pool(self, hidden: Tensor) -> Tensor:
         """tanh(W h_0) of the first token, (B, d)."""

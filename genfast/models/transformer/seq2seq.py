@@ -19,9 +19,11 @@ from genfast.models.transformer import blocks
 from genfast.models.transformer.beam import beam_search
 from genfast.models.transformer.blocks import Attention, Block, FeedForward
 from genfast.models.transformer.cache import KVCache
+from genfast.nn.linear import Linear
 from genfast.nn.normalization import RMSNorm
 from genfast.ops import _check
 from genfast.ops.attention import attention
+from genfast.ops.linear import linear
 
 
 def bucket(distance: Tensor, buckets: int, longest: int, both_sides: bool) -> Tensor:
@@ -66,9 +68,9 @@ class CrossAttention(nn.Module):
     def __init__(self, d: int, heads: int, head_dim: int):
         super().__init__()
         self.head_dim = head_dim
-        self.q = nn.Linear(d, heads * head_dim, bias=False)
-        self.kv = nn.Linear(d, 2 * heads * head_dim, bias=False)
-        self.out = nn.Linear(heads * head_dim, d, bias=False)
+        self.q = Linear(d, heads * head_dim, bias=False)
+        self.kv = Linear(d, 2 * heads * head_dim, bias=False)
+        self.out = Linear(heads * head_dim, d, bias=False)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -146,7 +148,7 @@ class T5(nn.Module):
         self.decoder_bias = RelativeBias(heads, buckets, longest, both_sides=False)
         self.decoder = nn.ModuleList(decoder_block() for _ in range(decoder_layers or layers))
         self.decoder_norm = norm()
-        self.head = None if tied else nn.Linear(d, vocab, bias=False)
+        self.head = None if tied else Linear(d, vocab, bias=False)
         _initialise(self, D)
 
     def encode(self, ids: Tensor, seen: Tensor | None = None) -> Tensor:
@@ -178,7 +180,7 @@ class T5(nn.Module):
         x = self.decoder_norm(x)
         if self.head is not None:
             return self.head(x)
-        return F.linear(x * self.d**-0.5, self.embed.weight)
+        return linear(x * self.d**-0.5, self.embed.weight)
 
     def forward(self, ids: Tensor, target: Tensor, seen: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of target (B, T) int64 given ids (B, S) int64."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from genfast.models.transformer import blocks
 from genfast.models.transformer.blocks import Attention, Block, FeedForward
+from genfast.nn.linear import Linear
 from genfast.nn.normalization import LayerNorm
 from genfast.ops import _check
 
@@ -38,7 +39,7 @@ class ViT(nn.Module):
         self.size = (image, image) if isinstance(image, int) else tuple(image)
         self.patch, self.channels = patch, channels
         rows, columns = (blocks.divides("patch", patch, "image", n) for n in self.size)
-        self.embed = nn.Linear(channels * patch * patch, d)
+        self.embed = Linear(channels * patch * patch, d)
         self.first = nn.Parameter(torch.zeros(1, d))
         self.positions = nn.Parameter(torch.empty(1 + rows * columns, d))
 
@@ -52,7 +53,7 @@ class ViT(nn.Module):
 
         self.blocks = nn.ModuleList(block() for _ in range(layers))
         self.norm = LayerNorm(d, eps)
-        self.head = nn.Linear(d, classes)
+        self.head = Linear(d, classes)
         # Xavier's of the d x 4 d products, as in the paper's code: 0.02 is for widths near 800.
         blocks.initialise(self, layers, std=(2 / (5 * d)) ** 0.5)
         nn.init.normal_(self.positions, std=0.02)

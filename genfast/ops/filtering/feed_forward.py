@@ -23,6 +23,7 @@ from genfast.ops._road import (
     plain,
     wants_graph,
 )
+from genfast.ops.linear import product
 from genfast.reference.filtering import ACTIVATIONS
 
 _CODES = {name: i for i, name in enumerate(ACTIVATIONS)}  # the native enum
@@ -51,11 +52,11 @@ class _FeedForward(Function):
     @staticmethod
     def forward(ctx, x, w1, b1, w2, b2, act):
         rows = x.reshape(-1, x.shape[-1])
-        h = F.linear(rows, w1)
+        h = product(rows, w1)
         a = _activated(torch.empty_like(h), h, b1, act)
         ctx.save_for_backward(x, w1, b1, w2, b2, h, a)
         ctx.act = act
-        return F.linear(a, w2, b2).view(*x.shape[:-1], -1)
+        return product(a, w2, b2).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, g):
@@ -66,14 +67,14 @@ class _FeedForward(Function):
         need = ctx.needs_input_grad
         dx = dw1 = db1 = None
         g = g.reshape(-1, g.shape[-1])
-        dw2 = g.t() @ a if need[3] else None
+        dw2 = product(g.t(), a.t()) if need[3] else None
         db2 = g.sum(0) if need[4] else None
         if any(need[:3]):
             total = h.new_empty(h.shape[1], dtype=torch.float32) if need[2] else None
-            dz = _slope(g @ w2, h, b1, ctx.act, total)
+            dz = _slope(product(g, w2.t()), h, b1, ctx.act, total)
             db1 = None if total is None else total.to(b1.dtype)
-            dw1 = dz.t() @ x.reshape(-1, x.shape[-1]) if need[1] else None
-            dx = (dz @ w1).view(x.shape) if need[0] else None
+            dw1 = product(dz.t(), x.reshape(-1, x.shape[-1]).t()) if need[1] else None
+            dx = product(dz, w1.t()).view(x.shape) if need[0] else None
         return dx, dw1, db1, dw2, db2, None
 
 
@@ -108,8 +109,8 @@ def feed_forward(
     if not is_compiling() and not forced_reference() and _fits(*tensors):
         road = gate(*tensors)
         if road == DIRECT:
-            h = F.linear(x.reshape(-1, x.shape[-1]), w1)
-            return F.linear(_activated(h, h, b1, act), w2, b2).view(*x.shape[:-1], -1)
+            h = product(x.reshape(-1, x.shape[-1]), w1)
+            return product(_activated(h, h, b1, act), w2, b2).view(*x.shape[:-1], -1)
         if road:
             return _FeedForward.apply(*tensors, act)
     return _reference(*tensors, act)

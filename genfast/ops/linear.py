@@ -1,0 +1,103 @@
+"""linear: x weight^T + bias, by the product that is fast on this processor.
+
+No kernels of its own. PyTorch's fp32 products are MKL's, which leaves the 512-bit units of AMD's
+processors alone: 190 to 210 of 490 GFLOP/s on two Zen 5 cores, where oneDNN, which PyTorch carries
+too, reaches 320 to 470. So there, and from the sizes that were measured, they are oneDNN's.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from genfast._native import _C
+from genfast.ops._road import (
+    DIRECT,
+    SLOW,
+    differentiable_backward,
+    gate,
+    is_compiling,
+    plain,
+    wants_graph,
+)
+
+_info = _C.build_info()
+# Inductor's own name for it: (x, weight, bias, "none", no scalars, no algorithm).
+_onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_FASTER = (
+    _info["isa"] == "v4"
+    and _info["vendor"] == "AuthenticAMD"
+    and torch.backends.mkl.is_available()
+    and torch.backends.mkldnn.is_available()
+    and _onednn is not None
+)
+# Multiplications from which oneDNN wins: (128, 400) by (400, 40), 2^21, take 25 us either way,
+# (64, 400) by (400, 784), 2^24, 0.57 of MKL's time; and rows, few of which are MKL's case.
+_LEAST, _LEAST_ROWS = 1 << 22, 16
+# Of a weight's gradient, elements: 48 x 16, over 25,088 rows, takes 1.2 times MKL's time,
+# 96 x 96 over 1,568 rows 0.93 times.
+_LEAST_GRADIENT = 1 << 13
+
+
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a (M, K) by b (N, K) transposed, plus bias (N,): of plain tensors, without a graph."""
+    if not _FASTER or a.dtype != torch.float32 or b.dtype != torch.float32:
+        return F.linear(a, b, bias)
+    (M, K), N = a.shape, len(b)
+    if M < _LEAST_ROWS or M * K * N < _LEAST or not (a.is_cpu and torch.backends.mkldnn.enabled):
+        return F.linear(a, b, bias)
+    if a.stride(1) != 1 and M * N < _LEAST_GRADIENT:
+        return F.linear(a, b, bias)
+    return _onednn(a, b, bias, "none", [], "")
+
+
+class _Linear(Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return _forward(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        rows = g.reshape(-1, g.shape[-1])
+        db = rows.sum(0) if of_bias else None
+        if wants_graph() or not plain(g):
+            dx, dw = differentiable_backward(F.linear, (x, weight), (g,))
+            return dx if of_x else None, dw if of_weight else None, db
+        dx = product(rows, weight.t()).view(x.shape) if of_x else None
+        dw = product(rows.t(), x.reshape(-1, x.shape[-1]).t()) if of_weight else None
+        return dx, dw, db
+
+
+def _forward(x, weight, bias):
+    return product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear, its arguments and results; its errors too.
+
+    input: (..., K), weight: (N, K), bias: (N,). Where oneDNN's product was measured to be faster
+    than PyTorch's (fp32 on an AMD processor with AVX-512, from 2^22 multiplications), that, forward
+    and backward. Differentiable any number of times.
+    """
+    if _FASTER and not is_compiling():
+        try:
+            road = gate(input, weight, bias)
+            if (
+                road != SLOW
+                and input.dtype == weight.dtype == torch.float32
+                and (bias is None or bias.dtype == torch.float32)
+                and input.numel() * len(weight) >= _LEAST
+                and input.shape[-1] == weight.shape[1]
+                and weight.dim() == 2
+                and not torch.is_autocast_enabled("cpu")
+            ):
+                call = _forward if road == DIRECT else _Linear.apply
+                return call(input, weight, bias)
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+            pass  # PyTorch names the argument
+    return F.linear(input, weight, bias)

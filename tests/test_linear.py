@@ -1,0 +1,154 @@
+"""linear and nn.Linear against PyTorch in fp64, on oneDNN's road wherever oneDNN is."""
+
+import sys
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerances import yardstick
+
+import genfast
+from genfast.nn import Linear
+
+module = sys.modules["genfast.ops.linear"]  # the function of the same name hides it
+pytestmark = pytest.mark.skipif(
+    module._onednn is None or not torch.backends.mkldnn.is_available(), reason="no oneDNN"
+)
+# x, and output features; "few" has too few products
+SHAPES = {
+    "rows": ((160, 192), 144), "three": ((4, 50, 192), 112), "tall": ((4100, 40), 32),
+    "few": ((8, 20), 30), "one row": ((1, 2048), 2100), "vector": ((2048,), 2100),
+    "none": ((0, 64), 32),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def onednn(monkeypatch):
+    """Also where MKL would be the faster one."""
+    monkeypatch.setattr(module, "_FASTER", True)
+
+
+def randn(*shape, seed=1, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def given(name, dtype=torch.float32):
+    shape, outputs = SHAPES[name]
+    weight = randn(outputs, shape[-1], seed=2, dtype=dtype)
+    return [randn(*shape, dtype=dtype), weight, randn(outputs, seed=3, dtype=dtype)]
+
+
+def run(function, tensors, dtype=torch.float32):
+    """The value without a graph, the same with one, and the gradients by every tensor."""
+    leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
+    with torch.no_grad():
+        alone = function(*leaves)
+    y = function(*leaves)
+    return [alone, y.detach(), *torch.autograd.grad(y, leaves, randn(*y.shape, seed=9).to(dtype))]
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("name", SHAPES)
+def test_values_and_gradients(name, biased):
+    tensors = given(name)[: 3 if biased else 2]
+    ours, plain = run(genfast.linear, tensors), run(F.linear, tensors)
+    assert torch.equal(ours[0], ours[1])
+    for i, three in enumerate(zip(ours, plain, run(F.linear, tensors, torch.float64), strict=True)):
+        assert three[0].stride() == three[1].stride()
+        yardstick(f"{name}, tensor {i}", *three, kind="output" if i < 2 else "gradient")
+
+
+def test_the_faster_product_is_taken(monkeypatch):
+    """And not for few products, few rows, other dtypes, by the reference, or where it is off."""
+    calls, found = [], module._onednn
+    monkeypatch.setattr(module, "_onednn", lambda *a: calls.append(1) or found(*a))
+    x, weight, bias = given("rows")
+    genfast.linear(x, weight, bias)
+    genfast.linear(x.requires_grad_(), weight.requires_grad_(), bias).sum().backward()
+    assert len(calls) == 4  # of the second call: forward, and both gradients
+    x, weight = x.detach(), weight.detach()
+    genfast.linear(*given("few"))
+    genfast.linear(*given("one row"))
+    genfast.linear(*given("rows", torch.float64))
+    genfast.linear(*given("rows", torch.bfloat16))
+    with genfast.backend("reference"):
+        genfast.linear(x, weight, bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        genfast.linear(x, weight, bias)
+    with torch.backends.mkldnn.flags(enabled=False):
+        genfast.linear(x, weight, bias)
+    monkeypatch.setattr(module, "_FASTER", False)
+    genfast.linear(x, weight, bias)
+    assert len(calls) == 4
+
+
+def test_strides_of_every_kind():
+    x, weight, bias = given("rows")
+    for x_of, weight_of in (
+        (x.t().contiguous().t(), weight), (x, weight.t().contiguous().t()),
+        (x[::2], weight[::2]), (x[:1].expand(160, -1), weight), (x, weight[:, :1].expand(-1, 192)),
+        (torch._neg_view(x), weight),
+    ):  # fmt: skip
+        b = bias[: len(weight_of)]
+        tensors = [x_of, weight_of, b]
+        for got, want in zip(run(genfast.linear, tensors), run(F.linear, tensors), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    ours, plain = genfast.linear(*leaves), F.linear(*leaves)
+    for grad in (torch.ones(()).expand_as(ours), randn(144, 160).t()):
+        got, want = (torch.autograd.grad(y, leaves, grad, retain_graph=True) for y in (ours, plain))
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+
+
+def test_gradients_of_any_order():
+    def second(function):
+        leaves = [t.requires_grad_() for t in given("three")]
+        first = torch.autograd.grad(function(*leaves).square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    for got, want in zip(second(genfast.linear), second(F.linear), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+    leaves = [t.requires_grad_() for t in given("rows")]
+    some = torch.stack([randn(160, 144, seed=5), randn(160, 144, seed=6)])
+    got, want = (
+        torch.autograd.grad(function(*leaves), leaves, some, is_grads_batched=True)
+        for function in (genfast.linear, F.linear)
+    )
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+
+
+def test_under_transforms_and_compiled():
+    x, weight, bias = given("rows")
+    some = torch.stack([x, 2 * x])
+    call = partial(genfast.linear, weight=weight, bias=bias)
+    torch.testing.assert_close(torch.vmap(call)(some), call(some), rtol=1e-4, atol=1e-4)
+    _, tangent = torch.func.jvp(call, (x,), (x,))
+    torch.testing.assert_close(tangent, x @ weight.t(), rtol=1e-4, atol=1e-4)
+    got = torch.compile(call, fullgraph=True)(x)
+    torch.testing.assert_close(got, call(x), rtol=1e-4, atol=1e-4)
+
+
+def test_the_module_is_torchs():
+    ours, torchs = Linear(192, 144), torch.nn.Linear(192, 144)
+    torchs.load_state_dict(ours.state_dict())
+    x = given("three")[0]
+    torch.testing.assert_close(ours(x), torchs(x), rtol=1e-4, atol=1e-4)
+    assert repr(ours) == repr(torchs)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"input": None}, {"input": randn(160, 191)}, {"input": randn(160, 192, dtype=torch.float64)},
+     {"weight": randn(4, 144, 192)}, {"bias": randn(143)}, {"weight": 2.0}],
+    ids=lambda change: "-".join(change),
+)  # fmt: skip
+def test_errors_are_torchs(change):
+    tensors = dict(zip(("input", "weight", "bias"), given("rows"), strict=True)) | change
+    with pytest.raises((TypeError, RuntimeError)) as want:
+        F.linear(*tensors.values())
+    with pytest.raises(want.type) as got:
+        genfast.linear(*tensors.values())
+    assert str(got.value) == str(want.value)
