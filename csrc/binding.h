@@ -191,6 +191,7 @@ inline void add_fast(py::module_& m, PyMethodDef& method) {
 void register_attention(py::module_& m);      // bindings_attention.cpp
 void register_convolution(py::module_& m);    // bindings_convolution.cpp
 void register_filtering(py::module_& m);      // bindings_filtering.cpp
+void register_linear(py::module_& m);         // bindings_linear.cpp
 void register_normalization(py::module_& m);  // bindings_normalization.cpp
 
 }  // namespace genfast

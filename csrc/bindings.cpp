@@ -261,4 +261,5 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   register_filtering(m);
   register_normalization(m);
   register_convolution(m);
+  register_linear(m);
 }

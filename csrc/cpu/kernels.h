@@ -5,6 +5,7 @@
 #include "api/diffusion.h"
 #include "api/filtering.h"
 #include "api/limits.h"
+#include "api/linear.h"
 #include "api/normalization.h"
 #include "api/rng.h"
 #include "api/sampling.h"
@@ -39,6 +40,7 @@ struct Kernels {
   void (*normalize_backward)(const NormalizeBackwardParams&);
   void (*convolution)(const ConvolutionParams&);
   void (*convolution_weight)(const ConvolutionWeightParams&);
+  void (*linear_weight)(const LinearWeightParams&);
   double (*fma_limit)(const LimitParams&);
   double (*read_limit)(const LimitParams&);
 };
@@ -85,6 +87,7 @@ void normalize(const NormalizeParams&);
 void normalize_backward(const NormalizeBackwardParams&);
 void convolution(const ConvolutionParams&);
 void convolution_weight(const ConvolutionWeightParams&);
+void linear_weight(const LinearWeightParams&);
 double fma_limit(const LimitParams&);
 double read_limit(const LimitParams&);
 extern const Kernels table;

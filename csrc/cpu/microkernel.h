@@ -1,4 +1,4 @@
-// The one matrix product of attention and convolution: C (m x N W) = sum_k a(row, k) * b(k,
+// The one matrix product of attention, convolution and linear: C (m x N W) = sum_k a(row, k) * b(k,
 // column), accumulated in registers and handed to an epilogue. a is read by broadcast, b by
 // vectors.
 //   AVX2: 6 rows x 2 vectors = 12 accumulators of 16 registers, 8 loads for 12 FMAs.
@@ -104,6 +104,20 @@ GENFAST_INLINE void multiply(int m, int columns, int64_t depth, const float* a, 
     panel_rows<2, Transposed>(m, depth, a, lda, b, ldb, epilogue);
   else
     panel_rows<1, Transposed>(m, depth, a, lda, b, ldb, epilogue);
+}
+
+// An epilogue: rows to memory, `ld` floats apart; or added to what is there.
+inline auto store_rows(float* to, int64_t ld, bool add = false) {
+  return [=](int row0, auto& acc) {
+    float* at = to + row0 * ld;
+#pragma GCC unroll 16
+    for (auto& row : acc) {
+#pragma GCC unroll 4
+      for (size_t n = 0; n < sizeof(row) / sizeof(f32v); ++n)
+        store(at + n * W, add ? row[n] + load(at + n * W) : row[n]);
+      at += ld;
+    }
+  };
 }
 
 }  // namespace

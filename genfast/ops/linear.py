@@ -1,8 +1,9 @@
 """linear: x weight^T + bias, by the product that is fast on this processor.
 
-No kernels of its own. PyTorch's fp32 products are MKL's, which leaves the 512-bit units of AMD's
-processors alone: 190 to 210 of 490 GFLOP/s on two Zen 5 cores, where oneDNN, which PyTorch carries
-too, reaches 320 to 470. So there, and from the sizes that were measured, they are oneDNN's.
+PyTorch's fp32 products are MKL's, which leaves the 512-bit units of AMD's processors alone: 180 to
+210 of 490 GFLOP/s on two Zen 5 cores, where oneDNN, which PyTorch carries too, reaches 320 to 470.
+So there, and from the sizes that were measured, they are oneDNN's; but for the gradients by weight
+and bias, where it copies both factors (200 to 380). Those have a kernel here (360 to 410).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from genfast._native import _C
+from genfast.ops._backend import kernels
 from genfast.ops._road import (
     DIRECT,
     SLOW,
@@ -36,9 +38,9 @@ _FASTER = (
 # Multiplications from which oneDNN wins: (128, 400) by (400, 40), 2^21, take 25 us either way,
 # (64, 400) by (400, 784), 2^24, 0.57 of MKL's time; and rows, few of which are MKL's case.
 _LEAST, _LEAST_ROWS = 1 << 22, 16
-# Of a weight's gradient, elements: 48 x 16, over 25,088 rows, takes 1.2 times MKL's time,
-# 96 x 96 over 1,568 rows 0.93 times.
-_LEAST_GRADIENT = 1 << 13
+# The same of a weight's gradient: of 400 x 40 over 128 rows 0.5 times MKL's time, of 400 x 20, half
+# the size, 1.05 times.
+_LEAST_GRADIENT = 1 << 21
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -48,9 +50,20 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     (M, K), N = a.shape, len(b)
     if M < _LEAST_ROWS or M * K * N < _LEAST or not (a.is_cpu and torch.backends.mkldnn.enabled):
         return F.linear(a, b, bias)
-    if a.stride(1) != 1 and M * N < _LEAST_GRADIENT:
-        return F.linear(a, b, bias)
     return _onednn(a, b, bias, "none", [], "")
+
+
+def weight_gradient(
+    g: Tensor, x: Tensor, of_weight: bool = True, of_bias: bool = True
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients by weight and bias, or None, of x (M, K) by weight (N, K) transposed, plus bias
+    (N,), from g (M, N)."""
+    (M, K), N = x.shape, g.shape[1]
+    if of_weight and _FASTER and M * K * N >= _LEAST_GRADIENT:
+        dw, db = x.new_empty(N, K), x.new_empty(N) if of_bias else None
+        if kernels.linear_weight(dw, db, g, x):
+            return dw, db
+    return g.t() @ x if of_weight else None, g.sum(0) if of_bias else None
 
 
 class _Linear(Function):
@@ -64,13 +77,12 @@ class _Linear(Function):
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
         rows = g.reshape(-1, g.shape[-1])
-        db = rows.sum(0) if of_bias else None
         if wants_graph() or not plain(g):
             dx, dw = differentiable_backward(F.linear, (x, weight), (g,))
+            db = rows.sum(0) if of_bias else None
             return dx if of_x else None, dw if of_weight else None, db
         dx = product(rows, weight.t()).view(x.shape) if of_x else None
-        dw = product(rows.t(), x.reshape(-1, x.shape[-1]).t()) if of_weight else None
-        return dx, dw, db
+        return dx, *weight_gradient(rows, x.reshape(-1, x.shape[-1]), of_weight, of_bias)
 
 
 def _forward(x, weight, bias):
@@ -81,8 +93,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear, its arguments and results; its errors too.
 
     input: (..., K), weight: (N, K), bias: (N,). Where oneDNN's product was measured to be faster
-    than PyTorch's (fp32 on an AMD processor with AVX-512, from 2^22 multiplications), that, forward
-    and backward. Differentiable any number of times.
+    than PyTorch's (fp32 on an AMD processor with AVX-512, from 2^22 multiplications), that; and a
+    kernel for the gradients by weight and bias. Differentiable any number of times.
     """
     if _FASTER and not is_compiling():
         try:

@@ -202,19 +202,5 @@ inline int columns_of(int64_t o, int64_t outputs) {
   return static_cast<int>(std::min<int64_t>(NR, outputs - o));
 }
 
-// Rows of a product to memory, `ld` floats apart; added to what is there.
-inline auto store_rows(float* to, int64_t ld, bool add = false) {
-  return [=](int row0, auto& acc) {
-    float* at = to + row0 * ld;
-#pragma GCC unroll 16
-    for (auto& row : acc) {
-#pragma GCC unroll 4
-      for (size_t n = 0; n < sizeof(row) / sizeof(f32v); ++n)
-        store(at + n * W, add ? row[n] + load(at + n * W) : row[n]);
-      at += ld;
-    }
-  };
-}
-
 }  // namespace
 }  // namespace genfast::cpu

@@ -23,7 +23,7 @@ from genfast.ops._road import (
     plain,
     wants_graph,
 )
-from genfast.ops.linear import product
+from genfast.ops.linear import product, weight_gradient
 from genfast.reference.filtering import ACTIVATIONS
 
 _CODES = {name: i for i, name in enumerate(ACTIVATIONS)}  # the native enum
@@ -67,13 +67,12 @@ class _FeedForward(Function):
         need = ctx.needs_input_grad
         dx = dw1 = db1 = None
         g = g.reshape(-1, g.shape[-1])
-        dw2 = product(g.t(), a.t()) if need[3] else None
-        db2 = g.sum(0) if need[4] else None
+        dw2, db2 = weight_gradient(g, a, need[3], need[4])
         if any(need[:3]):
             total = h.new_empty(h.shape[1], dtype=torch.float32) if need[2] else None
             dz = _slope(product(g, w2.t()), h, b1, ctx.act, total)
             db1 = None if total is None else total.to(b1.dtype)
-            dw1 = product(dz.t(), x.reshape(-1, x.shape[-1]).t()) if need[1] else None
+            dw1, _ = weight_gradient(dz, x.reshape(-1, x.shape[-1]), need[1], False)
             dx = product(dz, w1.t()).view(x.shape) if need[0] else None
         return dx, dw1, db1, dw2, db2, None
 

@@ -1,0 +1,62 @@
+// The gradients of a linear layer at one ISA level on drawn shapes, against plain double loops; and
+// the same bits from one thread and from three.
+#include "harness.h"
+
+namespace {
+
+using namespace genfast;
+using namespace genfast::test;
+
+const cpu::Kernels& kernels() { return cpu::GENFAST_ISA::table; }
+
+void gradients(Pick& pick, int64_t M, int64_t K, int64_t N) {
+  const auto layout = [&] { return pick.of({Layout::dense, Layout::padded}); };
+  Tensor x({M, K}, Dtype::f32, layout()), grad({M, N}, Dtype::f32, layout());
+  Tensor dweight({N, K}, Dtype::f32), dbias({N}, Dtype::f32);
+  pick.fill(x), pick.fill(grad);
+  const bool biased = pick.one_in(2);
+  LinearWeightParams p;
+  p.x = x, p.grad = grad, p.dweight = dweight;
+  if (biased) p.dbias = dbias;
+  std::vector<Tensor*> outputs = {&dweight};
+  if (biased) outputs.push_back(&dbias);
+  same_bits(outputs, [&](int threads) {
+    p.threads = threads;
+    kernels().linear_weight(p);
+  });
+  for (Tensor* t : outputs) CHECK(t->written() == t->numel);
+  const auto xs = values(x), gs = values(grad);
+  const auto near = [&](double got, double want) {
+    return std::fabs(got - want) <= 1e-6 * (4 + 4 * std::sqrt(static_cast<double>(M)));
+  };
+  for (int64_t n = 0; n < N; ++n) {
+    double sum = 0;
+    for (int64_t m = 0; m < M; ++m) sum += gs[m * N + n];
+    if (biased) CHECK(near(dbias.as<float>()[n], sum));
+    for (int64_t k = 0; k < K; ++k) {
+      double want = 0;
+      for (int64_t m = 0; m < M; ++m) want += gs[m * N + n] * xs[m * K + k];
+      CHECK(near(dweight.as<float>()[n * K + k], want));
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char**) {
+  const bool quick = argc > 1;  // ThreadSanitizer: the shapes with work for several threads
+  if (!cpu::runs(GENFAST_TEXT(GENFAST_ISA))) return 77;
+  const auto cases = [&](int count, auto&& one) {
+    for (int i = 0; i < count; ++i) {
+      Pick pick(++g_case);
+      one(pick);
+    }
+  };
+  cases(3, [](Pick& pick) { gradients(pick, 530, 270, 200); });
+  if (!quick)
+    cases(200, [](Pick& pick) {
+      gradients(pick, pick.of({0, 1, 3, 70, 260}), pick.of({0, 1, 15, 32, 47}),
+                pick.of({0, 1, 12, 13, 50}));
+    });
+  std::printf("%s: every gradient of a linear layer ran clean\n", GENFAST_TEXT(GENFAST_ISA));
+}
