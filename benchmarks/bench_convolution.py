@@ -1,5 +1,5 @@
-"""convolution: convolutions with what stands next to them against the PyTorch lines that they
-replace, eager and compiled, in the sizes of a U-Net's levels.
+"""convolution: convolutions, alone and with what stands next to them, against the PyTorch lines
+that they replace, eager and compiled, in the sizes of U-Nets' levels and of Stable Diffusion's.
 
 flops: of the plain lines, so that the share of the peak shows the products that were saved.
 """
@@ -22,6 +22,12 @@ SEED = 1234
 def _draw(shape, stream, device) -> Tensor:
     x = genfast.randn(shape, seed=SEED, stream=stream, device=device)
     return x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x
+
+
+def _conv2d(shape, outputs, backward, device) -> Work:
+    shapes = shape, (outputs, shape[1], 3, 3), (outputs,)
+    leaves = [_draw(s, n, device) for n, s in enumerate(shapes)]
+    return compare(partial(genfast.conv2d, padding=1), reference.conv2d, leaves, backward)
 
 
 def _upsampled(shape, backward, device) -> Work:
@@ -56,6 +62,15 @@ def _flops(shape, inputs) -> int:
 
 
 CASES = [
+    Case("convolution", f"conv2d nhwc{name}", (*shape, outputs),
+         partial(_conv2d, shape, outputs, backward),
+         flops=(3 if backward else 1) * _flops(shape, 9 * outputs))
+    for shape, outputs in (
+        ((32, 16, 28, 28), 16), ((32, 96, 14, 14), 32), ((32, 64, 7, 7), 64),
+        ((1, 64, 128, 128), 64), ((2, 320, 32, 32), 320),
+    )
+    for name, backward in {"": False, " fwd+bwd": True}.items()
+] + [
     Case("convolution", f"upsampled nhwc{name}", shape, partial(_upsampled, shape, backward),
          flops=(3 if backward else 1) * _flops(shape, 4 * 9 * shape[1]))
     for shape in ((32, 64, 7, 7), (32, 32, 14, 14), (4, 320, 16, 16))

@@ -45,7 +45,7 @@ from genfast._native import _C
 # Order of the table; a family appears when its file does.
 FAMILIES = (
     "rng", "sampling", "diffusion", "schedulers", "attention", "filtering", "normalization",
-    "convolution", "models", "transformers", "gan", "hybrid",
+    "linear", "convolution", "models", "transformers", "gan", "hybrid",
 )  # fmt: skip
 
 # Timed as `genfast train` and `generate` run them: freed memory kept, for us and for the rivals.
