@@ -20,6 +20,8 @@ from torch import nn
 
 from genfast.integrations import torch_sdpa
 from genfast.nn.attention import MultiheadAttention
+from genfast.nn.convolution import Conv2d
+from genfast.nn.linear import Linear
 from genfast.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
 Undo = Callable[[], None]
@@ -27,6 +29,8 @@ Model = TypeVar("Model")
 
 # Exact types (a subclass may have its own forward) and the classes that take their place.
 CLASSES = {
+    nn.Linear: Linear,
+    nn.Conv2d: Conv2d,
     nn.MultiheadAttention: MultiheadAttention,
     nn.TransformerEncoderLayer: TransformerEncoderLayer,
     nn.TransformerDecoderLayer: TransformerDecoderLayer,
@@ -108,7 +112,8 @@ def accelerate(model: Model) -> Model:
     """Switches `model` (a torch.nn.Module, a diffusers pipeline or a diffusers scheduler) over in
     place and returns it; twice is once.
 
-    torch.nn.MultiheadAttention and Transformer layers take genfast's forward, Hugging Face models
+    torch.nn's Linear, Conv2d, MultiheadAttention and Transformer layers take the forward of
+    genfast.nn's classes of the same names, Hugging Face models
     attn_implementation="genfast", other calls of F.scaled_dot_product_attention are rerouted while
     the model runs. Schedulers take the class of the same name of genfast.integrations.diffusers.
     TypeError for anything else, TorchScript included.

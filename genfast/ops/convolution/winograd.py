@@ -161,7 +161,9 @@ def conv2d(
     and padding 1 between multiples of 16 channels takes 16 of its 36 products, forward and
     backward, on fp32 CPU tensors with the channels inside (`memory_format=torch.channels_last`);
     everything else is PyTorch's, and so are the errors. The error against fp64 is PyTorch's or
-    less. Differentiable any number of times; the same bits from any number of threads.
+    less; an input that is infinite or NaN makes all outputs of its tile NaN (2 x 2, and those of
+    the tiles that see it). Differentiable any number of times; the same bits from any number of
+    threads.
     Lavin & Gray, "Fast algorithms for convolutional neural networks", 2016, F(2 x 2, 3 x 3).
     """
     if stride in _ONE and padding in _AROUND and dilation in _ONE and groups == 1:
