@@ -9,6 +9,17 @@ bool rows_of(const TensorView& t) {
   return t.dtype == Dtype::f32 && t.ndim == 2 && (t.shape[1] <= 1 || t.strides[1] == 1);
 }
 
+bool linear(TensorArgument& y, TensorArgument& x, TensorArgument& weight, TensorArgument& bias) {
+  if (!given({&y, &x, &weight}) || !same_device({&y, &x, &weight, &bias}) || !rows_of(y) ||
+      !is_contiguous(y) || !rows_of(x) || !rows_of(weight) || x.shape[1] % 16 != 0 ||
+      x.shape[1] != weight.shape[1] || y.shape[0] != x.shape[0] || y.shape[1] != weight.shape[0] ||
+      !vector_of(bias, Dtype::f32, weight.shape[0]))
+    return false;
+  LinearParams p;
+  p.x = x, p.weight = weight, p.bias = bias, p.y = y, p.threads = threads_for(weight);
+  return run(p, weight, &cpu::Kernels::linear);
+}
+
 bool linear_weight(TensorArgument& dweight, TensorArgument& dbias, TensorArgument& grad,
                    TensorArgument& x) {
   if (!given({&dweight, &grad, &x}) || !same_device({&dweight, &dbias, &grad, &x}) || !rows_of(x) ||
@@ -23,6 +34,9 @@ bool linear_weight(TensorArgument& dweight, TensorArgument& dbias, TensorArgumen
 
 }  // namespace
 
-void register_linear(py::module_& m) { m.def("linear_weight", &linear_weight); }
+void register_linear(py::module_& m) {
+  m.def("linear", &linear);
+  m.def("linear_weight", &linear_weight);
+}
 
 }  // namespace genfast

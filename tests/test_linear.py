@@ -26,7 +26,8 @@ SHAPES = {
 @pytest.fixture(autouse=True)
 def onednn(monkeypatch):
     """Also where MKL would be the faster one."""
-    monkeypatch.setattr(module, "_FASTER", True)
+    monkeypatch.setattr(module, "_AMD", True)
+    monkeypatch.setattr(module, "_WIDE", True)
 
 
 def randn(*shape, seed=1, dtype=torch.float32):
@@ -80,9 +81,43 @@ def test_the_faster_product_is_taken(monkeypatch):
         genfast.linear(x, weight, bias)
     with torch.backends.mkldnn.flags(enabled=False):
         genfast.linear(x, weight, bias)
-    monkeypatch.setattr(module, "_FASTER", False)
+    monkeypatch.setattr(module, "_WIDE", False)
     genfast.linear(x, weight, bias)
     assert len(calls) == 3
+
+
+def test_the_kernel_for_few_rows_is_taken(monkeypatch):
+    calls, found = [], module.kernels.linear
+    monkeypatch.setattr(module.kernels, "linear", lambda *a: calls.append(1) or found(*a))
+    x, weight, bias = given("one row")
+    genfast.linear(x, weight, bias)
+    genfast.linear(x[0], weight)
+    genfast.linear(x.expand(16, -1)[:, None], weight)
+    assert len(calls) == 3
+    genfast.linear(x.expand(17, -1), weight)
+    genfast.linear(*given("few"))
+    genfast.linear(x.double(), weight.double())
+    genfast.linear(x, weight[:8])
+    genfast.linear(x[:, :256].requires_grad_(), weight[:, :256])  # too little for a node
+    with genfast.backend("reference"):
+        genfast.linear(x, weight, bias)
+    monkeypatch.setattr(module, "_AMD", False)
+    genfast.linear(x, weight, bias)
+    assert len(calls) == 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("outputs", [2048, 2051])
+def test_a_row_does_not_see_the_others(outputs):
+    x, weight, bias = randn(16, 64), randn(outputs, 64, seed=2), randn(outputs, seed=3)
+    whole, before = genfast.linear(x, weight, bias), torch.get_num_threads()
+    three = [t.double() for t in (x, weight, bias)]
+    yardstick("few rows", whole, F.linear(x, weight, bias), F.linear(*three))
+    for rows in (slice(0, 1), slice(3, 8), slice(2, 16)):
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(genfast.linear(x[rows], weight, bias), whole[rows])
+    torch.set_num_threads(before)
 
 
 def test_strides_of_every_kind():

@@ -40,6 +40,7 @@ struct Kernels {
   void (*normalize_backward)(const NormalizeBackwardParams&);
   void (*convolution)(const ConvolutionParams&);
   void (*convolution_weight)(const ConvolutionWeightParams&);
+  void (*linear)(const LinearParams&);
   void (*linear_weight)(const LinearWeightParams&);
   double (*fma_limit)(const LimitParams&);
   double (*read_limit)(const LimitParams&);
@@ -87,6 +88,7 @@ void normalize(const NormalizeParams&);
 void normalize_backward(const NormalizeBackwardParams&);
 void convolution(const ConvolutionParams&);
 void convolution_weight(const ConvolutionWeightParams&);
+void linear(const LinearParams&);
 void linear_weight(const LinearWeightParams&);
 double fma_limit(const LimitParams&);
 double read_limit(const LimitParams&);

@@ -30,6 +30,7 @@ extern const Kernels table = {
     normalize_backward,
     convolution,
     convolution_weight,
+    linear,
     linear_weight,
     fma_limit,
     read_limit,

@@ -61,6 +61,7 @@ _TRITON = {
     "bernoulli_nll_backward": None,
     "normalize": None,
     "normalize_backward": None,
+    "linear": None,
     "linear_weight": None,
     "conv2d": None,
     "conv2d_weight": None,

@@ -3,7 +3,8 @@
 PyTorch's fp32 products are MKL's, which leaves the 512-bit units of AMD's processors alone: 180 to
 210 of 490 GFLOP/s on two Zen 5 cores, where oneDNN, which PyTorch carries too, reaches 320 to 470.
 So there, and from the sizes that were measured, they are oneDNN's; but for the gradients by weight
-and bias, where it copies both factors (200 to 380). Those have a kernel here (360 to 410).
+and bias, where it copies both factors (200 to 380), and few rows, which MKL multiplies at 15 to 60
+GB/s of the weight. Those have kernels here: 360 to 410 GFLOP/s, and 60 to 180 GB/s.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from genfast._native import _C
 from genfast.ops._backend import kernels
 from genfast.ops._road import (
     DIRECT,
+    GRAD,
     SLOW,
     differentiable_backward,
     gate,
@@ -28,29 +30,37 @@ from genfast.ops._road import (
 _info = _C.build_info()
 # Inductor's own name for it: (x, weight, bias, "none", no scalars, no algorithm).
 _onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-_FASTER = (
-    _info["isa"] == "v4"
-    and _info["vendor"] == "AuthenticAMD"
+_AMD = (
+    _info["vendor"] == "AuthenticAMD"
+    and _info["isa"] in ("v4", "v3")
     and torch.backends.mkl.is_available()
-    and torch.backends.mkldnn.is_available()
-    and _onednn is not None
+)
+_WIDE = (
+    _AMD and _info["isa"] == "v4" and torch.backends.mkldnn.is_available() and _onednn is not None
 )
 # Multiplications from which oneDNN wins: (128, 400) by (400, 40), 2^21, take 25 us either way,
-# (64, 400) by (400, 784), 2^24, 0.57 of MKL's time; and rows, few of which are MKL's case.
-_LEAST, _LEAST_ROWS = 1 << 22, 16
+# (64, 400) by (400, 784), 2^24, 0.57 of MKL's time.
+_LEAST = 1 << 22
 # The same of a weight's gradient: of 400 x 40 over 128 rows 0.5 times MKL's time, of 400 x 20, half
 # the size, 1.05 times.
 _LEAST_GRADIENT = 1 << 21
+# Rows up to which the kernel for few wins: of 1, 8 and 16 it takes 0.4, 0.4 and 0.5 times MKL's
+# time at AVX-512, 0.4, 0.7 and 0.9 times at AVX2; weights from which it pays for asking.
+_FEW, _LEAST_WEIGHTS = 16, 1 << 15
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a (M, K) by b (N, K) transposed, plus bias (N,): of plain tensors, without a graph."""
-    if not _FASTER or a.dtype != torch.float32 or b.dtype != torch.float32:
+    if not _AMD or a.dtype != torch.float32 or b.dtype != torch.float32:
         return F.linear(a, b, bias)
     (M, K), N = a.shape, len(b)
-    if M < _LEAST_ROWS or M * K * N < _LEAST or not (a.is_cpu and torch.backends.mkldnn.enabled):
-        return F.linear(a, b, bias)
-    return _onednn(a, b, bias, "none", [], "")
+    if M <= _FEW and N * K >= _LEAST_WEIGHTS:
+        y = a.new_empty(M, N)
+        if kernels.linear(y, a, b, bias):
+            return y
+    elif _WIDE and M * K * N >= _LEAST and a.is_cpu and torch.backends.mkldnn.enabled:
+        return _onednn(a, b, bias, "none", [], "")
+    return F.linear(a, b, bias)
 
 
 def weight_gradient(
@@ -59,7 +69,7 @@ def weight_gradient(
     """The gradients by weight and bias, or None, of x (M, K) by weight (N, K) transposed, plus bias
     (N,), from g (M, N)."""
     (M, K), N = x.shape, g.shape[1]
-    if of_weight and _FASTER and M * K * N >= _LEAST_GRADIENT:
+    if of_weight and _WIDE and M * K * N >= _LEAST_GRADIENT:
         dw, db = x.new_empty(N, K), x.new_empty(N) if of_bias else None
         if kernels.linear_weight(dw, db, g, x):
             return dw, db
@@ -92,25 +102,30 @@ def _forward(x, weight, bias):
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear, its arguments and results; its errors too.
 
-    input: (..., K), weight: (N, K), bias: (N,). Where oneDNN's product was measured to be faster
-    than PyTorch's (fp32 on an AMD processor with AVX-512, from 2^22 multiplications), that; and a
-    kernel for the gradients by weight and bias. Differentiable any number of times.
+    input: (..., K), weight: (N, K), bias: (N,). Where that was measured to be faster than PyTorch's
+    product (fp32 on an AMD processor): a kernel for up to 16 rows, as in decoding; with AVX-512 and
+    from 2^22 multiplications oneDNN's product, and a kernel for the gradients by weight and bias.
+    Differentiable any number of times.
     """
-    if _FASTER and not is_compiling():
+    if _AMD and not is_compiling():
         try:
             # Sizes first: small calls are most, and asking for the road takes 0.5 us.
+            K, weights = input.shape[-1], weight.numel()
+            rows = input.numel() // K
+            few, many = rows <= _FEW and weights >= _LEAST_WEIGHTS, rows * weights >= _LEAST
             fits = (
-                input.numel() * len(weight) >= _LEAST
+                (few or (many and _WIDE))
                 and input.dtype == weight.dtype == torch.float32
                 and (bias is None or bias.dtype == torch.float32)
-                and input.shape[-1] == weight.shape[1]
+                and K == weight.shape[1]
                 and weight.dim() == 2
                 and not torch.is_autocast_enabled("cpu")
             )
             road = gate(input, weight, bias) if fits else SLOW
-            if road != SLOW:
-                call = _forward if road == DIRECT else _Linear.apply
-                return call(input, weight, bias)
-        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+            if road == DIRECT:
+                return _forward(input, weight, bias)
+            if road == GRAD and many:  # less does not pay for the node
+                return _Linear.apply(input, weight, bias)
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, ZeroDivisionError):
             pass  # PyTorch names the argument
     return F.linear(input, weight, bias)

@@ -1,5 +1,5 @@
-// The gradients of a linear layer at one ISA level on drawn shapes, against plain double loops; and
-// the same bits from one thread and from three.
+// A linear layer of few rows, and the gradients of any number, at one ISA level on drawn shapes,
+// against plain double loops; and the same bits from one thread and from three.
 #include "harness.h"
 
 namespace {
@@ -41,6 +41,30 @@ void gradients(Pick& pick, int64_t M, int64_t K, int64_t N) {
   }
 }
 
+void values_of_few(Pick& pick, int64_t M, int64_t K, int64_t N) {
+  Tensor x({M, K}, Dtype::f32, pick.of({Layout::dense, Layout::padded}));
+  Tensor weight({N, K}, Dtype::f32, pick.of({Layout::dense, Layout::padded}));
+  Tensor bias({N}, Dtype::f32), y({M, N}, Dtype::f32);
+  for (Tensor* t : {&x, &weight, &bias}) pick.fill(*t);
+  const bool biased = pick.one_in(2);
+  LinearParams p;
+  p.x = x, p.weight = weight, p.y = y;
+  if (biased) p.bias = bias;
+  same_bits({&y}, [&](int threads) {
+    p.threads = threads;
+    kernels().linear(p);
+  });
+  CHECK(y.written() == y.numel);
+  const auto xs = values(x), ws = values(weight);
+  for (int64_t m = 0; m < M; ++m)
+    for (int64_t n = 0; n < N; ++n) {
+      double want = biased ? bias.as<float>()[n] : 0.0;
+      for (int64_t k = 0; k < K; ++k) want += xs[m * K + k] * ws[n * K + k];
+      CHECK(std::fabs(y.as<float>()[m * N + n] - want) <=
+            1e-6 * (4 + 4 * std::sqrt(static_cast<double>(K))));
+    }
+}
+
 }  // namespace
 
 int main(int argc, char**) {
@@ -53,10 +77,16 @@ int main(int argc, char**) {
     }
   };
   cases(3, [](Pick& pick) { gradients(pick, 530, 270, 200); });
+  cases(3, [](Pick& pick) { values_of_few(pick, 7, 512, 203); });
+  if (!quick)
+    cases(200, [](Pick& pick) {
+      values_of_few(pick, pick.of({0, 1, 2, 3, 4, 5, 9}), pick.of({0, 16, 48, 128}),
+                    pick.of({0, 1, 3, 4, 18, 33}));
+    });
   if (!quick)
     cases(200, [](Pick& pick) {
       gradients(pick, pick.of({0, 1, 3, 70, 260}), pick.of({0, 1, 15, 32, 47}),
                 pick.of({0, 1, 12, 13, 50}));
     });
-  std::printf("%s: every gradient of a linear layer ran clean\n", GENFAST_TEXT(GENFAST_ISA));
+  std::printf("%s: every linear kernel ran clean\n", GENFAST_TEXT(GENFAST_ISA));
 }
