@@ -23,6 +23,7 @@ class Gate {
     is_grad_enabled_ = grab(c, "is_grad_enabled");
     dispatch_modes_ = grab(c, "_len_torch_dispatch_stack");
     functorch_level_ = grab(functorch, "maybe_current_level");
+    tracing_ = grab(c, "_get_tracing_state");
     threads_ = grab(torch, "get_num_threads");
     empty_like_ = grab(torch, "empty_like");
     forward_ad_ = pybind11::module_::import("torch.autograd.forward_ad").attr("__dict__").ptr();
@@ -40,6 +41,10 @@ class Gate {
     if (level == nullptr) return fail();
     Py_DECREF(level);
     if (level != Py_None) return kSlow;
+    PyObject* trace = PyObject_CallNoArgs(tracing_);  // torch.jit.trace sees torch's calls alone
+    if (trace == nullptr) return fail();
+    Py_DECREF(trace);
+    if (trace != Py_None) return kSlow;
     PyObject* forward = PyDict_GetItem(forward_ad_, current_level_);  // borrowed
     if (forward != nullptr && PyLong_AsLong(forward) >= 0) return kSlow;
     bool wanted = false;
@@ -92,9 +97,9 @@ class Gate {
 
   bool ready_ = false, forced_ = false;
   PyObject *tensor_ = nullptr, *parameter_ = nullptr, *is_grad_enabled_ = nullptr,
-           *dispatch_modes_ = nullptr, *functorch_level_ = nullptr, *threads_ = nullptr,
-           *empty_like_ = nullptr, *forward_ad_ = nullptr, *current_level_ = nullptr,
-           *requires_grad_ = nullptr, *is_neg_ = nullptr;
+           *dispatch_modes_ = nullptr, *functorch_level_ = nullptr, *tracing_ = nullptr,
+           *threads_ = nullptr, *empty_like_ = nullptr, *forward_ad_ = nullptr,
+           *current_level_ = nullptr, *requires_grad_ = nullptr, *is_neg_ = nullptr;
 };
 
 }  // namespace genfast

@@ -443,3 +443,30 @@ def test_export(strict):
     for program in (exported, exported.run_decompositions()):
         for a, b in zip(program.module()(*args), Model()(*args), strict=True):
             close(a, b)
+
+
+_W = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+_K = torch.randn(16, 16, 3, 3, generator=torch.Generator().manual_seed(1))
+TRACED = {
+    "attention": ((1, 2, 8, 16), lambda x: genfast.attention(x, x, x)),
+    "bias_act": ((4, 32), lambda x: genfast.bias_act(x)),
+    "conv2d": ((4, 16, 8, 8), lambda x: genfast.conv2d(x, _K, padding=1)),
+    "guide": ((4, 32), lambda x: genfast.guide(x, 2 * x, 3.0)),
+    "layer_norm": ((4, 32), lambda x: genfast.layer_norm(x)),
+    "linear": ((3, 256), lambda x: genfast.linear(x, _W)),
+    "reparameterize": ((4, 32), lambda x: genfast.reparameterize(x, x, seed=1)),
+    "upfirdn2d": ((1, 2, 8, 8), lambda x: genfast.upfirdn2d(x, torch.ones(2, 2))),
+}
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", TRACED)
+def test_a_trace_sees_what_the_kernel_would_compute(name):
+    """torch.jit.trace records torch's calls: a kernel's result would be a constant to it."""
+    shape, call = TRACED[name]
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    if len(shape) == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    traced = torch.jit.trace(call, (x,))
+    torch.testing.assert_close(traced(2 * x + 1), call(2 * x + 1), rtol=1e-4, atol=1e-4)

@@ -158,6 +158,9 @@ class VAE(GaussianVAE):
 class ConvVAE(GaussianVAE):
     """Two convolutions of stride 2 (C -> width -> 2 width), a linear layer to mu and logvar, and
     the same back with transposed convolutions. shape: (C, H, W), H and W multiples of 4.
+
+    SiLU next to a linear layer acts on flat features: on images its gradient would come in another
+    memory order than its input, which took 0.5 of 15 ms a training step.
     """
 
     def __init__(
@@ -178,8 +181,9 @@ class ConvVAE(GaussianVAE):
         self.inner = (2 * width, H // 4, W // 4)
         features = math.prod(self.inner)
         self.encoder = nn.Sequential(
-            nn.Conv2d(C, width, 4, 2, 1), nn.SiLU(), nn.Conv2d(width, 2 * width, 4, 2, 1), nn.SiLU()
-        )
+            nn.Conv2d(C, width, 4, 2, 1), nn.SiLU(), nn.Conv2d(width, 2 * width, 4, 2, 1),
+            nn.Flatten(), nn.SiLU(),
+        )  # fmt: skip
         self.to_posterior = Linear(features, 2 * z_dim)  # mu, then logvar
         self.from_z = Linear(z_dim, features)
         self.decoder = nn.Sequential(
@@ -189,9 +193,9 @@ class ConvVAE(GaussianVAE):
         self.to(memory_format=torch.channels_last)  # 14% of a training step on two cores
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        h = self.encoder(self._shaped(x)).flatten(1)
-        mu, logvar = self.to_posterior(h).chunk(2, 1)
+        mu, logvar = self.to_posterior(self.encoder(self._shaped(x))).chunk(2, 1)
         return mu, logvar
 
     def decode(self, z: Tensor) -> Tensor:
-        return self.decoder(self.from_z(z).unflatten(1, self.inner))
+        h = self.decoder[0](self.from_z(z)).unflatten(1, self.inner)
+        return self.decoder[1:](h.contiguous(memory_format=torch.channels_last))
