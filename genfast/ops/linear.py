@@ -51,14 +51,14 @@ _FEW, _LEAST_WEIGHTS = 16, 1 << 15
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a (M, K) by b (N, K) transposed, plus bias (N,): of plain tensors, without a graph."""
-    if not _AMD or a.dtype != torch.float32 or b.dtype != torch.float32:
+    if not (_AMD and a.is_cpu and a.dtype == b.dtype == torch.float32):
         return F.linear(a, b, bias)
     (M, K), N = a.shape, len(b)
     if M <= _FEW and N * K >= _LEAST_WEIGHTS:
         y = a.new_empty(M, N)
         if kernels.linear(y, a, b, bias):
             return y
-    elif _WIDE and M * K * N >= _LEAST and a.is_cpu and torch.backends.mkldnn.enabled:
+    elif _WIDE and M * K * N >= _LEAST and torch.backends.mkldnn.enabled:
         return _onednn(a, b, bias, "none", [], "")
     return F.linear(a, b, bias)
 
@@ -115,6 +115,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             few, many = rows <= _FEW and weights >= _LEAST_WEIGHTS, rows * weights >= _LEAST
             fits = (
                 (few or (many and _WIDE))
+                and input.is_cpu
                 and input.dtype == weight.dtype == torch.float32
                 and (bias is None or bias.dtype == torch.float32)
                 and K == weight.shape[1]
