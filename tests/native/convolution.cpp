@@ -137,12 +137,6 @@ void convolutions(Pick& pick, int64_t B, int64_t I, int64_t O, int64_t height, i
 int main(int argc, char**) {
   const bool quick = argc > 1;  // ThreadSanitizer: the shapes with work for several threads
   if (!cpu::runs(GENFAST_TEXT(GENFAST_ISA))) return 77;
-  const auto cases = [&](int count, auto&& one) {
-    for (int i = 0; i < count; ++i) {
-      Pick pick(++g_case);
-      one(pick);
-    }
-  };
   // Several blocks of tiles, several slabs.
   cases(quick ? 3 : 4, [](Pick& pick) { convolutions(pick, 5, 16, 32, 13, 18); });
   if (!quick)

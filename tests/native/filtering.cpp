@@ -213,12 +213,6 @@ int main(int argc, char**) {
   const bool quick = argc > 1;  // ThreadSanitizer: the shapes with work for several threads
   const char* level = GENFAST_TEXT(GENFAST_ISA);
   if (!cpu::runs(level)) return 77;
-  const auto cases = [&](int count, auto&& one) {
-    for (int i = 0; i < count; ++i) {
-      Pick pick(++g_case);
-      one(pick);
-    }
-  };
   // From 65536 and 32768 elements on, several threads work.
   cases(quick ? 4 : 24, [](Pick& pick) {
     bias_acts(pick, 3, 11, 2100);

@@ -131,6 +131,15 @@ struct Pick {
   }
 };
 
+// one(pick) for `count` cases.
+template <class One>
+void cases(int count, One&& one) {
+  for (int i = 0; i < count; ++i) {
+    Pick pick(++g_case);
+    one(pick);
+  }
+}
+
 // The same memory would do for both, element for element.
 inline bool same_layout(const TensorView& a, const TensorView& b) {
   bool same = a.dtype == b.dtype;

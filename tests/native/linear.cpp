@@ -70,12 +70,6 @@ void values_of_few(Pick& pick, int64_t M, int64_t K, int64_t N) {
 int main(int argc, char**) {
   const bool quick = argc > 1;  // ThreadSanitizer: the shapes with work for several threads
   if (!cpu::runs(GENFAST_TEXT(GENFAST_ISA))) return 77;
-  const auto cases = [&](int count, auto&& one) {
-    for (int i = 0; i < count; ++i) {
-      Pick pick(++g_case);
-      one(pick);
-    }
-  };
   cases(3, [](Pick& pick) { gradients(pick, 530, 270, 200); });
   cases(3, [](Pick& pick) { values_of_few(pick, 7, 512, 203); });
   if (!quick)

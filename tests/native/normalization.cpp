@@ -137,12 +137,6 @@ int main(int argc, char**) {
   const bool quick = argc > 1;  // ThreadSanitizer: the shapes with work for several threads
   const char* level = GENFAST_TEXT(GENFAST_ISA);
   if (!cpu::runs(level)) return 77;
-  const auto cases = [&](int count, auto&& one) {
-    for (int i = 0; i < count; ++i) {
-      Pick pick(++g_case);
-      one(pick);
-    }
-  };
   // From 32768 elements on, several threads work; one sample of them is cut into parts.
   cases(quick ? 4 : 12, [](Pick& pick) {
     norms(pick, 3, 12, 2100, pick.of({3, 4, 12}));
