@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -270,6 +271,16 @@ def test_errors_of_conv2d_are_torchs(change):
         genfast.conv2d(**given, padding=1)
     first = str(want.value).split(" - got")[0]  # of keywords or places, then
     assert str(got.value).startswith(first)
+
+
+@pytest.mark.parametrize("setting", [True, np.array([1, 1]), (1, 1, 1), "1", None], ids=str)
+@pytest.mark.parametrize("name", ["stride", "padding", "dilation", "groups"])
+def test_wrong_settings_of_conv2d_are_torchs_errors(name, setting):
+    given = dict(padding=1) | {name: setting}
+    with pytest.raises((TypeError, RuntimeError)) as want:
+        F.conv2d(*convolution("odd"), **given)
+    with pytest.raises(want.type):
+        genfast.conv2d(*convolution("odd"), **given)
 
 
 @torch.no_grad()

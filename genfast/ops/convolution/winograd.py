@@ -35,8 +35,6 @@ _LEAST_TILES, _MOST_WEIGHTS_A_TILE = 8, 1024
 _MOST_SUMS, _MOST_SUMS_A_TILE = 1 << 14, 256
 # Without fused multiply-adds nothing was measured.
 _MEASURED = _C.build_info()["isa"] in ("amx", "v4", "v3")
-_ONE = (1, (1, 1), [1, 1])
-_AROUND = (*_ONE, "same")  # padding that keeps the sizes
 
 
 def _tiles(x: Tensor, enlarged: bool) -> int:
@@ -146,6 +144,13 @@ def convolved(x, weight, bias=None, term=None, projection=None, enlarged=False) 
         return None  # PyTorch names the argument
 
 
+def _one(setting) -> bool:
+    """1 for both axes, of the types that F.conv2d takes: True and arrays are its errors."""
+    if type(setting) in (tuple, list):
+        return len(setting) == 2 and all(type(n) is int and n == 1 for n in setting)
+    return type(setting) is int and setting == 1
+
+
 def conv2d(
     input: Tensor,
     weight: Tensor,
@@ -166,7 +171,8 @@ def conv2d(
     threads.
     Lavin & Gray, "Fast algorithms for convolutional neural networks", 2016, F(2 x 2, 3 x 3).
     """
-    if stride in _ONE and padding in _AROUND and dilation in _ONE and groups == 1:
+    around = padding == "same" if type(padding) is str else _one(padding)
+    if around and _one(stride) and _one(dilation) and type(groups) is int and groups == 1:
         y = convolved(input, weight, bias)
         if y is not None:
             return y
