@@ -9,14 +9,21 @@ bool rows_of(const TensorView& t) {
   return t.dtype == Dtype::f32 && t.ndim == 2 && (t.shape[1] <= 1 || t.strides[1] == 1);
 }
 
-bool linear(TensorArgument& y, TensorArgument& x, TensorArgument& weight, TensorArgument& bias) {
+// Rows, or their transpose.
+bool matrix_of(const TensorView& t) {
+  return rows_of(t) || (t.dtype == Dtype::f32 && t.ndim == 2 && t.strides[0] == 1);
+}
+
+bool linear(TensorArgument& y, TensorArgument& x, TensorArgument& weight, TensorArgument& bias,
+            bool relu) {
   if (!given({&y, &x, &weight}) || !same_device({&y, &x, &weight, &bias}) || !rows_of(y) ||
-      !is_contiguous(y) || !rows_of(x) || !rows_of(weight) || x.shape[1] % 16 != 0 ||
-      x.shape[1] != weight.shape[1] || y.shape[0] != x.shape[0] || y.shape[1] != weight.shape[0] ||
+      !is_contiguous(y) || !rows_of(x) || !matrix_of(weight) || x.shape[1] != weight.shape[1] ||
+      y.shape[0] != x.shape[0] || y.shape[1] != weight.shape[0] ||
       !vector_of(bias, Dtype::f32, weight.shape[0]))
     return false;
   LinearParams p;
-  p.x = x, p.weight = weight, p.bias = bias, p.y = y, p.threads = threads_for(weight);
+  p.x = x, p.weight = weight, p.bias = bias, p.y = y, p.relu = relu;
+  p.threads = threads_for(weight);
   return run(p, weight, &cpu::Kernels::linear);
 }
 

@@ -1,5 +1,6 @@
 """linear and nn.Linear against PyTorch in fp64, on oneDNN's road wherever oneDNN is."""
 
+import copy
 import sys
 from functools import partial
 
@@ -15,11 +16,11 @@ module = sys.modules["genfast.ops.linear"]  # the function of the same name hide
 pytestmark = pytest.mark.skipif(
     module._onednn is None or not torch.backends.mkldnn.is_available(), reason="no oneDNN"
 )
-# x, and output features; "few" has too few products
+# x, and output features; "little" has too few products, "small" too few for oneDNN
 SHAPES = {
     "rows": ((160, 192), 144), "three": ((4, 50, 192), 112), "tall": ((4100, 40), 32),
-    "few": ((8, 20), 30), "one row": ((1, 2048), 2100), "vector": ((2048,), 2100),
-    "none": ((0, 64), 32),
+    "small": ((20, 601), 203), "little": ((8, 20), 30), "one row": ((1, 2048), 2100),
+    "vector": ((2048,), 2100), "none": ((0, 64), 32),
 }  # fmt: skip
 
 
@@ -49,30 +50,69 @@ def run(function, tensors, dtype=torch.float32):
     return [alone, y.detach(), *torch.autograd.grad(y, leaves, randn(*y.shape, seed=9).to(dtype))]
 
 
+def relu_linear(*tensors):
+    return F.relu(F.linear(*tensors))
+
+
+ACTS = {"linear": F.linear, "relu": relu_linear}
+
+
+@pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("name", SHAPES)
-def test_values_and_gradients(name, biased):
+def test_values_and_gradients(name, biased, act):
     tensors = given(name)[: 3 if biased else 2]
-    ours, plain = run(genfast.linear, tensors), run(F.linear, tensors)
+    ours, plain = run(partial(genfast.linear, act=act), tensors), run(ACTS[act], tensors)
     assert torch.equal(ours[0], ours[1])
-    for i, three in enumerate(zip(ours, plain, run(F.linear, tensors, torch.float64), strict=True)):
+    for i, three in enumerate(
+        zip(ours, plain, run(ACTS[act], tensors, torch.float64), strict=True)
+    ):
         assert three[0].stride() == three[1].stride()
         yardstick(f"{name}, tensor {i}", *three, kind="output" if i < 2 else "gradient")
 
 
-def test_the_faster_product_is_taken(monkeypatch):
-    """And not for few products, few rows, other dtypes, by the reference, or where it is off."""
-    calls, gradients, found, own = [], [], module._onednn, module.kernels.linear_weight
-    monkeypatch.setattr(module, "_onednn", lambda *a: calls.append(1) or found(*a))
-    monkeypatch.setattr(module.kernels, "linear_weight", lambda *a: gradients.append(1) or own(*a))
-    x, weight, bias = given("rows")
+@pytest.fixture
+def taken(monkeypatch):
+    """Calls of each product since it was last asked."""
+    calls = {"onednn": 0, "linear": 0, "linear_weight": 0}
+
+    def count(place, name, key):
+        found = getattr(place, name)
+
+        def call(*args):
+            done = found(*args)
+            calls[key] += done is not False
+            return done
+
+        monkeypatch.setattr(place, name, call)
+
+    count(module, "_onednn", "onednn")
+    count(module.kernels, "linear", "linear")
+    count(module.kernels, "linear_weight", "linear_weight")
+
+    def ask():
+        found = {name: n for name, n in calls.items() if n}
+        calls.update(dict.fromkeys(calls, 0))
+        return found
+
+    return ask
+
+
+def test_the_faster_product_is_taken(taken, monkeypatch):
+    """And not for few products, other dtypes, by the reference, or where it is off."""
+    x, weight, bias = given("tall")
     genfast.linear(x, weight, bias)
-    genfast.linear(x.requires_grad_(), weight.requires_grad_(), bias).sum().backward()
-    assert len(calls) == 3  # of the second call: forward, and the gradient by x
-    assert len(gradients) == 1
-    x, weight = x.detach(), weight.detach()
-    genfast.linear(*given("few"))
-    genfast.linear(*given("one row"))
+    assert taken() == {"onednn": 1}
+    for name, many in (("tall", "onednn"), ("rows", "linear")):
+        leaves = [t.requires_grad_() for t in given(name)]
+        for act in ACTS:
+            genfast.linear(*leaves, act=act).square().sum().backward()
+            by_x = {"onednn": 2 if many == "onednn" else 1}
+            assert taken() == {many: 1} | by_x | {"linear_weight": 1}
+    leaves = [t.requires_grad_() for t in given("small")]
+    genfast.linear(*leaves).square().sum().backward()
+    assert taken() == {"linear": 2, "linear_weight": 1}
+    genfast.linear(*given("little"))
     genfast.linear(*given("rows", torch.float64))
     genfast.linear(*given("rows", torch.bfloat16))
     with genfast.backend("reference"):
@@ -83,40 +123,43 @@ def test_the_faster_product_is_taken(monkeypatch):
         genfast.linear(x, weight, bias)
     monkeypatch.setattr(module, "_WIDE", False)
     genfast.linear(x, weight, bias)
-    assert len(calls) == 3
+    genfast.linear(*given("rows"))
+    assert taken() == {}
 
 
-def test_the_kernel_for_few_rows_is_taken(monkeypatch):
-    calls, found = [], module.kernels.linear
-    monkeypatch.setattr(module.kernels, "linear", lambda *a: calls.append(1) or found(*a))
+def test_the_kernel_for_few_rows_is_taken(taken, monkeypatch):
     x, weight, bias = given("one row")
     genfast.linear(x, weight, bias)
     genfast.linear(x[0], weight)
-    genfast.linear(x.expand(16, -1)[:, None], weight)
-    assert len(calls) == 3
-    genfast.linear(x.expand(17, -1), weight)
-    genfast.linear(*given("few"))
+    genfast.linear(x.expand(16, -1)[:, None], weight, act="relu")
+    assert taken() == {"linear": 3}
+    genfast.linear(*given("little"))
     genfast.linear(x.double(), weight.double())
     genfast.linear(x, weight[:8])
     genfast.linear(x[:, :256].requires_grad_(), weight[:, :256])  # too little for a node
     with genfast.backend("reference"):
         genfast.linear(x, weight, bias)
+    monkeypatch.setattr(module, "_WIDE", False)  # AVX2
+    genfast.linear(x.expand(17, -1), weight)
     monkeypatch.setattr(module, "_AMD", False)
     genfast.linear(x, weight, bias)
-    assert len(calls) == 3
+    assert taken() == {}
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("rows", [16, 90])
 @pytest.mark.parametrize("outputs", [2048, 2051])
-def test_a_row_does_not_see_the_others(outputs):
-    x, weight, bias = randn(16, 64), randn(outputs, 64, seed=2), randn(outputs, seed=3)
+def test_a_row_does_not_see_the_others(outputs, rows):
+    x, weight, bias = randn(rows, 64), randn(outputs, 64, seed=2), randn(outputs, seed=3)
     whole, before = genfast.linear(x, weight, bias), torch.get_num_threads()
     three = [t.double() for t in (x, weight, bias)]
     yardstick("few rows", whole, F.linear(x, weight, bias), F.linear(*three))
-    for rows in (slice(0, 1), slice(3, 8), slice(2, 16)):
+    # By one kernel: the one for up to 16 rows adds in another order.
+    few, many = [slice(0, 1), slice(3, 8), slice(2, 16)], [slice(0, 17), slice(9, 90)]
+    for part in few if rows == 16 else many:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            assert torch.equal(genfast.linear(x[rows], weight, bias), whole[rows])
+            assert torch.equal(genfast.linear(x[part], weight, bias), whole[part])
     torch.set_num_threads(before)
 
 
@@ -139,19 +182,31 @@ def test_strides_of_every_kind():
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
 
 
-def test_gradients_of_any_order():
+def test_relu_is_torchs_at_the_edges():
+    """A NaN stays one, and a gradient is 0 at 0."""
+    x, weight, bias = given("rows")
+    x[3, 5], weight[7], bias[7] = float("nan"), 0.0, 0.0
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    pairs = run(partial(genfast.linear, act="relu"), leaves), run(relu_linear, leaves)
+    for got, want in zip(*pairs, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3, equal_nan=True)
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_gradients_of_any_order(act):
     def second(function):
         leaves = [t.requires_grad_() for t in given("three")]
         first = torch.autograd.grad(function(*leaves).square().sum(), leaves, create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
 
-    for got, want in zip(second(genfast.linear), second(F.linear), strict=True):
+    ours, plain = partial(genfast.linear, act=act), ACTS[act]
+    for got, want in zip(second(ours), second(plain), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
     leaves = [t.requires_grad_() for t in given("rows")]
     some = torch.stack([randn(160, 144, seed=5), randn(160, 144, seed=6)])
     got, want = (
         torch.autograd.grad(function(*leaves), leaves, some, is_grads_batched=True)
-        for function in (genfast.linear, F.linear)
+        for function in (ours, plain)
     )
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
@@ -174,6 +229,13 @@ def test_the_module_is_torchs():
     x = given("three")[0]
     torch.testing.assert_close(ours(x), torchs(x), rtol=1e-4, atol=1e-4)
     assert repr(ours) == repr(torchs)
+    active = Linear(192, 144, act="relu")
+    active.load_state_dict(torchs.state_dict())
+    torch.testing.assert_close(active(x), torchs(x).relu(), rtol=1e-4, atol=1e-4)
+    assert "act=relu" in repr(active) and torch.equal(copy.deepcopy(active)(x), active(x))
+    for wrong in (Linear, partial(genfast.linear, given("little")[0])):
+        with pytest.raises(ValueError, match="act: expected"):
+            wrong(20, 30, act="gelu")
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,15 @@
-// linear: y = x weight^T + bias of few rows, and the gradients by weight and bias of any number.
+// linear: y = act(x weight^T + bias), and the gradients by weight and bias.
 #pragma once
 #include "api/tensor.h"
 
 namespace genfast {
 
 struct LinearParams {
-  TensorView x, weight;  // f32 [M, K] and [N, K], unit last strides, K a multiple of 16
-  TensorView bias;       // f32 [N], contiguous, or undefined
-  TensorView y;          // f32 [M, N], contiguous
+  TensorView x;       // f32 [M, K], unit last stride
+  TensorView weight;  // f32 [N, K], one of its strides 1
+  TensorView bias;    // f32 [N], contiguous, or undefined
+  TensorView y;       // f32 [M, N], contiguous
+  bool relu = false;
   int threads = 1;
 };
 

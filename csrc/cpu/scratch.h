@@ -6,6 +6,14 @@
 #include <new>
 
 namespace genfast::cpu {
+
+// Scratch memory, 64-byte aligned, which the calling thread keeps for its next call: up to 8 MiB.
+// Freed each time, it went back to the system and came as fresh pages: 250 to 1000 page faults in a
+// VAE's training step, up to 0.7 of 2.4 ms. Given back by the thread that took it. Throws
+// bad_alloc.
+char* take_scratch(int64_t bytes);
+void give_scratch(char* data);
+
 namespace {
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -31,11 +39,8 @@ struct Arena {
 class Memory {
  public:
   // Made on the calling thread, where an exception can leave.
-  explicit Memory(int64_t bytes)
-      : data_(static_cast<char*>(std::aligned_alloc(64, round_up(bytes > 0 ? bytes : 1, 64)))) {
-    if (data_ == nullptr) throw std::bad_alloc();
-  }
-  ~Memory() { std::free(data_); }
+  explicit Memory(int64_t bytes) : data_(take_scratch(bytes)) {}
+  ~Memory() { give_scratch(data_); }
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
   char* data() const { return data_; }

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genfast.models._seeds import in_tiles, sample_seeds
@@ -141,18 +140,18 @@ class VAE(GaussianVAE):
         _check.number("beta", beta, low=0.0)
         self.config = {"x_dim": x_dim, "h_dim": h_dim, "z_dim": z_dim, "beta": beta}
         self.x_shape, self.z_dim, self.beta = (x_dim,), z_dim, beta
-        self.fc1 = Linear(x_dim, h_dim)
+        self.fc1 = Linear(x_dim, h_dim, act="relu")
         self.fc21 = Linear(h_dim, z_dim)  # mu
         self.fc22 = Linear(h_dim, z_dim)  # logvar
-        self.fc3 = Linear(z_dim, h_dim)
+        self.fc3 = Linear(z_dim, h_dim, act="relu")
         self.fc4 = Linear(h_dim, x_dim)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        h = F.relu(self.fc1(self._shaped(x)))
+        h = self.fc1(self._shaped(x))
         return self.fc21(h), self.fc22(h)
 
     def decode(self, z: Tensor) -> Tensor:
-        return self.fc4(F.relu(self.fc3(z)))
+        return self.fc4(self.fc3(z))
 
 
 class ConvVAE(GaussianVAE):

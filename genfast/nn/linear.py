@@ -1,14 +1,28 @@
-"""torch.nn's Linear on `genfast.linear`: the same constructor, parameters and state dict."""
+"""torch.nn's Linear on `genfast.linear`: the same parameters and state dict."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
+from genfast.ops import _check
 from genfast.ops.linear import linear
 
 
 class Linear(nn.Linear):
-    """x (..., in_features) -> (..., out_features)."""
+    """x (..., in_features) -> act(x weight^T + bias) (..., out_features), act: "linear" or "relu";
+    torch.nn's arguments else.
+    """
+
+    act = "linear"  # of layers that `accelerate` turned over, too
+
+    def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, *,
+                 act: str = "linear"):  # fmt: skip
+        super().__init__(in_features, out_features, bias, device, dtype)
+        _check.choice("act", act, ("linear", "relu"))
+        self.act = act
 
     def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight, self.bias)
+        return linear(input, self.weight, self.bias, act=self.act)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", act={self.act}" if self.act != "linear" else "")

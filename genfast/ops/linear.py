@@ -1,10 +1,11 @@
-"""linear: x weight^T + bias, by the product that is fast on this processor.
+"""linear: act(x weight^T + bias), by the product that is fast on this processor.
 
 PyTorch's fp32 products are MKL's, which leaves the 512-bit units of AMD's processors alone: 180 to
 210 of 490 GFLOP/s on two Zen 5 cores, where oneDNN, which PyTorch carries too, reaches 320 to 470.
-So there, and from the sizes that were measured, they are oneDNN's; but for the gradients by weight
-and bias, where it copies both factors (200 to 380), and few rows, which MKL multiplies at 15 to 60
-GB/s of the weight. Those have kernels here: 360 to 410 GFLOP/s, and 60 to 180 GB/s.
+So there, and from the sizes that were measured, they are oneDNN's; but for up to 256 rows (160 to
+400 in its hands) and the gradients by weight and bias, where it copies both factors (200 to 380),
+and few rows, which MKL multiplies at 15 to 60 GB/s of the weight. Those have kernels here: 300 to
+460 GFLOP/s, and 60 to 180 GB/s.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from genfast._native import _C
+from genfast.ops import _check
 from genfast.ops._backend import kernels
 from genfast.ops._road import (
     DIRECT,
@@ -28,6 +30,7 @@ from genfast.ops._road import (
 )
 
 _info = _C.build_info()
+_relu_backward = torch.ops.aten.threshold_backward.default
 # Inductor's own name for it: (x, weight, bias, "none", no scalars, no algorithm).
 _onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _AMD = (
@@ -41,6 +44,12 @@ _WIDE = (
 # Multiplications from which oneDNN wins: (128, 400) by (400, 40), 2^21, take 25 us either way,
 # (64, 400) by (400, 784), 2^24, 0.57 of MKL's time.
 _LEAST = 1 << 22
+# Rows up to which the kernel wins, and from how many multiplications: of 32, 64, 128 and 256 rows
+# it takes 0.55 to 0.83, 0.68 to 0.95, 0.86 to 1.0 and 0.96 to 1.04 times the best other's time, of
+# 512 from 1.0 on. Smaller products of 2^19 take 0.53 to 0.8, but the call from Python makes 1.2 to
+# 1.4 of that (2^21: 0.6 to 0.8). A transposed weight (a gradient by x) is copied first: from _LEAST
+# on 0.9 to 1.7 times oneDNN's.
+_MANY, _LEAST_OWN = 256, 1 << 21
 # The same of a weight's gradient: of 400 x 40 over 128 rows 0.5 times MKL's time, of 400 x 20, half
 # the size, 1.05 times.
 _LEAST_GRADIENT = 1 << 21
@@ -49,18 +58,23 @@ _LEAST_GRADIENT = 1 << 21
 _FEW, _LEAST_WEIGHTS = 16, 1 << 15
 
 
-def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
     """a (M, K) by b (N, K) transposed, plus bias (N,): of plain tensors, without a graph."""
-    if not (_AMD and a.is_cpu and a.dtype == b.dtype == torch.float32):
-        return F.linear(a, b, bias)
-    (M, K), N = a.shape, len(b)
-    if M <= _FEW and N * K >= _LEAST_WEIGHTS:
-        y = a.new_empty(M, N)
-        if kernels.linear(y, a, b, bias):
-            return y
-    elif _WIDE and M * K * N >= _LEAST and torch.backends.mkldnn.enabled:
-        return _onednn(a, b, bias, "none", [], "")
-    return F.linear(a, b, bias)
+    if _AMD and a.is_cpu and a.dtype == b.dtype == torch.float32:
+        (M, K), N = a.shape, len(b)
+        products, rows = M * K * N, b.stride(1) == 1
+        if M <= _FEW:
+            own = N * K >= _LEAST_WEIGHTS and rows and K % 16 == 0
+        else:
+            own = _WIDE and M <= _MANY and products >= _LEAST_OWN and (rows or products < _LEAST)
+        if own:
+            y = a.new_empty(M, N)
+            if kernels.linear(y, a, b, bias, relu):
+                return y
+        if _WIDE and products >= _LEAST and torch.backends.mkldnn.enabled:
+            return _onednn(a, b, bias, "relu" if relu else "none", [], "")
+    y = F.linear(a, b, bias)
+    return y.relu_() if relu else y
 
 
 def weight_gradient(
@@ -78,43 +92,54 @@ def weight_gradient(
 
 class _Linear(Function):
     @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        return _forward(x, weight, bias)
+    def forward(ctx, x, weight, bias, relu):
+        y = _forward(x, weight, bias, relu)
+        ctx.save_for_backward(x, weight, y if relu else None)
+        return y
 
     @staticmethod
     def backward(ctx, g):
-        x, weight = ctx.saved_tensors
-        of_x, of_weight, of_bias = ctx.needs_input_grad
-        rows = g.reshape(-1, g.shape[-1])
+        x, weight, y = ctx.saved_tensors
+        of_x, of_weight, of_bias, _ = ctx.needs_input_grad
         if wants_graph() or not plain(g):
+            g = g if y is None else torch.where(y <= 0, 0, g)
             dx, dw = differentiable_backward(F.linear, (x, weight), (g,))
-            db = rows.sum(0) if of_bias else None
-            return dx if of_x else None, dw if of_weight else None, db
+            db = g.reshape(-1, g.shape[-1]).sum(0) if of_bias else None
+            return dx if of_x else None, dw if of_weight else None, db, None
+        g = g if y is None else _relu_backward(g, y, 0)
+        rows = g.reshape(-1, g.shape[-1])
         dx = product(rows, weight.t()).view(x.shape) if of_x else None
-        return dx, *weight_gradient(rows, x.reshape(-1, x.shape[-1]), of_weight, of_bias)
+        gradients = weight_gradient(rows, x.reshape(-1, x.shape[-1]), of_weight, of_bias)
+        return dx, *gradients, None
 
 
-def _forward(x, weight, bias):
-    return product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
+def _forward(x, weight, bias, relu):
+    return product(x.reshape(-1, x.shape[-1]), weight, bias, relu).view(*x.shape[:-1], len(weight))
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear, its arguments and results; its errors too.
+def linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, act: str = "linear"
+) -> Tensor:
+    """act(input weight^T + bias): F.linear, its arguments and results; its errors too.
 
-    input: (..., K), weight: (N, K), bias: (N,). Where that was measured to be faster than PyTorch's
-    product (fp32 on an AMD processor): a kernel for up to 16 rows, as in decoding; with AVX-512 and
-    from 2^22 multiplications oneDNN's product, and a kernel for the gradients by weight and bias.
-    Differentiable any number of times.
+    input: (..., K), weight: (N, K), bias: (N,). act: "linear" or "relu". Where that was measured to
+    be faster than PyTorch's product (fp32 on an AMD processor): a kernel for up to 16 rows, as in
+    decoding; with AVX-512 a kernel for up to 256 rows from 2^21 multiplications, and for the
+    gradients by weight and bias, and oneDNN's product from 2^22.
+    Differentiable any number of times. Raises ValueError for another act.
     """
+    relu = act == "relu"
+    if not relu and act != "linear":
+        _check.choice("act", act, ("linear", "relu"))
     if _AMD and not is_compiling():
         try:
             # Sizes first: small calls are most, and asking for the road takes 0.5 us.
             K, weights = input.shape[-1], weight.numel()
             rows = input.numel() // K
-            few, many = rows <= _FEW and weights >= _LEAST_WEIGHTS, rows * weights >= _LEAST
+            few = rows <= _FEW and weights >= _LEAST_WEIGHTS
+            many = _WIDE and rows * weights >= (_LEAST_OWN if rows <= _MANY else _LEAST)
             fits = (
-                (few or (many and _WIDE))
+                (few or many)
                 and input.is_cpu
                 and input.dtype == weight.dtype == torch.float32
                 and (bias is None or bias.dtype == torch.float32)
@@ -124,9 +149,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             )
             road = gate(input, weight, bias) if fits else SLOW
             if road == DIRECT:
-                return _forward(input, weight, bias)
+                return _forward(input, weight, bias, relu)
             if road == GRAD and many:  # less does not pay for the node
-                return _Linear.apply(input, weight, bias)
+                return _Linear.apply(input, weight, bias, relu)
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, ZeroDivisionError):
             pass  # PyTorch names the argument
-    return F.linear(input, weight, bias)
+    y = F.linear(input, weight, bias)
+    return F.relu(y) if relu else y

@@ -1,4 +1,4 @@
-// A linear layer of few rows, and the gradients of any number, at one ISA level on drawn shapes,
+// A linear layer and its gradients, at one ISA level on drawn shapes,
 // against plain double loops; and the same bits from one thread and from three.
 #include "harness.h"
 
@@ -41,14 +41,20 @@ void gradients(Pick& pick, int64_t M, int64_t K, int64_t N) {
   }
 }
 
-void values_of_few(Pick& pick, int64_t M, int64_t K, int64_t N) {
+void outputs(Pick& pick, int64_t M, int64_t K, int64_t N) {
   Tensor x({M, K}, Dtype::f32, pick.of({Layout::dense, Layout::padded}));
-  Tensor weight({N, K}, Dtype::f32, pick.of({Layout::dense, Layout::padded}));
+  const bool transposed = pick.one_in(2);
+  Tensor weight(transposed ? std::vector<int64_t>{K, N} : std::vector<int64_t>{N, K}, Dtype::f32,
+                pick.of({Layout::dense, Layout::padded}));
   Tensor bias({N}, Dtype::f32), y({M, N}, Dtype::f32);
   for (Tensor* t : {&x, &weight, &bias}) pick.fill(*t);
   const bool biased = pick.one_in(2);
   LinearParams p;
-  p.x = x, p.weight = weight, p.y = y;
+  p.x = x, p.weight = weight, p.y = y, p.relu = pick.one_in(2);
+  if (transposed) {
+    std::swap(p.weight.shape[0], p.weight.shape[1]);
+    std::swap(p.weight.strides[0], p.weight.strides[1]);
+  }
   if (biased) p.bias = bias;
   same_bits({&y}, [&](int threads) {
     p.threads = threads;
@@ -59,7 +65,9 @@ void values_of_few(Pick& pick, int64_t M, int64_t K, int64_t N) {
   for (int64_t m = 0; m < M; ++m)
     for (int64_t n = 0; n < N; ++n) {
       double want = biased ? bias.as<float>()[n] : 0.0;
-      for (int64_t k = 0; k < K; ++k) want += xs[m * K + k] * ws[n * K + k];
+      for (int64_t k = 0; k < K; ++k)
+        want += xs[m * K + k] * (transposed ? ws[k * N + n] : ws[n * K + k]);
+      if (p.relu) want = std::max(want, 0.0);
       CHECK(std::fabs(y.as<float>()[m * N + n] - want) <=
             1e-6 * (4 + 4 * std::sqrt(static_cast<double>(K))));
     }
@@ -71,11 +79,12 @@ int main(int argc, char**) {
   const bool quick = argc > 1;  // ThreadSanitizer: the shapes with work for several threads
   if (!cpu::runs(GENFAST_TEXT(GENFAST_ISA))) return 77;
   cases(3, [](Pick& pick) { gradients(pick, 530, 270, 200); });
-  cases(3, [](Pick& pick) { values_of_few(pick, 7, 512, 203); });
+  cases(3, [](Pick& pick) { outputs(pick, 7, 512, 203); });
+  cases(3, [](Pick& pick) { outputs(pick, 75, 300, 203); });
   if (!quick)
-    cases(200, [](Pick& pick) {
-      values_of_few(pick, pick.of({0, 1, 2, 3, 4, 5, 9}), pick.of({0, 16, 48, 128}),
-                    pick.of({0, 1, 3, 4, 18, 33}));
+    cases(400, [](Pick& pick) {
+      outputs(pick, pick.of({0, 1, 2, 3, 4, 5, 9, 17, 40}), pick.of({0, 1, 16, 21, 48, 128, 260}),
+              pick.of({0, 1, 3, 4, 18, 33, 50}));
     });
   if (!quick)
     cases(200, [](Pick& pick) {

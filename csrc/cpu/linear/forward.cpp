@@ -1,21 +1,28 @@
-// y = x weight^T + bias of few rows, as in a transformer's decoding: the weight is read once, and
-// its speed is memory's. A row's sums do not depend on the other rows, nor on the threads.
+// y = act(x weight^T + bias). Of few rows, as in a transformer's decoding, the weight is read once,
+// where it lies, and the speed is memory's; of more, x is packed, and a task multiplies it by its
+// part of the weight. A row's sums do not depend on the other rows, nor on the threads.
 #include <algorithm>
 
 #include "cpu/kernels.h"
+#include "cpu/linear/columns.h"
+#include "cpu/microkernel.h"
 #include "cpu/parallel.h"
-#include "math/lane.h"
+#include "cpu/scratch.h"
+#include "cpu/transpose.h"
 
 namespace genfast::cpu {
 namespace {
 
+// ---- few rows -------------------------------------------------------------------------------
+
+constexpr int kFew = 16;
 constexpr int kRows = 4;     // of x at a time
 constexpr int kOutputs = 4;  // 4 x 4 chains of sums
 
 // R outputs of M rows: columns in lanes, summed up at the end.
 template <int M, int R>
 void block(const float* x, int64_t ldx, const float* w, int64_t ldw, int64_t K, const float* bias,
-           float* y, int64_t ldy) {
+           bool relu, float* y, int64_t ldy) {
   f32v sums[M][R] = {};
   for (int64_t k = 0; k < K; k += W) {
     f32v v[R];
@@ -29,8 +36,10 @@ void block(const float* x, int64_t ldx, const float* w, int64_t ldw, int64_t K, 
     }
   }
   for (int m = 0; m < M; ++m)
-    for (int r = 0; r < R; ++r)
-      y[m * ldy + r] = horizontal_sum(sums[m][r]) + (bias == nullptr ? 0.0f : bias[r]);
+    for (int r = 0; r < R; ++r) {
+      const float sum = horizontal_sum(sums[m][r]) + (bias == nullptr ? 0.0f : bias[r]);
+      y[m * ldy + r] = relu && sum <= 0.0f ? 0.0f : sum;
+    }
 }
 
 // The first m rows, at most M.
@@ -42,11 +51,7 @@ void rows(int64_t m, Rest... rest) {
     rows<M - 1, R>(m, rest...);
 }
 
-}  // namespace
-
-namespace GENFAST_ISA {
-
-void linear(const LinearParams& p) {
+void few(const LinearParams& p) {
   const int64_t M = p.x.shape[0], K = p.x.shape[1], N = p.weight.shape[0];
   const int64_t ldx = p.x.strides[0], ldw = p.weight.strides[0];
   const float* x = static_cast<const float*>(p.x.data);
@@ -65,14 +70,122 @@ void linear(const LinearParams& p) {
         const float* a = x + m * ldx;
         float* to = y + m * N + o;
         if (end - o >= kOutputs)
-          rows<kRows, kOutputs>(M - m, a, ldx, w + o * ldw, ldw, K, shift, to, N);
+          rows<kRows, kOutputs>(M - m, a, ldx, w + o * ldw, ldw, K, shift, p.relu, to, N);
         else
           for (int64_t r = 0; r < end - o; ++r)
             rows<kRows, 1>(M - m, a, ldx, w + (o + r) * ldw, ldw, K,
-                           shift == nullptr ? nullptr : shift + r, to + r, N);
+                           shift == nullptr ? nullptr : shift + r, p.relu, to + r, N);
       }
     }
   });
+}
+
+// ---- more rows ------------------------------------------------------------------------------
+
+constexpr int64_t kInputs = 256;       // of a panel: 32 KiB at AVX-512
+constexpr int64_t kMostOutputs = 256;  // of a task: their sums over 128 rows take 144 KiB
+
+// Rows [0, n) of x and `depth` of their inputs: [input][NR], zeros up to whole vectors.
+void pack(const float* x, int64_t ld, int64_t n, int64_t depth, float* to) {
+  for (int64_t c = 0; c < n; c += W) {
+    const int count = static_cast<int>(std::min<int64_t>(W, n - c));
+    const float* from = x + c * ld;
+    int64_t k = 0;
+    for (; k + W <= depth; k += W) {
+      f32v v[W];
+#pragma GCC unroll 16
+      for (int r = 0; r < W; ++r) v[r] = r < count ? load(from + r * ld + k) : f32v{};
+      transpose(v);
+#pragma GCC unroll 16
+      for (int t = 0; t < W; ++t) store(to + (k + t) * NR + c, v[t]);
+    }
+    for (; k < depth; ++k)
+      for (int r = 0; r < W; ++r) to[k * NR + c + r] = r < count ? from[r * ld + k] : 0.0f;
+  }
+}
+
+// sums [n][ld], a row an output: their columns [0, rows) to rows of y, with bias and activation.
+void finish(const float* sums, int64_t ld, int64_t n, int64_t rows, const float* bias, bool relu,
+            float* y, int64_t ldy) {
+  for (int64_t o = 0; o < n; o += W) {
+    const int count = static_cast<int>(std::min<int64_t>(W, n - o));
+    float shift[W] = {};
+    if (bias != nullptr) std::copy_n(bias + o, count, shift);
+    for (int64_t m = 0; m < rows; m += W) {
+      f32v v[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) v[i] = load(sums + (o + i) * ld + m);
+      transpose(v);
+      for (int t = 0; t < W && m + t < rows; ++t) {
+        f32v z = v[t] + load(shift);
+        if (relu) z = select(z <= 0.0f, f32v{}, z);
+        float* to = y + (m + t) * ldy + o;
+        if (count == W)
+          store(to, z);
+        else
+          for (int i = 0; i < count; ++i) to[i] = z[i];
+      }
+    }
+  }
+}
+
+// The rows of x are the lanes of a product: a weight of more rows than that is the one not packed.
+void many(const LinearParams& p) {
+  const int64_t M = p.x.shape[0], K = p.x.shape[1], N = p.weight.shape[0];
+  const int64_t of_output = p.weight.strides[0], of_input = p.weight.strides[1];
+  const bool rows_of_inputs = of_input == 1 || K <= 1;
+  const float* x = static_cast<const float*>(p.x.data);
+  const float* w = static_cast<const float*>(p.weight.data);
+  const int64_t panels = (M + NR - 1) / NR, blocks = (K + kInputs - 1) / kInputs;
+  const Memory memory(4 * panels * NR * K);
+  float* packed = reinterpret_cast<float*>(memory.data());  // [block][panel][input][NR]
+  const auto depth_of = [=](int64_t k) { return std::min(kInputs, K - k); };
+  parallel_for(panels * blocks, p.threads, [&](int64_t task) {
+    const int64_t k = task / panels * kInputs, m = task % panels * NR;
+    pack(x + m * p.x.strides[0] + k, p.x.strides[0], std::min<int64_t>(NR, M - m), depth_of(k),
+         packed + k * panels * NR + m * depth_of(k));
+  });
+
+  // Equal tasks, a multiple of the threads; whole groups of four outputs.
+  const int64_t most = kMostOutputs * p.threads;
+  const int64_t tasks = std::max<int64_t>(1, (N + most - 1) / most) * p.threads;
+  const int64_t outputs = round_up((N + tasks - 1) / tasks, 4);
+  const int64_t ld = odd_lines(panels * NR), lda = odd_lines(outputs);
+  Slots slots(workers(p.threads, tasks),
+              4 * (round_up(outputs, W) * ld + (rows_of_inputs ? 0 : kInputs * lda)));
+  parallel_for(tasks, p.threads, [&](int64_t task) {
+    const int64_t o = task * outputs, n = std::min(outputs, N - o);
+    if (n <= 0) return;
+    slots.with([&](char* base) {
+      float* sums = reinterpret_cast<float*>(base);       // [output][ld]
+      float* columns = sums + round_up(outputs, W) * ld;  // [input][lda]
+      for (int64_t k = 0; k < K || k == 0; k += kInputs) {
+        const int64_t depth = depth_of(k);
+        const float* a = w + o * of_output + k * of_input;
+        if (!rows_of_inputs) copy_columns(a, of_input, depth, n, columns, lda);
+        for (int64_t m = 0; m < M; m += NR) {
+          const int rows = static_cast<int>(std::min<int64_t>(NR, M - m));
+          const float* panel = packed + k * panels * NR + m * depth;
+          const auto store = store_rows(sums + m, ld, k > 0);
+          if (rows_of_inputs)
+            multiply<false>(static_cast<int>(n), rows, depth, a, of_output, panel, NR, store);
+          else
+            multiply<true>(static_cast<int>(n), rows, depth, columns, lda, panel, NR, store);
+        }
+      }
+      finish(sums, ld, n, M, static_cast<const float*>(p.bias.data) + (p.bias.defined() ? o : 0),
+             p.relu, static_cast<float*>(p.y.data) + o, N);
+    });
+  });
+}
+
+}  // namespace
+
+namespace GENFAST_ISA {
+
+void linear(const LinearParams& p) {
+  const bool in_place = p.x.shape[1] % 16 == 0 && p.weight.strides[1] == 1;
+  p.x.shape[0] <= kFew&& in_place ? few(p) : many(p);
 }
 
 }  // namespace GENFAST_ISA

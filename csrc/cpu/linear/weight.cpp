@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "cpu/kernels.h"
+#include "cpu/linear/columns.h"
 #include "cpu/microkernel.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
@@ -20,17 +21,6 @@ constexpr int64_t kInputs = 256;   // at most, of a block
 int64_t part_of(int64_t n, int64_t most, int64_t of) {
   const int64_t parts = (n + most - 1) / most;
   return round_up((n + parts - 1) / parts, of);
-}
-
-// Columns [0, n) of rows [0, rows), zeros up to whole vectors.
-void copy_columns(const float* from, int64_t stride, int64_t rows, int64_t n, float* to,
-                  int64_t ld) {
-  for (int64_t r = 0; r < rows; ++r, from += stride, to += ld) {
-    int64_t c = 0;
-    for (; c + W <= n; c += W) store(to + c, load(from + c));
-    for (; c < n; ++c) to[c] = from[c];
-    for (; c % W != 0; ++c) to[c] = 0.0f;
-  }
 }
 
 }  // namespace
