@@ -7,7 +7,9 @@ units; gradients of wide heads with AVX2 on an Intel Xeon), or all of it.
 
 from __future__ import annotations
 
+import errno
 import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -93,11 +95,18 @@ def calibrate(threads: int = 2) -> Iterator[Row]:
         rows.update(known)
 
 
-def save(rows: list[Row], path: Path | None = None) -> Path:
-    path = path or _choice.user_file()
+def place() -> Path:
+    """Where the table goes; OSError, before anything is measured, where nobody may write."""
+    path = _choice.user_file()
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "expected a file for the table, got a folder", path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        return path
+
+
+def save(rows: list[Row], path: Path) -> None:
     text = json.dumps(
         {"machine": _choice.machine(), "rows": [row._asdict() for row in rows]}, indent=1
     )
     write_atomic(path, lambda temporary: temporary.write_text(text + "\n"))
-    return path

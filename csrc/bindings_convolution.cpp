@@ -32,7 +32,8 @@ bool conv2d(TensorArgument& y, TensorArgument& x, TensorArgument& weight, Tensor
   const TensorView &from = transposed ? y : x, &to = transposed ? x : y;
   if (!given({&y, &x, &weight}) || !same_device({&y, &x, &weight, &bias, &term, &projection}) ||
       !fit(from, to, enlarged ? 2 : 1) || !kernel_of(weight, from, to) ||
-      !vector_of(bias, Dtype::f32, y.shape[1]) || (projection.defined() && !term.defined()))
+      !vector_of(bias, Dtype::f32, y.shape[1]) || bias.ndim > 1 ||
+      (projection.defined() && !term.defined()))
     return false;
   if (projection.defined()) {
     if (projection.dtype != Dtype::f32 || projection.ndim < 2 ||

@@ -30,8 +30,10 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         _sync(temporary)
         os.chmod(temporary, 0o644)  # mkstemp's are private
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and not error.filename:  # a full disk
+            error.filename = str(path)
         raise
     if os.name == "posix":
         _sync(path.parent)  # the rename itself
@@ -40,12 +42,20 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 def write_tensors(path: Path, tensors: dict, about: dict) -> None:
     """A safetensors file, whole or not at all; about: JSON, kept as its metadata `genfast`."""
     need("safetensors")
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     whole = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     # One entry: with two, their order in the file would be random, and its hash with it.
     text = {"genfast": json.dumps(about)}
-    write_atomic(path, lambda p: save_file(whole, p, text))
+
+    def write(p: Path) -> None:
+        try:
+            save_file(whole, p, text)
+        except SafetensorError as error:  # a full disk
+            raise OSError(f"{path}: could not be written ({error})") from None
+
+    write_atomic(path, write)
 
 
 def _sync(path: str | Path) -> None:

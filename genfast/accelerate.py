@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -43,11 +44,13 @@ def _swap_classes(model) -> list[Undo]:
         own = type(module)
         if own in CLASSES:
             module.__class__ = CLASSES[own]
-            undo.append(lambda m=module, c=own: _swap_back(m, c))
+            # Weak: `_undo` would else keep the model that is its key alive.
+            undo.append(partial(_swap_back, weakref.ref(module), own))
     return undo
 
 
-def _swap_back(module, own) -> None:
+def _swap_back(seen, own) -> None:
+    module = seen()
     if type(module) is CLASSES[own]:  # not one made of it since, as parametrizations do
         module.__class__ = own
 
@@ -64,22 +67,36 @@ def _swap_transformers(model) -> list[Undo]:
         return []
     door.register()
     model.set_attn_implementation(door.NAME)
-    return [lambda: model.set_attn_implementation(before)]
+    seen = weakref.ref(model)
+    return [lambda: seen().set_attn_implementation(before)]
 
 
 def _swap_functional(model) -> list[Undo]:
     """Models that call F.scaled_dot_product_attention: rerouted while they run."""
-    enter = model.register_forward_pre_hook(_enter, prepend=True)
-    leave = model.register_forward_hook(_leave, always_call=True)
-    return [enter.remove, leave.remove]
+    route = _Route()
+    enter = model.register_forward_pre_hook(route.enter, prepend=True)
+    leave = model.register_forward_hook(route.leave, always_call=True)
+    return [enter.remove, leave.remove, route.end]
 
 
-def _enter(*_) -> None:  # functions with a name: a model with these hooks can be pickled
-    torch_sdpa.enable()
+class _Route:  # a class with a name: a model with these hooks can be pickled
+    """Calls that have begun and not ended: torch runs no hook after a KeyboardInterrupt."""
 
+    def __init__(self):
+        self.begun = 0
 
-def _leave(*_) -> None:
-    torch_sdpa.disable()
+    def enter(self, *_) -> None:
+        torch_sdpa.enable()
+        self.begun += 1
+
+    def leave(self, *_) -> None:
+        if self.begun:
+            self.begun -= 1
+            torch_sdpa.disable()
+
+    def end(self) -> None:
+        while self.begun:
+            self.leave()
 
 
 def _swap_pipeline(pipe) -> list[Undo] | None:

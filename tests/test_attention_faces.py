@@ -1,11 +1,13 @@
 """attention's drop-in faces: torch.nn modules, flash-attn's functions, reroute, accelerate."""
 
 import copy
+import gc
 import inspect
 import itertools
 import math
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
@@ -413,6 +415,30 @@ def test_accelerate_and_restore():
         genfast.restore(3)
     with pytest.raises(TypeError, match="model: expected a torch.nn.Module that runs in Python"):
         genfast.accelerate(torch.jit.script(torch.nn.Linear(2, 2)))
+
+
+def test_an_accelerated_model_can_be_forgotten():
+    model = genfast.accelerate(Block())
+    seen = weakref.ref(model)
+    del model
+    gc.collect()
+    assert seen() is None
+
+
+def test_an_interrupted_call_leaves_no_reroute_behind_restore():
+    """torch runs no hook after a KeyboardInterrupt."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    model = genfast.accelerate(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU()))
+    handle = model[1].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.randn(2, 8))
+    handle.remove()
+    model(torch.randn(2, 8))
+    genfast.restore(model)
+    assert not torch_sdpa.is_enabled()
 
 
 def test_an_accelerated_model_is_pickled_and_copied_as_it_is():

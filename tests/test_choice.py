@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import genfast
+from genfast import cli
 from genfast.benchmarks import calibrate
 from genfast.ops import _backend, _choice
 from genfast.ops._choice import ALL_SIZES, ANY, Row
@@ -166,12 +167,20 @@ def test_the_table_puts_triton_first(monkeypatch):
     assert t.asked == ["cuda", "cuda", "triton", "cuda", "triton"]  # the first: before settling
 
 
+def test_an_unwritable_table_is_refused_before_it_is_measured(tmp_path, monkeypatch):
+    for place in (tmp_path, tmp_path / "file" / "choices.json"):
+        monkeypatch.setenv("GENFAST_CHOICES", str(place))
+        (tmp_path / "file").touch()
+        monkeypatch.setattr(calibrate, "calibrate", lambda threads: pytest.fail("measured"))
+        assert cli.main(["bench", "--calibrate"]) == 2
+
+
 def test_a_calibrated_table_is_read_back_on_its_own_machine_only(tmp_path, monkeypatch):
     path = tmp_path / "deep" / "choices.json"
     monkeypatch.setenv("GENFAST_CHOICES", str(path))
     assert _choice.table() == _choice.ROWS
     row = Row("attention", "cpu", ANY, "float32", "decode", 123, "torch", "measured")
-    assert calibrate.save([row]) == path
+    calibrate.save([row], calibrate.place())
     assert _choice.table() == (row, *_choice.ROWS)
     nothing = range(0)
     sizes = _choice._attention_sizes("cpu")[torch.float32]

@@ -17,6 +17,7 @@ from genfast._archs import covers
 from genfast.benchmarks import harness, report
 from genfast.cli import bench
 from genfast.info import collect
+from genfast.models import VAE
 
 TINY = "rng/rand/1000"
 
@@ -472,9 +473,31 @@ def test_evaluate_refuses_other_images_and_too_few(tmp_path, capsys):
     assert "count: expected more than 5 samples" in capsys.readouterr().err
 
 
-def test_inspect_refuses_what_says_nothing(tmp_path, capsys):
+def test_a_run_without_notes_says_what_it_lacks(tmp_path, capsys):
+    """Of `genfast.train.loop.train`, which names no data set by itself."""
+    pytest.importorskip("sklearn")
+    from genfast.train import checkpoint, loop
+    from genfast.train.recipes import RECIPES
+    from genfast.train.settings import Settings
+
+    recipe, folder = RECIPES["vae"], str(tmp_path)
+    defaults = {key: option.default for key, option in recipe.options.items()}
+    data = recipe.load("digits", defaults)
+    model = checkpoint.initialised(lambda: VAE(64, 8, 2), 1)
+    loop.train("vae", recipe, model, data, Settings(epochs=1), tmp_path, show=lambda *a: None)
+    capsys.readouterr()
+    assert run("evaluate", "--from", folder) == 2
+    assert f"--data: expected a data set, as {folder} names none" in capsys.readouterr().err
+    assert run("evaluate", "--from", folder, "--data", "digits", "--count", "60") == 0
+    assert run("train", "vae", "--resume", "--out", folder) == 2
+    assert "names no data and no options; it goes on by" in capsys.readouterr().err
+
+
+def test_inspect_refuses_what_says_nothing(tmp_path, capsys, monkeypatch):
     from PIL import Image
 
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # for speed: 90 million else
+    Image.new("L", (20, 20)).save(tmp_path / "bomb.png")
     Image.new("L", (2, 2)).save(tmp_path / "plain.png")
     (tmp_path / "half.safetensors").write_bytes(b"xx")
     (tmp_path / "empty.json").write_text("{}")
@@ -483,7 +506,7 @@ def test_inspect_refuses_what_says_nothing(tmp_path, capsys):
     for name, message in (
         ("plain.png", "says nothing"), ("half.safetensors", "not a readable"),
         ("empty.json", "empty.json: says nothing"), ("latin.json", "latin.json: expected UTF-8"),
-        ("folder.png", "a folder"),
+        ("folder.png", "a folder"), ("bomb.png", "bomb.png: not a readable PNG"),
     ):  # fmt: skip
         assert run("inspect", str(tmp_path / name)) == 2
         assert message in capsys.readouterr().err

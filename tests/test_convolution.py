@@ -260,7 +260,8 @@ def test_the_module_is_torchs():
 @pytest.mark.parametrize(
     "change",
     [{"input": None}, {"input": randn(3)}, {"weight": randn(32, 8, 3, 3)}, {"bias": randn(31)},
-     {"weight": randn(32)}, {"bias": 1.0}, {"input": randn(4, 16, 6, 6, dtype=torch.float64)}],
+     {"weight": randn(32)}, {"bias": 1.0}, {"input": randn(4, 16, 6, 6, dtype=torch.float64)},
+     {"bias": randn(32, 1)}],
     ids=lambda change: "-".join(change),
 )  # fmt: skip
 def test_errors_of_conv2d_are_torchs(change):

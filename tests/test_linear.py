@@ -192,6 +192,44 @@ def test_relu_is_torchs_at_the_edges():
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3, equal_nan=True)
 
 
+def test_the_bias_may_lie_anywhere():
+    """oneDNN reads it without strides: numbers beside it, and behind the end."""
+    for name in ("tall", "rows", "small", "one row"):
+        x, weight, bias = given(name)
+        N = len(bias)
+        for lies in (randn(N, 3)[:, 1], torch.full((1,), 0.5).expand(N), randn(2 * N)[::2],
+                     torch._neg_view(bias)):  # fmt: skip
+            got, want = genfast.linear(x, weight, lies), F.linear(x, weight, lies)
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
+        for shape in ((1,), (1, N)):  # F.linear's, which adds what broadcasts
+            b = randn(*shape)
+            got, want = genfast.linear(x, weight, b), F.linear(x, weight, b)
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
+
+
+def test_rows_that_overlap():
+    x = randn(64, 256)
+    weight = randn(776).as_strided((512, 256), (1, 1)).requires_grad_()
+    got, want = (
+        torch.autograd.grad(f(x, weight).sum(), weight) for f in (genfast.linear, F.linear)
+    )
+    torch.testing.assert_close(*got, *want, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["tall", "three", "small"])
+def test_the_result_may_change_in_place(name):
+    """As nn.ReLU(inplace=True) does."""
+    leaves, others = ([t.requires_grad_() for t in given(name)] for _ in range(2))
+    with torch.no_grad():
+        still = genfast.linear(*leaves)
+    assert not still._is_view()
+    changed = genfast.linear(*leaves).relu_()
+    got = torch.autograd.grad(changed.sum(), leaves)
+    want = torch.autograd.grad(F.relu(F.linear(*others)).sum(), others)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("act", ACTS)
 def test_gradients_of_any_order(act):
     def second(function):

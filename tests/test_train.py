@@ -1,5 +1,6 @@
 """Training: the loop, its files whatever happens to it, settings, data. The model is a tiny VAE."""
 
+import errno
 import json
 import math
 import os
@@ -439,6 +440,26 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert path.read_bytes() == kept and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    path = tmp_path / "x"
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+        _files.write_atomic(path, full)
+
+    def full_of_tensors(*_):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full_of_tensors)
+    with pytest.raises(OSError, match=f"{path}: could not be written .*No space left"):
+        _files.write_tensors(path, {}, {})
+    assert not list(tmp_path.iterdir())
+
+
 def test_bad_checkpoints_are_refused(tmp_path):
     from safetensors.torch import save_file
 
@@ -450,6 +471,9 @@ def test_bad_checkpoints_are_refused(tmp_path):
         checkpoint.load(tmp_path)
     save_file({"x": torch.ones(1)}, path)
     with pytest.raises(checkpoint.BadCheckpoint, match="not a genfast checkpoint"):
+        checkpoint.load(tmp_path)
+    save_file({"x": torch.ones(1)}, path, {"genfast": "{"})
+    with pytest.raises(checkpoint.BadCheckpoint, match="its genfast metadata is no JSON"):
         checkpoint.load(tmp_path)
     checkpoint.save(tmp_path, "gqn", fresh(), {})
     with pytest.raises(checkpoint.BadCheckpoint, match="expected one of vae.*, got 'gqn'"):

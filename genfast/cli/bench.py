@@ -61,14 +61,16 @@ def calibrate(args) -> int:
     unused = ("family", "quick", "only", "list", "json", "plot", "check")
     if more := [name for name in unused if getattr(args, name)]:
         raise ValueError(f"--calibrate: measures attention alone; leave {', '.join(more)} out")
-    rows = []
+    rows, path = [], calibration.place()
     for row in calibration.calibrate(args.threads):
         rows.append(row)
         sizes = "" if row.below == ALL_SIZES else f" below {row.below:.2g}"
         print(
             f"{row.family} {row.feature} {row.dtype}{sizes}: {row.backend}; {row.why}", flush=True
         )
-    print(f"wrote {calibration.save(rows)}; `genfast info --backends` shows the table in force")
+    print(
+        f"wrote {calibration.save(rows, path)}; `genfast info --backends` shows the table in force"
+    )
     return 0
 
 

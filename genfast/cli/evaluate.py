@@ -37,7 +37,11 @@ def run(args) -> None:
         torch.set_num_threads(args.threads)
     model, about = checkpoint.load(args.folder)
     recipe, options = RECIPES[about["model"]], chosen(args, about["model"], OPTIONS)
-    data = recipe.load(args.data_name or about["data"], about["options"])
+    name = args.data_name or about.get("data")
+    if name is None:  # `genfast.train.loop.train` without notes
+        raise ValueError(f"--data: expected a data set, as {args.folder} names none")
+    defaults = {key: option.default for key, option in recipe.options.items()}
+    data = recipe.load(name, defaults | about.get("options", {}))
     shapes = [x.get("shape") for x in (about, data.about)]
     if None not in shapes and shapes[0] != shapes[1]:
         raise ValueError(f"--data: expected images of {shapes[0]}, the model's, got {shapes[1]}")

@@ -105,6 +105,11 @@ def resume(args) -> None:
     from genfast.train import state
 
     about = state.about(args.out)
+    if absent := [key for key in ("data", "options") if key not in about]:
+        raise ValueError(
+            f"--resume: {args.out} names no {' and no '.join(absent)}; it goes on by "
+            "`genfast.train.loop.train(..., resume=True)`, which began it"
+        )
     own = {**about["settings"], **about["options"], "model": about["model"], "data": about["data"]}
     more = set(vars(args)) - WITH_RESUME - {"config"}
     other = [flag(name) for name in sorted(more) if getattr(args, name) != own.get(name)]

@@ -31,6 +31,7 @@ from genfast.ops._road import (
 
 _info = _C.build_info()
 _relu_backward = torch.ops.aten.threshold_backward.default
+_unsafe_view = torch.ops.aten._unsafe_view.default
 # Inductor's own name for it: (x, weight, bias, "none", no scalars, no algorithm).
 _onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _AMD = (
@@ -72,7 +73,12 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None, relu: bool = False
             if kernels.linear(y, a, b, bias, relu):
                 return y
         if _WIDE and products >= _LEAST and torch.backends.mkldnn.enabled:
-            return _onednn(a, b, bias, "relu" if relu else "none", [], "")
+            # oneDNN reads N numbers side by side, whatever the bias's stride.
+            beside = None if bias is None else bias.contiguous()
+            try:
+                return _onednn(a, b, beside, "relu" if relu else "none", [], "")
+            except RuntimeError:
+                pass  # rows that overlap: it has no word for them
     y = F.linear(a, b, bias)
     return y.relu_() if relu else y
 
@@ -104,17 +110,28 @@ class _Linear(Function):
         if wants_graph() or not plain(g):
             g = g if y is None else torch.where(y <= 0, 0, g)
             dx, dw = differentiable_backward(F.linear, (x, weight), (g,))
-            db = g.reshape(-1, g.shape[-1]).sum(0) if of_bias else None
+            db = rows_of(g).sum(0) if of_bias else None
             return dx if of_x else None, dw if of_weight else None, db, None
         g = g if y is None else _relu_backward(g, y, 0)
-        rows = g.reshape(-1, g.shape[-1])
-        dx = product(rows, weight.t()).view(x.shape) if of_x else None
-        gradients = weight_gradient(rows, x.reshape(-1, x.shape[-1]), of_weight, of_bias)
+        rows = rows_of(g)
+        dx = like_rows_of(x, product(rows, weight.t())) if of_x else None
+        gradients = weight_gradient(rows, rows_of(x), of_weight, of_bias)
         return dx, *gradients, None
 
 
+def rows_of(x: Tensor) -> Tensor:
+    """(..., K) -> (M, K)."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def like_rows_of(x: Tensor, y: Tensor) -> Tensor:
+    """(M, N) -> (..., N), and no view: of a Function's nobody may change one in place, as
+    nn.ReLU(inplace=True) does."""
+    return y if x.dim() == 2 else _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+
+
 def _forward(x, weight, bias, relu):
-    return product(x.reshape(-1, x.shape[-1]), weight, bias, relu).view(*x.shape[:-1], len(weight))
+    return like_rows_of(x, product(rows_of(x), weight, bias, relu))
 
 
 def linear(
@@ -142,7 +159,9 @@ def linear(
                 (few or many)
                 and input.is_cpu
                 and input.dtype == weight.dtype == torch.float32
-                and (bias is None or bias.dtype == torch.float32)
+                and (
+                    bias is None or (bias.dtype == torch.float32 and bias.shape == weight.shape[:1])
+                )
                 and K == weight.shape[1]
                 and weight.dim() == 2
                 and not torch.is_autocast_enabled("cpu")

@@ -40,6 +40,11 @@ _EDM = {"epsilon": 1.0, "v_prediction": -1.0}
 
 def vp(prediction: str, alpha: float, sigma: float) -> tuple[Lin, Lin]:
     """(x0, eps) for x = alpha x0 + sigma eps."""
+    if prediction == "flow_prediction" and abs(alpha + sigma - 1) > 1e-6:
+        raise ValueError(
+            "prediction: flow_prediction needs alpha = 1 - sigma, got "
+            f"{alpha:.6g} and {sigma:.6g}; take a flow grid (use_flow_sigmas)"
+        )
     return choice("prediction", prediction, _VP)(float(alpha), float(sigma))
 
 

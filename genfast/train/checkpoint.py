@@ -45,6 +45,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise BadCheckpoint(f"{path}: not a readable safetensors file ({error})") from None
+    except json.JSONDecodeError as error:
+        raise BadCheckpoint(f"{path}: its genfast metadata is no JSON ({error})") from None
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise BadCheckpoint(f"{path}: not a genfast checkpoint of format {FORMAT}")
     if about.get("model") not in RECIPES:

@@ -67,7 +67,7 @@ def _png(path: Path) -> str | None:
         with Image.open(path) as image:
             image.load()
             return image.info.get(KEY)
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError) as error:
         raise NoProvenance(f"{path}: not a readable PNG ({error})") from None
 
 

@@ -5,10 +5,12 @@ tables, history, sample, model output and noise.
 """
 
 import copy
+import gc
 import inspect
 import itertools
 import pickle
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -695,6 +697,54 @@ def test_accelerate_in_the_middle_of_a_run():
                 x = s.step(torch.randn(1, 3, 4, 4, generator=g), t, x).prev_sample
             outs.append(x)
         close(*outs)
+
+
+FLOWLESS = ("DEISMultistep", "DPMSolverMultistep", "DPMSolverSinglestep", "SASolver",
+            "UniPCMultistep", "DDIM", "DDPM")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FLOWLESS)
+def test_flow_prediction_off_a_flows_grid_is_diffusers(name):
+    """Its numbers, or its refusal: our rows need alpha = 1 - sigma there."""
+    found = []
+    for library in (dropin, diffusers):
+        s = make(name, {"prediction_type": "flow_prediction"}, library)
+        try:
+            drawn = {"generator": torch.Generator().manual_seed(1)} if name in STOCHASTIC else {}
+            found.append(run(s, **drawn))
+        except ValueError as error:
+            found.append(str(error))
+    if isinstance(found[1], str):
+        assert found[0] == found[1]
+    else:
+        close(*found)
+
+
+def test_the_reason_of_a_fallback_ends_with_its_schedule():
+    s = started(make("FlowMatchEulerDiscrete"), 4)
+    x = torch.randn(1, 3, 4)
+    s.step(x, s.timesteps[0], x, per_token_timesteps=torch.full((1, 3), 500.0))
+    assert "per-token" in s.genfast_fallback
+    started(s, 4)
+    s.step(x, s.timesteps[0], x)
+    assert s.genfast_fallback is None
+
+
+def test_fp64_outputs_draw_fp64_noise():
+    for name in STOCHASTIC:
+        ga, gb = (torch.Generator().manual_seed(5) for _ in range(2))
+        a = run(make(name), generator=ga, dtype=torch.float64)
+        b = run(make(name, library=diffusers), generator=gb, dtype=torch.float64)
+        assert torch.equal(ga.get_state(), gb.get_state()), name
+        close(a, b)
+
+
+def test_an_accelerated_scheduler_can_be_forgotten():
+    s = genfast.accelerate(make("DDIM", library=diffusers))
+    seen = weakref.ref(s)
+    del s
+    gc.collect()
+    assert seen() is None
 
 
 def test_accelerate_leaves_other_things_alone():

@@ -43,6 +43,8 @@ Where a step differs from diffusers' (everything else agrees to rounding):
 
 from __future__ import annotations
 
+import weakref
+
 from diffusers import SchedulerMixin  # noqa: F401  what a pipeline looks for here when it loads
 
 from .multistep import (
@@ -124,7 +126,8 @@ def swap_scheduler(pipe) -> list:
     if own not in SCHEDULERS:
         return []
     scheduler.__class__ = SCHEDULERS[own]
-    return [lambda: _back(scheduler)]
+    seen = weakref.ref(scheduler)  # `accelerate` keeps this by the scheduler
+    return [lambda: _back(seen())]
 
 
 def restore_scheduler(pipe) -> None:

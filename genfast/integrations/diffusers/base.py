@@ -75,7 +75,8 @@ class Dropin:
 
     genfast_seed: int, or int64 tensor of one seed per sample: noise of (seed, stream = step index)
         instead of torch's where `step` gets no generator. None: torch's.
-    genfast_fallback: why the latest step ran in diffusers' own code, or None.
+    genfast_fallback: why a step ran in diffusers' own code, the latest that did since the schedule
+        was set; None if none did.
     """
 
     genfast_seed = None
@@ -119,7 +120,7 @@ class Dropin:
             e.rows = rows_of(key)
         except TypeError:  # something unhashable among the attributes
             e.rows = {}
-        self._genfast = e
+        self._genfast, self.genfast_fallback = e, None
         return e
 
     def _genfast_data(self) -> dict:

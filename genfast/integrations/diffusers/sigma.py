@@ -496,8 +496,9 @@ class FlowMatchLCMScheduler(_Flow, scheduling_flow_match_lcm.FlowMatchLCMSchedul
         if not (self._scale_factors and self._upscale_mode) and not is_integer(timestep):
             if self._init_size is None or self._step_index is None:
                 self._init_size = model_output.size()[2:]
+            dtype = torch.promote_types(model_output.dtype, torch.float32)  # x0's
             row, outs = self._genfast_single(
-                model_output, timestep, sample, generator, seed, (), True, torch.float32
+                model_output, timestep, sample, generator, seed, (), True, dtype
             )
         if row is None:
             self._genfast_why(None, None, "x0 is resized between steps")

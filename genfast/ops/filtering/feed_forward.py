@@ -23,7 +23,7 @@ from genfast.ops._road import (
     plain,
     wants_graph,
 )
-from genfast.ops.linear import product, weight_gradient
+from genfast.ops.linear import like_rows_of, product, rows_of, weight_gradient
 from genfast.reference.filtering import ACTIVATIONS
 
 _CODES = {name: i for i, name in enumerate(ACTIVATIONS)}  # the native enum
@@ -51,12 +51,11 @@ def _slope(g: Tensor, h: Tensor, b: Tensor | None, act: str, db: Tensor | None) 
 class _FeedForward(Function):
     @staticmethod
     def forward(ctx, x, w1, b1, w2, b2, act):
-        rows = x.reshape(-1, x.shape[-1])
-        h = product(rows, w1)
+        h = product(rows_of(x), w1)
         a = _activated(torch.empty_like(h), h, b1, act)
         ctx.save_for_backward(x, w1, b1, w2, b2, h, a)
         ctx.act = act
-        return product(a, w2, b2).view(*x.shape[:-1], -1)
+        return like_rows_of(x, product(a, w2, b2))
 
     @staticmethod
     def backward(ctx, g):
@@ -66,14 +65,14 @@ class _FeedForward(Function):
         x, w1, b1, w2, b2 = tensors
         need = ctx.needs_input_grad
         dx = dw1 = db1 = None
-        g = g.reshape(-1, g.shape[-1])
+        g = rows_of(g)
         dw2, db2 = weight_gradient(g, a, need[3], need[4])
         if any(need[:3]):
             total = h.new_empty(h.shape[1], dtype=torch.float32) if need[2] else None
             dz = _slope(product(g, w2.t()), h, b1, ctx.act, total)
             db1 = None if total is None else total.to(b1.dtype)
-            dw1, _ = weight_gradient(dz, x.reshape(-1, x.shape[-1]), need[1], False)
-            dx = product(dz, w1.t()).view(x.shape) if need[0] else None
+            dw1, _ = weight_gradient(dz, rows_of(x), need[1], False)
+            dx = like_rows_of(x, product(dz, w1.t())) if need[0] else None
         return dx, dw1, db1, dw2, db2, None
 
 
@@ -108,8 +107,8 @@ def feed_forward(
     if not is_compiling() and not forced_reference() and _fits(*tensors):
         road = gate(*tensors)
         if road == DIRECT:
-            h = product(x.reshape(-1, x.shape[-1]), w1)
-            return product(_activated(h, h, b1, act), w2, b2).view(*x.shape[:-1], -1)
+            h = product(rows_of(x), w1)
+            return like_rows_of(x, product(_activated(h, h, b1, act), w2, b2))
         if road:
             return _FeedForward.apply(*tensors, act)
     return _reference(*tensors, act)
