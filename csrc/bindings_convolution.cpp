@@ -12,13 +12,17 @@ bool image(const TensorView& t) {
          (planes.channels_inner || planes.inner == 1 || planes.channels == 1);
 }
 
-// `small` and `large` are images of one count, with whole vectors of channels at every level (16
-// floats), and `large` has `times` the sides.
-bool fit(const TensorView& small, const TensorView& large, int64_t times) {
-  for (const TensorView* t : {&small, &large})
-    if (!image(*t) || t->shape[1] == 0 || t->shape[1] % 16 != 0) return false;
-  return small.shape[0] == large.shape[0] && times * small.shape[2] == large.shape[2] &&
-         times * small.shape[3] == large.shape[3];
+// `small` and `large` are images of one count, and `large` has `times` the sides. Channels are
+// whole vectors at every level (16 floats); up to four on one side, where nothing else is asked
+// for.
+bool fit(const TensorView& small, const TensorView& large, int64_t times, bool plain) {
+  int narrow = 0;
+  for (const TensorView* t : {&small, &large}) {
+    if (!image(*t) || t->shape[1] == 0) return false;
+    if (t->shape[1] % 16 != 0 && (t->shape[1] > 4 || ++narrow > 1)) return false;
+  }
+  return (narrow == 0 || (plain && times == 1)) && small.shape[0] == large.shape[0] &&
+         times * small.shape[2] == large.shape[2] && times * small.shape[3] == large.shape[3];
 }
 
 // A kernel of 3 x 3 from the channels of x to those of y.
@@ -31,7 +35,7 @@ bool conv2d(TensorArgument& y, TensorArgument& x, TensorArgument& weight, Tensor
             TensorArgument& term, TensorArgument& projection, bool enlarged, bool transposed) {
   const TensorView &from = transposed ? y : x, &to = transposed ? x : y;
   if (!given({&y, &x, &weight}) || !same_device({&y, &x, &weight, &bias, &term, &projection}) ||
-      !fit(from, to, enlarged ? 2 : 1) || !kernel_of(weight, from, to) ||
+      !fit(from, to, enlarged ? 2 : 1, !term.defined()) || !kernel_of(weight, from, to) ||
       !vector_of(bias, Dtype::f32, y.shape[1]) || bias.ndim > 1 ||
       (projection.defined() && !term.defined()))
     return false;
@@ -54,7 +58,7 @@ bool conv2d(TensorArgument& y, TensorArgument& x, TensorArgument& weight, Tensor
 bool conv2d_weight(TensorArgument& dweight, TensorArgument& dbias, TensorArgument& grad,
                    TensorArgument& x, bool enlarged) {
   if (!given({&dweight, &grad, &x}) || !same_device({&dweight, &dbias, &grad, &x}) ||
-      !fit(x, grad, enlarged ? 2 : 1) || !kernel_of(dweight, x, grad) ||
+      !fit(x, grad, enlarged ? 2 : 1, true) || !kernel_of(dweight, x, grad) ||
       !vector_of(dbias, Dtype::f32, grad.shape[1]))
     return false;
   ConvolutionWeightParams p;

@@ -25,6 +25,9 @@ CONVOLUTIONS = {
     "even": ((4, 16, 8, 12), 32), "odd": ((5, 16, 9, 7), 32), "rows": ((3, 48, 1, 14), 16),
     "columns": ((3, 32, 21, 1), 64), "two blocks": ((2, 128, 20, 22), 80),
     "none": ((0, 16, 8, 8), 16), "many weights": ((1, 256, 16, 15), 240),
+    "from one": ((5, 1, 9, 7), 16), "from four": ((2, 4, 33, 40), 48),
+    "to one": ((4, 16, 20, 23), 1), "to two, a row": ((16, 48, 1, 9), 2),
+    "to three": ((1, 32, 70, 41), 3), "none to one": ((0, 16, 8, 8), 1),
 }  # fmt: skip
 # channels of h, of x, of the result, side of the kernel; whether x is projected
 BLOCKS = {
@@ -146,6 +149,8 @@ def test_the_kernel_is_taken(monkeypatch):
     genfast.conv2d(x.contiguous(), weight, bias, padding=1)
     genfast.conv2d(x.double(), weight.double(), bias.double(), padding=1)
     genfast.conv2d(x, weight[:20], bias[:20], padding=1)
+    genfast.conv2d(x, weight[:5], bias[:5], padding=1)
+    genfast.residual_conv2d(x, x[:, :1], weight[:1], bias[:1])
     genfast.conv2d(x[:1, :, :4, :4], weight, bias, padding=1)
     genfast.conv2d(x[0].contiguous(), weight, bias, padding=1)
     with torch.autocast("cpu", torch.bfloat16):

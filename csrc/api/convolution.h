@@ -1,5 +1,6 @@
 // convolution: 3 x 3, stride 1, padding 1, of fp32 images with the channels inside; of an image, or
-// of one that is enlarged twice by nearest.
+// of one that is enlarged twice by nearest. Channels are multiples of 16, or up to four on one side
+// without term, projection and enlarging.
 #pragma once
 #include "api/tensor.h"
 

@@ -146,7 +146,7 @@ class UNet(nn.Module):
         self.first = first
         self.time = nn.Sequential(Linear(first, embedding), nn.SiLU(), Linear(embedding, embedding))
         self.label = nn.Embedding(classes + 1, embedding) if classes else None
-        self.enter = nn.Conv2d(inputs, first, 3, padding=1)
+        self.enter = Conv2d(inputs, first, 3, padding=1)
 
         def block(c_in: int, c_out: int, level: int) -> nn.ModuleList:
             res = ResBlock(c_in, c_out, embedding, dropout)
@@ -177,7 +177,7 @@ class UNet(nn.Module):
         self.leave = nn.Sequential(
             GroupNorm(groups(c), c, act="silu"),
             nn.Identity(),  # SiLU's place in old state dicts
-            zeroed(nn.Conv2d(c, outputs, 3, padding=1)),
+            zeroed(Conv2d(c, outputs, 3, padding=1)),
         )
         # The convolutions' layout: x follows the weights. 10% of a training step and of a sampling
         # step on two cores, where each convolution would else reorder what it reads and writes.

@@ -38,7 +38,8 @@ bool near(double got, double want, double n) {
 }
 
 void convolutions(Pick& pick, int64_t B, int64_t I, int64_t O, int64_t height, int64_t width) {
-  const bool enlarged = pick.one_in(2);
+  const bool narrow = std::min(I, O) <= 4;
+  const bool enlarged = !narrow && pick.one_in(2);
   const int64_t times = enlarged ? 2 : 1;
   Tensor x = image(B, I, height, width), y = image(B, O, times * height, times * width);
   Tensor grad = image(B, O, times * height, times * width), dx = image(B, I, height, width);
@@ -50,8 +51,8 @@ void convolutions(Pick& pick, int64_t B, int64_t I, int64_t O, int64_t height, i
   Tensor wide = image(B, C, times * height, times * width);
   Tensor projection({O, C}, Dtype::f32, pick.of({Layout::dense, Layout::reversed}));
   for (Tensor* t : {&x, &grad, &w, &bias, &like_y, &wide, &projection}) pick.fill(*t);
-  const bool biased = pick.one_in(2), projected = pick.one_in(3);
-  const bool plus = !projected && pick.one_in(2);
+  const bool biased = pick.one_in(2), projected = !narrow && pick.one_in(3);
+  const bool plus = !narrow && !projected && pick.one_in(2);
 
   ConvolutionParams p;
   p.x = x, p.y = y, p.weight = w, p.enlarged = enlarged;
@@ -139,6 +140,15 @@ int main(int argc, char**) {
   if (!cpu::runs(GENFAST_TEXT(GENFAST_ISA))) return 77;
   // Several blocks of tiles, several slabs.
   cases(quick ? 3 : 4, [](Pick& pick) { convolutions(pick, 5, 16, 32, 13, 18); });
+  cases(quick ? 2 : 4, [](Pick& pick) { convolutions(pick, 3, 3, 48, 37, 29); });
+  cases(quick ? 2 : 4, [](Pick& pick) { convolutions(pick, 3, 32, 2, 37, 29); });
+  if (!quick)
+    cases(120, [](Pick& pick) {
+      const int64_t few = pick.of({1, 2, 3, 4}), many = pick.of({16, 32, 48});
+      const bool entering = pick.one_in(2);
+      convolutions(pick, pick.of({0, 1, 2, 3}), entering ? few : many, entering ? many : few,
+                   pick.of({0, 1, 2, 5, 9}), pick.of({1, 2, 3, 7, 17}));
+    });
   if (!quick)
     cases(60, [](Pick& pick) {
       convolutions(pick, pick.of({0, 1, 2, 3}), pick.of({16, 32, 48}), pick.of({16, 32, 64}),

@@ -1,5 +1,6 @@
 // The gradients by weight and bias: dU = sum over tiles of V^T dM, in slabs of tiles that are cut
 // by the shape alone and summed in their order, so that threads change no bit.
+#include "cpu/convolution/narrow.h"
 #include "cpu/convolution/winograd.h"
 #include "cpu/parallel.h"
 
@@ -112,7 +113,10 @@ void weight_gradient(const ConvolutionWeightParams& p) {
 namespace GENFAST_ISA {
 
 void convolution_weight(const ConvolutionWeightParams& p) {
-  if (p.enlarged)
+  if (std::min(p.x.shape[1], p.grad.shape[1]) <= kNarrow)
+    with_few(std::min(p.x.shape[1], p.grad.shape[1]),
+             [&](auto few) { narrow_weight<decltype(few)::value>(p); });
+  else if (p.enlarged)
     weight_gradient<Enlarging>(p);
   else
     weight_gradient<Whole>(p);

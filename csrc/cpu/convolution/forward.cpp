@@ -1,27 +1,11 @@
 // The convolution and its gradient by the input: weights into Winograd's domain, then blocks of
-// tiles whose V and M stay in the second-level cache.
+// tiles whose V and M stay in the second-level cache. Few channels go another way.
+#include "cpu/convolution/narrow.h"
 #include "cpu/convolution/winograd.h"
 #include "cpu/parallel.h"
 
 namespace genfast::cpu {
 namespace {
-
-// The kernel of output o and input i, as strides: of the transposed convolution it is turned round.
-struct Taps {
-  const float* data;
-  int64_t o, i, row, column;
-
-  Taps(const TensorView& w, bool transposed)
-      : data(static_cast<const float*>(w.data)),
-        o(w.strides[transposed ? 1 : 0]),
-        i(w.strides[transposed ? 0 : 1]),
-        row(w.strides[2]),
-        column(w.strides[3]) {
-    if (!transposed) return;
-    data += 2 * (row + column);
-    row = -row, column = -column;
-  }
-};
 
 inline f32v strided(const float* p, int64_t stride) {
   if (stride == 1) return load(p);
@@ -163,7 +147,12 @@ void convolve(const ConvolutionParams& p) {
 namespace GENFAST_ISA {
 
 void convolution(const ConvolutionParams& p) {
-  if (!p.enlarged)
+  advise_huge_pages(p.y.data, 4 * p.y.numel);
+  if (p.x.shape[1] <= kNarrow)
+    with_few(p.x.shape[1], [&](auto few) { spread<decltype(few)::value>(p); });
+  else if (p.y.shape[1] <= kNarrow)
+    with_few(p.y.shape[1], [&](auto few) { gather<decltype(few)::value>(p); });
+  else if (!p.enlarged)
     convolve<Whole>(p);
   else if (p.transposed)
     convolve<Reducing>(p);

@@ -10,8 +10,8 @@
 #pragma once
 #include <algorithm>
 
+#include "cpu/convolution/image.h"
 #include "cpu/kernels.h"
-#include "cpu/microkernel.h"
 #include "cpu/scratch.h"
 #include "cpu/transpose.h"
 
@@ -122,24 +122,7 @@ GENFAST_INLINE void both_sides(void (*rows)(const f32v (&)[N], f32v (&)[M]), Fro
   }
 }
 
-// ---- images and tiles ---------------------------------------------------------------------------
-
-// (B, channels, height, width) with the channels inside.
-struct Image {
-  float* data;
-  int64_t count, channels, height, width;
-
-  explicit Image(const TensorView& t)
-      : data(static_cast<float*>(t.data)),
-        count(t.shape[0]),
-        channels(t.shape[1]),
-        height(t.shape[2]),
-        width(t.shape[3]) {}
-  int64_t row() const { return width * channels; }
-  float* at(int64_t b, int64_t i, int64_t j) const {
-    return data + ((b * height + i) * width + j) * channels;
-  }
-};
+// ---- tiles --------------------------------------------------------------------------------------
 
 // The tiles of images whose upper left places are `step` apart.
 struct Tiles {
@@ -195,11 +178,6 @@ inline void transform_input(const Image& x, const Tiles& tiles, int64_t first, i
       }
     tile([&](int i, int j) { return places[i][j]; });
   });
-}
-
-// Columns of a panel of outputs that begins at output o.
-inline int columns_of(int64_t o, int64_t outputs) {
-  return static_cast<int>(std::min<int64_t>(NR, outputs - o));
 }
 
 }  // namespace

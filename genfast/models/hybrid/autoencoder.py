@@ -57,7 +57,7 @@ class KLAutoencoder(nn.Module):
             up = [_block(width, width), nn.ConvTranspose2d(width, c, 4, 2, 1), nn.SiLU(), *up]
             c = width
         self.encoder = nn.Sequential(*down, nn.Conv2d(c, 2 * z_channels, 1))
-        self.decoder = nn.Sequential(nn.Conv2d(z_channels, c, 3, padding=1), *up[:-1])
+        self.decoder = nn.Sequential(Conv2d(z_channels, c, 3, padding=1), *up[:-1])
         self.register_buffer("mean", torch.zeros(z_channels))
         self.register_buffer("std", torch.ones(z_channels))
         self.to(memory_format=torch.channels_last)  # the convolutions' layout, see UNet

@@ -1,8 +1,10 @@
 """3 x 3 convolutions of stride 1 in 16 of their 36 products, by Winograd's F(2 x 2, 3 x 3).
 
-Of an image that is enlarged by nearest in 9 of 36. Saved for backward: x and the weight, and of a
-projected term both. The gradient by x is the same kernel with the weight turned round; the
-gradients by weight and bias have their own. A differentiable backward goes through the reference.
+Of an image that is enlarged by nearest in 9 of 36; of up to four channels on one side, the ends of
+a network, in all of them, by kernels that read and write once. Saved for backward: x and the
+weight, and of a projected term both. The gradient by x is the same kernel with the weight turned
+round; the gradients by weight and bias have their own. A differentiable backward goes through the
+reference.
 """
 
 from __future__ import annotations
@@ -33,6 +35,9 @@ _LEAST_TILES, _MOST_WEIGHTS_A_TILE = 8, 1024
 # The weight's gradient reads and writes its sums once a block of tiles; beyond the second-level
 # cache oneDNN is faster: 256 -> 256 channels, 256 tiles, 0.76 of its speed, 128 -> 128 1.4.
 _MOST_SUMS, _MOST_SUMS_A_TILE = 1 << 14, 256
+# Channels on one side for which oneDNN has no kernel of its own: 16 -> 1 at 28 x 28 takes 4.2 times
+# the time of ours, its gradients 1.8 and 5; 4 -> 320 at 64 x 64 1.06, 2.7 and 1.6; AVX2 the same.
+_NARROW = 4
 # Without fused multiply-adds nothing was measured.
 _MEASURED = _C.build_info()["isa"] in ("amx", "v4", "v3")
 
@@ -42,16 +47,25 @@ def _tiles(x: Tensor, enlarged: bool) -> int:
     return B * H * W if enlarged else B * ((H + 1) // 2) * ((W + 1) // 2)
 
 
-def takes(x: Tensor, weight: Tensor, enlarged: bool = False) -> bool:
-    """The kernel is the faster one. RuntimeError or ValueError where the shapes are no
-    convolution's."""
+def _narrow(weight: Tensor) -> bool:
+    """Of up to four channels on one side: the kernels of a network's ends."""
+    few, many = sorted(weight.shape[:2])
+    return 0 < few <= _NARROW and many % 16 == 0
+
+
+def takes(x: Tensor, weight: Tensor, enlarged: bool = False, alone: bool = True) -> bool:
+    """A kernel is the faster one. alone: no term is wanted. RuntimeError or ValueError where the
+    shapes are no convolution's."""
     outputs, inputs, *sides = weight.shape
     tiles = _tiles(x, enlarged)
+    if inputs % 16 or outputs % 16:
+        fits = alone and not enlarged and _narrow(weight)
+    else:
+        fits = outputs * inputs <= _MOST_WEIGHTS_A_TILE * tiles
     return (
         sides == [3, 3]
-        and inputs % 16 == outputs % 16 == 0
+        and fits
         and tiles >= _LEAST_TILES
-        and outputs * inputs <= _MOST_WEIGHTS_A_TILE * tiles
         and x.dtype == weight.dtype == torch.float32
         and x.is_cpu
         and _MEASURED
@@ -113,7 +127,7 @@ def _of_input(g, x, weight, enlarged):
 
 def _of_weight(g, x, weight, of_bias, enlarged):
     sums = weight.shape[0] * weight.shape[1]
-    if sums <= min(_MOST_SUMS, _MOST_SUMS_A_TILE * _tiles(x, enlarged)):
+    if _narrow(weight) or sums <= min(_MOST_SUMS, _MOST_SUMS_A_TILE * _tiles(x, enlarged)):
         dw, db = torch.empty_like(weight), g.new_empty(len(weight)) if of_bias else None
         if kernels.conv2d_weight(dw, db, g, x, enlarged):
             return dw, db
@@ -136,7 +150,7 @@ def convolved(x, weight, bias=None, term=None, projection=None, enlarged=False) 
         return None
     try:
         road = gate(x, weight, bias, term, projection)
-        if road == SLOW or not takes(x, weight, enlarged):
+        if road == SLOW or not takes(x, weight, enlarged, term is None):
             return None
         call = _native if road == DIRECT else _Convolve.apply
         return call(x, weight, bias, term, projection, enlarged)
@@ -163,12 +177,13 @@ def conv2d(
     """F.conv2d, its arguments and results.
 
     input: (B, I, H, W), weight: (O, I / groups, K, L), bias: (O,). A kernel of 3 x 3 with stride 1
-    and padding 1 between multiples of 16 channels takes 16 of its 36 products, forward and
-    backward, on fp32 CPU tensors with the channels inside (`memory_format=torch.channels_last`);
-    everything else is PyTorch's, and so are the errors. The error against fp64 is PyTorch's or
-    less; an input that is infinite or NaN makes all outputs of its tile NaN (2 x 2, and those of
-    the tiles that see it). Differentiable any number of times; the same bits from any number of
-    threads.
+    and padding 1, on fp32 CPU tensors with the channels inside
+    (`memory_format=torch.channels_last`), takes 16 of its 36 products between multiples of 16
+    channels, forward and backward, and with up to four channels on one side has kernels of its own.
+    Everything else is PyTorch's, and so are the errors. The error against fp64 is PyTorch's or
+    less; between multiples of 16 channels an input that is infinite or NaN makes all outputs of its
+    tile NaN (2 x 2, and those of the tiles that see it). Differentiable any number of times; the
+    same bits from any number of threads.
     Lavin & Gray, "Fast algorithms for convolutional neural networks", 2016, F(2 x 2, 3 x 3).
     """
     around = padding == "same" if type(padding) is str else _one(padding)
