@@ -2,6 +2,8 @@
 // where it lies and in its own dtype, for all query rows of the group. Bound by memory, so nothing
 // is packed; value rows are prefetched while the keys of the same block are being used.
 #pragma once
+#include <type_traits>
+
 #include "cpu/attention/geometry.h"
 
 namespace genfast::cpu {
@@ -101,30 +103,50 @@ GENFAST_INLINE f32v sum_each(f32v (&v)[W]) {
   return v[0];
 }
 
-// scores of R rows x K keys, R * K <= W.
-template <class Load, int R, int K>
-GENFAST_INLINE void dot_block(const float* q, int64_t ldq, const char* const* keys, int dim,
-                              float* s, int64_t lds) {
+// Bytes that a prefetch brings.
+constexpr int kLine = 64;
+
+// scores of R rows x K keys, R * K <= W. Fetch: asks for the value rows of the same keys and for
+// the keys `ahead`, a line for every line that is used. Bursts of rows fill the queue of misses,
+// and the products wait behind them (fp32, four query rows: 29 ns a key instead of 18, which is
+// the memory's time).
+template <class Load, int R, int K, bool Fetch>
+GENFAST_INLINE void dot_block(const float* q, int64_t ldq, const char* const* keys,
+                              const char* const* ahead, const char* const* values, int dim,
+                              int value_bytes, float* s, int64_t lds) {
   // One row of q: a key at a time with two chains (K streams side by side read half as fast).
   // Several rows: two keys at a time, so that q is loaded half as often.
   constexpr int P = R > 1 && K > 1 ? 2 : 1, C = R * P > 2 ? 1 : 2;
+  constexpr int U = kLine / Load::bytes / W > C ? kLine / Load::bytes / W : C;
   f32v acc[W] = {};
   const int whole = dim / W * W;
 #pragma GCC unroll 16
   for (int k = 0; k < K; k += P) {
     f32v chain[P][R][C] = {};
     int d = 0;
-    for (; d + C * W <= whole; d += C * W) {
+    for (; d + U * W <= whole; d += U * W) {
+      if constexpr (Fetch)
 #pragma GCC unroll 2
-      for (int c = 0; c < C; ++c) {
+        for (int i = 0; i < P; ++i)
+#pragma GCC unroll 2
+          for (int at = 0; at < U * W * Load::bytes; at += kLine) {
+            __builtin_prefetch(ahead[k + i] + d * Load::bytes + at, 0, 3);
+            __builtin_prefetch(values[k + i] + d * Load::bytes + at, 0, 2);
+          }
+#pragma GCC unroll 4
+      for (int c = 0; c < U; ++c) {
         f32v y[P];
 #pragma GCC unroll 2
         for (int i = 0; i < P; ++i) y[i] = Load::at(keys[k + i], d + c * W);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
-          const f32v x = load(q + r * ldq + d + c * W);
+          f32v x = load(q + r * ldq + d + c * W);
+          // In a register: gcc would load it for each product, and ten loads take longer than eight
+          // products (25 ns a key and thread instead of 22).
+          if constexpr (P > 1) __asm__("" : "+v"(x));
 #pragma GCC unroll 2
-          for (int i = 0; i < P; ++i) chain[i][r][c] = fused_multiply_add(x, y[i], chain[i][r][c]);
+          for (int i = 0; i < P; ++i)
+            chain[i][r][c % C] = fused_multiply_add(x, y[i], chain[i][r][c % C]);
         }
       }
     }
@@ -138,6 +160,11 @@ GENFAST_INLINE void dot_block(const float* q, int64_t ldq, const char* const* ke
           chain[i][r][0] = fused_multiply_add(load(q + r * ldq + d), y, chain[i][r][0]);
       }
     }
+    if constexpr (Fetch)
+#pragma GCC unroll 2
+      for (int i = 0; i < P; ++i)
+        for (int at = whole * Load::bytes; at < value_bytes; at += kLine)
+          __builtin_prefetch(values[k + i] + at, 0, 2);
 #pragma GCC unroll 2
     for (int i = 0; i < P; ++i)
 #pragma GCC unroll 4
@@ -150,26 +177,35 @@ GENFAST_INLINE void dot_block(const float* q, int64_t ldq, const char* const* ke
   for (int r = 0; r < R; ++r) __builtin_memcpy(s + r * lds, sums + r * K, K * sizeof(float));
 }
 
+// `fetch`: these are the first rows to use the keys.
 template <class Load, int R>
 GENFAST_INLINE int dot_rows(int r, int rows, const float* q, int64_t ldq, const char* const* keys,
-                            int count, int dim, float* s, int64_t lds) {
+                            const char* const* ahead, const char* const* values, int count, int dim,
+                            int value_bytes, float* s, int64_t lds) {
   constexpr int K = W / R;
   for (; r + R <= rows; r += R) {
     const float* row = q + r * ldq;
-    int k = 0;
-    for (; k + K <= count; k += K)
-      dot_block<Load, R, K>(row, ldq, keys + k, dim, s + r * lds + k, lds);
-    for (; k < count; ++k) dot_block<Load, R, 1>(row, ldq, keys + k, dim, s + r * lds + k, lds);
+    float* to = s + r * lds;
+    const auto products = [&](auto fetch) {
+      constexpr bool F = decltype(fetch)::value;
+      int k = 0;
+      for (; k + K <= count; k += K)
+        dot_block<Load, R, K, F>(row, ldq, keys + k, ahead + k, values + k, dim, value_bytes,
+                                 to + k, lds);
+      for (; k < count; ++k)
+        dot_block<Load, R, 1, F>(row, ldq, keys + k, ahead + k, values + k, dim, value_bytes,
+                                 to + k, lds);
+    };
+    if (r == 0)
+      products(std::true_type{});
+    else
+      products(std::false_type{});
   }
   return r;
 }
 
-// Rows [first, first + n) of `count`, into L2. The hardware's streams end at every 4 KiB page (16
-// rows of bf16 at D = 128), so each product asks for the rows of the next one.
-GENFAST_INLINE void prefetch_rows(const char* const* rows, int first, int n, int count, int bytes) {
-  for (int j = first; j < first + n && j < count; ++j)
-    for (int at = 0; at < bytes; at += 64) __builtin_prefetch(rows[j] + at, 0, 2);
-}
+// Key rows that are asked for ahead of their use.
+constexpr int kAhead = 16;
 
 template <class Load>
 inline void dot_all(const float* q, int64_t ldq, int rows, const char* const* keys,
@@ -177,26 +213,35 @@ inline void dot_all(const float* q, int64_t ldq, int rows, const char* const* ke
                     int64_t lds) {
   for (int j = 0; j < n; j += W) {  // W keys stay in L1 for all rows
     const int count = n - j < W ? n - j : W;
-    for (int k = j + 8; k < j + 8 + W && k < n; ++k)
-      for (int at = 0; at < dim * Load::bytes; at += 64) __builtin_prefetch(keys[k] + at, 0, 3);
-    prefetch_rows(values, j, W, n, value_bytes);
+    const char* const* ahead = keys + (j + kAhead + W <= n ? j + kAhead : j);
     int r = 0;
-    if constexpr (W >= 8) r = dot_rows<Load, 4>(r, rows, q, ldq, keys + j, count, dim, s + j, lds);
-    r = dot_rows<Load, 2>(r, rows, q, ldq, keys + j, count, dim, s + j, lds);
-    dot_rows<Load, 1>(r, rows, q, ldq, keys + j, count, dim, s + j, lds);
+    if constexpr (W >= 8)
+      r = dot_rows<Load, 4>(r, rows, q, ldq, keys + j, ahead, values + j, count, dim, value_bytes,
+                            s + j, lds);
+    r = dot_rows<Load, 2>(r, rows, q, ldq, keys + j, ahead, values + j, count, dim, value_bytes,
+                          s + j, lds);
+    dot_rows<Load, 1>(r, rows, q, ldq, keys + j, ahead, values + j, count, dim, value_bytes, s + j,
+                      lds);
   }
 }
 
 // o[r] = o[r] * alpha[r] + sum_j weights[r][j] values[j] for R rows and C vectors from column d.
+// soon: rows asked for meanwhile, the same columns; or null.
 template <class Load, int R, int C, bool Tail>
 GENFAST_INLINE void weigh_block(const float* weights, int64_t ldw, const char* const* values, int n,
-                                const float* alpha, float* o, int64_t ldo, int d, int tail) {
+                                const float* alpha, float* o, int64_t ldo, int d, int tail,
+                                const char* const* soon) {
   f32v acc[R][C];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) acc[r][c] = load(o + r * ldo + d + c * W) * alpha[r];
+  const bool fetch = soon != nullptr && d * Load::bytes % kLine == 0;
   for (int j = 0; j < n; ++j) {
+    if (fetch)
+#pragma GCC unroll 8
+      for (int at = 0; at < C * W * Load::bytes; at += kLine)
+        __builtin_prefetch(soon[j] + d * Load::bytes + at, 0, 2);
     f32v y[C];
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c)
@@ -216,37 +261,40 @@ GENFAST_INLINE void weigh_block(const float* weights, int64_t ldw, const char* c
 
 template <class Load, int R, int C>
 inline void weigh_rows(const float* weights, int64_t ldw, const char* const* values, int n,
-                       const float* alpha, float* o, int64_t ldo, int dim) {
+                       const float* alpha, float* o, int64_t ldo, int dim,
+                       const char* const* soon) {
   int d = 0;
   for (; d + C * W <= dim; d += C * W)
-    weigh_block<Load, R, C, false>(weights, ldw, values, n, alpha, o, ldo, d, 0);
+    weigh_block<Load, R, C, false>(weights, ldw, values, n, alpha, o, ldo, d, 0, soon);
   for (; d + W <= dim; d += W)
-    weigh_block<Load, R, 1, false>(weights, ldw, values, n, alpha, o, ldo, d, 0);
-  if (d < dim) weigh_block<Load, R, 1, true>(weights, ldw, values, n, alpha, o, ldo, d, dim - d);
+    weigh_block<Load, R, 1, false>(weights, ldw, values, n, alpha, o, ldo, d, 0, soon);
+  if (d < dim)
+    weigh_block<Load, R, 1, true>(weights, ldw, values, n, alpha, o, ldo, d, dim - d, soon);
 }
 
 // kWeighKeys value rows at a time, so that they are read once: 8 KiB of fp32 at Dv = 128.
 constexpr int kWeighKeys = 16;
 
+// soon: the keys of the next block, asked for as the values of this one are used.
 template <class Load>
 inline void weigh_all(const float* weights, int64_t ldw, int rows, const char* const* values, int n,
                       const float* alpha, float* o, int64_t ldo, int dim, const char* const* soon,
-                      int soon_count, int soon_bytes) {
+                      int soon_count) {
   const float ones[4] = {1.0f, 1.0f, 1.0f, 1.0f};
   for (int j = 0; j < n; j += kWeighKeys) {
     const int count = n - j < kWeighKeys ? n - j : kWeighKeys;
     const float* w = weights + j;
-    prefetch_rows(soon, j, kWeighKeys, soon_count, soon_bytes);
+    const char* const* next = j + count <= soon_count ? soon + j : nullptr;
     int r = 0;
-    for (; r + 4 <= rows; r += 4)
+    for (; r + 4 <= rows; r += 4, next = nullptr)
       weigh_rows<Load, 4, MR / 3>(w + r * ldw, ldw, values + j, count, j ? ones : alpha + r,
-                                  o + r * ldo, ldo, dim);
-    for (; r + 2 <= rows; r += 2)
+                                  o + r * ldo, ldo, dim, next);
+    for (; r + 2 <= rows; r += 2, next = nullptr)
       weigh_rows<Load, 2, 4>(w + r * ldw, ldw, values + j, count, j ? ones : alpha + r, o + r * ldo,
-                             ldo, dim);
-    for (; r < rows; ++r)
+                             ldo, dim, next);
+    for (; r < rows; ++r, next = nullptr)
       weigh_rows<Load, 1, 8>(w + r * ldw, ldw, values + j, count, j ? ones : alpha + r, o + r * ldo,
-                             ldo, dim);
+                             ldo, dim, next);
   }
 }
 
@@ -273,7 +321,7 @@ inline void weigh_in_place(const AttentionParams& p, const float* weights, int64
   with_loader(p.dtype, [&](auto loader) {
     using Load = decltype(loader);
     weigh_all<Load>(weights, ldw, rows, values, n, alpha, o, ldo, static_cast<int>(p.Dv), soon,
-                    soon_count, static_cast<int>(p.D) * Load::bytes);
+                    soon_count);
   });
 }
 
