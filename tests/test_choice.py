@@ -81,7 +81,7 @@ def test_what_goes_to_pytorch_on_a_gpu():
 
 def test_what_goes_to_pytorch_on_a_cpu(monkeypatch):
     """Long gradients of wide fp32 heads, on a Xeon with a matrix unit only."""
-    for isa in ("base", "v2", "v3", "v4", "amx"):
+    for isa in ("base", "v2", "v3", "v4", "bf16", "amx"):
         monkeypatch.setattr(_choice._C, "build_info", lambda isa=isa: {"isa": isa})
         found = {
             (d, call): sizes

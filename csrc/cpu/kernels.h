@@ -55,10 +55,10 @@ const char* const* isa_usable();
 }  // namespace genfast::cpu
 
 namespace genfast::cpu::v4 {
-extern const Kernels table;  // level amx stands on it
+extern const Kernels table;  // levels amx and bf16 stand on it
 }
 
-// Every kernel file is compiled once per level with GENFAST_ISA = base, v2, v3, v4 or neon.
+// Every kernel file is compiled once per level with GENFAST_ISA = base, v2, v3 or v4.
 #if defined(GENFAST_ISA)
 namespace genfast::cpu::GENFAST_ISA {
 void random(const RandomParams&);

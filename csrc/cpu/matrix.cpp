@@ -1,5 +1,5 @@
-// Level amx is v4 with the matrix unit for attention of bf16, which is the one thing that gains by
-// it. Compiled once, with its own flags; every other kernel of the level is v4's.
+// Levels amx and bf16 are v4 with a matrix unit, or with AVX512-BF16, for attention of bf16: the
+// one thing that gains by it. Compiled once for each; every other kernel of the levels is v4's.
 #include "cpu/attention/call.h"
 #include "cpu/kernels.h"
 
@@ -13,13 +13,15 @@ bool fits(const AttentionParams& p) { return p.dtype == Dtype::bf16 && p.out_dty
 
 // Decoding reads each key once: bound by memory, and by vectors from where it lies.
 void attention_forward(const AttentionParams& p) {
-  const bool matrix = fits(p) && !Forward<VectorUnit>(p).in_place;
+  const Forward<VectorUnit> f(p);
+  const bool matrix = fits(p) && !f.in_place && f.longest_k >= kMatrixKeys;
   return matrix ? forward<MatrixUnit>(p) : v4::table.attention_forward(p);
 }
 
 // A mask's gradient needs the fp32 dS.
 void attention_backward(const AttentionGradParams& g) {
-  const bool matrix = fits(g.p) && g.dmask.data == nullptr;
+  const bool matrix =
+      fits(g.p) && g.dmask.data == nullptr && Backward<VectorUnit>(g).longest_k >= kMatrixKeys;
   return matrix ? backward<MatrixUnit>(g) : v4::table.attention_backward(g);
 }
 

@@ -41,14 +41,18 @@ inline int x86_level() {
   return has_bits(low, 0xE6u) && has_bits(leaf7, avx512) ? 4 : 3;
 }
 
+inline bool has_bf16_products() {
+  unsigned a, b, c, d;
+  return x86_level() == 4 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && has_bits(a, 1u << 5);
+}
+
 // Matrix unit with bf16, AVX512-BF16 beside it, and the system's leave to use its 8 KiB of state:
 // the process asks once (threads and forked children inherit it), or its first use would be fatal.
 inline bool has_matrix_unit() {
 #if defined(__linux__) && defined(SYS_arch_prctl)
   unsigned a, b, c, d, low, high;
-  if (x86_level() < 4 || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  if (!has_bf16_products() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   if (!has_bits(d, 1u << 22 | 1u << 24)) return false;
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !has_bits(a, 1u << 5)) return false;
   __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   constexpr long kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return has_bits(low, 3u << 17) && syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
@@ -60,6 +64,7 @@ inline bool has_matrix_unit() {
 // Does this processor run an ISA level?
 inline bool runs(const char* level) {
   if (level[0] == 'a') return has_matrix_unit();
+  if (level[1] == 'f') return has_bf16_products();
   return x86_level() >= (level[0] == 'v' ? level[1] - '0' : 0);
 }
 #else

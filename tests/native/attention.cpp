@@ -54,10 +54,11 @@ void add(std::vector<double>& to, const std::vector<double>& from, double factor
   double* y = to.data();
   for (size_t i = 0; i < to.size(); ++i) y[i] += factor * from[i];
 }
-// The matrix unit multiplies weights and score gradients that are rounded to bf16 as well; the
+// Levels amx and bf16 multiply weights and score gradients that are rounded to bf16 as well; the
 // terms of a gradient may be ten times their sum.
 double slack(Dtype dtype, double vector, double matrix) {
-  const bool rounds = std::strcmp(GENFAST_TEXT(GENFAST_ISA), "amx") == 0;
+  const char* level = GENFAST_TEXT(GENFAST_ISA);
+  const bool rounds = std::strcmp(level, "amx") == 0 || std::strcmp(level, "bf16") == 0;
   return rounds && dtype == Dtype::bf16 ? matrix : vector;
 }
 bool matches(const Matrix& got, const Matrix& want, Dtype dtype, double slack) {

@@ -307,7 +307,7 @@ struct Backward {
       }
   }
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
   // P and dS of one row in place of S (times `factor`, still to come) and dP.
   void weigh_row(const Sequence& s, ScoreOptions& mods, const Tile& t, int r, const Span& span,
                  int hi, int64_t first, float* P, float* dS, float* slope) const {
@@ -367,18 +367,18 @@ struct Backward {
   void tile_by_tiles(const Sequence& s, ScoreOptions& mods, const BackwardScratch& x, int64_t first,
                      int n, float* dq, bool add) const {
     const Tile& t = *x.tile;
-    const int64_t depth = Unit::words(p.D), value_depth = Unit::words(p.Dv);
-    const int keys = static_cast<int>(round_up(n, NR));
+    const int64_t words = Unit::words(p.D), value_words = Unit::words(p.Dv);
+    const int keys = static_cast<int>(round_up(n, kTile));
     for (int r0 = 0; r0 < t.n; r0 += RB) {
       const Span span = span_of(t, r0 / RB, first, n);
       const int m = t.n - r0 < RB ? t.n - r0 : RB;
       const bool some = span.lo < span.hi;
       const int lo = some ? span.lo : 0, hi = some ? static_cast<int>(round_up(span.hi, NR)) : 0;
       if (some) {
-        multiply_tiles(m, hi - lo, depth, x.q + r0 * ldq, ldq, x.kt + lo * depth, depth * NR,
-                       x.P + lo, lds, false);
-        multiply_tiles(m, hi - lo, value_depth, x.dout + r0 * ldo, ldo, x.vt + lo * value_depth,
-                       value_depth * NR, x.dS + lo, lds, false);
+        multiply_tiles(m, span.hi - lo, depth_of(p.D), x.q + r0 * ldq, ldq, x.kt + lo * words,
+                       words * NR, x.P + lo, lds, false);
+        multiply_tiles(m, span.hi - lo, depth_of(p.Dv), x.dout + r0 * ldo, ldo,
+                       x.vt + lo * value_words, value_words * NR, x.dS + lo, lds, false);
         for (int r = 0; r < m; ++r)
           weigh_row(s, mods, t, r0 + r, span, hi, first, x.P + r * lds, x.dS + r * lds,
                     x.slope + r * lds);
@@ -391,10 +391,10 @@ struct Backward {
           float* row = x.dS + r * lds;
           store(row + j / 2, row_words(load(row + j), load(row + j + W)));
         }
-      multiply_tiles(m, p.D, (hi - lo) / 2, x.dS + lo / 2, lds, x.kp + lo / 2 * NR, BK / 2 * NR,
-                     dq + r0 * ldk, ldk, add);
+      multiply_tiles(m, p.D, depth_of(span.hi - lo), x.dS + lo / 2, lds, x.kp + lo / 2 * NR,
+                     BK / 2 * NR, dq + r0 * ldk, ldk, add);
     }
-    const int64_t pairs = round_up(t.n, RB) / 2;
+    const int64_t pairs = depth_of(t.n);
     multiply_tiles(n, p.Dv, pairs, x.Pt, ldt, x.dp, BR / 2 * NR, x.dv, ldv, true);
     multiply_tiles(n, p.D, pairs, x.dSt, ldt, x.qp, BR / 2 * NR, x.dk, ldk, true);
   }
@@ -449,7 +449,7 @@ struct Backward {
         const BackwardScratch y = tile_of(x, index);
         // Kept from the first block that it sees.
         if (!keeps_rows() || first == begin || t.seen.lo >= first) load_tile(s, y);
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
         if constexpr (Unit::matrix) {
           tile_by_tiles(s, mods, y, first, n, dq + index * BR * ldk, add || first > begin);
           continue;

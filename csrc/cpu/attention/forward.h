@@ -211,7 +211,7 @@ struct Forward {
     }
   }
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
   // Scores of a row, times `factor` still to come, to bf16 weights in place; updates m and l and
   // returns 2^(m - m'). [lo, hi): whole words; what stands behind key `end` is no score.
   float weigh_row(TileState& st, ScoreOptions& mods, int r, const Span& span, int hi, int64_t first,
@@ -265,22 +265,22 @@ struct Forward {
   void attend_by_tiles(TileState& st, ScoreOptions& mods, const ForwardScratch& x, int64_t first,
                        int n) const {
     const auto& t = st.tile;
-    const int64_t depth = Unit::words(p.D), value_panel = rows_of_block() / 2 * NR;
+    const int64_t words = Unit::words(p.D), value_panel = rows_of_block() / 2 * NR;
     for (int r0 = 0; r0 < t.n; r0 += RB) {
       const Span span = span_of(t, r0 / RB, first, n);
       if (span.lo >= span.hi) continue;
       const int m = t.n - r0 < RB ? t.n - r0 : RB;
       const int lo = span.lo, hi = static_cast<int>(round_up(span.hi, NR));
-      multiply_tiles(m, hi - lo, depth, st.q + r0 * ldq, ldq, x.k + lo * depth, depth * NR,
-                     x.s + lo, lds, false);
+      multiply_tiles(m, span.hi - lo, depth_of(p.D), st.q + r0 * ldq, ldq, x.k + lo * words,
+                     words * NR, x.s + lo, lds, false);
       for (int r = 0; r < m; ++r) {
         const float alpha = weigh_row(st, mods, r0 + r, span, hi, first, x.s + r * lds);
         float* o = st.o + (r0 + r) * ldo;
         if (alpha != 1.0f)
           for (int64_t d = 0; d < p.Dv; d += W) store(o + d, load(o + d) * alpha);
       }
-      multiply_tiles(m, p.Dv, (hi - lo) / 2, x.s + lo / 2, lds, x.v + lo / 2 * NR, value_panel,
-                     st.o + r0 * ldo, ldo, true);
+      multiply_tiles(m, p.Dv, depth_of(span.hi - lo), x.s + lo / 2, lds, x.v + lo / 2 * NR,
+                     value_panel, st.o + r0 * ldo, ldo, true);
     }
   }
 #endif
@@ -367,7 +367,7 @@ struct Forward {
       for (int64_t t = begin; t < end; ++t) {
         TileState& st = x.tiles[t - begin];
         if (st.tile.seen.lo >= first + n || st.tile.seen.hi <= first) continue;
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
         if constexpr (Unit::matrix) {
           attend_by_tiles(st, mods, x, first, n);
           continue;

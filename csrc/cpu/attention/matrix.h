@@ -1,18 +1,25 @@
-// The products on a matrix unit (AMX): bf16 operands as they are, fp32 sums, 16 x 16 results from
-// 32 elements of depth at a time. At 1024 flops a cycle and core, 16 times the FMA units, what is
-// left of a call is the softmax, so results go to memory and everything else is a pass over rows.
+// The products of bf16 operands as they are, with fp32 sums: on a matrix unit (AMX; 16 x 16 results
+// from 32 elements of depth at a time, 16 times the speed of the FMA units), or by AVX512-BF16
+// (sums of two products, twice the speed). What is left of a call is the softmax, so results go to
+// memory and everything else is a pass over rows.
 //
 // A word is two bf16 that lie side by side in depth. Operand a has rows of words; operand b has, in
 // panels of NR columns, for each pair of depth a row of NR words. Depth is padded with zeros to 16
-// words, rows and columns of results to 16: the unit is configured once, for whole tiles.
+// words, rows and columns of results to 16: the matrix unit is configured once, for whole tiles.
 #pragma once
 #include "cpu/microkernel.h"
+#include "cpu/scratch.h"
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 namespace genfast::cpu {
 namespace {
 
 constexpr int kTile = 16;
+
+#if defined(__AMX_BF16__)
+// The depth in words that a product of this many elements takes: zeros behind it, to whole tiles.
+inline int64_t depth_of(int64_t elements) { return round_up(elements, 2 * kTile) / 2; }
+constexpr int64_t kMatrixKeys = 1;
 
 // The unit's configuration belongs to a thread. Ours holds while this lives, then the earlier one
 // (of a library that keeps its own, or none) is back. 50 ns each way.
@@ -94,6 +101,64 @@ inline void multiply_tiles(int m, int64_t columns, int64_t depth, const float* a
     }
   __asm__ volatile("" ::: "memory");
 }
+#else
+inline int64_t depth_of(int64_t elements) { return (elements + 1) / 2; }
+// Fewer keys are left to fp32 scores by columns: two Zen 5 cores take 1.1 to 1.3 times as long at
+// 16 keys here, the same at 32, and 0.6 to 0.7 from 64 on (heads of 64).
+constexpr int64_t kMatrixKeys = 32;
+struct MatrixTurn {};  // vectors have no state of their own
+
+// One result of M rows and N vectors: c = a b, or c += a b.
+template <int M, int N>
+GENFAST_INLINE void words(int64_t depth, const float* a, int64_t lda, const float* b, float* c,
+                          int64_t ldc, bool add) {
+  const float* row[M];
+  __m512 acc[M][N];
+#pragma GCC unroll 12
+  for (int i = 0; i < M; ++i) {
+    row[i] = a + i * lda;
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) acc[i][n] = (__m512)(add ? load(c + i * ldc + n * W) : f32v{});
+  }
+#pragma GCC unroll 2
+  for (int64_t k = 0; k < depth; ++k) {
+    __m512bh y[N];
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) y[n] = (__m512bh)load(b + k * NR + n * W);
+#pragma GCC unroll 12
+    for (int i = 0; i < M; ++i) {
+      const __m512bh x = (__m512bh)splat(row[i][k]);
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n) acc[i][n] = _mm512_dpbf16_ps(acc[i][n], x, y[n]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) store(c + i * ldc + n * W, (f32v)acc[i][n]);
+}
+
+template <int N>
+inline void panel_words(int m, int64_t depth, const float* a, int64_t lda, const float* b, float* c,
+                        int64_t ldc, bool add) {
+  int r = 0;
+  for (; m - r > 8; r += 12) words<12, N>(depth, a + r * lda, lda, b, c + r * ldc, ldc, add);
+  if (m - r > 4)
+    words<8, N>(depth, a + r * lda, lda, b, c + r * ldc, ldc, add);
+  else if (m > r)
+    words<4, N>(depth, a + r * lda, lda, b, c + r * ldc, ldc, add);
+}
+
+// c (m x columns) = or += a b; panel: words between the panels of b.
+inline void multiply_tiles(int m, int64_t columns, int64_t depth, const float* a, int64_t lda,
+                           const float* b, int64_t panel, float* c, int64_t ldc, bool add) {
+  for (int64_t j = 0; j < columns; j += NR, b += panel, c += NR)
+    if (columns - j > W)
+      panel_words<2>(m, depth, a, lda, b, c, ldc, add);
+    else
+      panel_words<1>(m, depth, a, lda, b, c, ldc, add);
+}
+#endif
 
 // The words (x[i], y[i]) of two rows of fp32 or bf16, rounded to nearest even.
 GENFAST_INLINE f32v pair_words(f32v x, f32v y) {

@@ -97,8 +97,8 @@ struct VectorUnit {
   static constexpr auto pack_panels = cpu::pack_panels;
 };
 
-#if defined(__AMX_BF16__)
-// Tiles of bf16 operands as they are: nothing is rounded, so scale comes after the product.
+#if defined(__AVX512BF16__)
+// Words of bf16 operands as they are: nothing is rounded, so scale comes after the product.
 struct MatrixUnit {
   using Turn = MatrixTurn;
   static constexpr bool matrix = true;
