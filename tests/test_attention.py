@@ -667,6 +667,8 @@ WRONG = {
     "no length": (lambda: C(q4, c4, c4, k4, k4), ValueError, "cache_seqlens: expected with k"),
     "entry": (lambda: C(q4, c4, c4, cache_seqlens=n2, cache_batch_idx=n2), ValueError,
               "cache_batch_idx"),
+    "entry and page": (lambda: C(q4, c4, c4, cache_seqlens=n2, cache_batch_idx=n2 * 0,
+                                 block_table=n2[:, None] * 0), ValueError, "no meaning beside"),
     "page": (lambda: C(q4, c4, c4, cache_seqlens=n2, block_table=n2[:, None]), ValueError,
              "block_table"),
     "pad": (lambda: C(q4, c4, c4, cache_seqlens=n2, cache_leftpad=n2 + 1), ValueError,

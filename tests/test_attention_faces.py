@@ -243,6 +243,25 @@ def test_flash_dense(dtype, options):
     assert torch.equal(packed, fa.flash_attn_func(*qkv.unbind(2), **options))
 
 
+def test_packed_tensors_of_other_shapes():
+    """Four slices are not three with one to spare."""
+    x, cu = torch.ones(2, 5, 4, 2, 8), torch.tensor([0, 5], dtype=torch.int32)
+    q = x[:, :, 0]
+    for call, message in (
+        (lambda: fa.flash_attn_qkvpacked_func(x), r"qkv: expected \(B, S, 3, H, D\), got"),
+        (lambda: fa.flash_attn_kvpacked_func(q, x[:, :, :1]), r"kv: expected \(B, S, 2, H, D\)"),
+        (lambda: fa.flash_attn_varlen_qkvpacked_func(x[0], cu, 5), r"qkv: expected \(T, 3, H, D"),
+        (
+            lambda: fa.flash_attn_varlen_kvpacked_func(q[0], x[0], cu, cu, 5, 5),
+            r"kv: expected \(T, 2, H, D\)",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(TypeError, match="qkv: expected a torch.Tensor, got NoneType"):
+        fa.flash_attn_qkvpacked_func(None)
+
+
 def test_flash_varlen_and_pages():
     lengths = torch.tensor([5, 0, 20, 3])
     cu = F.pad(lengths.cumsum(0), (1, 0)).int()

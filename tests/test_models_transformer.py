@@ -182,6 +182,42 @@ def test_bad_weights_are_named():
 
 
 @pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("bert", {"tie_word_embeddings": False}, "tie_word_embeddings: .* needs True, got False"),
+        ("t5 v1.1", {"dense_act_fn": "relu"}, "dense_act_fn: .* needs 'gelu_new', got 'relu'"),
+        ("t5", {"feed_forward_proj": "gated-silu"}, "feed_forward_proj: expected one of gelu"),
+        ("gpt2", {"activation_function": "silu"}, "activation_function: expected one of gelu"),
+        ("vit", {"patch_size": [8, 4]}, r"patch_size: expected a finite int >= 1, got \[8, 4\]"),
+        ("llama", {"num_attention_heads": 0}, "num_attention_heads: expected .* got 0"),
+        ("llama", {"hidden_size": "48"}, "hidden_size: expected a finite int >= 1, got '48'"),
+        ("llama", {"rms_norm_eps": None}, "rms_norm_eps: expected a finite float .* got None"),
+        ("llama", {"head_dim": 6}, "head_dim: this architecture needs 12, got 6"),
+        ("llama", {"rope_parameters": "x"}, "rope_parameters: expected a table, got 'x'"),
+        ("llama", {"rope_parameters": {"rope_theta": None}}, "rope_theta: expected .* got None"),
+        ("llama", {"model_type": ["llama"]}, "model_type: expected one of gpt2"),
+    ],
+)
+def test_settings_that_ours_have_not(kind, settings, message):
+    theirs = peer(kind)
+    with pytest.raises(BadWeights, match=message):
+        converted(theirs.config.to_dict() | settings, theirs.state_dict())
+
+
+def test_settings_in_other_spellings():
+    for kind, settings in (("llama", {"head_dim": None}), ("vit", {"patch_size": (8, 8)})):
+        theirs = peer(kind)
+        converted(theirs.config.to_dict() | settings, theirs.state_dict())
+
+
+def test_a_model_without_weights_is_refused():
+    with pytest.raises(BadWeights, match="got one on meta"):
+        from_transformers(peer("gpt2").to("meta"))
+    with pytest.raises(TypeError, match="dtype: expected a floating-point torch.dtype, got 'fp16'"):
+        from_transformers(peer("gpt2"), "fp16")
+
+
+@pytest.mark.parametrize(
     ("config", "weights", "message"),
     [
         ("{", None, "expected a readable config.json and model.safetensors"),

@@ -113,7 +113,8 @@ GENFAST_FN void guidance_weights(Guidance method, const GuidanceSums& s, double 
         const double ratio = option[1] / sqrt(dd > 0 ? dd : 0.0);
         shrink = ratio < 1 ? ratio : 1;
       }
-      const double along = (1 - option[0]) * shrink * dc / s.cc;  // part of c that is taken away
+      // the part of c that is taken away; none of a c that is all zero
+      const double along = (1 - option[0]) * shrink * dc / (s.cc > 0 ? s.cc : 1.0);
       w[0] = (original ? 1 : 0) - scale * along;
       w[1] = original ? 0 : 1;
       w[has_average ? 2 : 0] += scale * shrink;

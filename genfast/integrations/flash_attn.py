@@ -40,6 +40,15 @@ def _bhsd(x: Tensor | None) -> Tensor | None:
     return x.transpose(1, 2) if isinstance(x, Tensor) and x.dim() == 4 else x
 
 
+def _unpacked(name: str, x: Tensor, layout: str) -> tuple[Tensor, ...]:
+    """k, v or q, k, v of one tensor; their gradient is one stack, not a sum of padded slices."""
+    _check.tensor(name, x)
+    dim = layout.count(",") - 2
+    if x.dim() != dim + 3 or x.shape[dim] != len(name):
+        raise ValueError(f"{name}: expected {layout}, got shape {tuple(x.shape)}")
+    return x.unbind(dim)
+
+
 def _s_dmask(q, k, lse, options: dict, dropout_p, seed) -> Tensor | None:
     """Attention weights (B, Hq, Sq, Sk) in q's dtype, negative where dropped: for tests, O(S^2).
 
@@ -128,8 +137,7 @@ def flash_attn_kvpacked_func(
     """q: (B, Sq, Hq, D), kv: (B, Sk, 2, Hkv, D); otherwise `flash_attn_func`."""
     return flash_attn_func(
         q,
-        kv[:, :, 0],
-        kv[:, :, 1],
+        *_unpacked("kv", kv, "(B, S, 2, H, D)"),
         dropout_p,
         softmax_scale,
         causal,
@@ -154,9 +162,7 @@ def flash_attn_qkvpacked_func(
 ):
     """qkv: (B, S, 3, H, D); otherwise `flash_attn_func`."""
     return flash_attn_func(
-        qkv[:, :, 0],
-        qkv[:, :, 1],
-        qkv[:, :, 2],
+        *_unpacked("qkv", qkv, "(B, S, 3, H, D)"),
         dropout_p,
         softmax_scale,
         causal,
@@ -259,8 +265,7 @@ def flash_attn_varlen_kvpacked_func(
     """q: (Tq, Hq, D), kv: (Tk, 2, Hkv, D); otherwise `flash_attn_varlen_func`."""
     return flash_attn_varlen_func(
         q,
-        kv[:, 0],
-        kv[:, 1],
+        *_unpacked("kv", kv, "(T, 2, H, D)"),
         cu_seqlens_q,
         cu_seqlens_k,
         max_seqlen_q,
@@ -291,9 +296,7 @@ def flash_attn_varlen_qkvpacked_func(
 ):
     """qkv: (T, 3, H, D); otherwise `flash_attn_varlen_func`."""
     return flash_attn_varlen_func(
-        qkv[:, 0],
-        qkv[:, 1],
-        qkv[:, 2],
+        *_unpacked("qkv", qkv, "(T, 3, H, D)"),
         cu_seqlens,
         cu_seqlens,
         max_seqlen,

@@ -149,12 +149,14 @@ def cfg_zero_star(cond, uncond, scale, *, original=False):
 
 def apg(cond, uncond, scale, *, eta=1.0, norm_threshold=0.0, original=False, average=None):
     """Sadat et al. 2024, adaptive projected guidance: the difference is clamped in norm and its
-    part parallel to cond is scaled by eta. average: running average of the differences (momentum).
+    part parallel to cond (none, where that is all zero) is scaled by eta. average: running average
+    of the differences (momentum).
     """
     d = cond - uncond if average is None else average
     if norm_threshold > 0:
         d = d * torch.clamp(norm_threshold / torch.sqrt(_dot(d, d)), max=1.0)
-    parallel = _dot(d, cond) / _dot(cond, cond) * cond
+    cc = _dot(cond, cond)
+    parallel = _dot(d, cond) / torch.where(cc > 0, cc, 1.0) * cond
     return (cond if original else uncond) + scale * ((d - parallel) + eta * parallel)
 
 
@@ -214,7 +216,7 @@ def guidance_weights(cond, uncond, scale, *, method, original, options, average=
         shrink = one
         if options[1] > 0:
             shrink = torch.clamp(options[1] / dd.clamp(min=0).sqrt(), max=1.0)
-        along = (1 - options[0]) * shrink * dc / cc
+        along = (1 - options[0]) * shrink * dc / torch.where(cc > 0, cc, 1.0)
         w_c, w_u = (one - w * along, 0 * one) if original else (-w * along, one)
         if average:
             return torch.stack([w_c, w_u, w * shrink], -1)

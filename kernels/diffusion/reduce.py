@@ -102,7 +102,8 @@ def guidance_weights_kernel(
                 dd, dc = (cc + uu) - 2.0 * cu, cc - cu
             ratio = option_1 / root(dd)
             shrink = tl.where((option_1 > 0.0) & (ratio < 1.0), ratio, 1.0)
-            along = (1.0 - option_0) * shrink * dc / cc  # part of c that is taken away
+            # the part of c that is taken away; none of a c that is all zero
+            along = (1.0 - option_0) * shrink * dc / tl.where(cc > 0.0, cc, cc * 0.0 + 1.0)
             if ORIGINAL:
                 w_c, w_u = 1.0 - w * along, w * 0.0
             else:

@@ -72,6 +72,17 @@ def test_apg_with_momentum():
         torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=1e-5)
 
 
+def test_apg_has_no_direction_at_a_cond_of_zeros():
+    u = pair(torch.float32)[1]
+    c, kw = torch.zeros_like(u), dict(method="apg", eta=0.3, norm_threshold=2.5)
+    want = R.guide(c.double(), u.double(), 2.0, **kw)
+    assert want.isfinite().all()
+    torch.testing.assert_close(genfast.guide(c, u, 2.0, **kw).double(), want, rtol=1e-5, atol=1e-5)
+    w = genfast.guidance_weights(c, u, 2.0, **kw)
+    with genfast.backend("reference"):
+        torch.testing.assert_close(w, genfast.guidance_weights(c, u, 2.0, **kw))
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_weights_are_exact_and_independent_of_the_batch(name):
     c, u = pair(torch.float32, (5, 3, 40, 41))

@@ -7,6 +7,7 @@ tensor of theirs must be named by a row or in `unused`, and every one of ours mu
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -90,14 +91,29 @@ class Family:
     unused: tuple[str, ...] = ()
 
 
+def _number(c: dict, ours: str, theirs: str) -> Any:
+    """A setting that is a size (a positive int), an index, or a small float; None as a default."""
+    value, kind = c[theirs], float if ours in ("eps", "rotary_base") else int
+    if value is None and ours in ("hidden", "kv_heads", "decoder_layers"):
+        return None
+    least = 0 if ours in ("pad", "eos", "types") else 1 if kind is int else 1e-30
+    if type(value) not in (kind, int) or not least <= value < math.inf:
+        raise BadWeights(f"{theirs}: expected a finite {kind.__name__} >= {least}, got {value!r}")
+    return kind(value)
+
+
 def _named(table: dict[str, str]) -> Callable[[dict], dict]:
-    return lambda c: {ours: c[theirs] for ours, theirs in table.items()}
+    return lambda c: {ours: _number(c, ours, theirs) for ours, theirs in table.items()}
 
 
-def _activation(c: dict, key: str) -> str:
-    known = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
-             "relu": "relu", "silu": "swiglu", "gated-gelu": "geglu"}  # fmt: skip
-    if c[key] not in known:
+_ACTIVATIONS = {
+    "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"
+}  # fmt: skip
+
+
+def _activation(c: dict, key: str, **more: str) -> str:
+    known = _ACTIVATIONS | more
+    if not isinstance(c[key], str) or c[key] not in known:
         raise BadWeights(f"{key}: expected one of {', '.join(known)}, got {c[key]!r}")
     return known[c[key]]
 
@@ -144,18 +160,22 @@ def _gpt2_keys(c: dict) -> list[Row]:
 
 def _llama_config(c: dict) -> dict:
     rope = c.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise BadWeights(f"rope_parameters: expected a table, got {rope!r}")
     _only(c, hidden_act="silu", attention_bias=False, mlp_bias=False, rope_scaling=None)
     _only(rope, rope_type="default")
-    heads = c["num_attention_heads"]
-    _only(c, head_dim=c["hidden_size"] // heads)
     names = {"vocab": "vocab_size", "d": "hidden_size", "layers": "num_hidden_layers",
              "heads": "num_attention_heads", "kv_heads": "num_key_value_heads",
              "context": "max_position_embeddings", "hidden": "intermediate_size",
              "eps": "rms_norm_eps"}  # fmt: skip
-    return _named(names)(c) | {
+    found = _named(names)(c)
+    if c.get("head_dim") is not None:
+        _only(c, head_dim=found["d"] // found["heads"])
+    base = {"rope_theta": c.get("rope_theta", 10000.0)} | rope
+    return found | {
         "positions": "rotary", "norm": "rms", "activation": "swiglu", "bias": False,
         "tied": c.get("tie_word_embeddings", False),
-        "rotary_base": float(rope.get("rope_theta", c.get("rope_theta", 10000.0))),
+        "rotary_base": _number(base, "rotary_base", "rope_theta"),
     }  # fmt: skip
 
 
@@ -222,7 +242,11 @@ def _t5_config(c: dict) -> dict:
              "eos": "eos_token_id"}  # fmt: skip
     tied = c.get("scale_decoder_outputs", c.get("tie_word_embeddings", True))
     _only(c, decoder_start_token_id=c["pad_token_id"])
-    return _named(names)(c) | {"tied": tied, "activation": _activation(c, "feed_forward_proj")}
+    activation = _activation(c, "feed_forward_proj", **{"gated-gelu": "geglu"})
+    # What they compute is `dense_act_fn`, which a config may set apart.
+    gated, fn = activation == "geglu", c["feed_forward_proj"]
+    _only(c, dense_act_fn="gelu_new" if gated else fn, is_gated_act=gated)
+    return _named(names)(c) | {"tied": tied, "activation": activation}
 
 
 def _t5_keys(c: dict) -> list[Row]:
@@ -260,8 +284,16 @@ def _t5_keys(c: dict) -> list[Row]:
     ]
 
 
+def _side(c: dict, key: str) -> Any:
+    """Of a square, which they also give as a pair."""
+    value = c[key]
+    pair = isinstance(value, (tuple, list)) and len(value) == 2 and value[0] == value[1]
+    return value[0] if pair else value
+
+
 def _vit_config(c: dict) -> dict:
     _only(c, qkv_bias=True)
+    c = c | {key: _side(c, key) for key in ("image_size", "patch_size")}
     names = {"image": "image_size", "patch": "patch_size", "channels": "num_channels",
              "d": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
              "hidden": "intermediate_size", "eps": "layer_norm_eps"}  # fmt: skip
@@ -326,7 +358,7 @@ FAMILIES = {
 
 def _family(config: dict) -> Family:
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise BadWeights(f"model_type: expected one of {', '.join(FAMILIES)}, got {kind!r}")
     return FAMILIES[kind]
 
@@ -361,6 +393,8 @@ def converted(config: dict, state: dict[str, Tensor]) -> tuple[nn.Module, dict[s
     if family.model is BERT:  # the heads are no part of their configuration
         arguments["mlm"] = any(k.startswith("cls.predictions.") for k in theirs)
         arguments["pooler"] = any(k.startswith("pooler.") for k in theirs)
+        if arguments["mlm"]:
+            _only(config, tie_word_embeddings=True)  # the head is the embedding
     model = family.model(**arguments)
     ours, found, used = model.state_dict(), {}, set()
     for row in _expanded(family.keys(model.config), ours):
@@ -400,10 +434,16 @@ def from_transformers(source, dtype: torch.dtype = torch.float32) -> nn.Module:
     Raises BadWeights naming missing and unknown keys and files that cannot be read, TypeError,
     FileNotFoundError.
     """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype: expected a floating-point torch.dtype, got {dtype!r}")
     if isinstance(source, (str, os.PathLike)):
         config, state = _read(Path(source))
     elif isinstance(source, nn.Module) and hasattr(getattr(source, "config", None), "to_dict"):
         config, state = source.config.to_dict(), source.state_dict()
+        if any(x.is_meta for x in state.values()):
+            raise BadWeights(
+                "source: expected a model with weights, got one on meta; load it first"
+            )
     else:
         raise TypeError(
             f"source: expected a transformers model or the path of a folder of one, got "

@@ -260,7 +260,8 @@ def attention_with_kvcache(
     )  # fmt: skip
     if not is_compiling() and gate(q, k_cache, v_cache, k, v) in (DIRECT, GRAD):
         found = None
-        if _takes(q, k_cache, v_cache, alibi_slopes, sinks, scale, softcap):
+        both = block_table is not None and cache_batch_idx is not None  # refused below
+        if not both and _takes(q, k_cache, v_cache, alibi_slopes, sinks, scale, softcap):
             found = _native(q, k_cache, v_cache, *args, return_lse)
         if found is not None:
             return found if return_lse else found[0]
