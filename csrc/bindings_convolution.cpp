@@ -36,7 +36,7 @@ bool conv2d(TensorArgument& y, TensorArgument& x, TensorArgument& weight, Tensor
   const TensorView &from = transposed ? y : x, &to = transposed ? x : y;
   if (!given({&y, &x, &weight}) || !same_device({&y, &x, &weight, &bias, &term, &projection}) ||
       !fit(from, to, enlarged ? 2 : 1, !term.defined()) || !kernel_of(weight, from, to) ||
-      !vector_of(bias, Dtype::f32, y.shape[1]) || bias.ndim > 1 ||
+      !vector_of(bias, Dtype::f32, y.shape[1]) || (bias.defined() && bias.ndim != 1) ||
       (projection.defined() && !term.defined()))
     return false;
   if (projection.defined()) {

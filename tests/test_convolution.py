@@ -378,9 +378,26 @@ def test_errors_of_upsampled(change, message):
         ({"projection": randn(15, 16, 1, 1)}, "projection: expected shape"),
         ({"weight": randn(16, 16, 2, 2)}, "weight: expected .* K odd"),
         ({"projection": randn(16, 16, 1, 1), "projection_bias": randn(3)}, "projection_bias"),
+        ({"projection": randn(16, 4, 2, 2)}, "projection: expected"),
+        ({"projection": randn(16, 16)}, "projection: expected"),
+        ({"projection": randn(16, 16, 1, 1), "projection_bias": randn(1)}, "projection_bias"),
+        ({"projection_bias": randn(16)}, "projection_bias: expected beside a projection"),
+        ({"bias": randn(1)}, "bias: expected"), ({"weight": randn(16, 16, 1, 3)}, "weight: exp"),
     ],
 )  # fmt: skip
 def test_errors_of_residual(change, message):
     given = dict(zip(("h", "x", "weight", "bias"), residual("identity"), strict=True))
     with pytest.raises(ValueError, match=message):
         genfast.residual_conv2d(**{**given, **change})
+
+
+def test_an_image_of_one_channel_keeps_its_order():
+    """It is of both orders at once: by strides, as PyTorch decides, a `view` of the result too."""
+    for x in (randn(8, 1, 28, 28), randn(8, 1, 28, 28).to(memory_format=INNER)):
+        for weight in (randn(16, 1, 3, 3), randn(16, 1, 3, 3).to(memory_format=INNER)):
+            got, want = (f(x, weight, padding=1) for f in (genfast.conv2d, F.conv2d))
+            assert got.stride() == want.stride()
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="bias"):
+        genfast.conv2d(randn(2, 16, 9, 9).to(memory_format=INNER), randn(1, 16, 3, 3),
+                       torch.tensor(1.0), padding=1)  # fmt: skip

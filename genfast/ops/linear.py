@@ -1,11 +1,8 @@
 """linear: act(x weight^T + bias), by the product that is fast on this processor.
 
 PyTorch's fp32 products are MKL's, which leaves the 512-bit units of AMD's processors alone: 180 to
-210 of 490 GFLOP/s on two Zen 5 cores, where oneDNN, which PyTorch carries too, reaches 320 to 470.
-So there, and from the sizes that were measured, they are oneDNN's; but for up to 256 rows (160 to
-400 in its hands) and the gradients by weight and bias, where it copies both factors (200 to 380),
-and few rows, which MKL multiplies at 15 to 60 GB/s of the weight. Those have kernels here: 300 to
-460 GFLOP/s, and 60 to 180 GB/s.
+210 of 490 GFLOP/s on two Zen 5 cores, and 15 to 60 GB/s of the weight for few rows. There, and from
+the sizes that were measured, they are our kernels': 300 to 460 GFLOP/s, and 60 to 180 GB/s.
 """
 
 from __future__ import annotations
@@ -32,25 +29,19 @@ from genfast.ops._road import (
 _info = _C.build_info()
 _relu_backward = torch.ops.aten.threshold_backward.default
 _unsafe_view = torch.ops.aten._unsafe_view.default
-# Inductor's own name for it: (x, weight, bias, "none", no scalars, no algorithm).
-_onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_AVX512 = _info["isa"] in ("amx", "bf16", "v4")
 _AMD = (
     _info["vendor"] == "AuthenticAMD"
-    and _info["isa"] in ("v4", "v3")
+    and (_AVX512 or _info["isa"] == "v3")
     and torch.backends.mkl.is_available()
 )
-_WIDE = (
-    _AMD and _info["isa"] == "v4" and torch.backends.mkldnn.is_available() and _onednn is not None
-)
-# Multiplications from which oneDNN wins: (128, 400) by (400, 40), 2^21, take 25 us either way,
-# (64, 400) by (400, 784), 2^24, 0.57 of MKL's time.
-_LEAST = 1 << 22
-# Rows up to which the kernel wins, and from how many multiplications: of 32, 64, 128 and 256 rows
-# it takes 0.55 to 0.83, 0.68 to 0.95, 0.86 to 1.0 and 0.96 to 1.04 times the best other's time, of
-# 512 from 1.0 on. Smaller products of 2^19 take 0.53 to 0.8, but the call from Python makes 1.2 to
-# 1.4 of that (2^21: 0.6 to 0.8). A transposed weight (a gradient by x) is copied first: from _LEAST
-# on 0.9 to 1.7 times oneDNN's.
-_MANY, _LEAST_OWN = 256, 1 << 21
+_WIDE = _AMD and _AVX512
+# Multiplications from which the kernels win: products of 2^19 take 0.53 to 0.8 of MKL's time, but
+# the call from Python makes 1.2 to 1.4 of that (2^21: 0.6 to 0.8). Larger ones take 0.41 to 0.57.
+# oneDNN's take as long (0.94 to 1.09 from 32 to 25,000 rows, either order of the weight), but it
+# makes and keeps code for every number of rows: 0.5 ms and 0.7 MB each, gigabytes for batches of
+# changing lengths.
+_LEAST = 1 << 21
 # The same of a weight's gradient: of 400 x 40 over 128 rows 0.5 times MKL's time, of 400 x 20, half
 # the size, 1.05 times.
 _LEAST_GRADIENT = 1 << 21
@@ -63,22 +54,14 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None, relu: bool = False
     """a (M, K) by b (N, K) transposed, plus bias (N,): of plain tensors, without a graph."""
     if _AMD and a.is_cpu and a.dtype == b.dtype == torch.float32:
         (M, K), N = a.shape, len(b)
-        products, rows = M * K * N, b.stride(1) == 1
         if M <= _FEW:
-            own = N * K >= _LEAST_WEIGHTS and rows and K % 16 == 0
+            own = N * K >= _LEAST_WEIGHTS and b.stride(1) == 1 and K % 16 == 0
         else:
-            own = _WIDE and M <= _MANY and products >= _LEAST_OWN and (rows or products < _LEAST)
+            own = _WIDE and M * K * N >= _LEAST
         if own:
             y = a.new_empty(M, N)
             if kernels.linear(y, a, b, bias, relu):
                 return y
-        if _WIDE and products >= _LEAST and torch.backends.mkldnn.enabled:
-            # oneDNN reads N numbers side by side, whatever the bias's stride.
-            beside = None if bias is None else bias.contiguous()
-            try:
-                return _onednn(a, b, beside, "relu" if relu else "none", [], "")
-            except RuntimeError:
-                pass  # rows that overlap: it has no word for them
     y = F.linear(a, b, bias)
     return y.relu_() if relu else y
 
@@ -141,8 +124,8 @@ def linear(
 
     input: (..., K), weight: (N, K), bias: (N,). act: "linear" or "relu". Where that was measured to
     be faster than PyTorch's product (fp32 on an AMD processor): a kernel for up to 16 rows, as in
-    decoding; with AVX-512 a kernel for up to 256 rows from 2^21 multiplications, and for the
-    gradients by weight and bias, and oneDNN's product from 2^22.
+    decoding; with AVX-512, from 2^21 multiplications, kernels for more rows and for the gradients
+    by weight and bias.
     Differentiable any number of times. Raises ValueError for another act.
     """
     relu = act == "relu"
@@ -154,13 +137,16 @@ def linear(
             K, weights = input.shape[-1], weight.numel()
             rows = input.numel() // K
             few = rows <= _FEW and weights >= _LEAST_WEIGHTS
-            many = _WIDE and rows * weights >= (_LEAST_OWN if rows <= _MANY else _LEAST)
+            many = _WIDE and rows * weights >= _LEAST
             fits = (
                 (few or many)
                 and input.is_cpu
+                and weight.is_cpu
                 and input.dtype == weight.dtype == torch.float32
                 and (
-                    bias is None or (bias.dtype == torch.float32 and bias.shape == weight.shape[:1])
+                    bias is None
+                    or (bias.dtype == torch.float32 and bias.shape == weight.shape[:1])
+                    and bias.is_cpu
                 )
                 and K == weight.shape[1]
                 and weight.dim() == 2

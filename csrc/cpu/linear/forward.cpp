@@ -1,6 +1,7 @@
 // y = act(x weight^T + bias). Of few rows, as in a transformer's decoding, the weight is read once,
 // where it lies, and the speed is memory's; of more, x is packed, and a task multiplies it by its
-// part of the weight. A row's sums do not depend on the other rows, nor on the threads.
+// part of the weight; of many, the weight is packed, and a task multiplies its rows by it. A row's
+// sums do not depend on the threads.
 #include <algorithm>
 
 #include "cpu/kernels.h"
@@ -82,6 +83,7 @@ void few(const LinearParams& p) {
 
 // ---- more rows ------------------------------------------------------------------------------
 
+constexpr int64_t kMany = 256;         // rows; as many or more outputs want no lanes of rows
 constexpr int64_t kInputs = 256;       // of a panel: 32 KiB at AVX-512
 constexpr int64_t kMostOutputs = 256;  // of a task: their sums over 128 rows take 144 KiB
 
@@ -179,13 +181,121 @@ void many(const LinearParams& p) {
   });
 }
 
+// ---- many rows ------------------------------------------------------------------------------
+
+// Of a task: its rows of x stay in L2, 768 KiB of them.
+constexpr int64_t kMostRows = 192, kLeastRows = 48, kMostNumbers = 192 * 1024;
+
+// An epilogue: to rows of y, or added to them; after the last inputs bias and activation.
+struct Sums {
+  float* y;
+  int64_t ld;
+  bool add, last, relu;
+  const float* bias;
+  int columns;
+
+  template <int M, int N>
+  GENFAST_INLINE void operator()(int row0, f32v (&acc)[M][N]) const {
+    float* at = y + row0 * ld;
+    alignas(64) float shift[NR] = {};
+    if (last && bias != nullptr) std::copy_n(bias, columns, shift);
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i, at += ld)
+#pragma GCC unroll 2
+      for (int c = 0; c < N; ++c) {
+        f32v sum = add ? acc[i][c] + load(at + c * W) : acc[i][c];
+        if (last) sum += load(shift + c * W);
+        if (last && relu) sum = select(sum <= 0.0f, f32v{}, sum);
+        store(at + c * W, sum);
+      }
+  }
+};
+
+constexpr int64_t kMostPacked = 1 << 20;  // of a weight at a time: memory that the thread keeps
+
+// The outputs are the lanes: the weight is packed once, x is read where it lies, and sums go to y.
+void tall(const LinearParams& p) {
+  const int64_t M = p.x.shape[0], K = p.x.shape[1], N = p.weight.shape[0];
+  const int64_t ldx = p.x.strides[0], of_output = p.weight.strides[0],
+                of_input = p.weight.strides[1];
+  const float* x = static_cast<const float*>(p.x.data);
+  const float* w = static_cast<const float*>(p.weight.data);
+  const float* bias = static_cast<const float*>(p.bias.data);
+  float* y = static_cast<float*>(p.y.data);
+  const int64_t blocks = (K + kInputs - 1) / kInputs;
+  const auto depth_of = [=](int64_t k) { return std::min(kInputs, K - k); };
+  const int64_t at_once = std::max<int64_t>(1, kMostPacked / (NR * K)) * NR;
+  const Memory memory(4 * std::min(at_once, round_up(N, NR)) * K);
+  float* packed = reinterpret_cast<float*>(memory.data());  // [panel][input][NR]
+  const auto pack_panel = [&](int64_t begin, int64_t o, int64_t k) {
+    const int64_t count = std::min<int64_t>(NR, N - o), depth = depth_of(k);
+    const float* from = w + o * of_output + k * of_input;
+    float* to = packed + (o - begin) * K + k * NR;
+    if (of_input == 1) return pack(from, of_output, count, depth, to);
+    for (int64_t i = 0; i < depth; ++i, from += of_input, to += NR) {
+      std::copy_n(from, count, to);
+      std::fill(to + count, to + NR, 0.0f);
+    }
+  };
+
+  // Equal tasks, a multiple of the threads; whole groups of four rows. Where rows do not suffice
+  // for all threads a task takes a part of the outputs.
+  const int64_t fit = std::max(kLeastRows, kMostNumbers / K);
+  const int64_t parts = std::max<int64_t>(1, std::min(p.threads * kLeastRows / M, N / (4 * NR)));
+  const int64_t shares = (p.threads + parts - 1) / parts, most = std::min(kMostRows, fit) * shares;
+  const int64_t groups = (M + most - 1) / most * shares;
+  const int64_t rows = round_up((M + groups - 1) / groups, 4);
+  // Rows a multiple of 2 KiB apart would share two of the 64 sets of L1 (K = 3072: 1.4 times as
+  // long), so they are copied apart; of few outputs the copy costs as much.
+  const bool apart = ldx % 512 == 0 && N >= 4 * NR;
+  const int64_t lda = apart ? odd_lines(K) : ldx;
+  Slots slots(workers(p.threads, groups * parts), 4 * rows * (NR + (apart ? lda : 0)));
+  for (int64_t begin = 0; begin < N; begin += at_once) {
+    const int64_t end = std::min(N, begin + at_once), panels = (end - begin + NR - 1) / NR;
+    parallel_for(panels * blocks, p.threads, [&](int64_t task) {
+      pack_panel(begin, begin + task / blocks * NR, task % blocks * kInputs);
+    });
+    parallel_for(groups * parts, p.threads, [&](int64_t task) {
+      const int64_t m = task / parts * rows, part_of = task % parts;
+      const int n = static_cast<int>(std::min(rows, M - m));
+      if (n <= 0) return;
+      slots.with([&](char* base) {
+        float* part = reinterpret_cast<float*>(base);  // of the last outputs, no whole vectors
+        float* copies = part + rows * NR;
+        const float* a = x + m * ldx;
+        for (int r = 0; r < n && apart; ++r) std::copy_n(a + r * ldx, K, copies + r * lda);
+        if (apart) a = copies;
+        const int64_t last = begin + panels * (part_of + 1) / parts * NR;
+        for (int64_t o = begin + panels * part_of / parts * NR; o < last; o += NR) {
+          const int columns = static_cast<int>(std::min<int64_t>(NR, N - o));
+          const bool whole = columns % W == 0;
+          const float* panel = packed + (o - begin) * K;
+          for (int64_t k = 0; k < K; k += kInputs) {
+            const Sums to{whole ? y + m * N + o : part,
+                          whole ? N : NR,
+                          k > 0,
+                          k + kInputs >= K,
+                          p.relu,
+                          bias == nullptr ? nullptr : bias + o,
+                          columns};
+            multiply<false>(n, columns, depth_of(k), a + k, lda, panel + k * NR, NR, to);
+          }
+          for (int r = 0; r < n && !whole; ++r)
+            std::copy_n(part + r * NR, columns, y + (m + r) * N + o);
+        }
+      });
+    });
+  }
+}
+
 }  // namespace
 
 namespace GENFAST_ISA {
 
 void linear(const LinearParams& p) {
   const bool in_place = p.x.shape[1] % 16 == 0 && p.weight.strides[1] == 1;
-  p.x.shape[0] <= kFew&& in_place ? few(p) : many(p);
+  if (p.x.shape[0] <= kFew && in_place) return few(p);
+  p.x.shape[0] <= kMany || p.x.shape[1] == 0 ? many(p) : tall(p);
 }
 
 }  // namespace GENFAST_ISA

@@ -23,12 +23,26 @@ def _image(rows: Tensor, like: Tensor) -> Tensor:
     return rows.unflatten(0, (len(like), *like.shape[2:])).movedim(-1, 1)
 
 
+def _fits(h, x, weight, bias, projection, projection_bias) -> bool:
+    """What would broadcast, or be read as another shape, is left to the checks."""
+    (*outputs, _, K, L), C = weight.shape, x.shape[1]
+    projected = projection is not None and projection.shape == (*outputs, C, 1, 1)
+    return (
+        K == L
+        and K % 2 == 1
+        and (projected if projection is not None else projection_bias is None)
+        and all(b is None or b.shape == (*outputs,) for b in (bias, projection_bias))
+    )
+
+
 def _joined(h, x, weight, bias, projection, projection_bias) -> Tensor | None:
     """x into the convolution's own output, or None where that was not measured. Any exception says
     that the arguments do not fit together."""
     given = (h, x, weight, bias, projection, projection_bias)
     road = gate(*given) if common.quick(h) and common.quick(x) else SLOW
     if road == SLOW or any(t is not None and t.dtype != h.dtype for t in given):
+        return None
+    if not _fits(*given):
         return None
     if projection is not None and projection_bias is not None:
         bias = projection_bias if bias is None else bias + projection_bias
@@ -78,6 +92,8 @@ def residual_conv2d(
     common.check(h, weight, bias, ("h", "weight", "bias"))
     _check.tensor("x", x)
     outputs, C = len(weight), x.shape[1] if x.dim() == 4 else 0
+    if projection is None and projection_bias is not None:
+        raise ValueError("projection_bias: expected beside a projection, got it alone")
     if projection is not None:
         common.check(x, projection, projection_bias, ("x", "projection", "projection_bias"))
         if projection.shape != (outputs, C, 1, 1):

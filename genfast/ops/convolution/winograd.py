@@ -53,6 +53,12 @@ def _narrow(weight: Tensor) -> bool:
     return 0 < few <= _NARROW and many % 16 == 0
 
 
+def _outer(x: Tensor, weight: Tensor) -> bool:
+    """One channel has one memory, and PyTorch's result then follows these strides: those of
+    (B, 1, H, W) made without a format, and a weight's as well, mean channels outside."""
+    return x.stride(1) != 1 and weight.stride(1) != 1
+
+
 def takes(x: Tensor, weight: Tensor, enlarged: bool = False, alone: bool = True) -> bool:
     """A kernel is the faster one. alone: no term is wanted. RuntimeError or ValueError where the
     shapes are no convolution's."""
@@ -70,6 +76,7 @@ def takes(x: Tensor, weight: Tensor, enlarged: bool = False, alone: bool = True)
         and x.is_cpu
         and _MEASURED
         and x.is_contiguous(memory_format=_INNER)
+        and not (inputs == 1 and _outer(x, weight))
         and not torch.is_autocast_enabled("cpu")
     )
 

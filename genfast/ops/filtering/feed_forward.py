@@ -115,9 +115,11 @@ def feed_forward(
 
 
 def _fits(x, *others) -> bool:
+    w1, b1 = others[:2]
     return (
         x.device.type == "cpu"
         and x.dtype in KERNEL_DTYPES
-        and all(t is None or t.dtype == x.dtype for t in others)
+        and all(t is None or t.dtype == x.dtype and t.is_cpu for t in others)
+        and (b1 is None or (b1.shape == w1.shape[:1] and b1.is_contiguous()))
         and not torch.is_autocast_enabled("cpu")
     )
