@@ -327,9 +327,11 @@ def test_a_config_file_and_flags_make_the_same_run_and_resume_ends_there(tmp_pat
                "--lr", "1e-3", "--width", "4", "--z-dim", "6") == 0  # fmt: skip
     files = [(folder / "model.safetensors").read_bytes() for folder in (by_file, by_flags)]
     assert files[0] == files[1]
+    capsys.readouterr()
+    (by_file / "log.jsonl").write_bytes(b"\xff\n3\n")  # no record left: none to draw
     assert run("train", "--resume", "--out", str(by_file)) == 0
     assert (by_file / "model.safetensors").read_bytes() == files[0]
-    capsys.readouterr()
+    assert "wrote model.safetensors, log.jsonl, samples.png" in capsys.readouterr().out
     assert run("train", "--resume", "--out", str(by_file), "--lr", "0.1") == 2
     assert "leave --lr away" in capsys.readouterr().err
     config.write_text("model: vae\ndata: digits\nepochs: 1\nlr: 0.1\nwidth: 4\n")

@@ -159,12 +159,12 @@ def follow(args, name: str, settings: Settings, options: dict, data_name: str) -
         )  # fmt: skip
     if not summary["main"]:
         return
-    plot.losses(loop.records(args.out / loop.LOG), args.out / plot.PLOT, recipe.best)
     best = recipe.best
-    files = recipe.finish(model.cpu().eval(), data, settings.seed, args.out)
+    files = plot.losses(loop.records(args.out / loop.LOG), args.out / plot.PLOT, best)
+    files += recipe.finish(model.cpu().eval(), data, settings.seed, args.out)
     print(
         f"best epoch {summary['best_epoch']} of {summary['epochs']} in {summary['seconds']:.1f} s: "
         f"{best} {summary[f'validation_{best}']:.4g} on the validation part, "
         f"{summary[f'test_{best}']:.4g} on the test part ({len(data.test)} samples)"
     )
-    print(f"wrote {', '.join((checkpoint.CHECKPOINT, loop.LOG, plot.PLOT, *files))}: {args.out}")
+    print(f"wrote {', '.join((checkpoint.CHECKPOINT, loop.LOG, *files))}: {args.out}")
