@@ -94,13 +94,13 @@ def add_options(parser, tables: dict[str, dict[str, Option]]) -> None:
 
 
 def chosen(args, model: str, tables: dict[str, dict[str, Option]]) -> dict:
-    """The values of one model's options; ValueError for a flag of another model."""
+    """The values of one model's options that came; ValueError for a flag of another model."""
     own = tables[model]
     for name in sorted({n for table in tables.values() for n in table} - set(own)):
         if hasattr(args, name):
             takes = ", ".join(map(flag, own)) or "none"
             raise ValueError(f"{flag(name)}: no option of {model}, which takes {takes}")
-    return {name: getattr(args, name, option.default) for name, option in own.items()}
+    return {name: getattr(args, name) for name in own if hasattr(args, name)}
 
 
 def one_of(what: str, name: str, table: Iterable[str]) -> str:

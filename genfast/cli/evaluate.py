@@ -35,7 +35,8 @@ def run(args) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     model, about = checkpoint.load(args.folder)
-    recipe, options = RECIPES[about["model"]], chosen(args, about["model"], OPTIONS)
+    recipe, given = RECIPES[about["model"]], chosen(args, about["model"], OPTIONS)
+    options = recipe.sample_defaults(model, given) | given
     name = args.data_name or about.get("data")
     if name is None:  # `genfast.train.loop.train` without notes
         raise ValueError(f"--data: expected a data set, as {args.folder} names none")

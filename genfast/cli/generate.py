@@ -35,7 +35,8 @@ def run(args) -> None:
     need("safetensors", "PIL")
     model, about = checkpoint.load(args.folder)
     recipe = RECIPES[about["model"]]
-    options = chosen(args, about["model"], OPTIONS)
+    given = chosen(args, about["model"], OPTIONS)
+    options = recipe.sample_defaults(model, given) | given
     out = args.out
     if out is None and recipe.suffix == ".png":
         out = args.folder / f"generated-{args.seed}.png"

@@ -101,7 +101,8 @@ def run(args) -> None:
     name = one_of("model", args.model, RECIPES)
     given = {key: getattr(args, key) for key in SETTINGS if key in args}
     settings = Settings(**{**RECIPES[name].settings, **given})
-    follow(args, name, settings, chosen(args, name, OPTIONS), args.data)
+    options = {key: option.default for key, option in OPTIONS[name].items()}
+    follow(args, name, settings, options | chosen(args, name, OPTIONS), args.data)
 
 
 def resume(args) -> None:
