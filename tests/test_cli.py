@@ -327,9 +327,11 @@ def test_a_config_file_and_flags_make_the_same_run_and_resume_ends_there(tmp_pat
                "--lr", "1e-3", "--width", "4", "--z-dim", "6") == 0  # fmt: skip
     files = [(folder / "model.safetensors").read_bytes() for folder in (by_file, by_flags)]
     assert files[0] == files[1]
+    capsys.readouterr()
+    (by_file / "log.jsonl").write_bytes(b"\xff\n3\n")  # no record left: none to draw
     assert run("train", "--resume", "--out", str(by_file)) == 0
     assert (by_file / "model.safetensors").read_bytes() == files[0]
-    capsys.readouterr()
+    assert "wrote model.safetensors, log.jsonl, reconstructions.png" in capsys.readouterr().out
     assert run("train", "--resume", "--out", str(by_file), "--lr", "0.1") == 2
     assert "leave --lr away" in capsys.readouterr().err
     config.write_text("model: vae\ndata: digits\nepochs: 1\nlr: 0.1\nwidth: 4\n")
@@ -372,6 +374,16 @@ WRONG = {
     "unknown family": (["bench", "rgn"], "expected one of rng, sampling"),
     "no such case": (["bench", "--only", "zzz"], "no case id contains 'zzz'"),
     "threads": (["bench", "--threads", "0"], "expected an int >= 1, got '0'"),
+    "many threads": (["bench", "--threads", "100000000"], "--threads: expected an int <= 1024"),
+    "out is empty": (
+        ["train", "vae", "--data", "mnist5k", "--out", ""],
+        "--out: expected the name of a folder, got ''",
+    ),
+    "from is empty": (["generate", "--from", "", "--seed", "1"], "--from: expected the name of a"),
+    "prompt of bytes": (
+        ["generate", "--from", ".", "--seed", "1", "--prompt", "\udcff\udcfe"],
+        "--prompt: expected UTF-8 text, got '\\udcff\\udcfe'",
+    ),
     "json name": (["bench", "--json", "rows.txt"], "expected a file name in .json"),
     "json folder": (["bench", "--json", "no/such/rows.json"], "does not exist"),
     "json is a folder": (["bench", "--json", "FOLDER.json"], "expected a file, got the folder"),
@@ -442,6 +454,25 @@ def test_a_missing_package_names_the_install_line(monkeypatch, capsys, tmp_path)
 )
 def test_a_wrong_config_names_the_entry(text, message, tmp_path, capsys):
     path = tmp_path / "run.toml"
+    path.write_text(text)
+    assert run("train", "--config", str(path), "--out", str(tmp_path)) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("h-dim: 3\nh_dim: 4", "expected each name once, got 'h-dim' and 'h_dim'; leave one away"),
+        ("threads: 100000000", "threads: expected an int <= 1024, got '100000000'"),
+        ("data:", "data: expected a value, got none"),
+        ("epochs: true", "epochs: expected a whole number, got True"),
+        ("alarm: on\nmodel: vae\ndata: here", "alarm: expected one of warn, stop, off, got 'on'"),
+        # off is the word, not false: what is wrong is the data
+        ("alarm: off\nmodel: vae\ndata: here", "expected one of mnist5k, digits"),
+    ],
+)
+def test_words_of_yaml(text, message, tmp_path, capsys):
+    path = tmp_path / "run.yaml"
     path.write_text(text)
     assert run("train", "--config", str(path), "--out", str(tmp_path)) == 2
     assert message in capsys.readouterr().err

@@ -532,6 +532,42 @@ def test_text_to_prior_to_image(runs, tmp_path, capsys):
     assert code == 2 and "--decoder: expected the folder of a trained latent-diffusion" in said
 
 
+def test_steps_are_by_default_no_more_than_the_schedule_has(runs, tmp_path, capsys):
+    """T of 4 and 6 beside the defaults 100, 50 and 25; what is asked for beyond T stays refused."""
+    from genfast.cli import main
+
+    small, of = {"d": 16, "layers": 1, "heads": 2}, str(runs["clip"])
+    wanted = {
+        "diffusion": {"widths": "8,16", "timesteps": 6},
+        "dit": {"timesteps": 6, **small},
+        "prior": {"clip_from": of, "timesteps": 6, **small},
+        "latent-diffusion": {"autoencoder": str(runs["ae"]), "condition": "image",
+                             "clip_from": of, "timesteps": 4, **small},
+    }  # fmt: skip
+    for name, options in wanted.items():
+        (tmp_path / name).mkdir()
+        recipe, data = saved(name, tmp_path / name, **options)
+        model, about = checkpoint.load(tmp_path / name)
+        assert len(model.plan()) == options["timesteps"]
+        files = recipe.finish(model, data, 0, tmp_path)
+        assert files == ([] if name == "prior" else ["samples.png"])
+    for name, chosen in {
+        "diffusion": {"steps": 6},
+        "dit": {"steps": 6},
+        "prior": {"prior_steps": 6, "steps": 4},
+    }.items():
+        args = ["generate", "--from", str(tmp_path / name), "--seed", "1", "--count", "2"]
+        if name == "prior":
+            args += ["--decoder", str(tmp_path / "latent-diffusion")]
+        out = tmp_path / f"{name}.png"
+        assert main([*args, "--out", str(out)]) == 0
+        assert provenance.read(out)["options"].items() >= chosen.items()
+        capsys.readouterr()
+        assert main([*args, "--out", str(out), "--steps", "7"]) == 2
+        said = capsys.readouterr().err
+        assert f"steps: expected an int in 1 ... {chosen['steps']}, got 7" in said
+
+
 def test_diffusion_guided_from_the_command_line(runs, tmp_path, capsys):
     args = ["--from", runs["unet"], "--out", tmp_path / "a.safetensors"]
     prompt = ["--prompt", "seven|a nine"]

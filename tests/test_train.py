@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -209,6 +210,48 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, at, more):
         if name == loop.LOG:
             files = [[{**json.loads(x), "seconds": 0} for x in f.splitlines()] for f in files]
         assert files[0] == files[1], name
+
+
+ODD_LOGS = {
+    "missing": None,
+    "empty": b"",
+    "no UTF-8": b"\xff\xfe\n",
+    "no records": b'[1, 2]\n3\nnull\n{}\n{"epoch": 1, "step": "x"}\n' + b"[" * 100_000,
+    "among others": b"[1, 2]\nGOOD{}\n\xe9\n",
+    "a half": b'GOOD{"epoch": 1, "train_l',
+    "more columns": b'GOOD{"epoch": 1, "step": 3, "old_loss": "x"}\n',
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("error")  # of the plot
+def test_a_run_resumes_whatever_became_of_its_log(tmp_path):
+    """With the epochs that are still readable, or without a log."""
+
+    def stop(progress, record):
+        if progress.step == 4:
+            raise Killed
+
+    cut = tmp_path / "cut"
+    with pytest.raises(Killed):
+        run(cut, show=stop, epochs=2)
+    good = (cut / loop.LOG).read_bytes()
+    for name, odd in ODD_LOGS.items():
+        folder = shutil.copytree(cut, tmp_path / name)
+        if odd is None:
+            (folder / loop.LOG).unlink()
+        else:
+            (folder / loop.LOG).write_bytes(odd.replace(b"GOOD", good))
+        run(folder, resume=True, epochs=2)
+        records = loop.records(folder / loop.LOG)
+        kept = {"among others": [1], "a half": [1], "more columns": [1, 1]}.get(name, [])
+        assert [r["epoch"] for r in records] == [*kept, 2], name
+        assert plot.losses(records, folder / plot.PLOT) == [plot.PLOT]
+    # A finished run has nothing to add.
+    (folder / loop.LOG).unlink()
+    (folder / plot.PLOT).unlink()
+    run(folder, resume=True, epochs=2)
+    assert plot.losses(loop.records(folder / loop.LOG), folder / plot.PLOT) == []
+    assert not (folder / plot.PLOT).exists()
 
 
 def test_two_runs_do_not_write_to_one_folder(tmp_path):

@@ -10,11 +10,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from genfast.train.recipe import Option
 
+# More than processors of today have; 10**8 ended the process within OpenMP.
+MOST_THREADS = 1024
+
 
 def positive(text: str) -> int:
     value = int(text) if text.isdecimal() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected an int >= 1, got {text!r}")
+    return value
+
+
+def threads(text: str) -> int:
+    value = positive(text)
+    if value > MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"expected an int <= {MOST_THREADS}, got {text!r}")
     return value
 
 
@@ -43,6 +53,22 @@ def output_file(*suffixes: str):
     return check
 
 
+def folder(text: str) -> Path:
+    """A path that says which: an empty one would be the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"expected the name of a folder, got {text!r}")
+    return Path(text)
+
+
+def utf8(text: str) -> str:
+    """What a model may read: bytes of the command line that are no UTF-8 arrive as surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"expected UTF-8 text, got {text!r}") from None
+    return text
+
+
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -56,7 +82,8 @@ def add_options(parser, tables: dict[str, dict[str, Option]]) -> None:
             users.setdefault(name, []).append(model)
     for name, models in users.items():
         option = tables[models[0]][name]
-        kind = str if option.default is None else type(option.default)
+        own = type(option.default)
+        kind = {str: utf8, type(None): utf8}.get(own, own)
         defaults = ", ".join(dict.fromkeys(str(tables[m][name].default) for m in models))
         whose = f"{', '.join(models)}: " if models != [""] else ""
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
@@ -67,13 +94,13 @@ def add_options(parser, tables: dict[str, dict[str, Option]]) -> None:
 
 
 def chosen(args, model: str, tables: dict[str, dict[str, Option]]) -> dict:
-    """The values of one model's options; ValueError for a flag of another model."""
+    """The values of one model's options that came; ValueError for a flag of another model."""
     own = tables[model]
     for name in sorted({n for table in tables.values() for n in table} - set(own)):
         if hasattr(args, name):
             takes = ", ".join(map(flag, own)) or "none"
             raise ValueError(f"{flag(name)}: no option of {model}, which takes {takes}")
-    return {name: getattr(args, name, option.default) for name, option in own.items()}
+    return {name: getattr(args, name) for name in own if hasattr(args, name)}
 
 
 def one_of(what: str, name: str, table: Iterable[str]) -> str:

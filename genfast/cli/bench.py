@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from genfast._extras import need
-from genfast.cli._args import output_file, positive
+from genfast.cli._args import output_file, threads
 
 
 def add(commands) -> None:
@@ -16,7 +16,7 @@ def add(commands) -> None:
     p.add_argument("--quick", action="store_true", help="short readings, no torch.compile")
     p.add_argument("--only", metavar="TEXT", help="cases whose id contains TEXT")
     p.add_argument("--list", action="store_true", help="print the ids of the cases and stop")
-    p.add_argument("--threads", type=positive, default=2, metavar="N", help="default: 2")
+    p.add_argument("--threads", type=threads, default=2, metavar="N", help="default: 2")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--json", type=output_file(".json"), metavar="F.json")
     p.add_argument("--plot", type=output_file(".png"), metavar="F.png")

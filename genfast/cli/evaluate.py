@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from genfast._extras import need
-from genfast.cli._args import add_options, chosen, output_file, positive, seed
+from genfast.cli._args import add_options, chosen, folder, output_file, positive, seed, threads
 from genfast.train.recipes import RECIPES
 
 OPTIONS = {name: recipe.sample_options for name, recipe in RECIPES.items()}
@@ -14,13 +13,13 @@ OPTIONS = {name: recipe.sample_options for name, recipe in RECIPES.items()}
 
 def add(commands) -> None:
     p = commands.add_parser("evaluate", help="metrics of a trained model on the test part")
-    p.add_argument("--from", dest="folder", required=True, type=Path, metavar="DIR",
+    p.add_argument("--from", dest="folder", required=True, type=folder, metavar="DIR",
                    help="what `genfast train` wrote")  # fmt: skip
     p.add_argument("--data", dest="data_name", help="another data set (default: the run's own)")
     p.add_argument("--seed", type=seed, default=0, help="of everything drawn (default: 0)")
     p.add_argument("--count", type=positive, default=500,
                    help="samples drawn to judge generation (default: 500)")  # fmt: skip
-    p.add_argument("--threads", type=positive, help="of torch")
+    p.add_argument("--threads", type=threads, help="of torch")
     p.add_argument("--json", type=output_file(".json"), metavar="F.json")
     add_options(p.add_argument_group("options of the models"), OPTIONS)
     p.set_defaults(run=run)
@@ -36,7 +35,8 @@ def run(args) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     model, about = checkpoint.load(args.folder)
-    recipe, options = RECIPES[about["model"]], chosen(args, about["model"], OPTIONS)
+    recipe, given = RECIPES[about["model"]], chosen(args, about["model"], OPTIONS)
+    options = recipe.sample_defaults(model, given) | given
     name = args.data_name or about.get("data")
     if name is None:  # `genfast.train.loop.train` without notes
         raise ValueError(f"--data: expected a data set, as {args.folder} names none")

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from genfast._extras import need
-from genfast.cli._args import add_options, chosen, output_file, positive, seed
+from genfast.cli._args import add_options, chosen, folder, output_file, positive, seed
 from genfast.train.recipes import RECIPES
 
 OPTIONS = {name: recipe.sample_options for name, recipe in RECIPES.items()}
@@ -15,7 +15,7 @@ OPTIONS = {name: recipe.sample_options for name, recipe in RECIPES.items()}
 
 def add(commands) -> None:
     p = commands.add_parser("generate", help="draw from a trained model: a PNG grid, or text")
-    p.add_argument("--from", dest="folder", required=True, type=Path, metavar="DIR",
+    p.add_argument("--from", dest="folder", required=True, type=folder, metavar="DIR",
                    help="what `genfast train` wrote")  # fmt: skip
     p.add_argument("--seed", required=True, type=seed, help="same seed, same samples")
     p.add_argument("--count", type=positive, default=64, help="samples (default: 64)")
@@ -35,7 +35,8 @@ def run(args) -> None:
     need("safetensors", "PIL")
     model, about = checkpoint.load(args.folder)
     recipe = RECIPES[about["model"]]
-    options = chosen(args, about["model"], OPTIONS)
+    given = chosen(args, about["model"], OPTIONS)
+    options = recipe.sample_defaults(model, given) | given
     out = args.out
     if out is None and recipe.suffix == ".png":
         out = args.folder / f"generated-{args.seed}.png"

@@ -9,10 +9,10 @@ from dataclasses import fields
 from pathlib import Path
 
 from genfast._extras import need
-from genfast.cli._args import add_options, chosen, flag, one_of, positive
+from genfast.cli._args import add_options, chosen, flag, folder, one_of, threads
 from genfast.train.recipe import Option
 from genfast.train.recipes import RECIPES
-from genfast.train.settings import Settings, read_config
+from genfast.train.settings import CHOICES, Settings, read_config
 
 SETTINGS = {f.name: Option(f.default, f.metadata["help"]) for f in fields(Settings)}
 OPTIONS = {name: recipe.options for name, recipe in RECIPES.items()}
@@ -30,13 +30,13 @@ def add(commands) -> None:
     p.add_argument("model", nargs="?", default=unset, help=", ".join(RECIPES))
     data = "; ".join(f"{name}: {', '.join(r.data)}" for name, r in RECIPES.items())
     p.add_argument("--data", default=unset, help=data)
-    p.add_argument("--out", type=Path, default=unset, metavar="DIR", help="folder to write to")
+    p.add_argument("--out", type=folder, default=unset, metavar="DIR", help="folder to write to")
     p.add_argument("--config", type=Path, default=unset, metavar="FILE",
                    help="TOML or YAML with these names; flags win")  # fmt: skip
     p.add_argument("--resume", action="store_true", default=unset,
                    help="go on with the run in --out, with its settings")  # fmt: skip
     p.add_argument("--device", choices=("auto", "cpu"), default=unset)
-    p.add_argument("--threads", type=positive, default=unset, help="of torch")
+    p.add_argument("--threads", type=threads, default=unset, help="of torch")
     own = "; ".join(
         f"{name}: {', '.join(f'{flag(k)} {v}' for k, v in recipe.settings.items())}"
         for name, recipe in RECIPES.items() if recipe.settings
@@ -68,7 +68,12 @@ def configured(parser, args):
 
 
 def typed(action: argparse.Action, value):
-    """A value of a config file as its flag would read it; a list is a text with commas."""
+    """A value of a config file as its flag would read it; a list is a text with commas. YAML reads
+    the word off as false, which stands for it again where it is a choice."""
+    if value is None:
+        raise ValueError("expected a value, got none")
+    if isinstance(value, bool) and "off" in CHOICES.get(action.dest, ()):
+        value = "on" if value else "off"
     if action.nargs == 0:  # a switch
         if not isinstance(value, bool):
             raise ValueError(f"expected true or false, got {value!r}")
@@ -96,7 +101,8 @@ def run(args) -> None:
     name = one_of("model", args.model, RECIPES)
     given = {key: getattr(args, key) for key in SETTINGS if key in args}
     settings = Settings(**{**RECIPES[name].settings, **given})
-    follow(args, name, settings, chosen(args, name, OPTIONS), args.data)
+    options = {key: option.default for key, option in OPTIONS[name].items()}
+    follow(args, name, settings, options | chosen(args, name, OPTIONS), args.data)
 
 
 def resume(args) -> None:
@@ -159,12 +165,12 @@ def follow(args, name: str, settings: Settings, options: dict, data_name: str) -
         )  # fmt: skip
     if not summary["main"]:
         return
-    plot.losses(loop.records(args.out / loop.LOG), args.out / plot.PLOT, recipe.best)
     best = recipe.best
-    files = recipe.finish(model.cpu().eval(), data, settings.seed, args.out)
+    files = plot.losses(loop.records(args.out / loop.LOG), args.out / plot.PLOT, best)
+    files += recipe.finish(model.cpu().eval(), data, settings.seed, args.out)
     print(
         f"best epoch {summary['best_epoch']} of {summary['epochs']} in {summary['seconds']:.1f} s: "
         f"{best} {summary[f'validation_{best}']:.4g} on the validation part, "
         f"{summary[f'test_{best}']:.4g} on the test part ({len(data.test)} samples)"
     )
-    print(f"wrote {', '.join((checkpoint.CHECKPOINT, loop.LOG, plot.PLOT, *files))}: {args.out}")
+    print(f"wrote {', '.join((checkpoint.CHECKPOINT, loop.LOG, *files))}: {args.out}")

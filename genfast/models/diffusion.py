@@ -379,14 +379,18 @@ class Diffusion(nn.Module):
             want = f"labels in 0 ... {self.classes - 1}" if self.classes else "none"
             raise ValueError(f"y: expected {want}, got {'none' if y is None else 'labels'}")
 
-    def plan(self, name: str = "ddpm", steps: int = 100, **options) -> schedulers.SolverPlan:
-        """A solver plan on this model's schedule. options: of the diffusers scheduler's config.
+    def plan(
+        self, name: str = "ddpm", steps: int | None = None, **options
+    ) -> schedulers.SolverPlan:
+        """A solver plan on this model's schedule. steps: 1 ... T, default min(100, T). options: of
+        the diffusers scheduler's config.
 
         The predicted x0 stays in [-1, 1] where the solver can keep it there, see PLANS; prefer
         prediction "v_prediction" for the others.
         """
         if name not in PLANS:
             raise ValueError(f"plan: expected one of {', '.join(PLANS)}, got {name!r}")
+        steps = min(100, self.T) if steps is None else steps
         if not 1 <= steps <= self.T:
             raise ValueError(f"steps: expected an int in 1 ... {self.T}, got {steps}")
         scheduler, clipped = PLANS[name]

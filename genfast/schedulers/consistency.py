@@ -6,16 +6,16 @@ import math
 
 import numpy as np
 
-from ._check import number, positive, rows_from
+from ._check import finite, number, positive, rows_from, sigma_range
 from .convert import vp
 from .plan import M, PlanBuilder, SolverPlan, X, Z
 from .schedules import AlphaGrid, SigmaGrid, alpha_grid, distilled_timesteps
 
 
 def _grid(grid, chain) -> AlphaGrid:
-    return (
-        grid if isinstance(grid, AlphaGrid) else alpha_grid(distilled_timesteps(grid), chain=chain)
-    )
+    if isinstance(grid, AlphaGrid):
+        return grid
+    return alpha_grid(distilled_timesteps(grid) if np.ndim(grid) == 0 else grid, chain=chain)
 
 
 def lcm_plan(
@@ -32,6 +32,8 @@ def lcm_plan(
     c_out(t) x0, noised again to the next timestep; the last step returns it. grid: steps (of 50
     distilled ones), timesteps, or `AlphaGrid` with chain "repeat"."""
     grid = _grid(grid, "repeat")
+    timestep_scaling = finite("timestep_scaling", timestep_scaling, above=True)
+    sigma_data = finite("sigma_data", sigma_data, above=True)
     plan = PlanBuilder("lcm", clip=clip, threshold=threshold)
     for i in rows_from(begin, len(grid)):
         a_t, a_p = grid.alpha_bar[i], grid.alpha_bar_next[i]
@@ -92,12 +94,20 @@ def consistency_grid(
     """Sigmas of the visited indices of a T-point Karras ramp; timesteps 250 ln sigma. steps: N <=
     T, or descending indices < T.
     """
+    sigma_range(sigma_min, sigma_max, rho)
     if np.ndim(steps) == 0:
-        index = np.arange(positive("steps", steps)) * (T // steps)
+        N = positive("steps", steps)
+        if N > positive("T", T):
+            raise ValueError(f"steps: expected at most {T}, the points of the ramp, got {N}")
+        index = np.arange(N) * (T // N)
     else:
-        index = np.asarray(steps)[::-1]
-    if not 0 < len(index) <= T or index[-1] >= T:
-        raise ValueError(f"steps: expected at most {T} indices below {T}, got {steps}")
+        index = np.asarray(steps, np.float64)[::-1]
+        whole = index.ndim == 1 and index.size and (index == np.round(index)).all()
+        if not whole or index[0] < 0 or index[-1] >= T or not (np.diff(index) > 0).all():
+            raise ValueError(
+                f"steps: expected descending whole indices in [0, {T - 1}], got "
+                f"{list(np.ravel(steps))[:8]}"
+            )
     ramp = index / (T - 1)
     hi, lo = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     sigmas = (hi + ramp * (lo - hi)) ** rho
@@ -127,6 +137,9 @@ def consistency_plan(
         if isinstance(grid, SigmaGrid)
         else consistency_grid(grid, sigma_min=sigma_min, sigma_max=sigma_max)
     )
+    sigma_range(sigma_min, sigma_max, 1.0)
+    sigma_data = finite("sigma_data", sigma_data, above=True)
+    s_noise = finite("s_noise", s_noise)
     plan = PlanBuilder("consistency", clip=clip)
     for i in rows_from(begin, len(grid)):
         s = grid.sigmas[i]

@@ -134,6 +134,10 @@ def ddim_inverse_plan(
     grid: AlphaGrid, *, prediction: str = "epsilon", clip: float | None = None, begin: int = 0
 ) -> SolverPlan:
     """DDIM from data to noise (Mokady et al. 2022, sec. 3.2). grid: from `ddim_inverse_grid`."""
+    if not isinstance(grid, AlphaGrid):
+        raise TypeError(
+            f"grid: expected an AlphaGrid, got {grid!r}; make one with ddim_inverse_grid"
+        )
     plan = PlanBuilder("ddim_inverse", clip=clip)
     for i in rows_from(begin, len(grid)):
         a_t, a_p = grid.alpha_bar[i], grid.alpha_bar_next[i]

@@ -14,7 +14,7 @@ import math
 
 import numpy as np
 
-from ._check import choice, positive, rows_from
+from ._check import choice, finite, positive, rows_from
 from ._special import phi
 from .convert import convert, input_scale
 from .plan import X0, PlanBuilder, SolverPlan, X, Z, sym
@@ -111,6 +111,7 @@ def dpm_solver_plan(
     midpoint = choice("solver_type", solver_type, SOLVER_TYPES)
     if positive("order", order) > 3:
         raise ValueError(f"order: expected 1, 2 or 3, got {order}")
+    sigma_data = finite("sigma_data", sigma_data, above=True)
     a, s, lam = log_snr(grid)
     N = len(grid)
     plan = PlanBuilder(algorithm, clip=clip, threshold=threshold)

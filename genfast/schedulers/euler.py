@@ -10,7 +10,8 @@ import math
 
 import numpy as np
 
-from ._check import number, positive, rows_from
+from . import _check
+from ._check import finite, number, positive, rows_from
 from .convert import edm, input_scale, ve
 from .plan import PlanBuilder, SolverPlan, X, Z, sym
 from .schedules import SigmaGrid, edm_grid, sigma_grid, sigma_to_t
@@ -37,11 +38,12 @@ def _substitute(form, x_hat):
     return form - cx * X + cx * x_hat
 
 
-def _euler_rows(plan, grid, x0_of, c_in, *, s_churn, s_tmin, s_tmax, s_noise, churn_steps, begin):
-    s_churn = number("s_churn", s_churn, 0.0, math.inf)
+def _euler_rows(plan, grid, x0_of, c_in, *, churn_steps, begin, **settings):
+    settings = _check.churn(**settings)
+    steps = len(grid) if churn_steps is None else positive("churn_steps", churn_steps)
     for i in rows_from(begin, len(grid)):
         s, s_next = grid.sigmas[i], grid.sigmas[i + 1]
-        s_hat, sd = churn(s, churn_steps or len(grid), s_churn, s_tmin, s_tmax, s_noise)
+        s_hat, sd = churn(s, steps, **settings)
         x_hat = X + sd * Z
         form = x0_of(s, s_hat)
         D = _substitute(plan.x0(form), x_hat) if sd else plan.x0(form)
@@ -115,6 +117,7 @@ def edm_euler_plan(
     table 1 and alg. 2).
     """
     grid = grid if isinstance(grid, SigmaGrid) else edm_grid(grid)
+    sigma_data = finite("sigma_data", sigma_data, above=True)
     plan = PlanBuilder("edm_euler")
     _euler_rows(
         plan,
@@ -148,7 +151,7 @@ def euler_ancestral_plan(
     begin: int = 0,
 ) -> SolverPlan:
     """Euler to sigma_down, then noise sigma_up (k-diffusion, sample_euler_ancestral)."""
-    grid = _grid(grid)
+    grid, eta = _grid(grid), number("eta", eta, 0.0, math.inf)
     plan = PlanBuilder("euler_ancestral", clip=clip)
     for i in rows_from(begin, len(grid)):
         s, s_next = grid.sigmas[i], grid.sigmas[i + 1]
@@ -271,6 +274,7 @@ def kdpm2_ancestral_plan(
     begin: int = 0,
 ) -> SolverPlan:
     """DPM-Solver-2 to sigma_down, then noise sigma_up (k-diffusion, sample_dpm_2_ancestral)."""
+    eta = number("eta", eta, 0.0, math.inf)
     return _kdpm2(
         "kdpm2_ancestral",
         grid,
@@ -305,7 +309,7 @@ def dpm_sde_plan(
     is needed.
     """
     grid = _grid(grid)
-    eta, s_noise = number("eta", eta, 0.0, math.inf), number("s_noise", s_noise, 0.0, math.inf)
+    eta, s_noise = number("eta", eta, 0.0, math.inf), finite("s_noise", s_noise)
     plan = PlanBuilder("dpm_sde", clip=clip)
     for i in rows_from(begin, len(grid)):
         s, s_next = grid.sigmas[i], grid.sigmas[i + 1]

@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 
+from . import _check
 from ._check import rows_from
 from .euler import churn
 from .plan import CLIP, COEF, COLUMNS, D_M, D_X, INPUT_SCALE, M, PlanBuilder, SolverPlan, X, Z, sym
@@ -53,11 +54,12 @@ def flow_match_heun_plan(
     last.
     """
     grid = _grid(grid)
+    settings = _check.churn(s_churn, s_tmin, s_tmax, s_noise)
     plan = PlanBuilder("flow_match_heun")
     for i in rows_from(begin, len(grid)):
         s, s_next = grid.sigmas[i], grid.sigmas[i + 1]
         # the peer counts 2N - 1 evaluations as its steps
-        s_hat, sd = churn(s, 2 * len(grid) - 1, s_churn, s_tmin, s_tmax, s_noise)
+        s_hat, sd = churn(s, 2 * len(grid) - 1, **settings)
         x_hat = X + sd * Z
         d, dt = s / s_hat * M, s_next - s_hat
         plan.row(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ._check import choice, positive, rows_from
+from ._check import choice, finite, positive, rows_from
 from ._special import phi
 from .convert import convert
 from .dpm import dpm_grid, history_entry, log_snr
@@ -106,6 +106,9 @@ def sa_solver_plan(
             f"predictor_order, corrector_order: expected up to 3 and 4, got {predictor_order}, "
             f"{corrector_order}"
         )
+    if not callable(tau):
+        raise TypeError(f"tau: expected a function of the timestep, got {tau!r}")
+    taus = [finite("tau", tau(t)) for t in grid.timesteps]
     a, s, lam = log_snr(grid)
     N, depth = len(grid), max(predictor_order, corrector_order - 1)
     plan = PlanBuilder("sa_solver", clip=clip, threshold=threshold)
@@ -137,7 +140,7 @@ def sa_solver_plan(
         x = X
         if i > begin:  # correct x_i with the newest model output
             nodes = [i - k for k in range(order_c)]
-            q = 1 + tau(grid.timesteps[i - 1]) ** 2
+            q = 1 + taus[i - 1] ** 2
             x = carried + sum(
                 w * entry(k) for k, w in zip(nodes, weights(i - 1, nodes, q), strict=True)
             )
@@ -148,7 +151,7 @@ def sa_solver_plan(
             p = 1
         p, order_c = min(p, filled + 1), min(c, filled + 2)
         filled = min(filled + 1, depth)
-        t2 = tau(grid.timesteps[i]) ** 2
+        t2 = taus[i] ** 2
         h = lam[i + 1] - lam[i]
         if data:
             c_x = math.exp(-t2 * h) * s[i + 1] / s[i] if t2 else s[i + 1] / s[i]

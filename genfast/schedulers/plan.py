@@ -42,6 +42,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from . import _check
+
 SLOTS = 6
 SOURCES = ("x", "m", "x0", *(f"H{k}" for k in range(1, SLOTS + 1)), "z")
 OUTPUTS = 3
@@ -160,7 +162,7 @@ class SolverPlan:
             object.__setattr__(self, name, a)
         object.__setattr__(self, "names", tuple(tuple(row) for row in self.names))
         if self.threshold is not None:
-            object.__setattr__(self, "threshold", tuple(map(float, self.threshold)))
+            object.__setattr__(self, "threshold", _check.threshold(self.threshold))
         self._validate()
         h = hashlib.sha256(repr(self._meta()).encode())
         for name in arrays:
@@ -381,8 +383,9 @@ class PlanBuilder:
     ):
         if clip is not None and not clip > 0:
             raise ValueError(f"clip: expected a positive number or None, got {clip!r}")
-        self.name, self.threshold = name, threshold
-        self.clip = np.inf if clip is None or threshold else float(clip)
+        self.name = name
+        self.threshold = None if threshold is None else _check.threshold(threshold)
+        self.clip = np.inf if clip is None or self.threshold else float(clip)
         self.rows: list[dict] = []
 
     @property

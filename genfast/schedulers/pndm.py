@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from ._check import choice, rows_from
+from ._check import choice, positive, rows_from
 from .convert import vp
 from .plan import Lin, M, PlanBuilder, SolverPlan, X, sym
 from .schedules import AlphaGrid, alpha_grid
@@ -102,12 +102,15 @@ def pndm_plan(
 def ipndm_plan(steps: int, *, betas=None, begin: int = 0) -> SolverPlan:
     """Improved PNDM with Adams-Bashforth up to order 4 on x = alpha x0 + beta eps, the model
     predicting v (crowsonkb/v-diffusion-pytorch).
-    betas: (steps + 1,) noise levels; by default sin^2 of equal steps from pi/2 to 0."""
+    betas: (steps + 1,) noise levels in [0, 1]; by default sin^2 of equal steps from pi/2 to 0."""
+    steps = positive("steps", steps)
     if betas is None:
         betas = np.sin(np.append(np.linspace(1, 0, steps + 1)[:-1], 0.0) * math.pi / 2) ** 2
     b = np.asarray(betas, np.float64)
     if b.shape != (steps + 1,):
         raise ValueError(f"betas: expected shape ({steps + 1},), got {b.shape}")
+    if not ((b >= 0) & (b <= 1)).all():
+        raise ValueError(f"betas: expected noise levels in [0, 1], got {b}")
     a = np.sqrt(1 - b**2)
     plan = PlanBuilder("ipndm")
     ets: list[Lin] = []

@@ -295,7 +295,9 @@ def sample(
     given = tuple(guidance) if isinstance(guidance, (tuple, list)) else None
     options = guidance if isinstance(guidance, dict) else dict(scale=guidance)
     private = callback is None and state is None  # nobody else holds the history
-    state = state or SolverState.start(plan, x_T)
+    if state is None:
+        state = SolverState.start(plan, x_T)
+    _check_state("state", state)
     rows = range(state.row, len(plan))
     if progress:
         from tqdm.auto import tqdm
@@ -335,7 +337,16 @@ def sample(
         )  # fmt: skip
         if callback is not None:
             state = callback(r, state) or state
+            _check_state("callback", state)
     return state.x
+
+
+def _check_state(name, state):
+    if not isinstance(state, SolverState):
+        raise TypeError(
+            f"{name}: expected a SolverState or None, got {_check.describe(state)}; start one with "
+            "SolverState.start(plan, x_T)"
+        )
 
 
 def _weights(m, x, row, options):

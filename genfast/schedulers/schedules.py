@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ._check import choice, number, positive
+from ._check import choice, finite, number, positive, sigma_range
 from ._special import beta_ppf
 
 
@@ -457,8 +457,7 @@ def flow_grid(
         or unshifted with mu.
     """
     positive("T", T)
-    if not 0 < shift < math.inf:
-        raise ValueError(f"shift: expected a finite number > 0, got {shift!r}")
+    finite("shift", shift, above=True)
     if np.ndim(steps) == 0:
         hi, lo = t_range or time_shift(np.array([1.0, 1 / T]), None if mu is not None else shift)
         # linspace on T sigma, as the peers do: the values agree to the last bit
@@ -494,6 +493,7 @@ def flow_sigma_grid(
     """Flow sigmas as DPM-Solver, DEIS and SA-Solver use them: N of N+1 points of 1 - linspace(1,
     1/T), shifted.
     final: "zero", "repeat" or "sigma_min" (then the number ``sigma_min``)."""
+    finite("shift", shift, above=True)
     s = 1.0 - np.linspace(1, 1 / T, positive("steps", steps) + 1)
     s = (shift * s / (1 + (shift - 1) * s))[::-1][:-1]
     t = np.floor(s * T) if truncate else s * T
@@ -514,18 +514,17 @@ def edm_grid(
     c_noise: str = "log",
 ) -> SigmaGrid:
     """Karras et al. 2022, eq. 5: N sigmas from sigma_max to sigma_min.
-    steps: N, or ramp values in [0, 1]. final: "zero", "sigma_min" or a number. c_noise, the
+    steps: N, or rising ramp values in [0, 1]. final: "zero", "sigma_min" or a number. c_noise, the
     timesteps: "log", log(sigma) / 4, or "atan", 2 atan(sigma) / pi (Stable Audio)."""
     N = positive("steps", steps if np.ndim(steps) == 0 else len(steps))
-    if not 0 <= sigma_min <= sigma_max < math.inf:
+    sigma_range(sigma_min, sigma_max, rho)
+    ramp = np.linspace(0, 1, N) if np.ndim(steps) == 0 else np.asarray(steps, np.float64)
+    if ramp.ndim != 1 or not ((ramp >= 0) & (ramp <= 1)).all() or (np.diff(ramp) < 0).any():
         raise ValueError(
-            "sigma_min, sigma_max: expected finite numbers, 0 <= sigma_min <= sigma_max, got "
-            f"{sigma_min!r} and {sigma_max!r}"
+            f"steps: expected a number of steps or rising values in [0, 1], got "
+            f"{list(np.ravel(ramp))[:8]}"
         )
-    if not 0 < rho < math.inf:
-        raise ValueError(f"rho: expected a finite number > 0, got {rho!r}")
     if kind == "karras":
-        ramp = np.linspace(0, 1, N) if np.ndim(steps) == 0 else np.asarray(steps, np.float64)
         hi, lo = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
         s = (hi + ramp * (lo - hi)) ** rho
     else:

@@ -317,11 +317,14 @@ class _Log:
 
 
 def records(path: Path) -> list[dict]:
-    """The lines of a log; a half-written last one is left out."""
+    """The lines of a log. What is no record of an epoch is left out: a half-written last line, or
+    what another program or a broken disk made of one."""
     found = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            record = json.loads(line)
+        except (ValueError, RecursionError):  # no JSON, no UTF-8, or 10,000 brackets
+            continue
+        if isinstance(record, dict) and all(type(record.get(k)) is int for k in ("epoch", "step")):
+            found.append(record)
     return found

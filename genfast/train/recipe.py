@@ -136,12 +136,17 @@ class Recipe(ABC):
         for the same seed. `genfast.train.alarms` knows some of the names."""
         return {}
 
+    def sample_defaults(self, model: nn.Module, given: dict) -> dict[str, Any]:
+        """The values of `sample_options` where a user gives only `given`."""
+        return {name: option.default for name, option in self.sample_options.items()}
+
     @abstractmethod
     def sample(
         self, model: nn.Module, about: dict, count: int, seed: int, start: int, options: dict
     ) -> Any:
         """Samples start ... start + count - 1 of `seed`: sample i has the same bits however the
-        samples are cut into calls. about: the checkpoint's facts. Returns a list or a tensor."""
+        samples are cut into calls. about: the checkpoint's facts. options: a value of each of
+        `sample_options`. Returns a list or a tensor."""
 
     @abstractmethod
     def write(self, samples: list, out: Path | None, about: dict, provenance: dict) -> str:

@@ -18,6 +18,8 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 PRECISIONS = ("fp32", "bf16", "fp16")
 ON_ALARM = ("warn", "stop", "off")
+#: setting -> what it may be
+CHOICES = {"schedule": tuple(SCHEDULES), "precision": PRECISIONS, "alarm": ON_ALARM}
 
 
 def _setting(default, help):
@@ -55,9 +57,7 @@ class Settings:
         for name in ("weight_decay", "save_every"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
-        for name, table in (
-            ("schedule", SCHEDULES), ("precision", PRECISIONS), ("alarm", ON_ALARM),
-        ):  # fmt: skip
+        for name, table in CHOICES.items():
             if getattr(self, name) not in table:
                 raise ValueError(
                     f"{name}: expected one of {', '.join(table)}, got {getattr(self, name)!r}"
@@ -91,6 +91,12 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: expected UTF-8 text ({error})") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path}: expected a table of names and values, got {found!r}")
+    spelled: dict[str, list[str]] = {}
+    for name in map(str, found):
+        spelled.setdefault(name.replace("-", "_"), []).append(name)
+    if twice := [names for names in spelled.values() if len(names) > 1]:
+        names = " and ".join(map(repr, twice[0]))
+        raise ValueError(f"{path}: expected each name once, got {names}; leave one away")
     return {str(name).replace("-", "_"): value for name, value in found.items()}
 
 

@@ -426,6 +426,23 @@ BAD = [
         "gamma:",
         lambda: genfast.denoising_loss(X, X, HALF, HALF, seed=1, gamma=math.nan),
     ),
+    *(
+        (
+            f"{weighting} {name} {value}",
+            ValueError,
+            f"{name}:",
+            lambda weighting=weighting, more={name: value}: genfast.denoising_loss(
+                X, X, HALF, HALF, seed=1, weighting=weighting, **more
+            ),
+        )
+        for weighting, name, value in [
+            ("min_snr", "gamma", -1),
+            ("min_snr", "gamma", 0.0),
+            ("min_snr", "gamma", math.inf),
+            ("p2", "k", -1.0),
+            ("p2", "gamma", math.nan),
+        ]
+    ),
     ("sigma missing", TypeError, "sigma:", lambda: genfast.denoising_loss(X, X, 0.5, None, seed=1)),
 ]
 

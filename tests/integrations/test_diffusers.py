@@ -485,6 +485,35 @@ def test_diffusers_own_code_where_no_row_can():
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_integers_are_diffusers_own(name):
+    """A sample, a model output or both of integers: its numbers, dtypes and errors, in its code."""
+    whole, real = torch.int64, torch.float32
+    for kinds in ((whole, whole), (whole, real), (real, whole)):
+        found = []
+        for library in (dropin, diffusers):
+            s, g, steps = started(make(name, library=library), 4), torch.Generator(), []
+            torch.manual_seed(0)
+            g.manual_seed(0)
+            for t in s.timesteps[:3]:
+                x, m = ((3 * torch.randn(1, 3, 4, 4, generator=g)).to(kind) for kind in kinds)
+                try:
+                    steps.append(s.step(m, t, x))
+                except Exception as error:  # noqa: BLE001  noise of an integer dtype
+                    steps.append({"error": str(error)})
+                    break
+            found.append(steps)
+            if library is dropin:
+                assert s.genfast_fallback == "an integer sample or model output"
+        for a, b in zip(*found, strict=True):
+            assert dict(a).keys() == dict(b).keys()
+            for key, value in b.items():
+                if key == "error":
+                    assert a[key] == value
+                else:
+                    assert a[key].dtype == value.dtype and torch.equal(a[key], value), key
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_errors_are_diffusers_own(name):
     """No set_timesteps, integer timesteps, unknown timesteps, too many steps: same exception."""
     x = torch.randn(1, 3, 4, 4)

@@ -258,6 +258,49 @@ def test_begin_starts_with_an_empty_history(make, begin):
     assert not any(3 <= s <= 8 for s in plan.sources(0))
 
 
+NAN = float("nan")
+
+#: setting -> (what the makers refuse by its name when the plan is built, makers)
+SETTINGS = {
+    "eta": ((NAN, -1.0, "much"), [S.euler_ancestral_plan, S.kdpm2_ancestral_plan, S.dpm_sde_plan,
+                                  S.ddim_plan, S.tcd_plan]),
+    "s_churn": ((NAN, -1.0), [S.euler_plan, S.edm_euler_plan, S.flow_match_heun_plan]),
+    "s_tmin": ((NAN,), [S.euler_plan, S.edm_euler_plan, S.flow_match_heun_plan]),
+    "s_tmax": ((NAN,), [S.euler_plan, S.edm_euler_plan, S.flow_match_heun_plan]),
+    "s_noise": ((NAN, -1.0, math.inf), [S.euler_plan, S.edm_euler_plan, S.flow_match_heun_plan,
+                                        S.dpm_sde_plan, S.consistency_plan]),
+    "churn_steps": ((0, -3, 2.5), [S.euler_plan]),
+    "sigma_data": ((NAN, 0.0, -1.0), [S.edm_euler_plan, S.edm_dpm_plan, S.lcm_plan,
+                                      S.consistency_plan]),
+    "timestep_scaling": ((NAN, 0.0), [S.lcm_plan]),
+    "tau": ((0.5, lambda t: NAN, lambda t: -1.0), [S.sa_solver_plan]),
+    "sigma_min": ((NAN, -1.0, 90.0), [S.consistency_plan, S.edm_grid]),
+    "rho": ((NAN, 0.0), [S.consistency_grid, S.edm_grid]),
+    "shift": ((NAN, 0.0), [S.flow_grid, S.flow_sigma_grid]),
+    "threshold": (((NAN, 1), (2, 1), (0.5, 0.5), (0.9, NAN), (0.9, math.inf), 0.9, ()),
+                  [S.ddpm_plan, S.ddim_plan, S.lcm_plan, S.dpm_solver_plan, S.sa_solver_plan,
+                   S.dpm_solver_singlestep_plan, S.deis_plan, S.unipc_plan]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_bad_settings_are_named_when_the_plan_is_built(name):
+    values, makers = SETTINGS[name]
+    for make, value in itertools.product(makers, values):
+        with pytest.raises((TypeError, ValueError), match=f"^{name}.*: expected .* got"):
+            make(4, **{name: value})
+
+
+def test_settings_at_their_ends_make_plans():
+    """Those that mean something: no noise, all of it, churn at every sigma or at none."""
+    assert S.euler_plan(4, s_tmin=-1.0, s_churn=math.inf) == S.euler_plan(4, s_churn=9.0)
+    assert S.euler_plan(4, s_tmin=5.0, s_tmax=1.0, s_churn=1.0) == S.euler_plan(4)
+    for make in (S.euler_ancestral_plan, S.kdpm2_ancestral_plan):
+        assert not make(4, eta=0.0).coefficients(0)[0, -1] and len(make(4, eta=2.0))
+    assert S.ddim_plan(4, threshold=(1, 1)).threshold == (1.0, 1.0)
+    assert len(S.lcm_plan([999, 759, 0])) == 3
+
+
 BAD = {
     "steps 0": (ValueError, "steps", lambda: S.ddim_plan(0)),
     "steps float": (TypeError, "steps", lambda: S.euler_plan(3.5)),
@@ -305,6 +348,20 @@ BAD = {
     "reversed sigmas": (ValueError, "sigma_min", lambda: S.edm_grid(5, sigma_max=0.1, sigma_min=1)),
     "rho": (ValueError, "rho", lambda: S.edm_grid(5, rho=0.0)),
     "sigma 0": (ValueError, "timesteps", lambda: S.edm_grid(5, sigma_min=0.0)),
+    "ramp below 0": (ValueError, "steps: .*rising", lambda: S.edm_euler_plan([-1.0])),
+    "ramp above 1": (ValueError, "steps: .*rising", lambda: S.edm_grid([0.0, 1.5])),
+    "falling ramp": (ValueError, "steps: .*rising", lambda: S.edm_grid([1.0, 0.0])),
+    "NaN ramp": (ValueError, "steps: .*rising", lambda: S.edm_grid([0.0, NAN])),
+    "rising indices": (ValueError, "steps: .*descending", lambda: S.consistency_plan([1, 3, 5])),
+    "repeated index": (ValueError, "steps: .*descending", lambda: S.consistency_plan([5, 5])),
+    "negative index": (ValueError, "steps: .*descending", lambda: S.consistency_plan([-1])),
+    "half an index": (ValueError, "steps: .*descending", lambda: S.consistency_plan([39.5, 2])),
+    "index beyond": (ValueError, "steps: .*descending", lambda: S.consistency_plan([40, 2])),
+    "no index": (ValueError, "steps: .*descending", lambda: S.consistency_plan([])),
+    "too many indices": (ValueError, "at most 40", lambda: S.consistency_plan(41)),
+    "no grid": (TypeError, "grid: .*ddim_inverse_grid", lambda: S.ddim_inverse_plan(5)),
+    "ipndm steps": (TypeError, "steps: expected an int", lambda: S.ipndm_plan([0.9, 0.5])),
+    "ipndm betas": (ValueError, r"betas: .*\[0, 1\]", lambda: S.ipndm_plan(1, betas=[2.0, 0.0])),
     "distilled": (TypeError, "steps", lambda: S.lcm_plan("4")),
     "sigmas shape": (ValueError, "sigmas", lambda: S.SigmaGrid([1.0], [1.0])),
     "sigmas nan": (ValueError, "sigmas", lambda: S.SigmaGrid([1.0], [1.0, float("nan")])),
@@ -346,6 +403,16 @@ BAD = {
         TypeError,
         "x_T",
         lambda: S.sample(None, S.ddim_plan(2), torch.zeros(1, 2, dtype=torch.int64)),
+    ),
+    "callback": (
+        TypeError,
+        "callback: expected a SolverState or None, got int 5",
+        lambda: S.sample(_linear_model, S.ddim_plan(2), torch.zeros(1, 2), callback=lambda *_: 5),
+    ),
+    "state": (
+        TypeError,
+        "state: expected a SolverState or None, got int 5",
+        lambda: S.sample(_linear_model, S.ddim_plan(2), torch.zeros(1, 2), state=5),
     ),
     "no x": (TypeError, "x_T", lambda: S.sample(None, S.ddim_plan(2), [0.0])),
     "no plan": (TypeError, "plan", lambda: S.sample(None, None, torch.zeros(1, 2))),

@@ -25,7 +25,8 @@ A step that no affine row expresses runs in diffusers' own code, with the reason
 `scheduler.genfast_fallback`: per-token timesteps and EDM's ready pred_original_sample, UniPC's
 solver_p, flow-match LCM's scale_factors, a history that is not that of a run (a missing model
 output, a timestep that is not the step index's), a noise level that says nothing about x0 (epsilon
-at zero terminal SNR), a step before `set_timesteps`, a model with the wrong number of channels.
+at zero terminal SNR), a step before `set_timesteps`, a model with the wrong number of channels, a
+sample or model output of integers.
 
 Where a step differs from diffusers' (everything else agrees to rounding):
 

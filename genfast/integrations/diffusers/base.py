@@ -176,6 +176,14 @@ class Dropin:
     def _genfast_why(self, e, key, otherwise="the attributes are not those of a run so far"):
         self.genfast_fallback = e.why.get(key, otherwise) if e is not None else otherwise
 
+    def _genfast_takes(self, sample, model_output):
+        """Both are floating point. diffusers promotes integers from operation to operation, each
+        class in its own order: only its own code gives the dtypes and roundings that follow."""
+        if sample.is_floating_point() and model_output.is_floating_point():
+            return True
+        self._genfast_why(None, None, "an integer sample or model output")
+        return False
+
     # ---- noise -----------------------------------------------------------------------------------
 
     def _genfast_noise(self, row, x, shape, dtype, generator, seed, keep=False):

@@ -110,6 +110,8 @@ class _History(Dropin):
         if self.num_inference_steps is None:
             return None
         e = self._genfast_now()
+        if not self._genfast_takes(sample, model_output):
+            return None
         i = self._step_index
         if i is None:
             self._init_step_index(timestep)
@@ -246,6 +248,8 @@ class DPMSolverSinglestepScheduler(
         if self.num_inference_steps is None:
             return None
         e = self._genfast_now()
+        if not self._genfast_takes(sample, model_output):
+            return None
         i = self._step_index
         if i is None:
             self._init_step_index(timestep)
@@ -330,6 +334,8 @@ class UniPCMultistepScheduler(
             self._genfast_why(None, None, "solver_p is set, or set_timesteps was not called")
             return None
         e = self._genfast_now()
+        if not self._genfast_takes(sample, model_output):
+            return None
         i = self._step_index
         if i is None:
             self._init_step_index(timestep)
@@ -411,6 +417,8 @@ class SASolverScheduler(AlphaForward, _History, scheduling_sasolver.SASolverSche
         if self.num_inference_steps is None:
             return None
         e = self._genfast_now()
+        if not self._genfast_takes(sample, model_output):
+            return None
         i = self._step_index
         if i is None:
             self._init_step_index(timestep)
@@ -481,6 +489,8 @@ class LMSDiscreteScheduler(ScaledInput, Dropin, scheduling_lms_discrete.LMSDiscr
         if not self.is_scale_input_called:
             return super().step(model_output, timestep, sample, order, return_dict)
         e = self._genfast_now()
+        if not self._genfast_takes(sample, model_output):
+            return super().step(model_output, timestep, sample, order, return_dict)
         i = self._step_index
         if i is None:
             self._init_step_index(timestep)

@@ -58,6 +58,8 @@ class PNDMScheduler(AlphaForward, Dropin, scheduling_pndm.PNDMScheduler):
     def _genfast_pndm(self, stage, start, to, sample, model_output):
         """(row, outputs) of one evaluation, or None."""
         e = self._genfast
+        if not self._genfast_takes(sample, model_output):
+            return None
         key = (stage, start, to)
         try:
             row = e.rows[key]
@@ -147,6 +149,8 @@ class IPNDMScheduler(Dropin, scheduling_ipndm.IPNDMScheduler):
 
     def step(self, model_output, timestep, sample, return_dict=True):
         e = self._genfast_now()
+        if not self._genfast_takes(sample, model_output):
+            return super().step(model_output, timestep, sample, return_dict)
         i = self._step_index
         if i is None:
             self._init_step_index(timestep)

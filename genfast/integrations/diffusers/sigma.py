@@ -68,6 +68,8 @@ class ByIndex(Dropin):
         """(row, outputs) of one step, the step index moved on; (None, None): diffusers' own code
         must run."""
         e = self._genfast_now()
+        if not self._genfast_takes(sample, model_output):
+            return None, None
         i = self._step_index
         if i is None:
             self._init_step_index(timestep)
@@ -456,7 +458,8 @@ class FlowMatchEulerDiscreteScheduler(
             if i is None:
                 self._init_step_index(timestep)
                 i = self._step_index
-            if i < len(e.scale) and sample.dtype is model_output.dtype:
+            same = sample.dtype is model_output.dtype and sample.is_floating_point()
+            if same and i < len(e.scale):
                 # x + (sigma_next - sigma) m is one fused PyTorch op already
                 outs = (torch.add(sample, model_output, alpha=e.scale[i]),)
                 self._step_index = i + 1
@@ -472,7 +475,8 @@ class FlowMatchEulerDiscreteScheduler(
                     torch.float32,
                 )
         if outs is None:
-            self._genfast_why(None, None, "per-token timesteps")
+            if per_token_timesteps is not None:
+                self._genfast_why(None, None, "per-token timesteps")
             return super().step(
                 model_output,
                 timestep,
@@ -492,8 +496,8 @@ class FlowMatchLCMScheduler(_Flow, scheduling_flow_match_lcm.FlowMatchLCMSchedul
     __doc__ = scheduling_flow_match_lcm.FlowMatchLCMScheduler.__doc__
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seed=None):
-        row = None
-        if not (self._scale_factors and self._upscale_mode) and not is_integer(timestep):
+        row, resized = None, self._scale_factors and self._upscale_mode
+        if not resized and not is_integer(timestep):
             if self._init_size is None or self._step_index is None:
                 self._init_size = model_output.size()[2:]
             dtype = torch.promote_types(model_output.dtype, torch.float32)  # x0's
@@ -501,7 +505,8 @@ class FlowMatchLCMScheduler(_Flow, scheduling_flow_match_lcm.FlowMatchLCMSchedul
                 model_output, timestep, sample, generator, seed, (), True, dtype
             )
         if row is None:
-            self._genfast_why(None, None, "x0 is resized between steps")
+            if resized:
+                self._genfast_why(None, None, "x0 is resized between steps")
             return super().step(model_output, timestep, sample, generator, return_dict)
         kind = scheduling_flow_match_lcm.FlowMatchLCMSchedulerOutput
         return record(kind, PREV, outs[:1]) if return_dict else outs[:1]

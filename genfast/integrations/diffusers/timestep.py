@@ -121,6 +121,8 @@ class DDPMScheduler(AlphaVelocity, _ByTimestep, scheduling_ddpm.DDPMScheduler):
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seed=None):
         e = self._genfast_now()
+        if not self._genfast_takes(sample, model_output):
+            return super().step(model_output, timestep, sample, generator, return_dict)
         t = self._genfast_t(e, timestep)
         try:
             row = e.rows[t]
@@ -160,8 +162,10 @@ class DDIMScheduler(AlphaVelocity, _ByTimestep, scheduling_ddim.DDIMScheduler):
     ):
         # without set_timesteps diffusers has its own message
         e = None if self.num_inference_steps is None else self._genfast_now()
+        takes = e is None or self._genfast_takes(sample, model_output)
+        two = eta > 0 and generator is not None and variance_noise is not None
         row = key = None
-        if e is not None and not (eta > 0 and generator is not None and variance_noise is not None):
+        if e is not None and takes and not two:
             key = t = self._genfast_t(e, timestep)
             if eta or use_clipped_model_output:
                 clipped = bool(use_clipped_model_output)
@@ -171,7 +175,8 @@ class DDIMScheduler(AlphaVelocity, _ByTimestep, scheduling_ddim.DDIMScheduler):
             except KeyError:
                 row = self._genfast_row(e, key)
         if row is None:
-            self._genfast_why(e, key, "set_timesteps was not called, or two noises were given")
+            if takes:
+                self._genfast_why(e, key, "set_timesteps was not called, or two noises were given")
             return super().step(
                 model_output,
                 timestep,
@@ -207,15 +212,17 @@ class DDIMInverseScheduler(_ByTimestep, scheduling_ddim_inverse.DDIMInverseSched
 
     def step(self, model_output, timestep, sample, return_dict=True):
         e = None if self.num_inference_steps is None else self._genfast_now()
+        takes = e is None or self._genfast_takes(sample, model_output)
         row = t = None
-        if e is not None:
+        if e is not None and takes:
             t = self._genfast_t(e, timestep)
             try:
                 row = e.rows[t]
             except KeyError:
                 row = self._genfast_row(e, t)
         if row is None:
-            self._genfast_why(e, t, "set_timesteps was not called")
+            if takes:
+                self._genfast_why(e, t, "set_timesteps was not called")
             return super().step(model_output, timestep, sample, return_dict)
         outs = step(row, sample, model_output)
         found = outs[0], outs[row.denoised] if row.denoised >= 0 else model_output

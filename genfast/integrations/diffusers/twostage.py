@@ -38,7 +38,9 @@ class _TwoStage(Dropin):
             i = self._step_index
         return e, i
 
-    def _genfast_get(self, e, key):
+    def _genfast_get(self, e, key, sample, model_output):
+        if not self._genfast_takes(sample, model_output):
+            return None
         try:
             row = e.rows[key]
         except KeyError:
@@ -78,7 +80,7 @@ class HeunDiscreteScheduler(ScaledInput, _TwoStage, scheduling_heun_discrete.Heu
         e, i = self._genfast_at(timestep)
         dt = self.dt
         if dt is None:
-            row = self._genfast_get(e, i)
+            row = self._genfast_get(e, i, sample, model_output)
             if row is None:
                 return super().step(model_output, timestep, sample, return_dict)
             outs = step(row, sample, model_output)
@@ -88,7 +90,7 @@ class HeunDiscreteScheduler(ScaledInput, _TwoStage, scheduling_heun_discrete.Heu
             self.sample = sample
         else:
             mine, number = self._genfast_dt
-            row = self._genfast_get(e, (i, number)) if dt is mine else None
+            row = self._genfast_get(e, (i, number), sample, model_output) if dt is mine else None
             if row is None:
                 return super().step(model_output, timestep, sample, return_dict)
             named = {"sample": self.sample, "d": self.prev_derivative}
@@ -149,7 +151,7 @@ class KDPM2DiscreteScheduler(_KDPM2, scheduling_k_dpm_2_discrete.KDPM2DiscreteSc
     def step(self, model_output, timestep, sample, return_dict=True):
         e, i = self._genfast_at(timestep)
         saved = self.sample
-        row = self._genfast_get(e, i if saved is None else ~i)
+        row = self._genfast_get(e, i if saved is None else ~i, sample, model_output)
         if row is None:
             return super().step(model_output, timestep, sample, return_dict)
         if saved is None:
@@ -180,7 +182,7 @@ class KDPM2AncestralDiscreteScheduler(
     def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seed=None):
         e, i = self._genfast_at(timestep)
         saved = self.sample
-        row = self._genfast_get(e, i if saved is None else ~i)
+        row = self._genfast_get(e, i if saved is None else ~i, sample, model_output)
         if row is None:
             return super().step(model_output, timestep, sample, generator, return_dict)
         if saved is None:
@@ -238,11 +240,10 @@ class FlowMatchHeunDiscreteScheduler(
         if not is_integer(timestep):
             e, i = self._genfast_at(timestep)
             options = _churn(s_churn, s_tmin, s_tmax, s_noise) if s_churn else ()
-            dt = self.dt
-            if dt is None:
-                row = self._genfast_get(e, (0, i, 0.0, options))
-            elif dt is self._genfast_dt[0]:
-                row = self._genfast_get(e, (1, i, self._genfast_dt[1], options))
+            dt, (mine, number) = self.dt, self._genfast_dt
+            if dt is None or dt is mine:
+                key = (0, i, 0.0, options) if dt is None else (1, i, number, options)
+                row = self._genfast_get(e, key, sample, model_output)
         if row is None:
             return super().step(
                 model_output,

@@ -118,8 +118,9 @@ class DiffusionPrior(nn.Module):
         """Mean of `losses`, ()."""
         return self.losses(x, ids, seed=seed).mean()
 
-    def plan(self, steps: int = 25) -> schedulers.SolverPlan:
-        """DDPM's, with the clamp of the module's head."""
+    def plan(self, steps: int | None = None) -> schedulers.SolverPlan:
+        """DDPM's, with the clamp of the module's head. steps: 1 ... T, default min(25, T)."""
+        steps = min(25, self.T) if steps is None else steps
         if not 1 <= steps <= self.T:
             raise ValueError(f"steps: expected an int in 1 ... {self.T}, got {steps}")
         config = {

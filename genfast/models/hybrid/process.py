@@ -200,10 +200,14 @@ class DiTDiffusion(nn.Module):
 
     # ---- sampling -------------------------------------------------------------------------------
 
-    def plan(self, name: str = "ddpm", steps: int = 50, **options) -> schedulers.SolverPlan:
-        """A solver plan on this model's schedule. options: of the diffusers scheduler's config."""
+    def plan(
+        self, name: str = "ddpm", steps: int | None = None, **options
+    ) -> schedulers.SolverPlan:
+        """A solver plan on this model's schedule. steps: 1 ... T, default min(50, T). options: of
+        the diffusers scheduler's config."""
         if name not in PLANS:
             raise ValueError(f"plan: expected one of {', '.join(PLANS)}, got {name!r}")
+        steps = min(50, self.T) if steps is None else steps
         if not 1 <= steps <= self.T:
             raise ValueError(f"steps: expected an int in 1 ... {self.T}, got {steps}")
         scheduler, bounds = PLANS[name]

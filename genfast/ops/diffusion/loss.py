@@ -31,6 +31,9 @@ PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow_prediction")
 WEIGHTINGS = ("none", "min_snr", "p2", "snr", "sigma_sqrt", "cosmap", "edm", "given")
 REDUCTIONS = ("none", "sum", "mean")
 _GIVEN = len(WEIGHTINGS) - 1
+# Of the numbers a weight is made of: min(snr, gamma), and (k + snr)^-gamma for any gamma.
+_GAMMA = {WEIGHTINGS.index("min_snr"): {"low": 0.0, "open_low": True}}
+_K = {WEIGHTINGS.index("p2"): {"low": 0.0}}
 
 # Tensors: output, x0, z, alpha (None: 1 - sigma), sigma, weight, seeds; then seed, stream, offset,
 # prediction, weighting, gamma, k, reduction.
@@ -218,8 +221,8 @@ def denoising_loss(
     eps: `noise` like x0, or drawn from seed (required then; int, or int64 of one or of B), stream,
     offset: give what `add_noise` was given.
     prediction: "epsilon", "sample", "v_prediction" (alpha eps - sigma x0) or "flow_prediction"
-    (eps - x0). weighting: "none", "min_snr" (gamma; Hang et al. 2023), "p2" (k, gamma; Choi et al.
-    2022), "snr", "sigma_sqrt", "cosmap" (Esser et al. 2024), "edm", or a tensor (B,).
+    (eps - x0). weighting: "none", "min_snr" (gamma > 0; Hang et al. 2023), "p2" (k >= 0, gamma;
+    Choi et al. 2022), "snr", "sigma_sqrt", "cosmap" (Esser et al. 2024), "edm", or a tensor (B,).
     reduction: "mean" over samples, "sum" of their means, "none" (B,). return_per_sample: also the
     (B,) losses. Returns fp32 (fp64 for float64). Differentiable in every tensor, twice too.
     Raises TypeError / ValueError naming the argument.
@@ -239,7 +242,7 @@ def denoising_loss(
                 alpha if isinstance(alpha, Tensor) else None,
                 sigma if isinstance(sigma, Tensor) else None,
             )  # fmt: skip
-            if road and math.isfinite(gamma) and math.isfinite(k):
+            if road and 0 < gamma < math.inf and 0 <= k < math.inf:
                 int_seed, seeds = _noise.resolve(seed or 0, None, model_output.device)
                 args = (model_output, x0, noise, alpha, sigma, weight, seeds, int_seed, stream,
                         offset, *numbers)  # fmt: skip
@@ -281,8 +284,8 @@ def _slow(output, x0, alpha, sigma, noise, seed, stream, offset, weight, predict
         )
     _check.same_device(model_output=output, x0=x0, noise=noise, weighting=weight)
     _noise.check(seed, stream, offset, None, output.shape, output.device)
-    _check.number("gamma", gamma)
-    _check.number("k", k)
+    _check.number("gamma", gamma, **_GAMMA.get(weighting, {}))
+    _check.number("k", k, **_K.get(weighting, {}))
     if sigma is None:
         raise TypeError("sigma: expected a number or a tensor, got None")
     sigma = _common.coefficient("sigma", sigma, output, batch_only=True)

@@ -16,7 +16,7 @@ from genfast.ops.rng import rand
 from genfast.train import captions, images
 from genfast.train.recipe import Batch, Option, Split
 from genfast.train.recipes.images import ImageRecipe
-from genfast.train.recipes.parts import labels_of, part
+from genfast.train.recipes.parts import at_most, labels_of, part
 
 DRAWS = 8  # whose mean stands for the posterior's in `judge_completion`
 
@@ -48,7 +48,7 @@ class DiffusionRecipe(ImageRecipe):
     }
     sample_options = {
         "plan": Option("ddpm", "a solver of genfast.models.diffusion.PLANS"),
-        "steps": Option(100, "of the solver"),
+        "steps": Option(100, "of the solver; by default at most the timesteps trained"),
         "guidance": Option(1.0, "scale w of uncond + w (cond - uncond)"),
         "label": Option(-1, "draw this class; -1: one after another"),
         "given": Option("", "inpaint, super-resolution: data whose test part gives the known"),
@@ -77,6 +77,9 @@ class DiffusionRecipe(ImageRecipe):
     def loss(self, model: Diffusion, batch: Batch, seeds: Tensor) -> Tensor:
         x, y = batch
         return model.loss(x, y if model.classes else None, seed=seeds)
+
+    def sample_defaults(self, model: Diffusion, given: dict) -> dict:
+        return at_most(model.T, super().sample_defaults(model, given), "steps")
 
     def sample(self, model: Diffusion, about, count, seed, start, options) -> Tensor:
         o = options

@@ -15,9 +15,9 @@ from torch.nn.functional import cosine_similarity
 from genfast.models import CLIP, DiffusionPrior, DiTDiffusion, KLAutoencoder, LatentDiffusion
 from genfast.models.hybrid.process import CONDITIONS
 from genfast.train import captions, images
-from genfast.train.recipe import Batch, Option, Split
+from genfast.train.recipe import Batch, Option, Recipe, Split
 from genfast.train.recipes.images import ImageRecipe
-from genfast.train.recipes.parts import labels_of, part
+from genfast.train.recipes.parts import at_most, labels_of, part
 
 _CLIP = Option("", "folder of a trained clip, for conditions text and image")
 
@@ -41,7 +41,7 @@ class DiTRecipe(ImageRecipe):
     }
     sample_options = {
         "plan": Option("ddpm", "a solver of genfast.models.diffusion.PLANS"),
-        "steps": Option(50, "of the solver"),
+        "steps": Option(50, "of the solver; by default at most the timesteps trained"),
         "guidance": Option(1.5, "scale w of uncond + w (cond - uncond)"),
         "label": Option(-1, "draw this class; -1: one after another"),
         "prompt": Option("", "condition text: what to draw; several, separated by |, in turn; "
@@ -81,6 +81,9 @@ class DiTRecipe(ImageRecipe):
         ids = captions.wanted(options["prompt"], about.get("captions", ""))
         return ids[torch.arange(start, start + count) % len(ids)]
 
+    def sample_defaults(self, model: DiTDiffusion, given: dict) -> dict:
+        return at_most(model.T, super().sample_defaults(model, given), "steps")
+
     def sample(self, model: DiTDiffusion, about, count, seed, start, options) -> Tensor:
         o = options
         c = labels_of(o["label"], model.classes if model.condition == "class" else 0, count)
@@ -115,7 +118,7 @@ class DiTRecipe(ImageRecipe):
         return self.judge(drawn, data, seed, None if model.condition == "none" else y)
 
     def finish(self, model: DiTDiffusion, data: Split, seed: int, out: Path) -> list[str]:
-        options = {name: option.default for name, option in self.sample_options.items()}
+        options = self.sample_defaults(model, {})
         if model.condition == "image":
             x, _, drawn = self.variations(model, data, 30, seed, options)
             drawn = torch.stack([x, drawn], 1).unflatten(0, (3, 10)).transpose(1, 2).flatten(0, 2)
@@ -158,7 +161,7 @@ class PriorRecipe(DiTRecipe):
     sample_options = {
         "decoder": Option("", "folder of a latent-diffusion or dit of condition image, which draws "
                           "the images"),
-        "prior_steps": Option(25, "of the prior"),
+        "prior_steps": Option(25, "of the prior; by default at most the timesteps trained"),
         "prior_guidance": Option(1.0, "scale of the prior's guidance"),
         "candidates": Option(2, "draws of the prior, of which the best is kept"),
         **{k: v for k, v in DiTRecipe.sample_options.items() if k != "label"},
@@ -175,6 +178,16 @@ class PriorRecipe(DiTRecipe):
         x, _, given = batch
         return model.loss(x, captions.draw(given, seeds), seed=seeds)
 
+    def sample_defaults(self, model: DiffusionPrior, given: dict) -> dict:
+        """steps are the decoder's."""
+        found = Recipe.sample_defaults(self, model, given)
+        if given.get("decoder") and "steps" not in given:
+            found = at_most(self.decoder(given).T, found, "steps")
+        return at_most(model.T, found, "prior_steps")
+
+    def decoder(self, options: dict) -> DiTDiffusion:
+        return part("--decoder", options["decoder"], DiTDiffusion, "latent-diffusion")
+
     def embeddings(self, model: DiffusionPrior, about, count, seed, start, options) -> Tensor:
         o = options
         return model.sample(
@@ -185,7 +198,7 @@ class PriorRecipe(DiTRecipe):
 
     def sample(self, model: DiffusionPrior, about, count, seed, start, options) -> Tensor:
         """Text -> embedding -> image."""
-        decoder = part("--decoder", options["decoder"], DiTDiffusion, "latent-diffusion")
+        decoder = self.decoder(options)
         if decoder.condition != "image":
             raise ValueError("--decoder: expected a model of condition image, got "
                              f"{decoder.condition!r}")  # fmt: skip

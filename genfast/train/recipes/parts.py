@@ -22,6 +22,11 @@ def part(option: str, folder: str, kind: type[nn.Module], name: str) -> nn.Modul
     return model
 
 
+def at_most(T: int, defaults: dict, name: str) -> dict:
+    """defaults, of which the number of solver steps called `name` is within a schedule of T."""
+    return defaults | {name: min(defaults[name], T)}
+
+
 def labels_of(label: int, classes: int, count: int) -> Tensor | None:
     """`count` times the class that --label asks for; None for -1, every class in turn."""
     if label == -1:
