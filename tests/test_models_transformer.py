@@ -15,6 +15,7 @@ from genfast.models.transformer.blocks import ACTIVATIONS, Attention, Block, Fee
 from genfast.models.transformer.seq2seq import RelativeBias
 from genfast.models.transformer.weights import FAMILIES, BadWeights, converted
 from genfast.nn import LayerNorm
+from genfast.ops.filtering.feed_forward import feed_forward
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -452,6 +453,17 @@ def test_feed_forward_in_other_dtypes_and_traced(activation):
     torch.testing.assert_close(compiled(x), want, rtol=1e-4, atol=1e-5)
     one = torch.func.vmap(m)(x)
     torch.testing.assert_close(one, want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_hidden_bias_of_a_feed_forward_may_lie_anywhere():
+    x, w1, w2 = torch.randn(3, 12), torch.randn(40, 12), torch.randn(5, 40)
+    for b1 in (torch.randn(80)[::2], torch.randn(1).expand(40), torch.randn(1), torch.randn(1, 40)):
+        want = torch.nn.functional.linear(torch.nn.functional.linear(x, w1, b1).relu(), w2)
+        close(feed_forward(x, w1, b1, w2, None, act="relu"), want)
+    with pytest.raises(RuntimeError, match="size"):
+        feed_forward(x, w1, torch.randn(7), w2, None)
+    with pytest.raises(ValueError, match="act: expected one of"):
+        feed_forward(x, w1, None, w2, None, act="none")
 
 
 @pytest.mark.parametrize("hook", ["forward", "backward", "wrapper"])

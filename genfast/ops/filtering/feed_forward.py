@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from genfast.ops import _check
 from genfast.ops._backend import forced_reference, kernels
 from genfast.ops._road import (
     DIRECT,
@@ -100,9 +101,11 @@ def feed_forward(
     x: (..., d), w1: (hidden, d), b1: (hidden,), w2: (out, hidden), b2: (out,); a bias may be None.
     act: "gelu" or "gelu_tanh". Returns (..., out). Differentiable in every tensor, any number of
     times. Tensors of one dtype (float32, float16, bfloat16) on a CPU go the fused way; others, and
-    those under autocast, PyTorch's, whose errors it raises.
+    those under autocast, PyTorch's, whose errors it raises. Raises ValueError for another act.
     Hendrycks & Gimpel, "Gaussian error linear units", 2016.
     """
+    if act not in _CODES:
+        _check.choice("act", act, _CODES)
     tensors = (x, w1, b1, w2, b2)
     if not is_compiling() and not forced_reference() and _fits(*tensors):
         road = gate(*tensors)
