@@ -81,6 +81,14 @@ int main(int argc, char**) {
   cases(3, [](Pick& pick) { gradients(pick, 530, 270, 200); });
   cases(3, [](Pick& pick) { outputs(pick, 7, 512, 203); });
   cases(3, [](Pick& pick) { outputs(pick, 75, 300, 203); });
+  cases(3, [](Pick& pick) { outputs(pick, 300, 512, 203); });  // rows that are copied apart
+  if (!quick)  // a weight that is packed in two pieces
+    cases(2, [](Pick& pick) { outputs(pick, 262, 1100, 1000); });
+  if (!quick)
+    cases(100, [](Pick& pick) {
+      outputs(pick, pick.of({257, 264, 301}), pick.of({1, 21, 48, 260, 512}),
+              pick.of({1, 3, 18, 33, 50, 130}));
+    });
   if (!quick)
     cases(400, [](Pick& pick) {
       outputs(pick, pick.of({0, 1, 2, 3, 4, 5, 9, 17, 40}), pick.of({0, 1, 16, 21, 48, 128, 260}),
