@@ -434,6 +434,12 @@ def test_a_missing_package_names_the_install_line(monkeypatch, capsys, tmp_path)
     assert 'pip install "genfast[cli]"' in capsys.readouterr().err
 
 
+def refused(config, text, message, capsys):
+    config.write_text(text)
+    assert run("train", "--config", str(config), "--out", str(config.parent)) == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -453,10 +459,7 @@ def test_a_missing_package_names_the_install_line(monkeypatch, capsys, tmp_path)
     ],
 )
 def test_a_wrong_config_names_the_entry(text, message, tmp_path, capsys):
-    path = tmp_path / "run.toml"
-    path.write_text(text)
-    assert run("train", "--config", str(path), "--out", str(tmp_path)) == 2
-    assert message in capsys.readouterr().err
+    refused(tmp_path / "run.toml", text, message, capsys)
 
 
 @pytest.mark.parametrize(
@@ -472,10 +475,7 @@ def test_a_wrong_config_names_the_entry(text, message, tmp_path, capsys):
     ],
 )
 def test_words_of_yaml(text, message, tmp_path, capsys):
-    path = tmp_path / "run.yaml"
-    path.write_text(text)
-    assert run("train", "--config", str(path), "--out", str(tmp_path)) == 2
-    assert message in capsys.readouterr().err
+    refused(tmp_path / "run.yaml", text, message, capsys)
 
 
 def test_a_list_in_a_config_is_a_flag_with_commas(tmp_path, capsys):
