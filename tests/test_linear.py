@@ -94,11 +94,6 @@ def taken(monkeypatch):
     return ask
 
 
-def test_all_levels_with_wide_vectors_are_known():
-    level = module._info["isa"]
-    assert module._AVX512 == (level not in ("v3", "v2", "base"))
-
-
 def test_the_faster_product_is_taken(taken, monkeypatch):
     """And not for few products, other dtypes, by the reference, or where it is off."""
     x, weight, bias = given("tall")

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 import genfast
-from genfast._native import _C
+from genfast._native import _C, LEVEL_BITS, VECTOR_BITS
 
 DIRECT, GRAD, SLOW = 1, 2, 0
 ROOT = Path(__file__).parents[1]
@@ -98,6 +98,8 @@ def test_build_info():
     info = _C.build_info()
     assert info["exchange_api"] and info["isa"] in info["isa_usable"]
     assert info["isa_usable"][-1] == "base" and info["threads"] in ("gomp", "std::thread")
+    bits = [LEVEL_BITS[level] for level in info["isa_usable"]]  # best first
+    assert bits == sorted(bits, reverse=True) and LEVEL_BITS[info["isa"]] == VECTOR_BITS
 
 
 # ---- the gate ---------------------------------------------------------------------------------

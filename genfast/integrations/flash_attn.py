@@ -43,10 +43,9 @@ def _bhsd(x: Tensor | None) -> Tensor | None:
 def _unpacked(name: str, x: Tensor, layout: str) -> tuple[Tensor, ...]:
     """k, v or q, k, v of one tensor; their gradient is one stack, not a sum of padded slices."""
     _check.tensor(name, x)
-    dim = layout.count(",") - 2
-    if x.dim() != dim + 3 or x.shape[dim] != len(name):
+    if x.dim() != layout.count(",") + 1 or x.shape[-3] != len(name):
         raise ValueError(f"{name}: expected {layout}, got shape {tuple(x.shape)}")
-    return x.unbind(dim)
+    return x.unbind(-3)
 
 
 def _s_dmask(q, k, lse, options: dict, dropout_p, seed) -> Tensor | None:

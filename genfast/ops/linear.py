@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from genfast._native import _C
+from genfast._native import _C, VECTOR_BITS
 from genfast.ops import _check
 from genfast.ops._backend import kernels
 from genfast.ops._road import (
@@ -26,16 +26,14 @@ from genfast.ops._road import (
     wants_graph,
 )
 
-_info = _C.build_info()
 _relu_backward = torch.ops.aten.threshold_backward.default
 _unsafe_view = torch.ops.aten._unsafe_view.default
-_AVX512 = _info["isa"] in ("amx", "bf16", "v4")
 _AMD = (
-    _info["vendor"] == "AuthenticAMD"
-    and (_AVX512 or _info["isa"] == "v3")
+    _C.build_info()["vendor"] == "AuthenticAMD"
+    and VECTOR_BITS >= 256
     and torch.backends.mkl.is_available()
 )
-_WIDE = _AMD and _AVX512
+_WIDE = _AMD and VECTOR_BITS == 512
 # Multiplications from which the kernels win: products of 2^19 take 0.53 to 0.8 of MKL's time, but
 # the call from Python makes 1.2 to 1.4 of that (2^21: 0.6 to 0.8). Larger ones take 0.41 to 0.57.
 # oneDNN's take as long (0.94 to 1.09 from 32 to 25,000 rows, either order of the weight), but it

@@ -118,6 +118,7 @@ GENFAST_INLINE void dot_block(const float* q, int64_t ldq, const char* const* ke
   // Several rows: two keys at a time, so that q is loaded half as often.
   constexpr int P = R > 1 && K > 1 ? 2 : 1, C = R * P > 2 ? 1 : 2;
   constexpr int U = kLine / Load::bytes / W > C ? kLine / Load::bytes / W : C;
+  constexpr int kLines = U * W * Load::bytes;
   f32v acc[W] = {};
   const int whole = dim / W * W;
 #pragma GCC unroll 16
@@ -129,7 +130,7 @@ GENFAST_INLINE void dot_block(const float* q, int64_t ldq, const char* const* ke
 #pragma GCC unroll 2
         for (int i = 0; i < P; ++i)
 #pragma GCC unroll 2
-          for (int at = 0; at < U * W * Load::bytes; at += kLine) {
+          for (int at = 0; at < kLines; at += kLine) {
             __builtin_prefetch(ahead[k + i] + d * Load::bytes + at, 0, 3);
             __builtin_prefetch(values[k + i] + d * Load::bytes + at, 0, 2);
           }
@@ -163,7 +164,7 @@ GENFAST_INLINE void dot_block(const float* q, int64_t ldq, const char* const* ke
     if constexpr (Fetch)
 #pragma GCC unroll 2
       for (int i = 0; i < P; ++i)
-        for (int at = whole * Load::bytes; at < value_bytes; at += kLine)
+        for (int at = whole / (U * W) * kLines; at < value_bytes; at += kLine)
           __builtin_prefetch(values[k + i] + at, 0, 2);
 #pragma GCC unroll 2
     for (int i = 0; i < P; ++i)

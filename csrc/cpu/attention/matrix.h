@@ -110,7 +110,7 @@ struct MatrixTurn {};  // vectors have no state of their own
 
 // One result of M rows and N vectors: c = a b, or c += a b.
 template <int M, int N>
-GENFAST_INLINE void words(int64_t depth, const float* a, int64_t lda, const float* b, float* c,
+GENFAST_INLINE void lanes(int64_t depth, const float* a, int64_t lda, const float* b, float* c,
                           int64_t ldc, bool add) {
   const float* row[M];
   __m512 acc[M][N];
@@ -139,14 +139,14 @@ GENFAST_INLINE void words(int64_t depth, const float* a, int64_t lda, const floa
 }
 
 template <int N>
-inline void panel_words(int m, int64_t depth, const float* a, int64_t lda, const float* b, float* c,
+inline void panel_lanes(int m, int64_t depth, const float* a, int64_t lda, const float* b, float* c,
                         int64_t ldc, bool add) {
   int r = 0;
-  for (; m - r > 8; r += 12) words<12, N>(depth, a + r * lda, lda, b, c + r * ldc, ldc, add);
+  for (; m - r > 8; r += 12) lanes<12, N>(depth, a + r * lda, lda, b, c + r * ldc, ldc, add);
   if (m - r > 4)
-    words<8, N>(depth, a + r * lda, lda, b, c + r * ldc, ldc, add);
+    lanes<8, N>(depth, a + r * lda, lda, b, c + r * ldc, ldc, add);
   else if (m > r)
-    words<4, N>(depth, a + r * lda, lda, b, c + r * ldc, ldc, add);
+    lanes<4, N>(depth, a + r * lda, lda, b, c + r * ldc, ldc, add);
 }
 
 // c (m x columns) = or += a b; panel: words between the panels of b.
@@ -154,9 +154,9 @@ inline void multiply_tiles(int m, int64_t columns, int64_t depth, const float* a
                            const float* b, int64_t panel, float* c, int64_t ldc, bool add) {
   for (int64_t j = 0; j < columns; j += NR, b += panel, c += NR)
     if (columns - j > W)
-      panel_words<2>(m, depth, a, lda, b, c, ldc, add);
+      panel_lanes<2>(m, depth, a, lda, b, c, ldc, add);
     else
-      panel_words<1>(m, depth, a, lda, b, c, ldc, add);
+      panel_lanes<1>(m, depth, a, lda, b, c, ldc, add);
 }
 #endif
 

@@ -81,9 +81,9 @@ void few(const LinearParams& p) {
   });
 }
 
-// ---- more rows ------------------------------------------------------------------------------
+// ---- some rows ------------------------------------------------------------------------------
 
-constexpr int64_t kMany = 256;         // rows up to which they are the lanes
+constexpr int64_t kSome = 256;         // rows up to which they are the lanes
 constexpr int64_t kInputs = 256;       // of a panel: 32 KiB at AVX-512
 constexpr int64_t kMostOutputs = 256;  // of a task: their sums over 128 rows take 144 KiB
 
@@ -132,7 +132,7 @@ void finish(const float* sums, int64_t ld, int64_t n, int64_t rows, const float*
 }
 
 // The rows of x are the lanes of a product: a weight of more rows than that is the one not packed.
-void many(const LinearParams& p) {
+void some(const LinearParams& p) {
   const int64_t M = p.x.shape[0], K = p.x.shape[1], N = p.weight.shape[0];
   const int64_t of_output = p.weight.strides[0], of_input = p.weight.strides[1];
   const bool rows_of_inputs = of_input == 1 || K <= 1;
@@ -215,7 +215,7 @@ struct Sums {
 // fresh pages of 9 MiB took 10 % of 11 ms), x is read where it lies, and sums go to y.
 constexpr int64_t kMostPacked = 1 << 20;
 
-void tall(const LinearParams& p) {
+void many(const LinearParams& p) {
   const int64_t M = p.x.shape[0], K = p.x.shape[1], N = p.weight.shape[0];
   const int64_t ldx = p.x.strides[0], of_output = p.weight.strides[0],
                 of_input = p.weight.strides[1];
@@ -296,7 +296,8 @@ namespace GENFAST_ISA {
 void linear(const LinearParams& p) {
   const bool in_place = p.x.shape[1] % 16 == 0 && p.weight.strides[1] == 1;
   if (p.x.shape[0] <= kFew && in_place) return few(p);
-  p.x.shape[0] <= kMany || p.x.shape[1] == 0 ? many(p) : tall(p);
+  if (p.x.shape[0] <= kSome || p.x.shape[1] == 0) return some(p);
+  many(p);
 }
 
 }  // namespace GENFAST_ISA

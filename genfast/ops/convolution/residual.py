@@ -23,7 +23,7 @@ def _image(rows: Tensor, like: Tensor) -> Tensor:
     return rows.unflatten(0, (len(like), *like.shape[2:])).movedim(-1, 1)
 
 
-def _fits(h, x, weight, bias, projection, projection_bias) -> bool:
+def _fits(x, weight, bias, projection, projection_bias) -> bool:
     """What would broadcast, or be read as another shape, is left to the checks."""
     (*outputs, _, K, L), C = weight.shape, x.shape[1]
     projected = projection is not None and projection.shape == (*outputs, C, 1, 1)
@@ -42,7 +42,7 @@ def _joined(h, x, weight, bias, projection, projection_bias) -> Tensor | None:
     road = gate(*given) if common.quick(h) and common.quick(x) else SLOW
     if road == SLOW or any(t is not None and t.dtype != h.dtype for t in given):
         return None
-    if not _fits(*given):
+    if not _fits(*given[1:]):
         return None
     if projection is not None and projection_bias is not None:
         bias = projection_bias if bias is None else bias + projection_bias

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from genfast._native import _C
+from genfast._native import VECTOR_BITS
 from genfast.ops._backend import kernels
 from genfast.ops._road import (
     DIRECT,
@@ -39,7 +39,7 @@ _MOST_SUMS, _MOST_SUMS_A_TILE = 1 << 14, 256
 # the time of ours, its gradients 1.8 and 5; 4 -> 320 at 64 x 64 1.06, 2.7 and 1.6; AVX2 the same.
 _NARROW = 4
 # Without fused multiply-adds nothing was measured.
-_MEASURED = _C.build_info()["isa"] in ("amx", "bf16", "v4", "v3")
+_MEASURED = VECTOR_BITS >= 256
 
 
 def _tiles(x: Tensor, enlarged: bool) -> int:
