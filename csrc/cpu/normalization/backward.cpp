@@ -46,32 +46,41 @@ GENFAST_FN f32v times_slope(f32v grad, Z&& z) {
     return grad * Act::slope(z());
 }
 
-// The gradients of the parameters from S1 and S2, [samples][parts][2][channels].
+// The gradients of the parameters from S1 and S2, [samples][parts][2][channels]. By one thread, the
+// sums of 128 parts of 768 channels took 4 % of a layer norm's backward.
 void of_parameters(const Call& call, int64_t samples, int64_t parts, const double* sums) {
+  constexpr int64_t kChannels = 64;  // of a task
   const int64_t C = call.p.planes.channels;
   const NormalizeBackwardParams& q = call.q;
-  std::unique_ptr<double[]> total(new double[4 * C]());
-  double *dw = total.get(), *db = dw + C, *s1 = db + C, *s2 = s1 + C;
-  Floats scale(C);
-  const auto put_row = [C](const TensorView& t, int64_t row, auto&& value) {
-    float* to = static_cast<float*>(t.data) + row * C;
-    if (t.defined())
-      for (int64_t c = 0; c < C; ++c) to[c] = static_cast<float>(value(c));
-  };
   const float *w = call.affine.w(), *b = call.affine.b();
-  for (int64_t n = 0; n < samples; ++n) {
-    const double* own = sums + n * parts * 2 * C;
-    std::copy(own, own + 2 * C, s1);
-    for (int64_t t = 1; t < parts; ++t)
-      for (int64_t c = 0; c < 2 * C; ++c) s1[c] += own[t * 2 * C + c];
-    call.affine.scale(n, scale);
-    for (int64_t c = 0; c < C; ++c) dw[c] += (1.0 + scale[c]) * s2[c];
-    for (int64_t c = 0; c < C; ++c) db[c] += (1.0 + scale[c]) * s1[c];
-    put_row(q.d_shift, n, [=](int64_t c) { return s1[c]; });
-    put_row(q.d_scale, n, [=](int64_t c) { return w[c] * s2[c] + b[c] * s1[c]; });
-  }
-  put_row(q.dw, 0, [=](int64_t c) { return dw[c]; });
-  put_row(q.db, 0, [=](int64_t c) { return db[c]; });
+  const int threads = samples * parts * C < 32768 ? 1 : call.p.threads;
+  parallel_for((C + kChannels - 1) / kChannels, threads, [&](int64_t task) {
+    const int64_t first = task * kChannels, n_channels = std::min(kChannels, C - first);
+    double dw[kChannels] = {}, db[kChannels] = {}, s1[kChannels], s2[kChannels];
+    float scale[kChannels];
+    const auto put_row = [&](const TensorView& t, int64_t row, auto&& value) {
+      float* to = static_cast<float*>(t.data) + row * C + first;
+      if (t.defined())
+        for (int64_t c = 0; c < n_channels; ++c) to[c] = static_cast<float>(value(c));
+    };
+    for (int64_t n = 0; n < samples; ++n) {
+      const double* own = sums + n * parts * 2 * C + first;
+      std::copy_n(own, n_channels, s1), std::copy_n(own + C, n_channels, s2);
+      for (int64_t t = 1; t < parts; ++t) {
+        own += 2 * C;
+        for (int64_t c = 0; c < n_channels; ++c) s1[c] += own[c], s2[c] += own[C + c];
+      }
+      call.affine.scale(n, first, n_channels, scale);
+      for (int64_t c = 0; c < n_channels; ++c) {
+        dw[c] += (1.0 + scale[c]) * s2[c];
+        db[c] += (1.0 + scale[c]) * s1[c];
+      }
+      put_row(q.d_shift, n, [&](int64_t c) { return s1[c]; });
+      put_row(q.d_scale, n, [&](int64_t c) { return w[first + c] * s2[c] + b[first + c] * s1[c]; });
+    }
+    put_row(q.dw, 0, [&](int64_t c) { return dw[c]; });
+    put_row(q.db, 0, [&](int64_t c) { return db[c]; });
+  });
 }
 
 // total += sums, which start again.
@@ -80,15 +89,20 @@ void flush(float* sums, int64_t n, double* total) {
   std::fill(sums, sums + n, 0.0f);
 }
 
-// Layer and RMS norm: dz of a row waits in L1 for the row's two means. summed: x was a sum.
+// Rows summed in fp32 before the sums in fp64 take them.
+constexpr int64_t kRowsSummed = 32;
+
+// Layer and RMS norm. summed: x was a sum. With an activation dz of a row waits in L1 for the row's
+// two means, else it is made again.
 template <class Act, bool summed>
 void each_row(const Call& call) {
+  constexpr bool plain = std::is_same_v<Act, NoActivation>;
   const NormalizeParams& p = call.p;
   const Rows cut(p, call.affine.by_sample());
   const int64_t C = cut.channels;
   const bool wanted = call.sums(), gated = p.gate.defined(), joined = call.q.grad_sum.defined();
-  std::unique_ptr<double[]> sums(new double[wanted ? cut.units() * 2 * C : 0]());
-  std::unique_ptr<double[]> gates(new double[gated ? cut.units() * C : 0]());
+  const Held<double> sums(wanted ? cut.units() * 2 * C : 0);
+  const Held<double> gates(gated ? cut.units() * C : 0);
   struct Scratch {
     Sample sample;
     Floats held, given, waiting, s1, s2, joins, added, s3;
@@ -97,7 +111,7 @@ void each_row(const Call& call) {
     return Scratch{Sample(C),
                    call.x.buffer(cut.buffer()),
                    buffer_of_both(call, cut.buffer()),
-                   Floats(C),
+                   Floats(plain ? 0 : C),
                    Floats(C),
                    Floats(C),
                    call.grad_sum.buffer(cut.buffer()),
@@ -108,6 +122,14 @@ void each_row(const Call& call) {
     of.sample.load(call.affine, cut.sample(unit));
     const float *a = of.sample.a, *b = of.sample.b, *gate = of.sample.gate;
     float *t = of.waiting, *dz = of.s1, *dzh = of.s2, *ds_h = of.s3;
+    double *total = sums + unit * 2 * C, *of_gate = gates + unit * C;
+    if (wanted) std::fill_n(total, 2 * C, 0.0);
+    if (gated) std::fill_n(of_gate, C, 0.0);
+    const auto flush_all = [&] {
+      if (gated) flush(ds_h, C, of_gate);
+      if (wanted) flush(dz, C, total), flush(dzh, C, total + C);
+    };
+    int64_t unflushed = 0;
     cut.blocks(unit, [&](int64_t first, int64_t rows) {
       const float* block = call.x.read(first * C, rows * C, of.held);
       const float* grads = call.grad.read(first * C, rows * C, of.given);
@@ -119,30 +141,33 @@ void each_row(const Call& call) {
         adds = call.add.read(first * C, rows * C, of.added);
         d_adds = call.d_add.target(first * C, of.added);
       }
-      for (int64_t r = 0; r < rows; ++r) {
+      // One row after another, each asking for the lines of the next: two at a time, whose sums
+      // over columns are read and written once, were 15 % faster from caches and 10 % slower from
+      // memory.
+      const auto pass = [&](int64_t r, auto keep) {
         const float *q = block + r * C, *g = grads + r * C;
         float* dx = target + r * C;
         const float mean = call.mean(first + r), rstd = call.rstd(first + r);
-        const auto pass = [&](auto keep) {
-          return vector_sum<f32p>(C, [&](int64_t c, auto lanes) {
-            const f32v h = (take(q + c, lanes, mean) - mean) * rstd;
-            const f32v d =
-                times_slope<Act>(take(g + c, lanes), [&] { return h * load(a + c) + load(b + c); });
-            if constexpr (decltype(keep)::value) {
-              store(dz + c, load(dz + c) + d);
-              store(dzh + c, load(dzh + c) + d * h);
-            }
-            const f32v scaled = d * load(a + c);
-            store(t + c, scaled);
-            return f32p{scaled, scaled * h};
-          });
-        };
-        const f32p found = wanted ? pass(std::true_type{}) : pass(std::false_type{});
+        const f32p found = vector_sum<f32p>(C, [&](int64_t c, auto lanes) {
+          __builtin_prefetch(q + C + c), __builtin_prefetch(g + C + c);
+          __builtin_prefetch(dx + C + c, 1);
+          const f32v h = (take(q + c, lanes, mean) - mean) * rstd;
+          const f32v d =
+              times_slope<Act>(take(g + c, lanes), [&] { return h * load(a + c) + load(b + c); });
+          if constexpr (decltype(keep)::value) {
+            store(dz + c, load(dz + c) + d);
+            store(dzh + c, load(dzh + c) + d * h);
+          }
+          const f32v scaled = d * load(a + c);
+          if constexpr (!plain) store(t + c, scaled);
+          return f32p{scaled, scaled * h};
+        });
         const float m1 = p.rms ? 0.0f : horizontal_sum(found.a) / C;
         const float m2 = horizontal_sum(found.b) / C;
         over(C, [&](int64_t c, auto lanes) {
           const f32v h = (take(q + c, lanes, mean) - mean) * rstd;
-          f32v d = ((load(t + c) - m1) - h * m2) * rstd;
+          const f32v scaled = plain ? take(g + c, lanes) * load(a + c) : load(t + c);
+          f32v d = ((scaled - m1) - h * m2) * rstd;
           if constexpr (summed) {
             const int64_t at = r * C + c;
             if (joined) d += take(joins + at, lanes);
@@ -153,19 +178,18 @@ void each_row(const Call& call) {
           }
           put(dx + c, d, lanes);
         });
-      }
+      };
+      for (int64_t r = 0; r < rows; ++r)
+        wanted ? pass(r, std::true_type{}) : pass(r, std::false_type{});
       call.dx.write(first * C, rows * C, target);
-      if (gated) {
-        call.d_add.write(first * C, rows * C, d_adds);
-        flush(ds_h, C, gates.get() + unit * C);
-      }
-      if (!wanted) return;
-      double* total = sums.get() + unit * 2 * C;
-      flush(dz, C, total);
-      flush(dzh, C, total + C);
+      if (gated) call.d_add.write(first * C, rows * C, d_adds);
+      if ((unflushed += rows) < kRowsSummed) return;
+      flush_all();
+      unflushed = 0;
     });
+    if (unflushed > 0) flush_all();
   });
-  if (wanted) of_parameters(call, cut.samples, cut.parts, sums.get());
+  if (wanted) of_parameters(call, cut.samples, cut.parts, sums);
   if (!gated) return;
   float* d_gate = static_cast<float*>(call.q.d_gate.data);
   for (int64_t n = 0; n < cut.samples; ++n, d_gate += C)
@@ -195,13 +219,13 @@ void each_run(const Call& call) {
   const int64_t run = width * inner, groups = p.planes.outer * G;
   const int64_t per_task = std::max<int64_t>(1, 4 * kBlock / std::max<int64_t>(1, run));
   const bool kept = call.dx.direct() && !std::is_same_v<Act, NoActivation>;
-  std::unique_ptr<double[]> sums(new double[p.planes.outer * 2 * C]);
+  const Held<double> sums(p.planes.outer * 2 * C);
   parallel_for((groups + per_task - 1) / per_task, threads_for(p), [&](int64_t task) {
     Sample sample(C);
     const Floats held = call.x.buffer(kBlock), given = buffer_of_both(call, kBlock);
     for (int64_t g = task * per_task; g < std::min(groups, (task + 1) * per_task); ++g) {
       const int64_t n = g / G, first_channel = g % G * width;
-      double *s1 = sums.get() + n * 2 * C, *s2 = s1 + C;
+      double *s1 = sums + n * 2 * C, *s2 = s1 + C;
       sample.load(call.affine, n);
       const float mean = call.mean(g), rstd = call.rstd(g);
       // body(i, lanes, dz, x - mean, dx) for the vectors of one channel
@@ -249,7 +273,7 @@ void each_run(const Call& call) {
         });
     }
   });
-  if (call.sums()) of_parameters(call, p.planes.outer, 1, sums.get());
+  if (call.sums()) of_parameters(call, p.planes.outer, 1, sums);
 }
 
 // Group norm, channels inside.
@@ -260,7 +284,8 @@ void each_column(const Call& call) {
   const int64_t C = cut.channels, G = p.groups, width = C / G;
   const double count = static_cast<double>(width) * cut.rows;
   const bool kept = call.dx.direct() && !std::is_same_v<Act, NoActivation>;
-  std::unique_ptr<double[]> sums(new double[cut.units() * 2 * C]());
+  const bool large = cut.parts > 1;  // as in the forward
+  const Held<double> sums(cut.units() * 2 * C);
   struct Scratch {  // k = rstd a
     Sample sample;
     Floats mean, rstd, k, u, v, held, given;
@@ -286,15 +311,21 @@ void each_column(const Call& call) {
   };
   const auto slopes = [&](int64_t unit, Scratch& of) {
     load_sample(cut.sample(unit), of);
-    double* own = sums.get() + unit * 2 * C;
+    double* own = sums + unit * 2 * C;
+    std::fill_n(own, 2 * C, 0.0);
     cut.blocks(unit, [&](int64_t first, int64_t rows) {
       const float* q = call.x.read(first * C, rows * C, of.held);
       const float* g = call.grad.read(first * C, rows * C, of.given);
       float* dx = call.dx.target(first * C, of.given);
+      const int64_t end = rows * C;
       add_columns<f32p>(rows, C, own, [&](int64_t c, auto lanes) {
         const f32v m = load(of.mean + c), k = load(of.k + c), b = load(of.sample.b + c);
         return [=](int64_t r) {
           const int64_t i = r * C + c;
+          if (large) {
+            __builtin_prefetch(q + end + i), __builtin_prefetch(g + end + i);
+            if (kept) __builtin_prefetch(dx + end + i, 1);
+          }
           const f32v from = take(q + i, lanes) - m;
           const f32v d = times_slope<Act>(take(g + i, lanes), [&] { return from * k + b; });
           if (kept) put(dx + i, d, lanes);
@@ -305,9 +336,10 @@ void each_column(const Call& call) {
     for (int64_t c = 0; c < C; ++c) own[C + c] *= of.rstd[c];
   };
   // Once a sample, as in the forward.
-  std::unique_ptr<OfGroup[]> found(new OfGroup[p.planes.outer * G]);
+  const Held<OfGroup> found(p.planes.outer * G);
   const auto conclude = [&](int64_t n, Scratch& of) {
     load_sample(n, of);
+    std::fill_n(found + n * G, G, OfGroup{});
     for (int64_t u = n * cut.parts; u < (n + 1) * cut.parts; ++u)
       for (int64_t c = 0, g = n * G; c < C; c += width, ++g)
         for (int64_t i = c; i < c + width; ++i)
@@ -330,6 +362,7 @@ void each_column(const Call& call) {
           const f32v m = load(of.mean + c), k = load(of.k + c), b = load(of.sample.b + c);
           const f32v u = load(of.u + c), v = load(of.v + c);
           for (int64_t i = c; i < end; i += step) {
+            if (large) __builtin_prefetch(q + end + i), __builtin_prefetch(d + end + i);
             const f32v from = take(q + i, lanes) - m;
             f32v dz = take(d + i, lanes);
             if constexpr (!decltype(ready)::value)
@@ -356,7 +389,7 @@ void each_column(const Call& call) {
     });
     cut.each(threads_for(p), make, apply);
   }
-  if (call.sums()) of_parameters(call, cut.samples, cut.parts, sums.get());
+  if (call.sums()) of_parameters(call, cut.samples, cut.parts, sums);
 }
 
 }  // namespace

@@ -43,6 +43,7 @@ void each_row(const Call& call) {
   const auto make = [&] {
     return Scratch{Sample(C), call.x.buffer(cut.buffer()), call.add.buffer(cut.buffer())};
   };
+  const int64_t ahead = p.add.defined() ? 0 : 2 * C;  // 7 % of the time from memory
   cut.each(threads_for(p), make, [&](int64_t unit, Scratch& of) {
     of.sample.load(call.affine, cut.sample(unit));
     const float *a = of.sample.a, *b = of.sample.b;
@@ -58,6 +59,7 @@ void each_row(const Call& call) {
             statistics(C, p.rms, p.eps, [&](int64_t at, int64_t) { return q + at; });
         call.keep(first + r, s);
         over(C, [&](int64_t c, auto lanes) {
+          __builtin_prefetch(q + ahead + c);
           const f32v h = (take(q + c, lanes) - s.mean) * s.rstd;
           put(y + c, Act::value(h * load(a + c) + load(b + c)), lanes);
         });
@@ -108,15 +110,20 @@ void each_column(const Call& call) {
   const NormalizeParams& p = call.p;
   const Rows cut(p, true);
   const int64_t C = cut.channels, G = p.groups, width = C / G;
-  std::unique_ptr<double[]> sums(new double[2 * cut.units() * C]());  // [units][2][C]
-  std::unique_ptr<float[]> pivots(new float[cut.units() * C]);
+  // Lines of the next block are asked for, which twelve rows side by side hide from the processor:
+  // (4, 320, 64, 64) took 1.6 ms without, 0.75 with; backward 3.1 and 1.8.
+  const bool large = cut.parts > 1;
+  const Held<double> sums(2 * cut.units() * C);  // [units][2][C]
+  const Held<float> pivots(cut.units() * C);
   struct Scratch {
     Sample sample;
     Floats mean, buffer;
   };
   const auto make = [&] { return Scratch{Sample(C), Floats(C), call.x.buffer(cut.buffer())}; };
   const auto measure = [&](int64_t unit, Scratch& of) {
-    float* pivot = pivots.get() + unit * C;
+    float* pivot = pivots + unit * C;
+    double* own = sums + unit * 2 * C;
+    std::fill_n(own, 2 * C, 0.0);
     bool known = false;
     cut.blocks(unit, [&](int64_t first, int64_t rows) {
       const float* q = call.x.read(first * C, rows * C, of.buffer);
@@ -127,9 +134,11 @@ void each_column(const Call& call) {
           put(pivot + c, sum * (1.0f / rows), lanes);
         });
       known = true;
-      add_columns<f32p>(rows, C, sums.get() + unit * 2 * C, [=](int64_t c, auto lanes) {
+      const int64_t next = rows * C;
+      add_columns<f32p>(rows, C, own, [=](int64_t c, auto lanes) {
         const f32v k = take(pivot + c, lanes);
         return [=](int64_t r) {
+          if (large) __builtin_prefetch(q + next + r * C + c);
           const f32v d = take(q + r * C + c, lanes) - k;
           return f32p{d, d * d};
         };
@@ -156,7 +165,7 @@ void each_column(const Call& call) {
     return Statistics{static_cast<float>(mean), rstd_of(std::max(squares, 0.0), count, p.eps)};
   };
   // Once a sample: made again for each of its parts, they took as long as the passes.
-  std::unique_ptr<Statistics[]> found(new Statistics[p.planes.outer * G]);
+  const Held<Statistics> found(p.planes.outer * G);
   const auto conclude = [&](int64_t n) {
     for (int64_t g = n * G; g < (n + 1) * G; ++g) call.keep(g, found[g] = of_group(n, g % G));
   };
@@ -175,8 +184,10 @@ void each_column(const Call& call) {
       const int64_t step = C, end = rows * C;  // by reference, each store could have changed them
       over(C, [=](int64_t c, auto lanes) {
         const f32v k = load(a + c), shift = load(b + c), m = load(mean + c);
-        for (int64_t i = c; i < end; i += step)
+        for (int64_t i = c; i < end; i += step) {
+          if (large) __builtin_prefetch(q + end + i), __builtin_prefetch(y + end + i, 1);
           put(y + i, Act::value((take(q + i, lanes) - m) * k + shift), lanes);
+        }
       });
       call.y.write(first * C, rows * C, y);
     });
