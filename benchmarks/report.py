@@ -15,6 +15,7 @@ import torch
 from genfast._extras import need
 from genfast._files import write_atomic
 from genfast.benchmarks.harness import Row, Settings, short
+from genfast.ops._choice import processor
 
 SCHEMA = 1
 NOISY = 0.25  # quartile range over median; beyond it the machine was doing something else
@@ -40,20 +41,12 @@ def git_commit() -> str | None:
         return None
 
 
-def cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def machine(settings: Settings) -> dict:
     from genfast._native import _C
 
     info = _C.build_info()
     return {
-        "cpu": cpu_model(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "isa": info["isa"],
         "gpu": torch.cuda.get_device_name() if settings.device == "cuda" else None,

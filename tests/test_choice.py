@@ -1,9 +1,13 @@
 """The table of the automatic choice: rows in force, calibration, and what a chosen row changes."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import genfast
 from genfast import cli
@@ -180,7 +184,7 @@ def test_a_calibrated_table_is_read_back_on_its_own_machine_only(tmp_path, monke
     monkeypatch.setenv("GENFAST_CHOICES", str(path))
     assert _choice.table() == _choice.ROWS
     row = Row("attention", "cpu", ANY, "float32", "decode", 123, "torch", "measured")
-    calibrate.save([row], calibrate.place())
+    assert calibrate.save([row], calibrate.place()) == path
     assert _choice.table() == (row, *_choice.ROWS)
     nothing = range(0)
     sizes = _choice._attention_sizes("cpu")[torch.float32]
@@ -191,14 +195,18 @@ def test_a_calibrated_table_is_read_back_on_its_own_machine_only(tmp_path, monke
     assert _choice.table() == _choice.ROWS
 
 
-_WRONG_KIND = Row("attention", "cpu", ANY, "float32", "forward", "many", "torch", "")._asdict()
+_WRONG = (
+    Row("attention", "cpu", ANY, "float32", "forward", "many", "torch", ""),
+    Row("attention", "cpu", ANY, "float32", "forward", 5, "pytorch", ""),
+    Row("attention", "cpu", ANY, "float32", "forward", -1, "torch", ""),
+)
 
 
 @pytest.mark.parametrize(
     "text",
     [
         "", "{", "[]", '{"machine": 1}', '{"rows": [{"x": 1}]}',
-        json.dumps({"machine": _choice.machine(), "rows": [_WRONG_KIND]}),
+        *(json.dumps({"machine": _choice.machine(), "rows": [row._asdict()]}) for row in _WRONG),
     ],
 )  # fmt: skip
 def test_a_broken_table_is_named_and_ignored(tmp_path, monkeypatch, text):
@@ -215,6 +223,25 @@ def test_a_broken_table_is_named_and_ignored(tmp_path, monkeypatch, text):
 def test_a_folder_in_place_of_the_table_is_no_table(tmp_path, monkeypatch):
     monkeypatch.setenv("GENFAST_CHOICES", str(tmp_path))
     assert _choice.user_rows() == ()
+
+
+def test_no_home_folder_is_no_table(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("GENFAST_CHOICES", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(_choice.Path, "home", no_home)
+    assert _choice.table() == _choice.ROWS
+
+
+def test_an_unknown_backend_in_the_environment_is_named():
+    environment = os.environ | {"GENFAST_BACKEND": "bogus"}
+    found = subprocess.run(
+        [sys.executable, "-c", "import genfast"], env=environment, capture_output=True, text=True
+    )
+    assert found.returncode == 1
+    assert "ValueError: GENFAST_BACKEND: backend: expected one of auto" in found.stderr
 
 
 @pytest.fixture
@@ -260,6 +287,22 @@ def test_a_row_for_pytorch_trains_and_differentiates_twice(by_torch, Hkv, causal
 
     found = gradients()
     assert len(by_torch) == 1
+    with genfast.backend("reference"):
+        expected = gradients()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_for_pytorch_differentiates_twice_under_a_checkpoint(by_torch):
+    """Which lets what a node saved be unpacked once."""
+    inputs = [x.requires_grad_() for x in torch.randn(3, 2, 4, 5, 8).unbind(0)]
+
+    def gradients():
+        out = checkpoint(genfast.attention, *inputs, use_reentrant=False)
+        first = torch.autograd.grad(out.square().sum(), inputs, create_graph=True)
+        return *first, *torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+
+    found = gradients()
+    assert by_torch
     with genfast.backend("reference"):
         expected = gradients()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -249,6 +249,22 @@ def test_second_derivatives_on_the_kernel(name):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
 
 
+def test_hooks_on_saved_tensors_may_change_their_memory_order():
+    """As torch.autograd.graph.save_on_cpu and hooks that write a file do."""
+    x, term, calls = calls_of_all()
+    for name, call in calls.items():
+        leaves = [t.detach().requires_grad_() for t in (x, term)]
+        want = torch.autograd.grad(call(*leaves).square().sum(), leaves, allow_unused=True)
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda t: t.detach().contiguous(), lambda t: t
+        )
+        with hooks:
+            y = call(*leaves)
+        got = torch.autograd.grad(y.square().sum(), leaves, allow_unused=True)
+        for a, b in zip(got, want, strict=True):
+            assert (a is None and b is None) or torch.equal(a, b), name
+
+
 def test_the_module_is_torchs():
     ours, torchs = genfast.nn.Conv2d(16, 32, 3, padding=1), torch.nn.Conv2d(16, 32, 3, padding=1)
     torchs.load_state_dict(ours.state_dict())

@@ -241,4 +241,7 @@ def has_kernels(device: torch.device, name: str = "random") -> bool:
 
 
 if os.environ.get("GENFAST_BACKEND"):
-    set_backend(os.environ["GENFAST_BACKEND"])
+    try:
+        set_backend(os.environ["GENFAST_BACKEND"])
+    except ValueError as error:
+        raise ValueError(f"GENFAST_BACKEND: {error}") from None

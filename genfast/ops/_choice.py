@@ -19,6 +19,7 @@ import torch
 
 from genfast._native import _C
 
+BACKENDS = ("cpu", "cuda", "triton", "torch", "reference")
 ANY = "*"
 ALL_SIZES = 2**63 - 1
 
@@ -92,11 +93,22 @@ ROWS = (
 )
 
 
+def processor() -> str:
+    """The model, which `platform.processor()` does not know on most distributions."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
 def machine() -> dict[str, str]:
     """What a calibrated table is valid for."""
+    info = _C.build_info()
     return {
-        "processor": platform.processor() or platform.machine(),
-        "isa": _C.build_info()["isa"],
+        "processor": processor(),
+        "vendor": info["vendor"],
+        "isa": info["isa"],
         "torch": torch.__version__,
         "capability": torch.backends.cpu.get_cpu_capability(),
     }
@@ -112,8 +124,9 @@ def user_file() -> Path:
 
 def user_rows() -> tuple[Row, ...]:
     """The calibrated rows; none when they are of another machine or another torch."""
-    path = user_file()
+    path = "the user's table"
     try:
+        path = user_file()
         found = json.loads(path.read_text())
         if found["machine"] != machine():
             return ()
@@ -123,6 +136,11 @@ def user_rows() -> tuple[Row, ...]:
                 kind = int if name == "below" else str
                 if type(value) is not kind:
                     raise TypeError(f"{name}: expected {kind.__name__}, got {value!r}")
+            if row.backend not in BACKENDS or row.below < 1:
+                raise ValueError(
+                    f"backend, below: expected one of {', '.join(BACKENDS)}, and at least 1, got "
+                    f"{row.backend!r}, {row.below}"
+                )
         return rows
     except (OSError, RuntimeError):
         return ()  # no such file, or none that may be read; RuntimeError: no home folder

@@ -129,7 +129,9 @@ def _of_term(d_sum, add, gate):
         return None, None
     wide = d_sum.to(wide_dtype(d_sum, add, gate))
     d_add = reference.of_samples(gate, wide, 0) * wide
-    return d_add, (wide * add).flatten(1, -2).sum(1) if wide.dim() > 2 else wide * add
+    return d_add, (wide * add).sum(
+        tuple(range(1, wide.dim() - 1))
+    ) if wide.dim() > 2 else wide * add
 
 
 # ---- gradients ---------------------------------------------------------------------------------

@@ -140,9 +140,9 @@ int main(int argc, char**) {
   // From 32768 elements on, several threads work; one sample of them is cut into parts.
   cases(quick ? 4 : 12, [](Pick& pick) {
     norms(pick, 3, 12, 2100, pick.of({3, 4, 12}));
-    norms(pick, 1, 24, 3000, 6);
+    norms(pick, 1, 24, 6000, 6);
     norms(pick, 4, 130, 100, 0);
-    norms(pick, 1, 33, 2500, 0);
+    norms(pick, 1, 33, 4200, 0);
   });
   if (!quick)
     cases(300, [](Pick& pick) {

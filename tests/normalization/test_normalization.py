@@ -30,7 +30,7 @@ PARAMETERS = {
 # The channels are dimension 1 of a group norm and the last of the others.
 SHAPES = {
     "images": (2, 12, 7, 9), "vectors": (3, 20), "one place": (2, 8, 1, 1), "odd": (2, 4, 3, 33),
-    "threads": (4, 16, 65, 33), "parts": (1, 16, 100, 64), "wide rows": (2, 4, 5000),
+    "threads": (4, 16, 65, 33), "parts": (1, 16, 130, 66), "wide rows": (2, 4, 5000),
     "no samples": (0, 4, 5, 16), "no places": (2, 4, 0, 16),
 }  # fmt: skip
 

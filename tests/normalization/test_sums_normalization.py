@@ -18,7 +18,7 @@ GIVEN = {
     "all": NAMES,
 }  # fmt: skip
 SHAPES = {
-    "tokens": (3, 9, 20), "threads": (4, 70, 130), "parts": (1, 800, 96), "one row": (5, 24),
+    "tokens": (3, 9, 20), "threads": (4, 70, 130), "parts": (1, 1400, 96), "one row": (5, 24),
     "wide": (2, 3, 5000), "four": (2, 3, 5, 8), "no samples": (0, 5, 8), "no rows": (2, 0, 8),
 }  # fmt: skip
 
@@ -189,6 +189,18 @@ def test_opcheck():
             torch.ops.genfast.normalize.default,
             (t["x"], t["weight"], None, None, None, t["add"], gate, 0, False, 0, 1e-5),
         )
+
+
+@pytest.mark.parametrize("given", ["plain", "gated"])
+def test_batched_gradients(given):
+    leaves = {n: t.requires_grad_() for n, t in inputs(SHAPES["tokens"], GIVEN[given]).items()}
+    total, y = ours("layer", **leaves)
+    some = [torch.stack([g, 2 * g]) for g in (randn(*y.shape, seed=7), randn(*y.shape, seed=8))]
+    wanted = list(leaves.values())
+    got = torch.autograd.grad((total, y), wanted, some, is_grads_batched=True, retain_graph=True)
+    want = torch.autograd.grad((total, y), wanted, [g[1] for g in some])
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a[1], b, rtol=1e-4, atol=1e-4)
 
 
 def test_vmap():

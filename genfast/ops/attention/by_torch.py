@@ -2,7 +2,8 @@
 
 Its gradient has no gradient. Asked for a differentiable one, a hook on its node of the graph gives
 the composite's instead; a hook costs 2.6 us a training step (3.9 when each call makes its own), a
-Function around the call 40.
+Function around the call 40. What the node saved may be unpacked once alone under hooks on saved
+tensors (checkpoints), so there a Function behind it saves the operands once more.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 from torch.nn.functional import (
     scaled_dot_product_attention as torch_sdpa,  # kept before any reroute
 )
@@ -65,22 +67,46 @@ def settings(call: int, q: Tensor, k: Tensor, v: Tensor, mask, options) -> dict 
 class Twice:
     """The hook. gradients(q, k, v, causal, scale, dout): those of the composite, part of the graph.
 
-    It holds no tensor: those saved by the node are freed with it.
+    It holds no tensor: those saved by the node are freed with it. operands: q, k and v that _Keep
+    has unpacked for the one call that follows.
     """
 
-    __slots__ = ("gradients",)
+    __slots__ = ("gradients", "operands")
 
     def __init__(self, gradients: Callable):
-        self.gradients = gradients
+        self.gradients, self.operands = gradients, None
 
     def __call__(self, grad_inputs, grad_outputs):
         if not wants_graph() or grad_outputs[0] is None:
             return None
         node = torch._C._current_autograd_node()
-        operands = node._saved_query, node._saved_key, node._saved_value
+        operands, self.operands = self.operands, None
+        if operands is None:
+            operands = node._saved_query, node._saved_key, node._saved_value
         found = self.gradients(*operands, node._saved_is_causal, node._saved_scale, grad_outputs[0])
         wanted = zip(grad_inputs, found, strict=False)  # a mask may stand behind the three
         return (*(None if old is None else new for old, new in wanted), *grad_inputs[3:])
+
+
+class _Keep(Function):
+    """The attention's result as it is, and its operands for a differentiable backward."""
+
+    @staticmethod
+    def forward(ctx, out, q, k, v, twice):
+        ctx.save_for_backward(q, k, v)
+        ctx.twice = twice
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, g):
+        if wants_graph():
+            ctx.twice.operands = ctx.saved_tensors
+        return g, None, None, None, None
+
+
+def _hooked() -> bool:
+    """Hooks on saved tensors are in force."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def differentiable(q: Tensor, k: Tensor, v: Tensor, twice: Twice, **arguments) -> Tensor:
@@ -95,6 +121,11 @@ def differentiable(q: Tensor, k: Tensor, v: Tensor, twice: Twice, **arguments) -
         node = node.next_functions[0][0] if node.next_functions else None
     else:
         node = None
-    if node is not None:
+    if node is None:
+        return out
+    if not _hooked():
         node.register_hook(twice)
-    return out
+        return out
+    twice = Twice(twice.gradients)
+    node.register_hook(twice)
+    return _Keep.apply(out, q, k, v, twice)

@@ -111,7 +111,8 @@ class _Convolve(Function):
             if projection is not None:
                 dt, dp = differentiable_backward(F.conv2d, (term, projection), (g,))
         else:
-            g = g.contiguous(memory_format=_INNER)
+            # A hook on saved tensors (save_on_cpu, a file) may give x back in another memory order.
+            g, x = (t.contiguous(memory_format=_INNER) for t in (g, x))
             dx = _of_input(g, x, weight, ctx.enlarged) if of_x else None
             dw = db = None
             if of_weight or of_bias:
