@@ -345,6 +345,16 @@ def test_varlen(options, dtype):
                                    atol=1.6e-2 if dtype != torch.float32 else 1e-5)  # fmt: skip
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_varlen_of_no_sequences_has_a_graph(backend):
+    q = torch.randn(0, 4, 8, requires_grad=True)
+    none = torch.zeros(1, dtype=torch.int32)
+    with genfast.backend(backend):
+        out = genfast.attention_varlen(q, q, q, none, none)
+    (grad,) = torch.autograd.grad(out.sum(), q)
+    assert out.shape == grad.shape == q.shape
+
+
 # ---- key/value cache ----------------------------------------------------------------------------
 
 

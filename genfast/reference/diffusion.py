@@ -254,8 +254,9 @@ def dynamic_threshold(x0, ratio=0.995, max_value=1.0):
     a = _rows(x0.to(_acc(x0))).abs().sort(dim=1).values
     rank = ratio * (a.shape[1] - 1)
     low = int(rank)
-    high = min(low + 1, a.shape[1] - 1)
-    s = torch.lerp(a[:, low], a[:, high], rank - low)
+    weight = rank - low
+    at, above = a[:, low], a[:, min(low + 1, a.shape[1] - 1) if weight else low]
+    s = torch.where(above.isinf(), above, torch.lerp(at, above, weight))  # lerp: inf - inf
     s = torch.where(torch.isnan(a[:, -1]), a[:, -1], s)  # sort puts NaN last
     return torch.maximum(s, s.new_tensor(1.0)).minimum(s.new_tensor(max_value))
 

@@ -223,7 +223,8 @@ def attention_fwd_kernel(
             end = tl.minimum(high + right + 1, n_k)
             all_to = tl.minimum(low + right + 1, n_k)
         start = tl.maximum(start, i_split * split_keys) // BN * BN
-        end = tl.minimum(end, (i_split + 1) * split_keys)
+        # not below 0, where division truncates upward: rows of a tall bottom-right call see no key
+        end = tl.maximum(tl.minimum(end, (i_split + 1) * split_keys), 0)
         all_from = tl.minimum(tl.maximum((all_from + BN - 1) // BN * BN, start), end)
         all_to = tl.maximum(tl.minimum(all_to, end) // BN * BN, all_from)
 

@@ -73,6 +73,14 @@ def diffusion_mix_kernel(
     store_tile(out, strides[2], o_row, first, o_col, m, b_sum, ALIGNED)
 
 
+def expanded(c, other):
+    """A coefficient of `coefficient_of` over as many dimensions as the other."""
+    (c, number), other = c, other[0]
+    if c is not None and other is not None and c.dim() < other.dim():
+        c = c.reshape(c.shape + (1,) * (other.dim() - c.dim())).expand(other.shape).contiguous()
+    return c, number
+
+
 def diffusion_mix(
     out, p, q, seed, seeds, stream, offset, draws, a, b, a_sign, b_sign, a_is_one_minus_b
 ) -> bool:
@@ -87,11 +95,10 @@ def diffusion_mix(
     c_a, c_b = coefficient_of(a, p), coefficient_of(b, p)
     if c_a is None or c_b is None or not fits_seeds(p, seeds, p.dim()) or offset < 0:
         return False
-    given = [c for c in (c_a[0], c_b[0]) if c is not None]
-    if len(given) == 2 and given[0].shape != given[1].shape:
-        return False
     if p.numel() == 0:
         return True
+    c_a, c_b = expanded(c_a, c_b), expanded(c_b, c_a)
+    given = [c for c in (c_a[0], c_b[0]) if c is not None]
     draws = draws and q is None
     many = draws and seeds is not None and seeds.numel() > 1
     split = max([int(many), *[c.dim() for c in given]])

@@ -107,6 +107,8 @@ def span(t: torch.Tensor) -> tuple[int, int]:
 
 
 def overlaps(out: torch.Tensor, other: torch.Tensor) -> bool:
+    if out.numel() == 0 or other.numel() == 0:
+        return False
     (a, b), (c, d) = span(out), span(other)
     return a < d and c < b
 

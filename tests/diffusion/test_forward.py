@@ -1,6 +1,7 @@
 """Forward process and training loss, judged against the reference in float64. About 20 s."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -141,6 +142,18 @@ def test_gradients(function, dtype):
     for got, truth in zip(run(dtype), run(torch.float64), strict=True):
         assert got.dtype == dtype
         within(got, truth, truth.abs())
+
+
+@pytest.mark.parametrize("dtype", FLOATS[1:])
+def test_one_coefficient_of_16_bit_is_widened(dtype):
+    x, alpha = draw(3, 4).requires_grad_(), torch.tensor([0.75], dtype=dtype)
+    x0 = draw(3, 4, seed=5)
+    for call in (genfast.add_noise, partial(genfast.denoising_loss, x)):
+        given = x if call is genfast.add_noise else x0
+        got, want = (call(given, a, 0.5, seed=3) for a in (alpha, 0.75))
+        assert torch.equal(got, want)
+        got, want = (torch.autograd.grad(y.sum(), x)[0] for y in (got, want))
+        assert torch.equal(got, want)
 
 
 def test_gradients_of_gradients_and_of_coefficients():

@@ -147,6 +147,11 @@ def test_threshold_of_strange_numbers():
     s = genfast.dynamic_threshold(x, 0.5, 9.0)
     assert s[0] == 2 and s[1].isnan() and s[2] == 9 and s[3] == 1
     assert genfast.dynamic_threshold(x[:1] * 1e38, 0.5, 9.0) == 9
+    rising = torch.tensor([[1.0, 2.0, 3.0, math.inf]])
+    for ratio, want in ((0.5, 2.5), (2 / 3, 3.0), (0.9, 9.0), (1.0, 9.0)):
+        for backend in ("auto", "reference"):
+            with genfast.backend(backend):
+                assert genfast.dynamic_threshold(rising, ratio, 9.0) == want
     huge = torch.ones(1, 2**24 + 5)  # torch.quantile refuses this
     huge[0, :9] = 3.0
     assert genfast.dynamic_threshold(huge, 1 - 4 / huge.numel(), 5.0) == 3

@@ -43,6 +43,9 @@ DENSE = {
     "causal-wide": (1, 2, 1, 9, 33, 16, 16, {"right": 0}),
     "bottom-right": (1, 2, 1, 9, 200, 16, 16, {"right": 0, "bottom_right": True}),
     "bottom-right-tall": (1, 1, 1, 20, 7, 16, 16, {"right": 0, "bottom_right": True}),
+    # Blocks of keys larger than the tile of rows, and tiles that see no key.
+    "bottom-right-taller": (1, 1, 1, 60, 7, 72, 72,
+                            {"right": 0, "bottom_right": True, "softcap": 5.0}),
     "window": (1, 2, 2, 150, 150, 16, 8, {"left": 9, "right": 4}),
     "window-left": (1, 1, 1, 30, 200, 16, 16, {"left": 50, "bottom_right": True}),
     "grouped": (2, 6, 2, 11, 70, 16, 16, {"right": 0}),

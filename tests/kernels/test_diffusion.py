@@ -252,6 +252,8 @@ MIXES = {  # shape, a, b, draws, q, signs, dtype
     "flow-samples": ((3, 7), None, (3,), True, False, (1, 1), F32),
     "velocity": ((3, 2, 7), (3,), (3,), False, True, (-1, 1), F32),
     "tokens": ((3, 4, 7), (3, 4), (3, 4), True, False, (1, 1), F16),
+    "number-of-a-tensor": ((3, 4, 7), (), (3,), True, False, (1, 1), F32),
+    "samples-and-number": ((3, 4, 7), (3,), (), False, True, (1, -1), F32),
     "scale": ((3, 7), (3,), None, False, False, (1, 1), F32),
     "fp64": ((3, 7), 0.1, (3,), True, False, (1, -1), F32),
     "bfloat": ((3, 7), 0.1, 0.9, False, True, (1, 1), BF16),
@@ -381,6 +383,7 @@ def test_refusals(kernels, device):
     assert not kernels.diffusion_step((first,), second, *good, *rest)
     assert not kernels.diffusion_mix(out, x[:1], None, 0, None, 0, 0, False, 1.0, None, 1, 1, False)
     assert kernels.diffusion_step((out[:0],), x[:0], (x[:0],), None, table, None, *rest)
+    assert kernels.diffusion_step((out[:0], out[:0]), x[:0], (x[:0],), None, table, None, *rest)
 
 
 def test_public_functions_reach_the_kernels(device, monkeypatch):

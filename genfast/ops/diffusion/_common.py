@@ -72,13 +72,13 @@ def coefficient(name: str, value, x: Tensor, *, batch_only: bool = False) -> Ten
         _check.same_device(**({"x": x, name: value} if value.dim() else {}))
         most = 1 if batch_only else x.dim()
         if value.dim() > most or value.shape != x.shape[: value.dim()]:
-            if value.numel() == 1:
-                return value.reshape(())
-            raise ValueError(
-                f"{name}: expected one number, or one per leading dimension of {tuple(x.shape)} "
-                f"({'(B,)' if batch_only else '(B,) or (B, L)'}), got shape {tuple(value.shape)}; "
-                "reshape it"
-            )
+            if value.numel() != 1:
+                raise ValueError(
+                    f"{name}: expected one number, or one per leading dimension of "
+                    f"{tuple(x.shape)} ({'(B,)' if batch_only else '(B,) or (B, L)'}), got shape "
+                    f"{tuple(value.shape)}; reshape it"
+                )
+            value = value.reshape(())
         wide = value if value.dtype == torch.float64 else value.to(torch.float32)
         return wide.to(x.device).contiguous()
     _check.number(name, value)
