@@ -79,7 +79,7 @@ class Call:
         """Scores are q k times a positive number and nothing else."""
         f = self.flags
         plain = not (f["SOFTCAP"] or f["MASK"] or self.has_slopes)
-        return plain and self.scale > 0
+        return plain and self.scale >= 2.0**-126  # less is 0 on a GPU, and 0 times -inf NaN
 
     @property
     def packed(self) -> bool:
@@ -165,6 +165,8 @@ class Call:
             mask_strides = tuple(0 if m == 1 else t for m, t in zip(shape, steps, strict=True))
         if packed:
             Tq, Tk, Sq, Sk = Sq, Sk, max_q, max_k
+            if max(Sq, Sk) >= 2**30:
+                return None
         else:
             Tq, Tk = B * Sq, B * Sk
         threshold = min(math.floor(dropout_p * 2.0**32 + 0.5), 2**32 - 1)
@@ -269,12 +271,14 @@ HOPPER_CONFIGS = {
 }
 
 
-def tables() -> tuple[dict, ...]:
+def tables(c: Call) -> tuple[dict, ...]:
     """Of the GPU that will run; the first with an entry decides."""
     backend, arch = target()
     if backend == "hip":
         return AMD_CONFIGS, CONFIGS
-    return (HOPPER_CONFIGS, CONFIGS) if arch == 90 else (CONFIGS,)
+    # Packed sequences have no descriptors: at 256 their addresses spilled 816 bytes there.
+    wide = c.packed and max(c.flags["BD"], c.flags["BV"]) > 128
+    return (HOPPER_CONFIGS, CONFIGS) if arch == 90 and not wide else (CONFIGS,)
 
 
 def has_tma() -> bool:
@@ -308,7 +312,9 @@ def config(kind: str, c: Call, rows: int) -> tuple[int, int, int, int]:
         kind = "decode"
     elif flags["MASK"] or flags["DROPOUT"] or flags["SOFTCAP"] or c.has_slopes:
         kind += " options"
+    elif not flags["ALIGNED"]:  # an address for each element: 1.5 to 4.7 KiB spilled at 128 and 256
+        kind += " options"
     key = kind, c.q.element_size()
     width = max(flags["BD"], flags["BV"])
-    rows = (t.get(key, {}).items() for t in tables())
+    rows = (t.get(key, {}).items() for t in tables(c))
     return next(v for row in rows for widest, v in row if width <= widest)

@@ -8,6 +8,7 @@ own signature, constants and options) and launches nothing. Run as a script to p
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import subprocess
 import tempfile
@@ -145,7 +146,7 @@ def launch_sampling():
         sampling.reparameterize(x, x, x, sums, *noise, transform, side, 1.0)
     sampling.reparameterize_backward(x, sums, x, x, x, x, 1, torch.arange(8), 0, 1, 1, 2, 1.0)
     sampling.relaxed_bernoulli(x, x, tau, x, *noise, False)
-    for v, hard in ((1000, True), (8192, False)):
+    for v, hard in ((1000, True), (8191, False), (8192, False)):
         x, index = torch.empty(4, v), torch.empty(4, dtype=torch.int64)
         sampling.gumbel_softmax(x, x, tau, *noise, hard)
         sampling.gumbel_softmax_backward(x, None, x, tau, x, *noise)
@@ -181,11 +182,15 @@ def launch_diffusion():
 
 
 def attend(B, Hq, Hkv, Sq, Sk, D, dtype, backward, **o):
-    """One call of forward, and of backward when asked for."""
+    """One call of forward, and of backward when asked for. off: elements that rows begin behind
+    a multiple of 16 bytes."""
     from genfast.kernels import attention
 
-    q, k, v = torch.empty(B, Hq, Sq, D), torch.empty(B, Hkv, Sk, D), torch.empty(B, Hkv, Sk, D)
-    q, k, v = (x.to(dtype) for x in (q, k, v))
+    off = o.get("off", 0)
+    q, k, v = (
+        torch.empty(math.prod(shape) + off, dtype=dtype)[off:].view(shape)
+        for shape in ((B, Hq, Sq, D), (B, Hkv, Sk, D), (B, Hkv, Sk, D))
+    )
     out, lse, mask = torch.empty_like(q), torch.empty(B, Hq, Sq), o.get("mask")
     numbers = (None, o.get("softcap", 0.0), -1, o.get("right", -1), False, o.get("dropout", 0.0))
     tail = (mask, None, None, 0, 0, o.get("alibi"), o.get("sinks"), 1, None, 0, *numbers)
@@ -197,8 +202,20 @@ def attend(B, Hq, Hkv, Sq, Sk, D, dtype, backward, **o):
         attention.attention_backward(out, lse, *grads, q, k, v, out, lse, *tail)
 
 
+def attend_packed(D, dtype):
+    """Forward and backward of sequences without padding, four heads to one."""
+    from genfast.kernels import attention
+
+    q, k = torch.empty(600, 8, D, dtype=dtype), torch.empty(700, 2, D, dtype=dtype)
+    cu, lse = torch.zeros(5, dtype=torch.int32), torch.empty(8, 600)
+    tail = (None, cu, cu, 512, 512, None, None, 1, None, 0, None, 0.0, -1, 0, True, 0.0)
+    attention.attention_forward(q, k, k, q, lse, *tail)
+    attention.attention_backward(q, None, q, k, k, None, None, q, k, k, q, lse, *tail)
+
+
 def launch_attention():
-    """Every head dimension plain and causal, the options together at 128, decode and the cache."""
+    """Every head dimension plain and causal, the options together at 128, rows off 16 bytes, packed
+    sequences, decode and the cache."""
     from genfast.kernels import attention
 
     half, full = torch.bfloat16, torch.float32
@@ -207,6 +224,9 @@ def launch_attention():
         attend(1, 64, 64, 512, 512, D, dtype, backward, right=0)
     options = {"mask": torch.empty(512, 512), "alibi": torch.empty(64), "sinks": torch.empty(64)}
     attend(1, 64, 8, 512, 512, 128, half, True, **options, softcap=2.0, dropout=0.1)
+    for D in (128, 256):
+        attend(1, 32, 8, 512, 512, D, half, True, right=0, off=1)
+        attend_packed(D, half)
     attend(1, 32, 8, 1, 4096, 128, half, False)
     cache, q = torch.empty(64, 8, 256, 128).to(half), torch.empty(2, 32, 1, 128).to(half)
     lengths, table = torch.zeros(2, dtype=torch.int32), torch.zeros(2, 32, dtype=torch.int32)
@@ -232,6 +252,7 @@ FUSED = {
 }
 _FRAME = "one value kept in memory around the calls of the division routine"
 _EDGE = "a few values at the limit of the registers"
+_ADDRESSES = "of packed sequences, which have no descriptors"
 _TIMED = "bf16 on an H100: 321 TFLOP/s at 128 (8 bytes); 180 at 256, 61 with blocks of 32 (none)"
 # (kernel, target): bytes of local memory that it may use, and why. Anything else must not spill.
 SPILLS = {
@@ -239,8 +260,10 @@ SPILLS = {
     ("guidance_weights_kernel", "sm_100"): (8, _FRAME),
     ("guidance_weights_kernel", "sm_120"): (8, _FRAME),
     ("diffusion_step_kernel", "sm_100"): (8, _FRAME),
-    ("attention_fwd_kernel", "sm_80"): (16, _EDGE),  # fp32, heads of 64
-    ("attention_fwd_kernel", "gfx942"): (8, _EDGE),  # bf16, heads of 128
+    ("attention_fwd_kernel", "sm_80"): (32, _EDGE),  # fp32, heads of 64; bf16 off 16 bytes
+    ("attention_fwd_kernel", "sm_90"): (8, _EDGE),  # bf16, heads of 256 off 16 bytes
+    ("attention_fwd_kernel", "sm_120"): (88, _ADDRESSES),  # bf16, heads of 128
+    ("attention_fwd_kernel", "gfx942"): (12, _EDGE),  # bf16, heads of 128
     ("attention_bwd_kv_kernel", "sm_90"): (416, _TIMED),
 }
 
