@@ -99,8 +99,43 @@ inline void to_f32(const char* from, Dtype d, int n, float* to) {
   });
 }
 
+// bf16_of_f32 of kBf16Run floats. Left to the compiler, its choice for NaN took 1.7 times as long
+// at AVX2 and 1.3 times at AVX-512.
+#if defined(__AVX512BW__)
+constexpr int kBf16Run = 16;
+inline void bf16_run(const float* from, uint16_t* to) {
+  const __m512 x = _mm512_loadu_ps(from);
+  const __m512i b = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1));
+  __m512i r = _mm512_add_epi32(b, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  r = _mm512_mask_or_epi32(r, nan, b, _mm512_set1_epi32(0x400000));
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16)));
+}
+#elif defined(__AVX2__)
+constexpr int kBf16Run = 16;
+inline __m256i bf16_half_run(const float* from) {
+  const __m256 x = _mm256_loadu_ps(from);
+  const __m256i b = _mm256_castps_si256(x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(b, 16), _mm256_set1_epi32(1));
+  const __m256i r = _mm256_add_epi32(b, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+  const __m256i quiet = _mm256_or_si256(b, _mm256_set1_epi32(0x400000));
+  return _mm256_srli_epi32(
+      _mm256_blendv_epi8(r, quiet, _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q))), 16);
+}
+inline void bf16_run(const float* from, uint16_t* to) {
+  const __m256i packed = _mm256_packus_epi32(bf16_half_run(from), bf16_half_run(from + 8));
+  _mm256_storeu_si256((__m256i*)to, _mm256_permute4x64_epi64(packed, 0xD8));
+}
+#endif
+
 inline void from_f32(const float* from, int n, char* to, Dtype d) {
   int i = 0;
+#if defined(__AVX2__)
+  if (d == Dtype::bf16)
+    for (auto* p = reinterpret_cast<uint16_t*>(to); i + kBf16Run <= n; i += kBf16Run)
+      bf16_run(from + i, p + i);
+#endif
 #if defined(__F16C__)
   if (d == Dtype::f16) {
     auto* p = reinterpret_cast<uint16_t*>(to);
