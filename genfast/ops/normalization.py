@@ -249,8 +249,8 @@ class _Normalize(Function):
 
 
 class _PlainNormalize(Function):
-    """The GRAD road of a layer or RMS norm with its affine alone. A small call's time is its inputs':
-    64 rows of 192 and their gradients took 47 us with eleven."""
+    """The GRAD road of a layer or RMS norm with its affine alone: 64 rows of 192 with gradients
+    took 47 us with eleven inputs, 42 with five."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, rms, eps):

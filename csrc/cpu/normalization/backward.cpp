@@ -317,14 +317,15 @@ void each_column(const Call& call) {
       const float* q = call.x.read(first * C, rows * C, of.held);
       const float* g = call.grad.read(first * C, rows * C, of.given);
       float* dx = call.dx.target(first * C, of.given);
-      const int64_t end = rows * C;
+      const int64_t end = (first + rows) * C;
+      const Ahead next_x(call.x, end), next_g(call.grad, end), next_dx(call.dx, end);
       add_columns<f32p>(rows, C, own, [&](int64_t c, auto lanes) {
         const f32v m = load(of.mean + c), k = load(of.k + c), b = load(of.sample.b + c);
         return [=](int64_t r) {
           const int64_t i = r * C + c;
           if (large) {
-            __builtin_prefetch(q + end + i), __builtin_prefetch(g + end + i);
-            if (kept) __builtin_prefetch(dx + end + i, 1);
+            next_x.read(i), next_g.read(i);
+            if (kept) next_dx.write(i);
           }
           const f32v from = take(q + i, lanes) - m;
           const f32v d = times_slope<Act>(take(g + i, lanes), [&] { return from * k + b; });
@@ -356,13 +357,15 @@ void each_column(const Call& call) {
       const float* q = call.x.read(first * C, rows * C, of.held);
       float* dx = call.dx.target(first * C, of.given);
       const float* d = kept ? dx : call.grad.read(first * C, rows * C, of.given);
+      const Ahead next_x(call.x, (first + rows) * C);
+      const Ahead next_d(kept ? call.dx : call.grad, (first + rows) * C);
       const int64_t step = C, end = rows * C;  // by reference, each store could have changed them
       const auto pass = [&](auto ready) {
-        over(C, [&, step, end](int64_t c, auto lanes) {
+        over(C, [&, step, end, next_x, next_d](int64_t c, auto lanes) {
           const f32v m = load(of.mean + c), k = load(of.k + c), b = load(of.sample.b + c);
           const f32v u = load(of.u + c), v = load(of.v + c);
           for (int64_t i = c; i < end; i += step) {
-            if (large) __builtin_prefetch(q + end + i), __builtin_prefetch(d + end + i);
+            if (large) next_x.read(i), next_d.read(i);
             const f32v from = take(q + i, lanes) - m;
             f32v dz = take(d + i, lanes);
             if constexpr (!decltype(ready)::value)

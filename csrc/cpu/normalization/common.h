@@ -58,6 +58,8 @@ class Dense {
   explicit Dense(const TensorView& t)
       : base_(static_cast<char*>(t.data)), dtype_(t.dtype), size_(dtype_bytes(t.dtype)) {}
   bool direct() const { return dtype_ == Dtype::f32; }
+  const char* at(int64_t i) const { return base_ + i * size_; }
+  int size() const { return size_; }
   Floats buffer(int64_t n) const { return Floats(direct() ? 0 : n); }  // for read and target
   const float* read(int64_t first, int64_t n, float* buffer) const {
     if (direct()) return reinterpret_cast<const float*>(base_) + first;
@@ -75,6 +77,18 @@ class Dense {
   char* base_;
   Dtype dtype_;
   int size_;
+};
+
+// Asks for the lines of elements [first, ...) before they are used.
+class Ahead {
+ public:
+  Ahead(const Dense& t, int64_t first) : from_(t.at(first)), size_(t.size()) {}
+  void read(int64_t i) const { __builtin_prefetch(from_ + i * size_); }
+  void write(int64_t i) const { __builtin_prefetch(from_ + i * size_, 1); }
+
+ private:
+  const char* from_;
+  int64_t size_;
 };
 
 // ---- vectors --------------------------------------------------------------------------------
