@@ -11,7 +11,7 @@ struct Block {
   bool taken = false;
 };
 
-// What one thread keeps. A call takes at most three blocks at a time; calls of other sizes the rest.
+// What one thread keeps. A call takes at most three blocks at a time; the rest is other sizes'.
 struct Kept {
   static constexpr int64_t kMost = int64_t{8} << 20;  // bytes, all blocks together
   Block blocks[4];
