@@ -142,7 +142,7 @@ void each_row(const Call& call) {
         d_adds = call.d_add.target(first * C, of.added);
       }
       // One row after another, each asking for the lines of the next: two at a time, whose sums
-      // over columns are read and written once, were 15 % faster from caches and 10 % slower from
+      // over columns are read and written once, were no faster from caches and 10 % slower from
       // memory.
       const auto pass = [&](int64_t r, auto keep) {
         const float *q = block + r * C, *g = grads + r * C;
