@@ -21,8 +21,9 @@ _MARK = ".part"
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     """write(temporary path in the same folder), then rename: old or new, never half, whenever the
-    process is killed. What a kill leaves behind, `remove_leftovers` finds.
+    process is killed. What a kill leaves behind, `remove_leftovers` finds. A link stays one.
     """
+    path = Path(os.path.realpath(path))
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_MARK)
     os.close(handle)
     try:

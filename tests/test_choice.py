@@ -225,6 +225,14 @@ def test_a_folder_in_place_of_the_table_is_no_table(tmp_path, monkeypatch):
     assert _choice.user_rows() == ()
 
 
+def test_a_linked_table_stays_linked(tmp_path, monkeypatch):
+    link, path = tmp_path / "choices.json", tmp_path / "elsewhere.json"
+    link.symlink_to(path)
+    monkeypatch.setenv("GENFAST_CHOICES", str(link))
+    calibrate.save([], calibrate.place())
+    assert link.is_symlink() and json.loads(path.read_text())["rows"] == []
+
+
 def test_no_home_folder_is_no_table(monkeypatch):
     def no_home():
         raise RuntimeError("Could not determine home directory.")
