@@ -123,9 +123,7 @@ def differentiable(q: Tensor, k: Tensor, v: Tensor, twice: Twice, **arguments) -
         node = None
     if node is None:
         return out
-    if not _hooked():
-        node.register_hook(twice)
-        return out
-    twice = Twice(twice.gradients)
+    if hooked := _hooked():
+        twice = Twice(twice.gradients)  # operands are one call's
     node.register_hook(twice)
-    return _Keep.apply(out, q, k, v, twice)
+    return _Keep.apply(out, q, k, v, twice) if hooked else out
