@@ -32,7 +32,7 @@ inline bool same_device(Views views) {
   }
   if (first == nullptr) return false;
 #if GENFAST_HAVE_CUDA
-  return first->is_cpu() || (first->is_cuda() && g_cuda_enabled);
+  return first->is_cpu() || (first->is_cuda() && (t_cuda < 0 ? bool(g_cuda_enabled) : t_cuda == 1));
 #else
   return first->is_cpu();
 #endif

@@ -242,6 +242,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   add_fast(m, g_gate_method);
   m.def("force_slow_road", [](bool on) { g_gate.force_slow_road(on); });
   m.def("enable_cuda", [](bool on) { g_cuda_enabled = on; });
+  m.def("own_road", [](int slow, int cuda) { t_slow_road = slow, t_cuda = cuda; });
   m.def("build_info", &build_info);
   m.def("limit", &limit);
   m.def("random", &genfast::random);

@@ -4,6 +4,9 @@
 
 namespace genfast {
 
+// What a thread has asked for itself (genfast.backend): no, yes, or -1, as the process has it.
+inline thread_local int t_slow_road = -1, t_cuda = -1;
+
 enum Road : int {
   kSlow = 0,    // anything unusual: modes, functorch, forward AD, subclasses, negative views
   kDirect = 1,  // plain tensors, no gradient wanted: allocate and call the kernel
@@ -35,7 +38,7 @@ class Gate {
   }
 
   int operator()(PyObject* const* args, Py_ssize_t count) const {
-    if (!ready_ || forced_) return kSlow;
+    if (!ready_ || (t_slow_road < 0 ? forced_ : t_slow_road == 1)) return kSlow;
     if (call_int(dispatch_modes_) != 0) return kSlow;
     PyObject* level = PyObject_CallNoArgs(functorch_level_);
     if (level == nullptr) return fail();

@@ -3,7 +3,8 @@
 from importlib.metadata import version as _version
 
 from genfast.accelerate import accelerate, restore
-from genfast.ops._backend import backend, get_backend, set_backend
+from genfast.ops._backend import backend, set_backend
+from genfast.ops._force import get_backend
 from genfast.ops.attention import (
     attention,
     attention_varlen,

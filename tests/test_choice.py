@@ -114,8 +114,8 @@ class Tensors:
         gpu = lambda on: setattr(self, "enabled", on)  # noqa: E731
         patch = monkeypatch.setattr
         patch(_backend, "_native", lambda name: lambda *a: self.ask("cuda") and self.enabled)
-        patch(_backend, "_triton", lambda name: lambda *a: self.ask("triton"))
-        patch(_backend, "_choose", lambda name: None)  # `kernels` is everybody's
+        patch(_backend, "_triton", lambda name, forced: lambda *a: self.ask("triton"))
+        patch(_backend, "_follow", lambda: None)  # `kernels` is everybody's
         patch(_backend, "_HAVE_TRITON", True)
         patch(_backend, "covers", lambda archs, capability: covered)
         patch(_backend._C, "enable_cuda", gpu)
@@ -138,7 +138,7 @@ class Tensors:
 @pytest.mark.parametrize("covered", [True, False])
 def test_cuda_is_settled_at_the_first_tensor_and_falls_through(monkeypatch, covered):
     t = Tensors(monkeypatch, covered)
-    random = _backend._both("random")
+    random = _backend._auto("random")
     assert random(t.of(4))
     assert t.asked == (["cuda", "cuda"] if covered else ["cuda", "cuda", "triton"])
     assert t.enabled is covered
@@ -149,15 +149,13 @@ def test_cuda_is_settled_at_the_first_tensor_and_falls_through(monkeypatch, cove
 
 def test_once_settled_the_cuda_kernels_are_called_without_a_layer(monkeypatch):
     t = Tensors(monkeypatch, True)
-    assert _backend._both("random")(t.of(4))
-    assert _backend._both("random").__name__ == "<lambda>"  # the native function itself
-    monkeypatch.setitem(_backend._state, "name", "cuda")
-    assert _backend._both("random").__name__ == "run"
+    assert _backend._auto("random")(t.of(4))
+    assert _backend._auto("random").__name__ == "<lambda>"  # the native function itself
 
 
 def test_the_table_puts_triton_first(monkeypatch):
     t = Tensors(monkeypatch, True)
-    forward, backward = (_backend._both(f"attention_{n}") for n in ("forward", "backward"))
+    forward, backward = (_backend._auto(f"attention_{n}") for n in ("forward", "backward"))
     half = t.of(1, 1, 4, 8, dtype=torch.float16)
     long = torch.empty(1, dtype=torch.float16).expand(1, 8, 2**14, 64)
     long = long.as_subclass(type(half))
@@ -330,16 +328,16 @@ def test_wide_heads_have_a_row_of_their_own(by_torch, monkeypatch):
         assert len(by_torch) == asked
 
 
-def test_a_forced_backend_does_the_work_itself(monkeypatch):
-    sizes = {True: {torch.float32: (range(1, ALL_SIZES),) * 4}, False: {}}
-    monkeypatch.setattr(_choice, "_BY_TORCH", sizes)
-    try:
-        with genfast.backend("reference"):
-            assert not any(_choice.ATTENTION_BY_TORCH.values())
-        assert sizes == _choice.ATTENTION_BY_TORCH
-    finally:
-        monkeypatch.undo()
-        _choice.follow_table(auto=True)
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_a_forced_backend_does_the_work_itself(by_torch, name):
+    q = torch.randn(1, 2, 5, 8, requires_grad=True)
+    genfast.attention(q, q, q)
+    assert len(by_torch) == 1
+    genfast.set_backend(name)
+    for x in (q, q.detach()):
+        genfast.attention(x, x, x)
+        genfast.scaled_dot_product_attention(x, x, x)
+    assert len(by_torch) == 1
 
 
 def test_options_and_empty_calls_stay_ours(by_torch):

@@ -27,9 +27,9 @@ PLAN = schedulers.dpm_solver_plan(20)
 
 
 @pytest.fixture(autouse=True)
-def cuda_backend():
-    with genfast.backend("cuda"):
-        yield
+def cuda_backend(torch_state):
+    """Of the process: a block's calls take the slow road."""
+    genfast.set_backend("cuda")
 
 
 def inputs(n: int, shape, dtype) -> list[torch.Tensor]:

@@ -1,39 +1,41 @@
-"""Which implementation runs. `auto`: the native kernel where one exists and PyTorch is not faster,
-then on a GPU the Triton kernel (first where the table of _choice.py says so, and alone on a GPU
-that the package holds no code for), else the composite; `cuda`: CUDA tensors always take the CUDA
-C++ kernels first; `triton`: Triton kernels, an error where Triton cannot run, the composite for
-what it lacks; `reference`: plain PyTorch for everything (the noise stays the contract's).
+"""Which kernel an op calls: of the backend in force (_force.py), or by the table (_choice.py).
+
+`auto`: the native kernel where one exists and PyTorch is not faster, then on a GPU the Triton
+kernel (first where the table says so, and alone on a GPU that the package holds no code for), else
+the composite.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
+import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
 from genfast._archs import covers
 from genfast._native import _C
-from genfast.ops._choice import ALL_SIZES, follow_table, table, triton_from
+from genfast.ops import _force
+from genfast.ops._choice import ALL_SIZES, table, triton_from
+from genfast.ops._force import get_backend
 from genfast.ops._scratch import with_scratch
 
-BACKENDS = ("auto", "cuda", "triton", "reference")
 _HAVE_CUDA = _C.build_info()["cuda"]
 _GPU = torch.version.cuda is not None or torch.version.hip is not None
 _HAVE_TRITON = importlib.util.find_spec("triton") is not None
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # Decides at the first import of the kernels, for good: they then run on the CPU, for tests.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_state = {"name": "auto"}
 # Whether `auto` takes the CUDA kernels; None: not known before the first CUDA tensor, because
 # asking for the GPU starts CUDA, and a process that has started it cannot be forked.
 _cuda_covers = {"gpus": None if _HAVE_CUDA and _GPU else False}
 
 # Native entry point -> module of its Triton twin, which takes the same arguments; None: there is
-# none, nor a CUDA kernel, and a GPU takes the composite, "cuda" and "triton" forced or not: models
-# mix these families with those that have kernels.
+# none, nor a CUDA kernel, and a GPU takes the composite.
 _TRITON = {
     "random": "rng",
     "reparameterize": "sampling",
@@ -92,14 +94,18 @@ def _no_triton(device: torch.device) -> RuntimeError:
     )
 
 
-def _triton(name: str):
+def _none(name: str):
+    return lambda *args: _REFUSED.get(name, False)
+
+
+def _triton(name: str, forced: bool = True):
     if _TRITON[name] is None:
-        return lambda *args: False
+        return _none(name)
 
     def run(*args):
         x = next(a for a in args if isinstance(a, torch.Tensor))
         if not triton_runs(x.device):
-            if _state["name"] == "triton":
+            if forced:
                 raise _no_triton(x.device)
             return _REFUSED.get(name, False)
         module = importlib.import_module(f"genfast.kernels.{_TRITON[name]}")
@@ -119,14 +125,31 @@ def _settle() -> None:
     _cuda_covers["gpus"] = torch.version.cuda is not None and all(
         covers(archs, torch.cuda.get_device_capability(i)) for i in gpus
     )
-    if _state["name"] == "auto":
-        _C.enable_cuda(_cuda_covers["gpus"])
-        _choose("auto")
+    _allow_cuda()
+    _functions.cache_clear()
+    with _force.blocks.lock:
+        _follow()
 
 
-def _both(name: str):
-    """CUDA, then Triton; under `auto` the other way round from the table's sizes on."""
-    native, portable, refused = _native(name), _triton(name), _REFUSED.get(name, False)
+def _cpu(name: str):
+    native, refused = getattr(_C, name), _REFUSED.get(name, False)
+    return lambda *args: refused if next(_tensors(args)).is_cuda else native(*args)
+
+
+def _any(name: str):
+    """Where all is composed these draw noise, whose bits are the same everywhere."""
+    native, portable, refused = _native(name), _triton(name, False), _REFUSED.get(name, False)
+
+    def run(*args):
+        done = native(*args)
+        return portable(*args) if done == refused else done
+
+    return run
+
+
+def _auto(name: str):
+    """CUDA, then Triton; the other way round from the table's sizes on."""
+    native, portable, refused = _native(name), _triton(name, False), _REFUSED.get(name, False)
 
     def run(*args):
         done = native(*args)
@@ -137,12 +160,12 @@ def _both(name: str):
             return run(*args)
         return portable(*args)
 
-    if _state["name"] == "auto" and _cuda_covers["gpus"]:
+    if _cuda_covers["gpus"]:
         run = native  # what it refuses Triton does too; a layer less spares 0.5 us
 
     rows = table()
     limits = {dtype: triton_from(rows, _TRITON[name], name, _name(dtype)) for dtype in _FLOATS}
-    if not _HAVE_TRITON or _state["name"] != "auto" or min(limits.values()) == ALL_SIZES:
+    if not _HAVE_TRITON or min(limits.values()) == ALL_SIZES:
         return run
 
     def portable_first(*args):
@@ -172,26 +195,49 @@ def _size(name: str, args: tuple) -> int:
     return next(_tensors(args)).numel()
 
 
-def _choose(name: str) -> None:
-    make = _triton if name == "triton" else _both if _GPU else _native
-    for entry in _TRITON:
-        setattr(kernels, entry, make(entry))
-    follow_table(name == "auto")
+_MAKERS: dict[str, Callable] = {
+    "auto": _auto,
+    "cpu": _cpu,
+    "cuda": _native,
+    "triton": _triton,
+    "torch": _any,
+    "reference": _any,
+}
 
 
-_choose("auto")
+@functools.cache
+def _functions(backend: str) -> dict[str, Callable]:
+    """Of each entry point."""
+    make = _MAKERS[backend] if _GPU or backend == "triton" else _native
+    return {entry: make(entry) for entry in _TRITON}
 
 
-def set_backend(name: str) -> None:
-    """Forces every genfast function to one backend: "auto", "cuda", "triton" or "reference".
+def _by_thread(entry: str):
+    return lambda *args: _functions(get_backend())[entry](*args)
 
-    ValueError for another name, for "cuda" where the package was built without CUDA, and for
-    "triton" where that package is missing.
 
-    The environment variable GENFAST_BACKEND sets the same at import.
-    """
-    if name not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+_SWITCHES = {entry: _by_thread(entry) for entry in _TRITON}
+
+
+def _allow_cuda() -> None:
+    _C.enable_cuda(_force.process_backend() == "cuda" or bool(_cuda_covers["gpus"]))
+
+
+def _follow() -> None:
+    """The kernels of the process's backend; each thread's own while blocks are open."""
+    name = _force.process_backend()
+    # So that the fast roads never have to look.
+    _C.force_slow_road(name not in ("auto", "cpu", "cuda"))
+    vars(kernels).update(_SWITCHES if _force.blocks.open else _functions(name))
+
+
+_force.blocks.switch = _follow
+_follow()
+
+
+def _usable(name: str) -> None:
+    if name not in _force.BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(_force.BACKENDS)}, got {name!r}")
     if name == "cuda" and not _HAVE_CUDA:
         raise ValueError(
             'backend: "cuda" needs a package built with CUDA, and this one is for the CPU; '
@@ -199,41 +245,77 @@ def set_backend(name: str) -> None:
         )
     if name == "triton" and not _HAVE_TRITON:
         raise ValueError("backend: triton is not installed; pip install genfast[triton]")
-    _state["name"] = name
-    _choose(name)
-    # So that the fast roads never have to look.
-    _C.force_slow_road(name in ("triton", "reference"))
-    _C.enable_cuda(name == "cuda" or (name == "auto" and bool(_cuda_covers["gpus"])))
 
 
-def get_backend() -> str:
-    return _state["name"]
+def set_backend(name: str) -> None:
+    """Forces every genfast function of the process to one backend: "auto" (none), "cpu", "cuda",
+    "triton", "torch" or "reference"; what they mean stands in genfast/ops/_force.py.
+
+    ValueError for another name, for "cuda" where the package was built without CUDA, and for
+    "triton" where that package is missing. A call that the backend cannot do raises RuntimeError
+    with the reason.
+
+    The environment variable GENFAST_BACKEND sets the same at import.
+    """
+    _usable(name)
+    with _force.blocks.lock:
+        _force.set_process_backend(name)
+        _allow_cuda()
+        _follow()
 
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """`with genfast.backend("reference"): ...`"""
-    before = get_backend()
-    set_backend(name)
-    try:
+    """`with genfast.backend("reference"): ...`: as `set_backend`, for the calls of this thread and
+    their gradients, wherever those run. A compiled function follows the block it is called in."""
+    _usable(name)
+    with _force.blocks.enter(name):
         yield
-    finally:
-        set_backend(before)
 
 
-def forced_reference() -> bool:
-    return _state["name"] == "reference"
+def _device(given: dict[str, Any]) -> torch.device:
+    device = given.get("device")
+    for value in given.values():
+        for x in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(x, torch.Tensor) and (x.dim() or device is None):  # () suits any device
+                return x.device
+    return torch.get_default_device() if device is None else torch.device(device)
+
+
+_signature = functools.cache(inspect.signature)
+
+
+def under(function: Callable, given: dict[str, Any]):
+    """The argument `backend` of a public function: `function` once more, with its locals."""
+    name = given.pop("backend")
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"backend: expected no argument inside torch.compile, got {name!r}; a compiled graph "
+            "asks when it runs: genfast.set_backend, or `with genfast.backend(...)` around it"
+        )
+    with backend(name):
+        device = _device(given)
+        if name in ("cpu", "cuda") and device.type != name:
+            raise RuntimeError(
+                f'backend: "{name}" was asked for, and these tensors are on {device}; move them, '
+                'or ask for "auto"'
+            )
+        bound = inspect.BoundArguments(_signature(function), given)
+        return function(*bound.args, **bound.kwargs)
 
 
 def has_kernels(device: torch.device, name: str = "random") -> bool:
-    """There is a kernel, native or Triton, of this entry point for tensors on `device`."""
+    """The backend in force has a kernel of this entry point for tensors on `device`."""
+    forced = get_backend()
     if _TRITON[name] is None:
-        if _state["name"] == "triton" and device.type == "cpu" and not triton_runs(device):
+        if forced == "triton" and device.type == "cpu" and not triton_runs(device):
             raise _no_triton(device)  # like the families that have Triton kernels
-        return device.type == "cpu" and _state["name"] != "triton"
-    if _state["name"] == "triton":
+        return device.type == "cpu" and forced in ("auto", "cpu", "cuda")
+    if forced == "triton":
         return triton_runs(device)
-    if device.type == "cuda" and not _HAVE_TRITON and _state["name"] == "auto":
+    if forced == "cpu":
+        return device.type == "cpu"
+    if device.type == "cuda" and not _HAVE_TRITON and forced == "auto":
         if _cuda_covers["gpus"] is None:
             _settle()
         return _cuda_covers["gpus"]

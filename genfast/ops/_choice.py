@@ -195,13 +195,5 @@ def _attention_sizes(device: str) -> dict[torch.dtype, tuple[range, ...]]:
     return found
 
 
-_BY_TORCH = {True: _attention_sizes("cpu"), False: _attention_sizes("cuda")}
-# is_cpu -> dtype -> sizes of ATTENTION_CALLS that PyTorch runs: two lookups a call. Empty while a
-# backend is forced.
-ATTENTION_BY_TORCH = dict(_BY_TORCH)
-
-
-def follow_table(auto: bool) -> None:
-    """Fills ATTENTION_BY_TORCH, or empties it: a forced backend does the work itself."""
-    for is_cpu, limits in _BY_TORCH.items():
-        ATTENTION_BY_TORCH[is_cpu] = limits if auto else {}
+# is_cpu -> dtype -> sizes of ATTENTION_CALLS that PyTorch runs: two lookups a call.
+ATTENTION_BY_TORCH = {True: _attention_sizes("cpu"), False: _attention_sizes("cuda")}

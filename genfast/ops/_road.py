@@ -17,6 +17,7 @@ import torch
 from torch.autograd import forward_ad
 
 from genfast._native import _C
+from genfast.ops import _force
 
 SLOW, DIRECT, GRAD = 0, 1, 2
 
@@ -62,7 +63,10 @@ def define(
     torch.library.register_fake(f"genfast::{name}", fake, lib=LIB)
     if backward is not None:
         torch.library.register_autograd(
-            f"genfast::{name}", backward, setup_context=setup_context, lib=LIB
+            f"genfast::{name}",
+            _force.resumed(backward),
+            setup_context=_force.remembering(setup_context),
+            lib=LIB,
         )
     return getattr(torch.ops.genfast, name).default
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from genfast.ops import _check, _noise
-from genfast.ops._backend import has_kernels, kernels
+from genfast.ops._backend import has_kernels, kernels, under
+from genfast.ops._force import may_compose
 from genfast.ops._road import _C, DIRECT, define, gate, is_compiling
 from genfast.reference import rng as reference
 
@@ -35,6 +36,7 @@ def _fill(out: Tensor, distribution: int, seed, seeds, stream, offset, low=0, sp
     if kernels.random(out, distribution, seed, seeds, stream, offset, low, span):
         return out
     # A device without kernels, or a layout the kernel refuses: draw on the CPU and copy.
+    may_compose("random", out)
     host = torch.empty(out.shape, dtype=out.dtype)
     host_seeds = None if seeds is None else seeds.cpu().contiguous()
     if not _C.random(host, distribution, seed, host_seeds, stream, offset, low, span):
@@ -162,7 +164,15 @@ def _draw(
 
 
 def rand(
-    *size, seed=None, stream=0, offset=0, generator=None, dtype=None, device=None, out=None
+    *size,
+    seed=None,
+    stream=0,
+    offset=0,
+    generator=None,
+    dtype=None,
+    device=None,
+    out=None,
+    backend=None,
 ) -> Tensor:
     """Uniform noise in [0, 1), 24 bits, the same on every backend.
 
@@ -171,18 +181,31 @@ def rand(
     stream: separates uses of one seed. offset: index of the first element (a shard's start).
     dtype: float32 (default), float16, bfloat16 (rounded toward zero, so that 1 never occurs) or
     float64 (the fp32 value widened). out: a tensor of this shape, any strides, no grad.
+    backend: one for this call, as `genfast.set_backend`.
     Raises TypeError / ValueError naming the argument.
     """
+    if backend is not None:
+        return under(rand, locals())
     return _draw(_sizes(size), _UNIFORM, seed, stream, offset, generator, dtype, device, out)
 
 
 def randn(
-    *size, seed=None, stream=0, offset=0, generator=None, dtype=None, device=None, out=None
+    *size,
+    seed=None,
+    stream=0,
+    offset=0,
+    generator=None,
+    dtype=None,
+    device=None,
+    out=None,
+    backend=None,
 ) -> Tensor:
     """Standard normal noise, |x| up to 6.7, the same bits on every backend.
 
     Arguments and errors as in `rand`; 16-bit values are the fp32 ones rounded to nearest.
     """
+    if backend is not None:
+        return under(randn, locals())
     return _draw(_sizes(size), _NORMAL, seed, stream, offset, generator, dtype, device, out)
 
 
@@ -202,15 +225,37 @@ def _like(x, distribution, seed, stream, offset, generator, dtype, device):
     )
 
 
-def rand_like(x: Tensor, *, seed=None, stream=0, offset=0, generator=None, dtype=None, device=None):
+def rand_like(
+    x: Tensor,
+    *,
+    seed=None,
+    stream=0,
+    offset=0,
+    generator=None,
+    dtype=None,
+    device=None,
+    backend=None,
+):
     """`rand` with the shape, dtype and device of x."""
+    if backend is not None:
+        return under(rand_like, locals())
     return _like(x, _UNIFORM, seed, stream, offset, generator, dtype, device)
 
 
 def randn_like(
-    x: Tensor, *, seed=None, stream=0, offset=0, generator=None, dtype=None, device=None
+    x: Tensor,
+    *,
+    seed=None,
+    stream=0,
+    offset=0,
+    generator=None,
+    dtype=None,
+    device=None,
+    backend=None,
 ):
     """`randn` with the shape, dtype and device of x."""
+    if backend is not None:
+        return under(randn_like, locals())
     return _like(x, _NORMAL, seed, stream, offset, generator, dtype, device)
 
 
@@ -226,11 +271,14 @@ def randint(
     dtype=None,
     device=None,
     out=None,
+    backend=None,
 ) -> Tensor:
     """Integers in [low, high), high - low <= 2**32; int64 (default) or int32.
 
     Multiply-shift of one 32-bit word (Lemire 2019): bias at most (high - low) / 2**32.
     """
+    if backend is not None:
+        return under(randint, locals())
     _check.integer("low", low, low=-(2**63), high=2**63 - 1)
     _check.integer("high", high, low=-(2**63), high=2**63)
     if not 0 < high - low <= 2**32:

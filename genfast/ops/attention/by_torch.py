@@ -19,6 +19,7 @@ from torch.nn.functional import (
 )
 
 from genfast.ops._choice import ATTENTION_BY_TORCH, ATTENTION_CALLS, WIDE_HEAD
+from genfast.ops._force import get_backend
 from genfast.ops._road import wants_graph
 
 _TRAINING, _WIDE_TRAINING = map(ATTENTION_CALLS.index, ("training", "wide training"))
@@ -30,24 +31,26 @@ def chosen(call: int, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -
     """The table gives a call (place in ATTENTION_CALLS) of these sizes to PyTorch, which takes the
     mask. In 16 bit it does not: cuDNN's rows that see no key are not 0."""
     sizes = ATTENTION_BY_TORCH[q.is_cpu].get(q.dtype)
-    if sizes is None:
+    if sizes is None or get_backend() != "auto":
         return False
     if call == _TRAINING and q.shape[-1] > WIDE_HEAD:
         call = _WIDE_TRAINING
-    if q.numel() * k.shape[2] not in sizes[call]:
-        return False
+    return q.numel() * k.shape[2] in sizes[call] and _takes(q, mask, causal)
+
+
+def _takes(q: Tensor, mask: Tensor | None, causal: bool) -> bool:
     return mask is None or (
         q.dtype is torch.float32 and not q.is_cpu and not causal and mask.dtype in _MASKS
     )
 
 
-def settings(call: int, q: Tensor, k: Tensor, v: Tensor, mask, options) -> dict | None:
-    """Arguments of PyTorch's attention for a call that the table gives to it; None when the table
-    says ours, or PyTorch's would mean another."""
+def settings(call: int | None, q: Tensor, k: Tensor, v: Tensor, mask, options) -> dict | None:
+    """Arguments of PyTorch's attention for a call that the table gives to it (call None: for any);
+    None when the table says ours, or PyTorch's would mean another."""
     if q.dim() != 4 or k.dim() != 4:
         return None
     causal = options.right == 0
-    if not chosen(call, q, k, mask, causal):
+    if not (_takes(q, mask, causal) if call is None else chosen(call, q, k, mask, causal)):
         return None
     (B, Hq, Sq, D), (Bk, Hkv, Sk, Dk) = q.shape, k.shape
     same = (

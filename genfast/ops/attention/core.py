@@ -16,8 +16,9 @@ from torch.autograd import Function
 from torch.nn.functional import pad
 
 from genfast.ops import _check, _noise
-from genfast.ops._backend import forced_reference, get_backend, has_kernels, kernels
+from genfast.ops._backend import has_kernels, kernels, under
 from genfast.ops._choice import ATTENTION_BY_TORCH, ATTENTION_CALLS
+from genfast.ops._force import forced_reference, get_backend, may_compose
 from genfast.ops._road import (
     DIRECT,
     GRAD,
@@ -164,6 +165,7 @@ def _keep(shape, options: Options, device) -> Tensor | None:
 
 
 def _composite(q, k, v, mask, alibi, sinks, packed, options):
+    may_compose("attention", q, k, v, mask)
     if k.shape[-3 if q.dim() == 4 else -2] == 0:  # no heads
         empty = q.new_empty(*q.shape[:-1], v.shape[-1]) + q.sum() + k.sum() + v.sum()
         return empty, _empty_lse(q, torch.promote_types(q.dtype, _FLOAT))
@@ -429,6 +431,12 @@ def attend(q, k, v, mask, alibi, sinks, packed: Packed, options: Options, want_l
             except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
                 validate(q, k, v, mask, alibi, sinks, packed, options)
                 raise
+    plain = packed is DENSE and alibi is None and sinks is None and not want_lse
+    if plain and get_backend() == "torch" and not is_compiling():
+        validate(q, k, v, mask, alibi, sinks, packed, options)
+        given = by_torch.settings(None, q, k, v, mask, options)
+        if given is not None and not (mask is not None and mask.requires_grad):
+            return by_torch.differentiable(q, k, v, _TWICE, attn_mask=mask, **given), None
     return _slow(q, k, v, mask, alibi, sinks, packed, options)
 
 
@@ -601,6 +609,7 @@ def attention(
     stream: int = 0,
     generator: torch.Generator | None = None,
     return_lse: bool = False,
+    backend: str | None = None,
 ):
     """softmax(scale q k^T + ...) v in one pass, float32 inside, O(S) memory: beside its outputs the
     forward takes 0.6 MiB a thread, the backward at most 10 KiB a query (both at D = 64).
@@ -618,11 +627,14 @@ def attention(
     backend: seed (int, int64 tensor of one, None: drawn from torch's generator), stream.
     return_lse: also log-sum-exp of the scores (B, Hq, Sq), float32 (float64 for float64 inputs),
     natural log, differentiable, -inf for a row that sees no key.
+    backend: one for this call and its gradient, as `genfast.set_backend`.
     A row that sees no key gives 0 and zero gradients. Returns (B, Hq, Sq, Dv) with q's dtype and
     q's order of dimensions in memory. Differentiable twice and in forward mode; under autocast
     the operands are cast as torch's attention does. Raises TypeError / ValueError naming the
     argument. Dao et al. 2022, "FlashAttention"; Milakov & Gimelshein 2018.
     """
+    if backend is not None:
+        return under(attention, locals())
     check_align(align)
     if not isinstance(q, Tensor):
         _check.tensor("q", q)

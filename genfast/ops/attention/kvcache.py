@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from genfast.ops import _check
-from genfast.ops._backend import forced_reference, kernels
+from genfast.ops._backend import kernels, under
+from genfast.ops._force import forced_reference, may_compose
 from genfast.ops._road import DIRECT, GRAD, KERNEL_DTYPES, define, gate, is_compiling, readable
 from genfast.ops.attention.core import (
     MAX_HEAD_DIM,
@@ -55,6 +56,7 @@ def _composite(
     q, k_cache, v_cache, k, v, lengths, cos, sin, interleaved, batch_idx, leftpad, block_table,
     scale, softcap, alibi, sinks, left, right,
 ):  # fmt: skip
+    may_compose("attention_with_kvcache", q, k_cache)
     out, lse = reference.attention_with_kvcache(
         q, k_cache, v_cache, k, v, cos=cos, sin=sin, interleaved=interleaved,
         cache_seqlens=lengths, cache_batch_idx=batch_idx, leftpad=leftpad,
@@ -233,6 +235,7 @@ def attention_with_kvcache(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     return_lse: bool = False,
+    backend: str | None = None,
 ):
     """Appends k, v to the cache in place, then attends to it, in one call.
 
@@ -248,6 +251,8 @@ def attention_with_kvcache(
     right. Returns (B, Hq, Sq, Dv), and lse (B, Hq, Sq) on request. No gradient flows: it runs as
     under torch.no_grad(). Raises TypeError / ValueError naming the argument.
     """
+    if backend is not None:
+        return under(attention_with_kvcache, locals())
     left, right = windows(causal, window)
     scale = as_scale(scale)
     for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):

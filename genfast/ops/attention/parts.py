@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from genfast.ops._backend import forced_reference
+from genfast.ops._force import forced_reference
 from genfast.ops._road import GRAD, gate, is_compiling, wants_graph
 
 

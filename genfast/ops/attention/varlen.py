@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from genfast.ops import _check
+from genfast.ops._backend import under
 from genfast.ops._road import readable
 from genfast.ops.attention.core import (
     ALIGN,
@@ -76,6 +77,7 @@ def attention_varlen(
     stream: int = 0,
     generator: torch.Generator | None = None,
     return_lse: bool = False,
+    backend: str | None = None,
 ):
     """`attention` for packed sequences of different lengths.
 
@@ -86,6 +88,8 @@ def attention_varlen(
     (Tq, Hq, Dv), and lse (Hq, Tq) on request; rows of no sequence are 0. Raises TypeError /
     ValueError naming the argument.
     """
+    if backend is not None:
+        return under(attention_varlen, locals())
     check_align(align)
     for name, x in {"q": q, "k": k}.items():
         _check.tensor(name, x)

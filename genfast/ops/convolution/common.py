@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from genfast.ops import _check
-from genfast.ops._backend import forced_reference
+from genfast.ops._force import forced_reference
 from genfast.ops._road import transforming
 
 

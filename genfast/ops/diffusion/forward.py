@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from genfast.ops import _check, _noise
-from genfast.ops._backend import forced_reference, kernels
+from genfast.ops._backend import kernels, under
+from genfast.ops._force import forced_reference, may_compose
 from genfast.ops._road import (
     DIRECT,
     GRAD,
@@ -41,6 +42,7 @@ def _native(p, q, a, b, seeds, seed, stream, offset, draws, a_sign, b_sign, out=
 
 
 def _composite(p, q, a, b, seeds, seed, stream, offset, draws, a_sign, b_sign):
+    may_compose("add_noise", p, q)
     dtype = _common.wide_dtype(p, q)
     if a is None:
         a = 1 - b
@@ -196,6 +198,7 @@ def add_noise(
     offset: int = 0,
     generator: torch.Generator | None = None,
     out: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """q(x_t | x_0): alpha x0 + sigma noise, in one pass.
 
@@ -203,17 +206,22 @@ def add_noise(
     tensor () / (B,) / (B, L) of fp32 or fp64; alpha None: 1 - sigma (flow matching). noise: like
     x0, or drawn from seed (int, int64 tensor of one or of B, None: torch's generator), stream,
     offset: the values of `genfast.randn(x0.shape, seed=seed, stream=stream)`. out: may be x0.
+    backend: one for this call and its gradient, as `genfast.set_backend`.
     Differentiable in x0, noise, alpha and sigma, twice too. Raises TypeError / ValueError naming
     the argument. Ho et al. 2020, eq. 4; flow: Lipman et al. 2023.
     """
+    if backend is not None:
+        return under(add_noise, locals())
     _needed("sigma", sigma)
     draws = noise is None
     return _mix("x0", x0, noise, alpha, sigma, seed, stream, offset, generator, draws, out)
 
 
 def scale_noise(x0: Tensor, sigma, *, noise=None, seed=None, stream=0, offset=0, generator=None,
-                out=None) -> Tensor:  # fmt: skip
+                out=None, backend=None) -> Tensor:  # fmt: skip
     """(1 - sigma) x0 + sigma noise, the forward process of flow matching; `add_noise` otherwise."""
+    if backend is not None:
+        return under(scale_noise, locals())
     _needed("sigma", sigma)
     draws = noise is None
     return _mix("x0", x0, noise, None, sigma, seed, stream, offset, generator, draws, out)
@@ -230,11 +238,14 @@ def velocity(
     offset: int = 0,
     generator: torch.Generator | None = None,
     out: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """v = alpha noise - sigma x0, the target of v-prediction; arguments as in `add_noise`.
 
     alpha may not be None. Salimans & Ho 2022, appendix D.
     """
+    if backend is not None:
+        return under(velocity, locals())
     _needed("alpha", alpha)
     _needed("sigma", sigma)
     return _mix(
@@ -243,9 +254,13 @@ def velocity(
     )  # fmt: skip
 
 
-def scale_model_input(x: Tensor, scale, *, out: Tensor | None = None) -> Tensor:
+def scale_model_input(
+    x: Tensor, scale, *, out: Tensor | None = None, backend: str | None = None
+) -> Tensor:
     """scale x. x: (B, ...); scale: a number, or a tensor () / (B,) / (B, L) (a plan's input_scale:
     1 / sqrt(sigma^2 + 1) for Euler and its kin). Differentiable; errors as in `add_noise`.
     """
+    if backend is not None:
+        return under(scale_model_input, locals())
     _needed("scale", scale)
     return _mix("x", x, None, scale, None, None, 0, 0, None, False, out, names=("scale", "scale"))

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from genfast.ops import _check
-from genfast.ops._backend import forced_reference, kernels
+from genfast.ops._backend import kernels, under
+from genfast.ops._force import forced_reference, may_compose
 from genfast.ops._road import DIRECT, define, gate, is_compiling, transforming
 from genfast.ops.diffusion import _common
 from genfast.ops.diffusion.step import COEF, COLUMNS, diffusion_step
@@ -57,6 +58,7 @@ def _native(cond, uncond, average, scale, method, original, o_0, o_1):
 
 def _plain_weights(cond, uncond, average, scale, method, original, o_0, o_1):
     """The same from sums in fp64, for devices and dtypes without a kernel."""
+    may_compose("guidance_weights", cond, uncond, average)
     u = uncond if average is None else average
     return reference.guidance_weights(
         cond.double(), u.double(), scale.double(), method=_NAMES[method], original=original,
@@ -129,6 +131,7 @@ def guidance_weights(
     method: str = "cfg",
     original: bool = False,
     average: Tensor | None = None,
+    backend: str | None = None,
     **options,
 ) -> Tensor:
     """(B, 2) weights w with w_0 cond + w_1 uncond = the guided output; (B, 3) with average. fp32
@@ -137,6 +140,8 @@ def guidance_weights(
     For `diffusion_step(x, (cond, uncond), ..., weights=w)`: guidance and step in two passes.
     Arguments and errors as in `guide`. No gradient.
     """
+    if backend is not None:
+        return under(guidance_weights, locals())
     o_0, o_1 = _options(method, options)
     code = _CODES[method]
     plain = isinstance(cond, Tensor) and not is_compiling() and isinstance(scale, (int, float))
@@ -163,6 +168,7 @@ def guide(
     method: str = "cfg",
     original: bool = False,
     average: Tensor | None = None,
+    backend: str | None = None,
     **options,
 ) -> Tensor:
     """One guided model output of a conditional and an unconditional one.
@@ -172,9 +178,12 @@ def guide(
     method, with its options: "cfg" (Ho & Salimans 2022); "rescale": rescale (Lin et al. 2023);
     "cfg_zero_star" (Fan et al. 2025); "apg": eta, norm_threshold, and average, the running average
     of cond - uncond that replaces it (Sadat et al. 2024); "mag": alpha; "tcfg" (Kwon et al. 2025).
+    backend: one for this call, as `genfast.set_backend`; gradients come from "reference" alone.
     Formulas: genfast.reference.diffusion. Differentiable, twice too. Raises TypeError / ValueError
     naming the argument.
     """
+    if backend is not None:
+        return under(guide, locals())
     if uncond is None:
         _check.tensor("cond", cond)
         return cond
@@ -201,6 +210,7 @@ def guide(
     )
     wide = _common.wide_dtype(*models) == torch.float64
     if needs or wide or forced_reference() or transforming():
+        may_compose("guide", *models)
         named = dict(options, original=original)
         if average is not None:
             named["average"] = average.to(_common.wide_dtype(*models))

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from genfast.ops import _check
-from genfast.ops._backend import forced_reference, kernels
+from genfast.ops._backend import kernels, under
+from genfast.ops._force import forced_reference, may_compose
 from genfast.ops._road import define, differentiable_backward, is_compiling, transforming
 from genfast.ops.diffusion import _common
 from genfast.ops.diffusion.step import (
@@ -59,6 +60,7 @@ def _mean_and_std(args):
 
 
 def _composite(sample, args):
+    may_compose("step_log_prob", *args[:4])
     x, z, seeds = args[0], args[13], args[14]
     seed, stream, offset = args[21:24]
     mean, std = _mean_and_std(args)
@@ -172,6 +174,7 @@ def step_log_prob(
     weights=None,
     threshold: Tensor | None = None,
     reduction: str = "sum",
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A step of `diffusion_step` and ln N(sample; mean, std^2), mean and std those of the row.
 
@@ -182,6 +185,8 @@ def step_log_prob(
     and history through the mean; the sample is a constant. Raises ValueError where the row adds no
     noise (std 0), and as `diffusion_step`.
     """
+    if backend is not None:
+        return under(step_log_prob, locals())
     _check.choice("reduction", reduction, ("sum", "mean"))
     drawn = sample is None
     args = pack(

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from genfast.ops import _check, _noise
-from genfast.ops._backend import forced_reference, kernels
+from genfast.ops._backend import kernels, under
+from genfast.ops._force import forced_reference, may_compose
 from genfast.ops._road import (
     DIRECT,
     GRAD,
@@ -75,6 +76,7 @@ def _native_backward(g_total, g_each, output, x0, z, alpha, sigma, weight, seeds
 
 def _composite(output, x0, z, alpha, sigma, weight, seeds, seed, stream, offset, prediction,
                weighting, gamma, k, reduction):  # fmt: skip
+    may_compose("denoising_loss", output, x0, z)
     dtype = _common.wide_dtype(output, x0, z)
     if z is None:
         z = _common.drawn(x0, dtype, seed, seeds, stream, offset)
@@ -213,6 +215,7 @@ def denoising_loss(
     k: float = 1.0,
     reduction: str = "mean",
     return_per_sample: bool = False,
+    backend: str | None = None,
 ):
     """weight_b mean_b (model_output - target)^2, the target formed in the same pass.
 
@@ -227,6 +230,8 @@ def denoising_loss(
     (B,) losses. Returns fp32 (fp64 for float64). Differentiable in every tensor, twice too.
     Raises TypeError / ValueError naming the argument.
     """
+    if backend is not None:
+        return under(denoising_loss, locals())
     prediction = _code("prediction", prediction, PREDICTIONS)
     code = (
         _GIVEN if isinstance(weighting, Tensor) else _code("weighting", weighting, WEIGHTINGS[:-1])

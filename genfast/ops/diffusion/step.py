@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from genfast.ops import _check, _noise
-from genfast.ops._backend import forced_reference, kernels
+from genfast.ops._backend import kernels, under
+from genfast.ops._force import forced_reference, may_compose
 from genfast.ops._road import (
     DIRECT,
     GRAD,
@@ -86,6 +87,7 @@ def _native_backward(grads, args, wanted):
 
 
 def _composite(args) -> tuple[Tensor, ...]:
+    may_compose("diffusion_step", *args[:4])
     x, weights, table, index = args[0], args[4], args[5], args[6]
     z, seeds, threshold, mask, known, known_z, level = args[13:20]
     row, seed, stream, offset, draws, variance, outputs = args[20:]
@@ -290,6 +292,7 @@ def diffusion_step(
     known_level=None,
     outputs: int = 1,
     out=None,
+    backend: str | None = None,
 ):
     """One row of a solver plan, in one pass: m = sum_j w_j m_j, x0 = clamp(d_x x + d_m m, +-clip),
     out_i = c_i . [x, m, x0, H_1 .. H_6, z].
@@ -310,10 +313,13 @@ def diffusion_step(
         x (1: generated), known like x, known_level (a, b) or a tensor (2,) or (B, 2), (1, 0) by
         default; noise is known_noise, or the step's own.
     outputs: 1 to 3. out: tensor(s) to write, x itself included.
+    backend: one for this call and its gradient, as `genfast.set_backend`.
     Returns out_0, or a tuple. Differentiable in x, m, history and noise, twice too. On the CPU a
     row that needs a tensor that is not given raises ValueError; on other devices the term is left
     out. Raises TypeError / ValueError naming the argument.
     """
+    if backend is not None:
+        return under(diffusion_step, locals())
     if not is_compiling() and type(row) is int and mask is None and threshold is None:
         try:  # the kernel reads tuples
             models = (m,) if isinstance(m, Tensor) else tuple(m)

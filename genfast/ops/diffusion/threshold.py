@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from genfast.ops import _check
-from genfast.ops._backend import forced_reference, kernels
+from genfast.ops._backend import kernels, under
+from genfast.ops._force import forced_reference, may_compose
 from genfast.ops._road import DIRECT, define, gate, is_compiling, transforming
 from genfast.ops.diffusion import _common
 from genfast.ops.diffusion.step import COLUMNS
@@ -22,6 +23,7 @@ def _native(x, m, table, row, ratio, max_value):
 
 
 def _composite(x, m, table, row, ratio, max_value):
+    may_compose("dynamic_threshold", x, m)
     if m is not None:
         dtype = _common.wide_dtype(x, m)
         coef = table[row].to(dtype)
@@ -50,6 +52,7 @@ def dynamic_threshold(
     m: Tensor | None = None,
     table: Tensor | None = None,
     row: int = 0,
+    backend: str | None = None,
 ) -> Tensor:
     """Bound s (B,) = clamp(quantile(|x0|, ratio), 1, max_value); x0 = clamp(x0, +-s) / s follows in
     `diffusion_step(..., threshold=s)`.
@@ -61,6 +64,8 @@ def dynamic_threshold(
     argument.
     Saharia et al. 2022, section 2.3.
     """
+    if backend is not None:
+        return under(dynamic_threshold, locals())
     if not is_compiling() and type(row) is int and isinstance(x0, Tensor):
         try:
             if 1.0 <= max_value < math.inf and gate(x0, m, table) == DIRECT:

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from genfast.ops import _check
-from genfast.ops._backend import forced_reference, kernels
+from genfast.ops._backend import kernels
+from genfast.ops._force import forced_reference
 from genfast.ops._road import (
     DIRECT,
     KERNEL_DTYPES,

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from genfast.ops import _check
-from genfast.ops._backend import forced_reference, kernels
+from genfast.ops._backend import kernels
 from genfast.ops._common import on_kernel, wide_dtype
+from genfast.ops._force import forced_reference
 from genfast.ops._road import (
     DIRECT,
     GRAD,

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from genfast.ops import _check, _noise
-from genfast.ops._backend import forced_reference, has_kernels, kernels
+from genfast.ops._backend import has_kernels, kernels, under
+from genfast.ops._force import forced_reference, may_compose
 from genfast.ops._road import (
     DIRECT,
     GRAD,
@@ -120,6 +121,7 @@ def _backward(
 
 
 def _composite(mu, logvar, seed, seeds, stream, offset, transform, side, reduction):
+    may_compose("reparameterize", mu, logvar)
     name = _TRANSFORM_NAMES[transform]
     dtype = torch.promote_types(mu.dtype, logvar.dtype)
     wide = _side_dtype(mu, logvar)  # 16-bit inputs: fp32 inside, like the kernel
@@ -307,6 +309,7 @@ def reparameterize(
     generator: torch.Generator | None = None,
     return_kl: bool = False,
     kl_reduction: str = "batchmean",
+    backend: str | None = None,
 ):
     """z = mu + e^(logvar/2) eps in one pass, eps ~ N(0, 1) from the noise contract.
 
@@ -314,10 +317,13 @@ def reparameterize(
     seed: int, int64 tensor of one seed or of one per sample, or None: drawn from torch's generator.
     return_kl: also KL(N(mu, e^logvar) || N(0, 1)), float32 (float64 for float64 inputs);
     kl_reduction "none" -> (B,), "sum", "mean" (over elements) or "batchmean" (sum / B) -> ().
+    backend: one for this call and its gradient, as `genfast.set_backend`.
     Returns z, of the promoted dtype, or (z, kl). Differentiable in mu and logvar, twice too; the
     backward draws eps again from the seed. Raises TypeError / ValueError naming the argument.
     Kingma & Welling, "Auto-encoding variational Bayes", 2014, section 2.4 and appendix B.
     """
+    if backend is not None:
+        return under(reparameterize, locals())
     if kl_reduction not in REDUCTIONS:
         _check.choice("kl_reduction", kl_reduction, REDUCTIONS)
     z, kl = _sample(
@@ -334,12 +340,16 @@ def reparameterize(
     return (z, kl) if return_kl else z
 
 
-def gaussian_kl(mu: Tensor, logvar: Tensor, *, reduction: str = "batchmean") -> Tensor:
+def gaussian_kl(
+    mu: Tensor, logvar: Tensor, *, reduction: str = "batchmean", backend: str | None = None
+) -> Tensor:
     """KL(N(mu, e^logvar) || N(0, 1)) in one pass, without drawing.
 
     mu, logvar: (B, ...). Returns float32 (float64 for float64 inputs): (B,) for reduction "none",
     else (). Kingma & Welling 2014, appendix B.
     """
+    if backend is not None:
+        return under(gaussian_kl, locals())
     if reduction not in REDUCTIONS:
         _check.choice("reduction", reduction, REDUCTIONS)
     code = REDUCTIONS[reduction]
@@ -360,6 +370,7 @@ def tanh_normal(
     offset=0,
     generator=None,
     return_log_prob: bool = False,
+    backend=None,
 ):
     """y = tanh(mu + e^(logvar/2) eps), and ln q(y) per sample on request.
 
@@ -367,6 +378,8 @@ def tanh_normal(
     but dim 0, with ln(1 - tanh^2) in the form that does not cancel (Haarnoja et al. 2018, app. C).
     Arguments, gradients and errors as in `reparameterize`.
     """
+    if backend is not None:
+        return under(tanh_normal, locals())
     y, log_prob = _sample(
         mu, logvar, seed, stream, offset, generator, 1, LOG_PROB if return_log_prob else 0, 0
     )
@@ -382,8 +395,11 @@ def log_normal(
     offset=0,
     generator=None,
     return_log_prob: bool = False,
+    backend=None,
 ):
     """y = e^(mu + e^(logvar/2) eps), and ln q(y) per sample on request; otherwise `tanh_normal`."""
+    if backend is not None:
+        return under(log_normal, locals())
     y, log_prob = _sample(
         mu, logvar, seed, stream, offset, generator, 2, LOG_PROB if return_log_prob else 0, 0
     )

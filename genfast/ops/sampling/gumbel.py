@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from genfast.ops import _check, _noise
-from genfast.ops._backend import forced_reference, has_kernels, kernels
+from genfast.ops._backend import has_kernels, kernels, under
+from genfast.ops._force import forced_reference, may_compose
 from genfast.ops._road import (
     DIRECT,
     KERNEL_DTYPES,
@@ -74,6 +75,7 @@ def _native_backward(name, grad, y, logits, tau, seed, seeds, stream, offset):
 
 
 def _composite(name, seed, seeds, stream, offset, hard, logits, tau):
+    may_compose(name, logits)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))  # like the kernel
     noise = noise_like(wide, FAMILY[name][3], seed, seeds, stream, offset)
     return FAMILY[name][2](wide, noise, tau.to(wide.dtype), hard).to(logits.dtype)
@@ -231,14 +233,18 @@ def gumbel_softmax(
     stream: int = 0,
     offset: int = 0,
     generator: torch.Generator | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """softmax((logits + g) / tau) along dim, g ~ Gumbel(0, 1); hard: one-hot, straight-through.
 
     logits: (..., V, ...), float32, float16, bfloat16 (fp32 inside) or float64. tau > 0: a float, or
     a 0-dim tensor (whose value is not checked, and which gets a gradient). Noise elements are
-    counted in the logical order of logits.movedim(dim, -1). Returns the dtype of logits.
+    counted in the logical order of logits.movedim(dim, -1). backend: one for this call and its
+    gradient, as `genfast.set_backend`. Returns the dtype of logits.
     Raises TypeError / ValueError naming the argument. Jang et al. 2017; Maddison et al. 2017.
     """
+    if backend is not None:
+        return under(gumbel_softmax, locals())
     if type(dim) is not int or dim != -1:
         _check.tensor("logits", logits)
         _check.integer("dim", dim, low=-max(logits.dim(), 1), high=max(logits.dim(), 1) - 1)
@@ -260,9 +266,12 @@ def relaxed_bernoulli(
     stream: int = 0,
     offset: int = 0,
     generator: torch.Generator | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """sigmoid((logits + l) / tau), l ~ Logistic(0, 1); hard: 0 or 1, straight-through.
 
     logits: any shape. Arguments and errors as in `gumbel_softmax`. Maddison et al. 2017, app. C.
     """
+    if backend is not None:
+        return under(relaxed_bernoulli, locals())
     return _relax("relaxed_bernoulli", logits, tau, hard, seed, stream, offset, generator)

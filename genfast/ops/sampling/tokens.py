@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from genfast.ops import _check, _noise
-from genfast.ops._backend import forced_reference, has_kernels, kernels
+from genfast.ops._backend import has_kernels, kernels, under
+from genfast.ops._force import forced_reference, may_compose
 from genfast.ops._road import (
     DIRECT,
     KERNEL_DTYPES,
@@ -57,6 +58,7 @@ def _per_row(x, rows):
 
 
 def _composite(logits, temperature, top_k, top_p, min_p, seed, seeds, stream, offset):
+    may_compose("sample_tokens", logits)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # like the kernel
     top = logits.amax(-1)
     if type(logits) is Tensor and logits.device.type == "cpu" and not (
@@ -118,14 +120,19 @@ def _draw(logits, filters, seed, stream, offset, generator):
     return _op(detached, *args)
 
 
-def sample_categorical(logits: Tensor, *, seed=None, stream=0, offset=0, generator=None) -> Tensor:
+def sample_categorical(
+    logits: Tensor, *, seed=None, stream=0, offset=0, generator=None, backend: str | None = None
+) -> Tensor:
     """Index drawn from softmax(logits) over the last dimension: argmax(logits + Gumbel noise).
 
-    logits: (..., V) float. seed: int, one int64 seed per sample of dim 0, or None. Returns int64
-    (...). No gradient. Raises ValueError for a row without a finite maximum (on the CPU; other
-    devices give -1, without a sync), TypeError / ValueError naming a bad argument.
+    logits: (..., V) float. seed: int, one int64 seed per sample of dim 0, or None. backend: one for
+    this call, as `genfast.set_backend`. Returns int64 (...). No gradient. Raises ValueError for a
+    row without a finite maximum (on the CPU; other devices give -1, without a sync), TypeError /
+    ValueError naming a bad argument.
     Gumbel 1954; Maddison et al. 2014.
     """
+    if backend is not None:
+        return under(sample_categorical, locals())
     return _draw(logits, (None, None, None, None), seed, stream, offset, generator)
 
 
@@ -168,15 +175,19 @@ def sample_tokens(
     stream: int = 0,
     offset: int = 0,
     generator: torch.Generator | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Next tokens: temperature, then top-k (ties kept), top-p, min-p, then Gumbel-max.
 
     logits: (B, V) or (..., V) float. Each filter is a number, or a tensor with one value per row;
     None, top_k 0, top_p >= 1 and min_p 0 switch a filter off; temperature 0 is greedy.
     seed: int, or one int64 seed per sample of dim 0 (its draw then depends on nothing else).
+    backend: as there.
     Returns int64 (...). Raises as `sample_categorical`, and for NaN or negative settings.
     top-p: Holtzman et al. 2020; min-p: Nguyen et al. 2024.
     """
+    if backend is not None:
+        return under(sample_tokens, locals())
     if not isinstance(logits, Tensor):
         _check.tensor("logits", logits)
     rows = math.prod(logits.shape[:-1])

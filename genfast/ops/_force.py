@@ -1,0 +1,148 @@
+"""Which backend was asked for: by the process, by a block of one thread, or by an argument.
+
+`auto`: the table of _choice.py decides. `cpu`, `cuda`, `triton`: these kernels; `torch`: PyTorch's
+own attention; `reference`: plain PyTorch for everything (the noise stays the contract's). Asked for
+by name, a backend does the call or raises with the reason: of what has kernels for more than one
+device, no composite stands in. Not so what has CPU kernels alone (filtering, normalization,
+convolution, linear, bernoulli_nll): models mix these with the others, and on a GPU PyTorch does
+them. Nor does `cuda`, set for a process or a block, mean tensors on the CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.autograd import forward_ad
+
+from genfast._native import _C
+
+BACKENDS = ("auto", "cpu", "cuda", "triton", "torch", "reference")
+# own: the block that was entered last in any thread, or "none" behind one; dynamo guards a
+# dictionary, and not what a thread has of its own.
+_state = {"name": "auto", "own": ""}
+
+
+class _Own(threading.local):
+    name: str | None = None
+    depth = 0  # blocks around the current call
+
+
+_own = _Own()
+
+
+def get_backend() -> str:
+    """What is in force in this thread."""
+    return (_state["own"] and _own.name) or _state["name"]
+
+
+def forced_reference() -> bool:
+    """PyTorch does every family that has CPU kernels alone, and may_compose the others."""
+    return get_backend() in ("reference", "torch")
+
+
+def process_backend() -> str:
+    return _state["name"]
+
+
+def set_process_backend(name: str) -> None:
+    _state["name"] = name
+
+
+def _enter(name: str | None) -> None:
+    _own.name, _state["own"] = name, name or "none"
+    _C.own_road(-1 if name is None else name != "auto", 1 if name == "cuda" else -1)
+
+
+class _Blocks:
+    """Those open in all threads. `switch()` is called at the first and behind the last."""
+
+    def __init__(self):
+        self.open, self.lock = 0, threading.Lock()
+        self.switch: Callable[[], None] = lambda: None  # _backend.py has it
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._forked)
+
+    def _forked(self) -> None:
+        """The other threads and their blocks are gone."""
+        self.open, self.lock = _own.depth, threading.Lock()
+        self.switch()
+
+    def _count(self, step: int) -> None:
+        with self.lock:
+            before, self.open = self.open, self.open + step
+            if (before == 0) != (self.open == 0):
+                self.switch()
+        _own.depth += step
+
+    @contextlib.contextmanager
+    def enter(self, name: str | None) -> Iterator[None]:
+        """In this thread, until its end. But for "auto" calls take the slow road, through the
+        registered op (10 us): it keeps the name for the gradient, which may run in another
+        thread."""
+        before = _own.name
+        self._count(1)
+        try:
+            _enter(name)
+            yield
+        finally:
+            _enter(before)
+            self._count(-1)
+
+
+blocks = _Blocks()
+
+
+def remembering(setup_context: Callable) -> Callable:
+    """A setup_context that keeps the block's backend for `resumed`."""
+
+    def run(ctx, inputs, output):
+        ctx.backend = _own.name
+        setup_context(ctx, inputs, output)
+
+    return run
+
+
+def resumed(backward: Callable) -> Callable:
+    """A backward that runs on the backend that its forward was asked for in a block."""
+
+    def run(ctx, *grads):
+        if ctx.backend is None:
+            return backward(ctx, *grads)
+        with blocks.enter(ctx.backend):
+            return backward(ctx, *grads)
+
+    return run
+
+
+def may_compose(entry: str, *operands: torch.Tensor | None) -> None:
+    """Asked wherever a composite is about to do a call of `entry`: RuntimeError where the backend
+    in force was asked for by name. A gradient's gradient, and calls without elements, it may."""
+    name = get_backend()
+    if name in ("auto", "reference"):
+        return
+    given = [x for x in operands if x is not None]
+    if torch._C._current_graph_task_id() != -1 or any(x.numel() == 0 for x in given):
+        return
+    device = given[0].device.type
+    if name == "cuda" and device != "cuda":
+        return
+    if name == "torch":
+        why = "PyTorch has attention alone, of four dimensions and without options of ours"
+    elif name in ("cpu", "cuda") and device != name:
+        why = f"the tensors are on {device}"
+    elif any(x.dtype is torch.float64 for x in given):
+        why = "float64 has no kernels"
+    elif forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None:
+        why = "function transforms and forward-mode gradients have no kernels"
+    else:
+        why = (
+            "its kernel does not take these operands (memory order, sizes or a gradient asked for)"
+        )
+    raise RuntimeError(
+        f'backend: "{name}" was asked for, and it cannot do this call of {entry}: {why}; '
+        'genfast.set_backend("auto") lets PyTorch compose it'
+    )

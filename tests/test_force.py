@@ -1,0 +1,302 @@
+"""A backend asked for by name: by argument, by block, by process; what it cannot do, threads,
+gradients, compiled functions."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import genfast
+from genfast import schedulers
+from genfast.ops import _backend, _force
+from genfast.ops._road import DIRECT, SLOW, gate
+
+PLAN = schedulers.ddpm_plan(10)
+
+
+def draw(*shape, seed=0):
+    return genfast.randn(*shape, seed=seed)
+
+
+X, Y, Q = draw(3, 2, 8), draw(3, 2, 8, seed=1), draw(1, 2, 5, 8)
+HALF = torch.full((3,), 0.5)
+CU, LENGTHS = torch.tensor([0, 2, 5], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
+PACKED = Q[0].transpose(0, 1).contiguous()
+# Every function that has kernels on more than one backend.
+CALLS = {
+    "rand": lambda f, **o: f(3, 4, seed=1, **o),
+    "randn": lambda f, **o: f(3, 4, seed=1, **o),
+    "rand_like": lambda f, **o: f(X, seed=1, **o),
+    "randn_like": lambda f, **o: f(X, seed=1, **o),
+    "randint": lambda f, **o: f(0, 9, (7,), seed=1, **o),
+    "reparameterize": lambda f, **o: f(X, Y, seed=1, **o),
+    "gaussian_kl": lambda f, **o: f(X, Y, **o),
+    "tanh_normal": lambda f, **o: f(X, Y, seed=1, **o),
+    "log_normal": lambda f, **o: f(X, Y, seed=1, **o),
+    "gumbel_softmax": lambda f, **o: f(X, 0.5, seed=1, **o),
+    "relaxed_bernoulli": lambda f, **o: f(X, 0.5, seed=1, **o),
+    "sample_categorical": lambda f, **o: f(X, seed=1, **o),
+    "sample_tokens": lambda f, **o: f(X, 0.7, top_k=3, seed=1, **o),
+    "diffusion_step": lambda f, **o: f(X, Y, PLAN.table_on("cpu"), 1, seed=1, **o),
+    "add_noise": lambda f, **o: f(X, 0.6, 0.8, seed=1, **o),
+    "scale_noise": lambda f, **o: f(X, 0.8, seed=1, **o),
+    "velocity": lambda f, **o: f(X, 0.6, 0.8, seed=1, **o),
+    "scale_model_input": lambda f, **o: f(X, 0.6, **o),
+    "guidance_weights": lambda f, **o: f(X, Y, 2.0, method="rescale", rescale=0.7, **o),
+    "guide": lambda f, **o: f(X, Y, 2.0, method="apg", eta=0.5, **o),
+    "dynamic_threshold": lambda f, **o: f(X, 0.9, 2.0, **o),
+    "denoising_loss": lambda f, **o: f(X, Y, HALF, HALF, seed=1, **o),
+    "step_log_prob": lambda f, **o: f(X, Y, PLAN.table_on("cpu"), 1, seed=1, **o)[1],
+    "attention": lambda f, **o: f(Q, Q, Q, causal=True, **o),
+    "attention_varlen": lambda f, **o: f(PACKED, PACKED, PACKED, CU, CU, **o),
+    "attention_with_kvcache": lambda f, **o: f(Q, Q.clone(), Q.clone(), cache_seqlens=LENGTHS, **o),
+}
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Backend -> entry points of its table that were called."""
+    found = {}
+    for name in ("auto", "cpu", "reference"):
+        calls = found[name] = []
+        for entry, function in _backend._functions(name).items():
+            spy = lambda *a, e=entry, f=function, c=calls: (c.append(e), f(*a))[1]  # noqa: E731
+            monkeypatch.setitem(_backend._functions(name), entry, spy)
+    genfast.set_backend("auto")
+    yield found
+    monkeypatch.undo()
+    genfast.set_backend("auto")
+
+
+def test_every_function_with_a_choice_takes_the_argument():
+    functions = {n: f for n in genfast.__all__ if inspect.isfunction(f := getattr(genfast, n))}
+    taking = {n for n, f in functions.items() if "backend" in inspect.signature(f).parameters}
+    assert taking == set(CALLS)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_an_argument_is_a_block_around_the_call(name, asked):
+    call, function = CALLS[name], getattr(genfast, name)
+    for backend in ("cpu", "reference"):
+        found = call(function, backend=backend)
+        assert _force.get_backend() == "auto" and not asked["auto"]
+        with genfast.backend(backend):
+            expected = call(function)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        assert backend == "reference" or asked[backend]
+    assert set(asked["reference"]) <= {"random"}  # its noise
+    asked["auto"].clear()
+    torch.testing.assert_close(call(function), expected, rtol=1e-5, atol=1e-5)
+    assert asked["auto"]
+
+
+def doubles(f):
+    return f(Q.double(), Q.double(), Q.double(), backend="cpu")
+
+
+def mapped(f):
+    return torch.func.vmap(lambda x: f(x, x, x, backend="cpu"))(Q[None])
+
+
+# function, a call that the backend cannot do, what the error says
+REFUSED = [
+    ("attention", doubles, "float64 has no kernels"),
+    ("attention", mapped, "function transforms"),
+    ("attention", lambda f: f(Q, Q, Q, softcap=2.0, backend="torch"), "without options of ours"),
+    ("attention", lambda f: f(Q, Q, Q, return_lse=True, backend="torch"), "options of ours"),
+    ("gumbel_softmax", lambda f: f(X.double(), backend="cpu"), "float64 has no kernels"),
+    ("gumbel_softmax", lambda f: f(X, backend="torch"), "PyTorch has attention alone"),
+    ("sample_tokens", lambda f: f(X.double(), backend="cpu"), "float64"),
+    ("reparameterize", lambda f: f(X.double(), X, backend="cpu"), "float64"),
+    ("diffusion_step", lambda f: f(X.double(), X.double(), PLAN.table_on("cpu"), 0, seed=1,
+                                   backend="cpu"), "float64"),
+    ("add_noise", lambda f: f(X.double(), 0.6, 0.8, backend="cpu"), "float64"),
+    ("guide", lambda f: f(X.clone().requires_grad_(), X, 2.0, backend="cpu"), "gradient"),
+    ("guidance_weights", lambda f: f(X.double(), X.double(), 2.0, backend="cpu"), "float64"),
+    ("dynamic_threshold", lambda f: f(X.double(), backend="cpu"), "float64"),
+    ("denoising_loss", lambda f: f(X.double(), X.double(), 0.6, 0.8, seed=1, backend="cpu"),
+     "float64"),
+    ("step_log_prob", lambda f: f(X.double(), X.double(), PLAN.table_on("cpu"), 1, seed=1,
+                                  backend="cpu"), "float64"),
+    ("attention_with_kvcache", lambda f: f(Q.double(), Q.double(), Q.double(), backend="cpu"),
+     "float64"),
+    ("randn", lambda f: f(3, device="meta", backend="cpu"), "tensors are on meta"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, call, why", REFUSED, ids=[f"{n}-{w}" for n, _, w in REFUSED])
+def test_what_it_cannot_do_is_refused_with_the_reason(name, call, why):
+    function = getattr(genfast, name)
+    with pytest.raises(RuntimeError, match=why) as error:
+        call(function)
+    assert str(error.value).startswith('backend: "') and "auto" in str(error.value)
+    assert _force.get_backend() == "auto"
+    call(lambda *a, backend, **o: function(*a, **o))  # the automatic choice falls through
+
+
+def test_calls_without_elements_and_second_gradients_are_composed():
+    genfast.set_backend("cpu")
+    assert genfast.attention(Q[:, :0], Q[:, :0], Q[:, :0]).numel() == 0
+    x = X.clone().requires_grad_()
+    y = genfast.gumbel_softmax(x, 0.5, seed=1)
+    (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    (h,) = torch.autograd.grad(g.square().sum(), x)
+    assert torch.isfinite(h).all()
+
+
+def test_families_with_cpu_kernels_alone_are_no_part_of_it():
+    x = draw(2, 4, 6)
+    for name in ("cpu", "torch", "reference"):
+        genfast.set_backend(name)
+        for y in (genfast.group_norm(x.double(), 2), genfast.linear(x, draw(3, 6))):
+            assert torch.isfinite(y).all()
+
+
+def test_pytorchs_attention_on_request():
+    q = Q.clone().requires_grad_()
+    out = genfast.attention(q, q, q, causal=True, backend="torch")
+    assert "ScaledDotProduct" in type(out.grad_fn).__name__
+    torch.testing.assert_close(out, genfast.attention(q, q, q, causal=True))
+    genfast.set_backend("torch")
+    face = genfast.scaled_dot_product_attention(q, q, q, is_causal=True)
+    assert torch.equal(face, out)
+
+
+def test_a_gradient_runs_where_its_block_said(asked):
+    """Also behind the block, in another thread, where the process has another backend."""
+    x = X.clone().requires_grad_()
+    with genfast.backend("cpu"):
+        z = genfast.reparameterize(x, x, seed=1)
+    y = genfast.gumbel_softmax(x, 0.5, seed=1, backend="cpu")
+    genfast.set_backend("reference")
+    (z.sum() + y.square().sum()).backward()
+    assert {"reparameterize_backward", "gumbel_softmax_backward"} <= set(asked["cpu"])
+    assert _force.get_backend() == "reference" and gate(X) == SLOW
+    genfast.set_backend("auto")
+    expected = x.grad
+    x.grad = None
+    out = genfast.reparameterize(x, x, seed=1).sum()
+    (out + genfast.gumbel_softmax(x, 0.5, seed=1).square().sum()).backward()
+    torch.testing.assert_close(x.grad, expected, rtol=0, atol=0)
+
+
+def test_blocks_belong_to_their_thread():
+    """They may end in any order; the last one gives the fast road back."""
+    steps = [threading.Event() for _ in range(3)]
+    seen = {}
+
+    def other():
+        seen["before"] = (_force.get_backend(), gate(X))
+        with genfast.backend("cpu"):
+            steps[0].set()
+            steps[1].wait(10)
+            seen["inside"] = (_force.get_backend(), gate(X))
+        seen["behind"] = (_force.get_backend(), gate(X))
+        steps[2].set()
+
+    thread = threading.Thread(target=other)
+    with genfast.backend("reference"):
+        thread.start()
+        assert steps[0].wait(10)
+        assert (_force.get_backend(), gate(X)) == ("reference", SLOW)
+        with genfast.backend("auto"):
+            assert (_force.get_backend(), gate(X)) == ("auto", DIRECT)
+        assert _force.get_backend() == "reference"
+    assert (_force.get_backend(), gate(X)) == ("auto", DIRECT)
+    steps[1].set()
+    assert steps[2].wait(10)
+    thread.join()
+    assert seen == {"before": ("auto", DIRECT), "inside": ("cpu", SLOW), "behind": ("auto", DIRECT)}
+    assert _force.blocks.open == 0
+    assert vars(_backend.kernels) == _backend._functions("auto")
+
+
+def test_many_threads_many_blocks():
+    errors = []
+
+    def work(name):
+        for _ in range(200):
+            with genfast.backend(name):
+                if _force.get_backend() != name:
+                    errors.append(name)
+                genfast.gumbel_softmax(X, 0.5, seed=1)
+
+    names = ["cpu", "reference", "auto", "cpu"]
+    threads = [threading.Thread(target=work, args=(n,)) for n in names]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not errors and _force.blocks.open == 0
+    assert vars(_backend.kernels) == _backend._functions("auto")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_process_has_the_blocks_of_its_thread_alone():
+    program = """
+import os, sys, threading
+import genfast
+from genfast.ops import _backend, _force
+held, end = threading.Event(), threading.Event()
+def hold():
+    with genfast.backend("reference"):
+        held.set(); end.wait()
+threading.Thread(target=hold, daemon=True).start()
+held.wait()
+child = os.fork()
+if not child:
+    fine = _force.blocks.open == 0 and vars(_backend.kernels) == _backend._functions("auto")
+    with genfast.backend("cpu"):
+        genfast.randn(3, seed=1)
+    os._exit(0 if fine else 1)
+code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+end.set()
+sys.exit(code)
+"""
+    assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
+
+
+def test_an_error_ends_a_block():
+    with pytest.raises(ValueError, match="logits: expected at least one dimension"):
+        genfast.gumbel_softmax(torch.tensor(1.0), backend="cpu")
+    assert _force.get_backend() == "auto" and _force.blocks.open == 0
+    with pytest.raises(TypeError, match="temperature"):
+        genfast.sample_tokens(X, "hot", backend="cpu")
+    assert _force.blocks.open == 0
+
+
+def test_compiled_functions_follow_the_block_they_are_called_in():
+    kernels = []
+
+    def keep(module, inputs):
+        kernels.append("genfast.gumbel_softmax" in module.code)
+        return module
+
+    torch._dynamo.reset()
+    with genfast.backend("cpu"):  # the first block of a process is one recompilation
+        pass
+    run = torch.compile(lambda x: genfast.gumbel_softmax(x, 0.5, seed=1), backend=keep)
+    for _ in range(3):
+        auto = run(X)
+        with genfast.backend("reference"):
+            composed = run(X)
+    torch.testing.assert_close(auto, composed)
+    assert kernels == [True, False]
+
+
+def test_an_argument_breaks_a_graph_and_says_so():
+    call = lambda x: genfast.gumbel_softmax(x, 0.5, seed=1, backend="cpu")  # noqa: E731
+    torch.testing.assert_close(torch.compile(call, backend="eager")(X), call(X))
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(call, backend="eager", fullgraph=True)(X)
+    plain = torch.compile(
+        lambda x: genfast.gumbel_softmax(x, 0.5, seed=1), backend="eager", fullgraph=True
+    )
+    assert torch.isfinite(plain(X)).all()
