@@ -240,6 +240,8 @@ def attention_fwd_kernel(
                     noise_Sq, noise_Sk, threshold, D, DV, SOFTCAP, MASK, LEFT, RIGHT, DROPOUT,
                     SEEDS, WHOLE, ALIGNED, TMA, FOLD, PRECISION, BM, BN, BD, BV, True,
                 )  # fmt: skip
+        # No warp_specialize: for sm_90 Triton 3.6 and 3.9 compile the same code with it, for sm_100
+        # both fail on this loop (TritonGPUHoistTMEMAlloc).
         for first in range(all_from, all_to, BN):
             b_o, b_m, b_l = attend_block(
                 b_o, b_m, b_l, b_q, first, p_k, p_v, strides[1], strides[2], k_row, p_table,

@@ -266,6 +266,17 @@ SPILLS = {
     ("attention_fwd_kernel", "gfx942"): (12, _EDGE),  # bf16, heads of 128
     ("attention_bwd_kv_kernel", "sm_90"): (416, _TIMED),
 }
+# Compilers before 3.9 keep more: 3.6 and 3.7 hold fp32 rows of 128 in 336 bytes where 3.9 needs 197
+# of 255 registers (blocks of 16 keys would need none there, and twice the steps here).
+_OLDER = "the most of 3.6.0, 3.7.1 and 3.8.0, tests/tritons.sh"
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
+    SPILLS |= {("attention_fwd_kernel", f"sm_{n}"): (336, _OLDER) for n in (80, 90, 100, 120)} | {
+        ("attention_fwd_kernel", "gfx942"): (73, _OLDER),
+        ("attention_bwd_kv_kernel", "sm_90"): (504, _OLDER),
+        ("attention_rows_kernel", "sm_100"): (32, _OLDER),
+        ("diffusion_step_bwd_kernel", "sm_100"): (8, _OLDER),
+        ("guidance_weights_kernel", "sm_100"): (16, _OLDER),
+    }
 
 
 @pytest.mark.parametrize("target", TARGETS)
