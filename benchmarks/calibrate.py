@@ -1,4 +1,5 @@
-"""`genfast bench --calibrate`: where PyTorch's attention is faster on this machine, as table rows.
+"""`genfast bench --calibrate [--device cuda]`: where PyTorch's attention is faster on this machine,
+as rows of the table.
 
 Of each dtype and kind of call a ladder of sizes is timed, ours against PyTorch's in the same run.
 PyTorch gets the lower part of a ladder where it wins by more than MARGIN, or the upper part (matrix
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 
 from genfast._files import write_atomic
+from genfast._native import _C
 from genfast.benchmarks.harness import measure
 from genfast.ops import _choice
 from genfast.ops._choice import ALL_SIZES, ANY, Row
@@ -28,18 +30,26 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # (B, H, Sq, Sk, D) from small to large: one query, and long self attention. "wide training" comes
 # before "training", whose rows fit it too.
 LADDERS = {
-    "decode": [(1, 8, 1, n, 64) for n in (64, 256, 1024, 4096, 16384)],
-    "forward": [(1, 8, n, n, 64) for n in (16, 64, 256, 1024, 2048)],
-    "wide training": [(1, 8, n, n, 256) for n in (64, 256, 512, 768, 1024)],
-    "training": [(1, 8, n, n, 64) for n in (16, 64, 256, 512, 1024)],
+    "cpu": {
+        "decode": [(1, 8, 1, n, 64) for n in (64, 256, 1024, 4096, 16384)],
+        "forward": [(1, 8, n, n, 64) for n in (16, 64, 256, 1024, 2048)],
+        "wide training": [(1, 8, n, n, 256) for n in (64, 256, 512, 768, 1024)],
+        "training": [(1, 8, n, n, 64) for n in (16, 64, 256, 512, 1024)],
+    },
+    "cuda": {
+        "decode": [(1, 32, 1, n, 128) for n in (128, 512, 2048, 8192, 32768)],
+        "forward": [(1, 16, n, n, 64) for n in (64, 256, 1024, 2048, 4096)],
+        "wide training": [(1, 8, n, n, 256) for n in (64, 256, 1024, 2048)],
+        "training": [(1, 16, n, n, 64) for n in (64, 256, 1024, 2048, 4096)],
+    },
 }
 
 
-def _ratio(shape, dtype, training: bool) -> float:
+def _ratio(shape, dtype, training: bool, device: str) -> float:
     """PyTorch's time over ours."""
     B, H, Sq, Sk, D = shape
-    q = torch.randn(B, H, Sq, D).to(dtype)
-    k, v = (torch.randn(B, H, Sk, D).to(dtype) for _ in range(2))
+    q = torch.randn(B, H, Sq, D, device=device).to(dtype)
+    k, v = (torch.randn(B, H, Sk, D, device=device).to(dtype) for _ in range(2))
     ours = plain_training if training else plain_forward
     calls = {
         "ours": lambda: ours(q, k, v, None, False, None, False),
@@ -51,16 +61,16 @@ def _ratio(shape, dtype, training: bool) -> float:
         calls = {
             name: lambda f=f: torch.autograd.grad(f(), inputs, grad) for name, f in calls.items()
         }
-    found = measure(calls, BUDGET_S)
+    found = measure(calls, BUDGET_S, device)
     # The least, not the median: beside other work the medians of one machine were up to 20 times
     # apart, and a wrong table stays.
     return found["torch"].least / found["ours"].least
 
 
-def parts_of(sizes: list[int], ratios: list[float]) -> list[tuple[int, str]]:
+def parts_of(sizes: list[int], ratios: list[float], ours: str = "cpu") -> list[tuple[int, str]]:
     """(below, backend) from small sizes to all; one odd rung is no rule."""
     loses = [ratio * MARGIN < 1 for ratio in ratios]
-    whole = [(ALL_SIZES, "cpu")]
+    whole = [(ALL_SIZES, ours)]
     if loses[0]:
         low = loses.index(False) if False in loses else len(loses)
         if low == len(loses):
@@ -69,28 +79,36 @@ def parts_of(sizes: list[int], ratios: list[float]) -> list[tuple[int, str]]:
     if not loses[-1]:
         return whole
     top = max(i for i, ratio in enumerate(ratios) if ratio >= 1) + 1 if max(ratios) >= 1 else 1
-    return whole if len(ratios) - top < 2 else [(sizes[top - 1] + 1, "cpu"), (ALL_SIZES, "torch")]
+    return whole if len(ratios) - top < 2 else [(sizes[top - 1] + 1, ours), (ALL_SIZES, "torch")]
 
 
-def calibrate(threads: int = 2) -> Iterator[Row]:
+def calibrate(threads: int = 2, device: str = "cpu") -> Iterator[Row]:
     """Rows of each dtype and kind of call, as they are decided."""
-    rows = _choice.ATTENTION_BY_TORCH[True]
+    rows = _choice.ATTENTION_BY_TORCH[device == "cpu"]
+    ours, arch, how = (
+        "cpu",
+        ANY,
+        f"{threads} threads",
+    )  # the instruction set is the table's machine's
+    if device == "cuda":
+        ours = "cuda" if _C.build_info()["cuda"] else "triton"
+        arch, how = _choice.arch(device), "the host's part included"
     before, known = torch.get_num_threads(), dict(rows)
     torch.set_num_threads(threads)
     rows.clear()  # ours is what is timed
     try:
-        for feature, ladder in LADDERS.items():
+        for feature, ladder in LADDERS[device].items():
             for dtype in DTYPES:
                 sizes = [B * H * Sq * Sk * D for B, H, Sq, Sk, D in ladder]
-                ratios = [_ratio(shape, dtype, "training" in feature) for shape in ladder]
+                ratios = [_ratio(shape, dtype, "training" in feature, device) for shape in ladder]
                 text = ", ".join(
                     f"{size:.1e}: {r:.2f}x" for size, r in zip(sizes, ratios, strict=True)
                 )
                 name = str(dtype).removeprefix("torch.")
-                for below, backend in parts_of(sizes, ratios):
+                for below, backend in parts_of(sizes, ratios, ours):
                     yield Row(
-                        "attention", "cpu", ANY, name, feature, below, backend,
-                        f"calibrated, {threads} threads; size: PyTorch's time over ours: {text}",
+                        "attention", device, arch, name, feature, below, backend,
+                        f"calibrated, {how}; size: PyTorch's time over ours: {text}",
                     )  # fmt: skip
     finally:
         torch.set_num_threads(before)
@@ -107,9 +125,14 @@ def place() -> Path:
         return path
 
 
-def save(rows: list[Row], path: Path) -> Path:
-    text = json.dumps(
-        {"machine": _choice.machine(), "rows": [row._asdict() for row in rows]}, indent=1
-    )
+def save(rows: list[Row], path: Path, device: str = "cpu") -> Path:
+    """Beside the tables of other machines; one that cannot be read gives way."""
+    machine = _choice.machine(device)
+    try:
+        kept = [t for t in _choice.read_tables(path) if t["machine"] != machine]
+    except (OSError, ValueError, TypeError):
+        kept = []
+    tables = [*kept, {"machine": machine, "rows": [row._asdict() for row in rows]}]
+    text = json.dumps(tables, indent=1)
     write_atomic(path, lambda temporary: temporary.write_text(text + "\n"))
     return path

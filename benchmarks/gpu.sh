@@ -69,6 +69,10 @@ for family in rng sampling diffusion; do grid triton "$family"; done
 part triton auto 90 tests/kernels
 for family in rng sampling diffusion; do grid cuda "$family"; done
 for family in schedulers models transformers; do grid auto "$family"; done
+limit=$(least 60 "$(left)")
+[ "$limit" -gt 10 ] && GENFAST_CHOICES="$work/choices.json" timeout "$limit" "$python" -c \
+  'import sys; from genfast.cli import main; sys.exit(main(sys.argv[1:]))' \
+  bench --calibrate --device cuda | tee "$work/table-calibrated.txt"
 # Last, and with what is left: compiling some 60 kernels takes longer than their timing.
 grid triton attention 240
 

@@ -101,11 +101,15 @@ def _triton(build: dict) -> Usable:
     return Usable("triton", True, f"triton {_version('triton')}")
 
 
+def _torch(build: dict) -> Usable:
+    return Usable("torch", True, "PyTorch's own attention, for dense calls without options of ours")
+
+
 def _reference(build: dict) -> Usable:
     return Usable("reference", True, "plain PyTorch on any device")
 
 
-BACKENDS = (_cpu, _cuda, _triton, _reference)
+BACKENDS = (_cpu, _cuda, _triton, _torch, _reference)
 
 
 def collect() -> dict:
@@ -145,7 +149,7 @@ def collect() -> dict:
 
 def choices() -> list[dict[str, str]]:
     """The table of the automatic choice, first fitting row first."""
-    rows = (row._asdict() for row in _choice.table())
+    rows = (row._asdict() for row in _choice.table(torch.cuda.is_available()))
     return [
         {**row, "below": ANY if row["below"] == ALL_SIZES else f"{row['below']:,}"} for row in rows
     ]

@@ -44,30 +44,31 @@ def test_parts_of_a_ladder(ratios, parts):
 
 
 def test_the_first_fitting_row_decides():
-    isa = _choice.machine()["isa"]
+    isa = _choice.arch("cpu")
     rows = (
         Row("attention", "cuda", ANY, ANY, ANY, 7, "torch", ""),
         Row("attention", "cpu", "other", ANY, ANY, 8, "torch", ""),
         Row("attention", "cpu", isa, "float32", "decode", 9, "torch", ""),
         Row(ANY, "cpu", ANY, ANY, ANY, ALL_SIZES, "cpu", ""),
     )
-    assert _choice.torch_sizes(rows, "cpu", "float32", "decode") == range(1, 9)
-    assert not _choice.torch_sizes(rows, "cpu", "float32", "forward")
-    assert not _choice.torch_sizes(rows, "cpu", "float16", "decode")
+    assert _choice.torch_sizes(rows, "cpu", "float32", "decode", isa) == range(1, 9)
+    assert not _choice.torch_sizes(rows, "cpu", "float32", "forward", isa)
+    assert not _choice.torch_sizes(rows, "cpu", "float16", "decode", isa)
     assert _choice.torch_sizes(rows, "cuda", "float16", "decode") == range(1, 7)
     rows = (
         Row("attention", "cpu", isa, "float32", "wide training", 5, "cpu", ""),
         Row("attention", "cpu", isa, "float32", "wide training", ALL_SIZES, "torch", ""),
         Row("attention", "cpu", isa, ANY, "training", 9, "torch", ""),
     )
-    assert _choice.torch_sizes(rows, "cpu", "float32", "wide training") == range(5, ALL_SIZES)
-    assert _choice.torch_sizes(rows, "cpu", "float32", "training") == range(1, 9)
-    assert _choice.torch_sizes(rows, "cpu", "float16", "wide training") == range(1, 9)
+    sizes = _choice.torch_sizes(rows, "cpu", "float32", "wide training", isa)
+    assert sizes == range(5, ALL_SIZES)
+    assert _choice.torch_sizes(rows, "cpu", "float32", "training", isa) == range(1, 9)
+    assert _choice.torch_sizes(rows, "cpu", "float16", "wide training", isa) == range(1, 9)
 
 
 def test_what_goes_to_pytorch_on_a_gpu():
     found = {
-        (d, call): _choice.torch_sizes(_choice.ROWS, "cuda", d, call)
+        (d, call): _choice.torch_sizes(_choice.ROWS, "cuda", d, call, "sm_90")
         for d in ("float32", "bfloat16")
         for call in _choice.ATTENTION_CALLS
     }
@@ -83,15 +84,14 @@ def test_what_goes_to_pytorch_on_a_gpu():
     }
 
 
-def test_what_goes_to_pytorch_on_a_cpu(monkeypatch):
+def test_what_goes_to_pytorch_on_a_cpu():
     """Long gradients of wide fp32 heads, on a Xeon with a matrix unit only."""
     for isa in ("base", "v2", "v3", "v4", "bf16", "amx"):
-        monkeypatch.setattr(_choice._C, "build_info", lambda isa=isa: {"isa": isa})
         found = {
             (d, call): sizes
             for d in ("float32", "bfloat16", "float16")
             for call in _choice.ATTENTION_CALLS
-            if (sizes := _choice.torch_sizes(_choice.ROWS, "cpu", d, call))
+            if (sizes := _choice.torch_sizes(_choice.ROWS, "cpu", d, call, isa))
         }
         wide = {("float32", "wide training"): range(2**30, ALL_SIZES)}
         assert found == (wide if isa == "amx" else {})
@@ -173,24 +173,71 @@ def test_an_unwritable_table_is_refused_before_it_is_measured(tmp_path, monkeypa
     for place in (tmp_path, tmp_path / "file" / "choices.json"):
         monkeypatch.setenv("GENFAST_CHOICES", str(place))
         (tmp_path / "file").touch()
-        monkeypatch.setattr(calibrate, "calibrate", lambda threads: pytest.fail("measured"))
+        monkeypatch.setattr(calibrate, "calibrate", lambda *a: pytest.fail("measured"))
         assert cli.main(["bench", "--calibrate"]) == 2
 
 
 def test_a_calibrated_table_is_read_back_on_its_own_machine_only(tmp_path, monkeypatch):
     path = tmp_path / "deep" / "choices.json"
     monkeypatch.setenv("GENFAST_CHOICES", str(path))
-    assert _choice.table() == _choice.ROWS
+    assert _choice.table(gpu=False) == _choice.ROWS
     row = Row("attention", "cpu", ANY, "float32", "decode", 123, "torch", "measured")
     assert calibrate.save([row], calibrate.place()) == path
-    assert _choice.table() == (row, *_choice.ROWS)
+    assert _choice.table(gpu=False) == (row, *_choice.ROWS)
     nothing = range(0)
     sizes = _choice._attention_sizes("cpu")[torch.float32]
     assert sizes[:3] == (range(1, 123), nothing, nothing)
     text = json.loads(path.read_text())
-    text["machine"]["torch"] = "1.0"
+    text[0]["machine"]["torch"] = "1.0"
     path.write_text(json.dumps(text))
-    assert _choice.table() == _choice.ROWS
+    assert _choice.table(gpu=False) == _choice.ROWS
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU, as far as asking for its model goes."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "NVIDIA L4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (8, 9))
+
+
+def test_a_gpu_has_rows_and_a_table_of_its_own(tmp_path, monkeypatch, gpu):
+    monkeypatch.setenv("GENFAST_CHOICES", str(tmp_path / "choices.json"))
+    assert (_choice.arch("cuda"), _choice.machine("cuda")["gpu"]) == ("sm_89", "NVIDIA L4")
+    monkeypatch.setattr(calibrate, "_ratio", lambda shape, *rest: 0.5 if shape[3] > 300 else 2.0)
+    known = dict(_choice.ATTENTION_BY_TORCH[False])
+    rows = list(calibrate.calibrate(device="cuda"))
+    assert known == _choice.ATTENTION_BY_TORCH[False]
+    assert {(r.device, r.arch) for r in rows} == {("cuda", "sm_89")}
+    of_cpu = Row("attention", "cpu", ANY, "float32", "decode", 123, "torch", "measured")
+    calibrate.save([of_cpu], calibrate.place())
+    calibrate.save(rows, calibrate.place(), "cuda")
+    assert _choice.table(gpu=False) == (of_cpu, *_choice.ROWS)
+    assert _choice.table(gpu=True) == (of_cpu, *rows, *_choice.ROWS)
+    decode, forward, *_ = _choice._Sizes()[False][torch.float16]
+    assert decode == range(32 * 128 * 128 + 1, ALL_SIZES)
+    assert forward == range(16 * 256 * 256 * 64 + 1, ALL_SIZES)
+    calibrate.save([], calibrate.place(), "cuda")  # once more: in place of the first
+    assert _choice.table(gpu=True) == (of_cpu, *_choice.ROWS)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (9, 0))
+    calibrate.save(rows, calibrate.place(), "cuda")  # rows of sm_89
+    assert _choice._Sizes()[False][torch.float16][1] == range(2**29 + 1, ALL_SIZES)
+
+
+def test_a_gpu_is_asked_for_at_its_first_call(monkeypatch):
+    program = """
+import torch
+asked = []
+torch.cuda.is_available = lambda: asked.append("gpu")
+import genfast
+q = torch.randn(1, 2, 4, 8)
+genfast.attention(q, q, q)
+assert not asked
+from genfast.ops._choice import ATTENTION_BY_TORCH
+ATTENTION_BY_TORCH[False]
+assert asked
+"""
+    assert subprocess.run([sys.executable, "-c", program], timeout=120).returncode == 0
 
 
 _WRONG = (
@@ -203,15 +250,15 @@ _WRONG = (
 @pytest.mark.parametrize(
     "text",
     [
-        "", "{", "[]", '{"machine": 1}', '{"rows": [{"x": 1}]}',
-        *(json.dumps({"machine": _choice.machine(), "rows": [row._asdict()]}) for row in _WRONG),
+        "", "{", "{}", '[{"machine": 1, "rows": 0}]', '[{"rows": [{"x": 1}]}]', "[3]",
+        *(json.dumps([{"machine": _choice.machine(), "rows": [row._asdict()]}]) for row in _WRONG),
     ],
 )  # fmt: skip
 def test_a_broken_table_is_named_and_ignored(tmp_path, monkeypatch, text):
     path = tmp_path / "choices.json"
     path.write_text(text)
     monkeypatch.setenv("GENFAST_CHOICES", str(path))
-    if text == '{"machine": 1}':  # another machine's, whatever it holds
+    if text == '[{"machine": 1, "rows": 0}]':  # another machine's, whatever it holds
         assert _choice.user_rows() == ()
         return
     with pytest.warns(RuntimeWarning, match="choices.json.*calibrate again"):
@@ -228,7 +275,7 @@ def test_a_linked_table_stays_linked(tmp_path, monkeypatch):
     link.symlink_to(path)
     monkeypatch.setenv("GENFAST_CHOICES", str(link))
     calibrate.save([], calibrate.place())
-    assert link.is_symlink() and json.loads(path.read_text())["rows"] == []
+    assert link.is_symlink() and json.loads(path.read_text())[0]["rows"] == []
 
 
 def test_no_home_folder_is_no_table(monkeypatch):
@@ -238,7 +285,7 @@ def test_no_home_folder_is_no_table(monkeypatch):
     monkeypatch.delenv("GENFAST_CHOICES", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(_choice.Path, "home", no_home)
-    assert _choice.table() == _choice.ROWS
+    assert _choice.table(gpu=False) == _choice.ROWS
 
 
 def test_an_unknown_backend_in_the_environment_is_named():

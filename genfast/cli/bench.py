@@ -44,33 +44,35 @@ def run(args) -> int:
         print("\n".join(case.id for case in cases))
         return 0
     need("rich", *(["matplotlib"] if args.plot else []))
+    check_device(args)
+    return measure(cases, harness.Settings(args.threads, args.quick, args.device), args)
+
+
+def check_device(args) -> None:
     if args.device == "cuda":
         import torch
 
         if not torch.cuda.is_available():
             raise ValueError("--device cuda: torch sees no GPU here; `genfast info` says why")
-    return measure(cases, harness.Settings(args.threads, args.quick, args.device), args)
 
 
 def calibrate(args) -> int:
     from genfast.benchmarks import calibrate as calibration
     from genfast.ops._choice import ALL_SIZES
 
-    if args.device != "cpu":
-        raise ValueError("--calibrate: measures the CPU only; leave --device out")
+    check_device(args)
     unused = ("family", "quick", "only", "list", "json", "plot", "check")
     if more := [name for name in unused if getattr(args, name)]:
         raise ValueError(f"--calibrate: measures attention alone; leave {', '.join(more)} out")
     rows, path = [], calibration.place()
-    for row in calibration.calibrate(args.threads):
+    for row in calibration.calibrate(args.threads, args.device):
         rows.append(row)
         sizes = "" if row.below == ALL_SIZES else f" below {row.below:.2g}"
         print(
             f"{row.family} {row.feature} {row.dtype}{sizes}: {row.backend}; {row.why}", flush=True
         )
-    print(
-        f"wrote {calibration.save(rows, path)}; `genfast info --backends` shows the table in force"
-    )
+    path = calibration.save(rows, path, args.device)
+    print(f"wrote {path}; `genfast info --backends` shows the table in force")
     return 0
 
 

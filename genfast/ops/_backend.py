@@ -20,7 +20,7 @@ import torch
 from genfast._archs import covers
 from genfast._native import _C
 from genfast.ops import _force
-from genfast.ops._choice import ALL_SIZES, table, triton_from
+from genfast.ops._choice import ALL_SIZES, ANY, arch, table, triton_from
 from genfast.ops._force import get_backend
 from genfast.ops._scratch import with_scratch
 
@@ -160,11 +160,12 @@ def _auto(name: str):
             return run(*args)
         return portable(*args)
 
-    if _cuda_covers["gpus"]:
+    settled = bool(_cuda_covers["gpus"])
+    if settled:
         run = native  # what it refuses Triton does too; a layer less spares 0.5 us
 
-    rows = table()
-    limits = {dtype: triton_from(rows, _TRITON[name], name, _name(dtype)) for dtype in _FLOATS}
+    rows, here = table(gpu=settled), arch("cuda") if settled else ANY
+    limits = {t: triton_from(rows, _TRITON[name], name, _name(t), here) for t in _FLOATS}
     if not _HAVE_TRITON or min(limits.values()) == ALL_SIZES:
         return run
 

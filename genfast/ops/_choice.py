@@ -1,12 +1,15 @@
 """Which backend `auto` takes: a table of measurements, the first row that fits a call.
 
-Rows of this machine, written by `genfast bench --calibrate`, come before the ones below, which
-were filled from the files named in `why`. `genfast info --backends` prints the table in force. A
-row whose backend cannot do a call is passed over: the next one is asked.
+Rows of this machine, written by `genfast bench --calibrate [--device cuda]`, come before the ones
+below, which were filled from the files named in `why`. Those of a GPU are looked up at the first
+call on it: asking for its model starts CUDA, and a process that has started it cannot be forked.
+`genfast info --backends` prints the table in force. A row whose backend cannot do a call is passed
+over: the next one is asked.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -25,12 +28,12 @@ ALL_SIZES = 2**63 - 1
 
 
 class Row(NamedTuple):
-    """device: cpu or cuda. arch: instruction set of the CPU kernels, or sm_NN of a GPU. dtype:
-    torch's name. feature: a kind of call; of attention "decode" (one query), "forward" and
-    "training" (a gradient is wanted), "wide training" (the same with heads wider than WIDE_HEAD;
-    rows of "training" fit it too), all without options that PyTorch's fused kernel lacks; else a
-    native entry point. below: sizes under it (B Hq Sq Sk D of attention's calls and backward,
-    elements of the first tensor otherwise). ANY fits all.
+    """device: cpu or cuda. arch: instruction set of the CPU kernels, or sm_NN (gfxNNN) of the first
+    GPU. dtype: torch's name. feature: a kind of call; of attention "decode" (one query), "forward"
+    and "training" (a gradient is wanted), "wide training" (the same with heads wider than
+    WIDE_HEAD; rows of "training" fit it too), all without options that PyTorch's fused kernel
+    lacks; else a native entry point. below: sizes under it (B Hq Sq Sk D of attention's calls and
+    backward, elements of the first tensor otherwise). ANY fits all.
     """
 
     family: str
@@ -94,6 +97,7 @@ ROWS = (
 )
 
 
+@functools.cache
 def processor() -> str:
     """The model, which `platform.processor()` does not know on most distributions."""
     try:
@@ -103,8 +107,23 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def machine() -> dict[str, str]:
+def arch(device: str) -> str:
+    """What rows are looked up by; ANY where there is no GPU."""
+    if device == "cpu":
+        return _C.build_info()["isa"]
+    if not torch.cuda.is_available():
+        return ANY
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(0).gcnArchName.partition(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(0))
+
+
+def machine(device: str = "cpu") -> dict[str, str]:
     """What a calibrated table is valid for."""
+    if device == "cuda":
+        found = torch.cuda.is_available()
+        name = torch.cuda.get_device_name(0) if found else "none"
+        return {"gpu": name, "arch": arch("cuda"), "torch": torch.__version__}
     info = _C.build_info()
     return {
         "processor": processor(),
@@ -123,26 +142,36 @@ def user_file() -> Path:
     return Path(cache) / "genfast" / "choices.json"
 
 
-def user_rows() -> tuple[Row, ...]:
-    """The calibrated rows; none when they are of another machine or another torch."""
+def _checked(rows: list[dict]) -> tuple[Row, ...]:
+    found = tuple(Row(**row) for row in rows)
+    for row in found:
+        for name, value in row._asdict().items():
+            kind = int if name == "below" else str
+            if type(value) is not kind:
+                raise TypeError(f"{name}: expected {kind.__name__}, got {value!r}")
+        if row.backend not in BACKENDS or row.below < 1:
+            raise ValueError(
+                f"backend, below: expected one of {', '.join(BACKENDS)}, and at least 1, got "
+                f"{row.backend!r}, {row.below}"
+            )
+    return found
+
+
+def read_tables(path: Path) -> list[dict]:
+    """[{"machine": ..., "rows": [...]}, ...]: of the nodes of a cluster, say, that share a home."""
+    tables = json.loads(path.read_text())
+    if not isinstance(tables, list) or not all({"machine", "rows"} <= set(t) for t in tables):
+        raise ValueError("expected a list of tables with machine and rows")
+    return tables
+
+
+def user_rows(device: str = "cpu") -> tuple[Row, ...]:
+    """The calibrated rows; none when they are of other machines or another torch."""
     path = "the user's table"
     try:
         path = user_file()
-        found = json.loads(path.read_text())
-        if found["machine"] != machine():
-            return ()
-        rows = tuple(Row(**row) for row in found["rows"])
-        for row in rows:
-            for name, value in row._asdict().items():
-                kind = int if name == "below" else str
-                if type(value) is not kind:
-                    raise TypeError(f"{name}: expected {kind.__name__}, got {value!r}")
-            if row.backend not in BACKENDS or row.below < 1:
-                raise ValueError(
-                    f"backend, below: expected one of {', '.join(BACKENDS)}, and at least 1, got "
-                    f"{row.backend!r}, {row.below}"
-                )
-        return rows
+        here = (t["rows"] for t in read_tables(path) if t["machine"] == machine(device))
+        return _checked(next(here, []))
     except (OSError, RuntimeError):
         return ()  # no such file, or none that may be read; RuntimeError: no home folder
     except (ValueError, KeyError, TypeError) as error:
@@ -155,14 +184,16 @@ def user_rows() -> tuple[Row, ...]:
         return ()
 
 
-def table() -> tuple[Row, ...]:
-    return (*user_rows(), *ROWS)
+def table(gpu: bool) -> tuple[Row, ...]:
+    """gpu: the calibrated rows of the GPU too, which starts CUDA."""
+    return (*user_rows(), *(user_rows("cuda") if gpu else ()), *ROWS)
 
 
-def torch_sizes(rows: Iterable[Row], device: str, dtype: str, feature: str) -> range:
+def torch_sizes(
+    rows: Iterable[Row], device: str, dtype: str, feature: str, arch: str = ANY
+) -> range:
     """Sizes that go to PyTorch's own attention; empty calls never do."""
-    arch, low = _C.build_info()["isa"] if device == "cpu" else ANY, 1
-    features = (ANY, feature, feature.removeprefix("wide "))
+    low, features = 1, (ANY, feature, feature.removeprefix("wide "))
     for row in rows:
         fits = zip(row[:4], ("attention", device, arch, dtype), strict=True)
         if row.feature in features and all(have in (ANY, want) for have, want in fits):
@@ -172,10 +203,10 @@ def torch_sizes(rows: Iterable[Row], device: str, dtype: str, feature: str) -> r
     return range(0)
 
 
-def triton_from(rows: Iterable[Row], family: str, entry: str, dtype: str) -> int:
+def triton_from(rows: Iterable[Row], family: str, entry: str, dtype: str, arch: str = ANY) -> int:
     """Sizes from which a GPU takes the Triton kernel of this entry point before the CUDA one."""
     for row in rows:
-        fits = zip(row[:5], (family, "cuda", ANY, dtype, entry), strict=True)
+        fits = zip(row[:5], (family, "cuda", arch, dtype, entry), strict=True)
         if all(have in (ANY, want) for have, want in fits):
             return row.below if row.backend == "cuda" else 0
     return ALL_SIZES
@@ -186,14 +217,20 @@ WIDE_HEAD = 192
 
 
 def _attention_sizes(device: str) -> dict[torch.dtype, tuple[range, ...]]:
-    rows, found = table(), {}
+    rows, here, found = table(device == "cuda"), arch(device), {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         name = str(dtype).removeprefix("torch.")
-        sizes = tuple(torch_sizes(rows, device, name, call) for call in ATTENTION_CALLS)
+        sizes = tuple(torch_sizes(rows, device, name, call, here) for call in ATTENTION_CALLS)
         if any(sizes):
             found[dtype] = sizes
     return found
 
 
+class _Sizes(dict):
+    def __missing__(self, is_cpu: bool) -> dict[torch.dtype, tuple[range, ...]]:
+        found = self[is_cpu] = _attention_sizes("cpu" if is_cpu else "cuda")
+        return found
+
+
 # is_cpu -> dtype -> sizes of ATTENTION_CALLS that PyTorch runs: two lookups a call.
-ATTENTION_BY_TORCH = {True: _attention_sizes("cpu"), False: _attention_sizes("cuda")}
+ATTENTION_BY_TORCH = _Sizes()
