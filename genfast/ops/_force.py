@@ -118,9 +118,10 @@ def resumed(backward: Callable) -> Callable:
     return run
 
 
-def may_compose(entry: str, *operands: torch.Tensor | None) -> None:
+def may_compose(entry: str, *operands: torch.Tensor | None, lacks: str | None = None) -> None:
     """Asked wherever a composite is about to do a call of `entry`: RuntimeError where the backend
-    in force was asked for by name. A gradient's gradient, and calls without elements, it may."""
+    in force was asked for by name. A gradient's gradient, and calls without elements, it may.
+    lacks: what about the call the kernels have not got, where that is known."""
     name = get_backend()
     if name in ("auto", "reference"):
         return
@@ -139,9 +140,7 @@ def may_compose(entry: str, *operands: torch.Tensor | None) -> None:
     elif forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None:
         why = "function transforms and forward-mode gradients have no kernels"
     else:
-        why = (
-            "its kernel does not take these operands (memory order, sizes or a gradient asked for)"
-        )
+        why = f"{lacks or 'this memory order, or these sizes,'} has no kernels"
     raise RuntimeError(
         f'backend: "{name}" was asked for, and it cannot do this call of {entry}: {why}; '
         'genfast.set_backend("auto") lets PyTorch compose it'

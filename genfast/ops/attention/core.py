@@ -165,7 +165,11 @@ def _keep(shape, options: Options, device) -> Tensor | None:
 
 
 def _composite(q, k, v, mask, alibi, sinks, packed, options):
-    may_compose("attention", q, k, v, mask)
+    wide = max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM
+    lacks = f"a head wider than {MAX_HEAD_DIM}" if wide else None
+    if alibi is not None and alibi.requires_grad:
+        lacks = "a gradient by alibi_slopes"
+    may_compose("attention", q, k, v, mask, lacks=lacks)
     if k.shape[-3 if q.dim() == 4 else -2] == 0:  # no heads
         empty = q.new_empty(*q.shape[:-1], v.shape[-1]) + q.sum() + k.sum() + v.sum()
         return empty, _empty_lse(q, torch.promote_types(q.dtype, _FLOAT))

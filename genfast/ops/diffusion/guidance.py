@@ -210,7 +210,7 @@ def guide(
     )
     wide = _common.wide_dtype(*models) == torch.float64
     if needs or wide or forced_reference() or transforming():
-        may_compose("guide", *models)
+        may_compose("guide", *models, lacks="a gradient")
         named = dict(options, original=original)
         if average is not None:
             named["average"] = average.to(_common.wide_dtype(*models))

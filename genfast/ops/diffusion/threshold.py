@@ -23,7 +23,7 @@ def _native(x, m, table, row, ratio, max_value):
 
 
 def _composite(x, m, table, row, ratio, max_value):
-    may_compose("dynamic_threshold", x, m)
+    may_compose("dynamic_threshold", x, m, lacks="a gradient")
     if m is not None:
         dtype = _common.wide_dtype(x, m)
         coef = table[row].to(dtype)
