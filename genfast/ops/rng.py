@@ -164,16 +164,9 @@ def _draw(
 
 
 def rand(
-    *size,
-    seed=None,
-    stream=0,
-    offset=0,
-    generator=None,
-    dtype=None,
-    device=None,
-    out=None,
+    *size, seed=None, stream=0, offset=0, generator=None, dtype=None, device=None, out=None,
     backend=None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Uniform noise in [0, 1), 24 bits, the same on every backend.
 
     size: ints or one tuple. seed: int, or int64 tensor of one seed or one per row of dim 0 (a row
@@ -190,16 +183,9 @@ def rand(
 
 
 def randn(
-    *size,
-    seed=None,
-    stream=0,
-    offset=0,
-    generator=None,
-    dtype=None,
-    device=None,
-    out=None,
+    *size, seed=None, stream=0, offset=0, generator=None, dtype=None, device=None, out=None,
     backend=None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Standard normal noise, |x| up to 6.7, the same bits on every backend.
 
     Arguments and errors as in `rand`; 16-bit values are the fp32 ones rounded to nearest.
@@ -226,16 +212,9 @@ def _like(x, distribution, seed, stream, offset, generator, dtype, device):
 
 
 def rand_like(
-    x: Tensor,
-    *,
-    seed=None,
-    stream=0,
-    offset=0,
-    generator=None,
-    dtype=None,
-    device=None,
+    x: Tensor, *, seed=None, stream=0, offset=0, generator=None, dtype=None, device=None,
     backend=None,
-):
+):  # fmt: skip
     """`rand` with the shape, dtype and device of x."""
     if backend is not None:
         return under(rand_like, locals())
@@ -243,16 +222,9 @@ def rand_like(
 
 
 def randn_like(
-    x: Tensor,
-    *,
-    seed=None,
-    stream=0,
-    offset=0,
-    generator=None,
-    dtype=None,
-    device=None,
+    x: Tensor, *, seed=None, stream=0, offset=0, generator=None, dtype=None, device=None,
     backend=None,
-):
+):  # fmt: skip
     """`randn` with the shape, dtype and device of x."""
     if backend is not None:
         return under(randn_like, locals())
