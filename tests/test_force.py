@@ -296,6 +296,28 @@ def test_compiled_functions_follow_the_block_they_are_called_in():
     assert kernels == [True, False]
 
 
+def test_a_graph_made_beside_another_threads_block_is_not_taken_in_ones_own():
+    program = """
+import threading, torch, genfast
+graphs = []
+def keep(module, inputs):
+    graphs.append("genfast.gumbel_softmax" in module.code)
+    return module
+held, end = threading.Event(), threading.Event()
+def hold():
+    with genfast.backend("reference"):
+        held.set(); end.wait()
+thread = threading.Thread(target=hold); thread.start(); held.wait()
+run = torch.compile(lambda x: genfast.gumbel_softmax(x, 0.5, seed=1), backend=keep)
+run(torch.ones(3, 4))
+end.set(); thread.join()
+with genfast.backend("reference"):
+    run(torch.ones(3, 4))
+assert graphs == [True, False], graphs
+"""
+    assert subprocess.run([sys.executable, "-c", program], timeout=120).returncode == 0
+
+
 def test_an_argument_breaks_a_graph_and_says_so():
     call = lambda x: genfast.gumbel_softmax(x, 0.5, seed=1, backend="cpu")  # noqa: E731
     torch.testing.assert_close(torch.compile(call, backend="eager")(X), call(X))
