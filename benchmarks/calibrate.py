@@ -85,11 +85,7 @@ def parts_of(sizes: list[int], ratios: list[float], ours: str = "cpu") -> list[t
 def calibrate(threads: int = 2, device: str = "cpu") -> Iterator[Row]:
     """Rows of each dtype and kind of call, as they are decided."""
     rows = _choice.ATTENTION_BY_TORCH[device == "cpu"]
-    ours, arch, how = (
-        "cpu",
-        ANY,
-        f"{threads} threads",
-    )  # the instruction set is the table's machine's
+    ours, arch, how = "cpu", ANY, f"{threads} threads"  # save() says of which machine
     if device == "cuda":
         ours = "cuda" if _C.build_info()["cuda"] else "triton"
         arch, how = _choice.arch(device), "the host's part included"

@@ -94,20 +94,17 @@ def _no_triton(device: torch.device) -> RuntimeError:
     )
 
 
-def _none(name: str):
-    return lambda *args: _REFUSED.get(name, False)
-
-
 def _triton(name: str, forced: bool = True):
+    refused = _REFUSED.get(name, False)
     if _TRITON[name] is None:
-        return _none(name)
+        return lambda *args: refused
 
     def run(*args):
-        x = next(a for a in args if isinstance(a, torch.Tensor))
+        x = next(_tensors(args))
         if not triton_runs(x.device):
             if forced:
                 raise _no_triton(x.device)
-            return _REFUSED.get(name, False)
+            return refused
         module = importlib.import_module(f"genfast.kernels.{_TRITON[name]}")
         return getattr(module, name)(*args)
 
@@ -196,6 +193,7 @@ def _size(name: str, args: tuple) -> int:
     return next(_tensors(args)).numel()
 
 
+# Backend -> what makes the function of an entry point, on a torch with GPU support.
 _MAKERS: dict[str, Callable] = {
     "auto": _auto,
     "cpu": _cpu,
@@ -208,7 +206,7 @@ _MAKERS: dict[str, Callable] = {
 
 @functools.cache
 def _functions(backend: str) -> dict[str, Callable]:
-    """Of each entry point."""
+    """Entry point -> what does it."""
     make = _MAKERS[backend] if _GPU or backend == "triton" else _native
     return {entry: make(entry) for entry in _TRITON}
 
@@ -250,7 +248,7 @@ def _usable(name: str) -> None:
 
 def set_backend(name: str) -> None:
     """Forces every genfast function of the process to one backend: "auto" (none), "cpu", "cuda",
-    "triton", "torch" or "reference"; what they mean stands in genfast/ops/_force.py.
+    "triton" (these kernels), "torch" (PyTorch's own attention) or "reference" (plain PyTorch).
 
     ValueError for another name, for "cuda" where the package was built without CUDA, and for
     "triton" where that package is missing. A call that the backend cannot do raises RuntimeError
@@ -268,7 +266,7 @@ def set_backend(name: str) -> None:
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
     """`with genfast.backend("reference"): ...`: as `set_backend`, for the calls of this thread and
-    their gradients, wherever those run. A compiled function follows the block it is called in."""
+    the gradients of its eager ones. A compiled function follows the block it is called in."""
     _usable(name)
     with _force.blocks.enter(name):
         yield

@@ -3,9 +3,9 @@
 `auto`: the table of _choice.py decides. `cpu`, `cuda`, `triton`: these kernels; `torch`: PyTorch's
 own attention; `reference`: plain PyTorch for everything (the noise stays the contract's). Asked for
 by name, a backend does the call or raises with the reason: of what has kernels for more than one
-device, no composite stands in. Not so what has CPU kernels alone (filtering, normalization,
-convolution, linear, bernoulli_nll): models mix these with the others, and on a GPU PyTorch does
-them. Nor does `cuda`, set for a process or a block, mean tensors on the CPU.
+device, no composite stands in for a forward. Not so what has CPU kernels alone (filtering,
+normalization, convolution, linear, bernoulli_nll): models mix these with the others, and on a GPU
+PyTorch does them. Nor does `cuda`, set for a process or a block, mean tensors on the CPU.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def get_backend() -> str:
 
 
 def forced_reference() -> bool:
-    """PyTorch does every family that has CPU kernels alone, and may_compose the others."""
+    """PyTorch does every family that has CPU kernels alone, and composes the others."""
     return get_backend() in ("reference", "torch")
 
 
@@ -98,7 +98,8 @@ blocks = _Blocks()
 
 
 def remembering(setup_context: Callable) -> Callable:
-    """A setup_context that keeps the block's backend for `resumed`."""
+    """A setup_context that keeps the block's backend for `resumed`; not in a compiled graph, which
+    has traced both away."""
 
     def run(ctx, inputs, output):
         ctx.backend = _own.name
@@ -121,7 +122,7 @@ def resumed(backward: Callable) -> Callable:
 
 def may_compose(entry: str, *operands: torch.Tensor | None, lacks: str | None = None) -> None:
     """Asked wherever a composite is about to do a call of `entry`: RuntimeError where the backend
-    in force was asked for by name. A gradient's gradient, and calls without elements, it may.
+    in force was asked for by name. Within a backward, and for calls without elements, it may.
     lacks: what about the call the kernels have not got, where that is known."""
     name = get_backend()
     if name in ("auto", "reference"):

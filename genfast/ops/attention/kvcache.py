@@ -247,9 +247,9 @@ def attention_with_kvcache(
     row. rotary_cos, rotary_sin: (positions, R), 2 R <= D: new keys are rotated at positions
     cache_seqlens[b] - leftpad[b] + i, q likewise when causal or windowed, else all at i = 0;
     interleaved: pairs (0, 1), (2, 3) ..., else (0, R), (1, R + 1) ... (Su et al. 2021).
-    causal, window, scale, softcap, alibi_slopes, sinks: as in `attention`, diagonal at the bottom
-    right. Returns (B, Hq, Sq, Dv), and lse (B, Hq, Sq) on request. No gradient flows: it runs as
-    under torch.no_grad(). Raises TypeError / ValueError naming the argument.
+    causal, window, scale, softcap, alibi_slopes, sinks, backend: as in `attention`, diagonal at the
+    bottom right. Returns (B, Hq, Sq, Dv), and lse (B, Hq, Sq) on request. No gradient flows: it
+    runs as under torch.no_grad(). Raises TypeError / ValueError naming the argument.
     """
     if backend is not None:
         return under(attention_with_kvcache, locals())

@@ -227,7 +227,8 @@ def denoising_loss(
     (eps - x0). weighting: "none", "min_snr" (gamma > 0; Hang et al. 2023), "p2" (k >= 0, gamma;
     Choi et al. 2022), "snr", "sigma_sqrt", "cosmap" (Esser et al. 2024), "edm", or a tensor (B,).
     reduction: "mean" over samples, "sum" of their means, "none" (B,). return_per_sample: also the
-    (B,) losses. Returns fp32 (fp64 for float64). Differentiable in every tensor, twice too.
+    (B,) losses. backend: one for this call and its gradient, as `genfast.set_backend`.
+    Returns fp32 (fp64 for float64). Differentiable in every tensor, twice too.
     Raises TypeError / ValueError naming the argument.
     """
     if backend is not None:

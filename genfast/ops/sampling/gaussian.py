@@ -345,8 +345,8 @@ def gaussian_kl(
 ) -> Tensor:
     """KL(N(mu, e^logvar) || N(0, 1)) in one pass, without drawing.
 
-    mu, logvar: (B, ...). Returns float32 (float64 for float64 inputs): (B,) for reduction "none",
-    else (). Kingma & Welling 2014, appendix B.
+    mu, logvar: (B, ...). backend: as in `reparameterize`. Returns float32 (float64 for float64
+    inputs): (B,) for reduction "none", else (). Kingma & Welling 2014, appendix B.
     """
     if backend is not None:
         return under(gaussian_kl, locals())
