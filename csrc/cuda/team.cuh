@@ -43,6 +43,10 @@ __device__ __forceinline__ T reduce_warp(T v, Op op) {
   return v;
 }
 
+// Of the warp's whole numbers; one instruction each.
+__device__ __forceinline__ int least_of_warp(int v) { return __reduce_min_sync(kAllLanes, v); }
+__device__ __forceinline__ int most_of_warp(int v) { return __reduce_max_sync(kAllLanes, v); }
+
 struct WarpTeam {
   static constexpr bool kIsWarp = true;
   __device__ __forceinline__ int rank() const { return static_cast<int>(threadIdx.x % 32); }

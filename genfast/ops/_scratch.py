@@ -18,17 +18,18 @@ def parts(per_sample: int) -> int:
 
 
 def splits(heads: int, rows: int, keys: int) -> int:
-    """Blocks that share a query row's keys: so many that about 256 run, of at least 256 keys.
+    """Blocks that share a query row's keys: so many that about 256 run.
 
-    heads: B * Hkv, rows: query rows of one (all heads of its group), in tiles of 64. Up to 1024
-    keys are one block's: on an H200 the second launch and the scratch cost the host 10 us of 32.
+    heads: B * Hkv, rows: query rows of one (all heads of its group), in tiles of 64. Up to 16 rows
+    are a decode step, whose blocks have at least 128 keys each, two rounds of their warps; there
+    the second launch and the scratch cost the host 5 us, as much as 256 keys of one block.
     """
-    if keys <= 1024:
-        return 1
     tiles = heads * math.ceil(rows / 64)
-    if tiles == 0 or tiles >= 128:
+    if tiles == 0:
         return 1
-    return max(min(256 // tiles, keys // 256, 64), 1)
+    if rows <= 16:
+        return max(min(256 // tiles, keys // 128, 64), 1) if keys > 512 else 1
+    return max(min(256 // tiles, keys // 256, 64), 1) if keys > 1024 and tiles < 128 else 1
 
 
 def _sums(x: Tensor, width: int = 1) -> Tensor:

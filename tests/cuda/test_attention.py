@@ -136,6 +136,41 @@ def test_warpgroups(hopper, shape, options, dtype):
     assert hopper.count("products") > launched
 
 
+MASKS = {
+    "keys": lambda B, H, Sq, Sk, dtype: torch.rand(B, 1, 1, Sk) < 0.7,
+    "side by side": lambda B, H, Sq, Sk, dtype: torch.rand(B, H, Sq, Sk) < 0.7,
+    "from an odd place": lambda B, H, Sq, Sk, dtype: (torch.rand(B, H, Sq, Sk + 2) < 0.7)[
+        ..., 1:-1
+    ],
+    "across": lambda B, H, Sq, Sk, dtype: (torch.rand(B, 1, Sk, Sq) < 0.7).mT,
+    "float32": lambda B, H, Sq, Sk, dtype: torch.randn(1, H, Sq, Sk),
+    "own dtype": lambda B, H, Sq, Sk, dtype: torch.randn(H, Sq, Sk).to(dtype),
+    "own dtype, every second key": lambda B, H, Sq, Sk, dtype: torch.randn(B, 1, Sq, 2 * Sk).to(
+        dtype
+    )[..., ::2],
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+@pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
+def test_masks(cuda, kind, dtype, causal):
+    """By mma and by warpgroups; odd and even numbers of keys, short and long rows."""
+    torch.manual_seed(0)
+    for B, H, Sq, Sk, D in ((2, 2, 70, 133, 64), (1, 2, 66, 194, 128), (2, 1, 20, 70, 200)):
+        mask = MASKS[kind](B, H, Sq, Sk, dtype)
+        judge(inputs(B, H, H, Sq, Sk, D, dtype=dtype), {"mask": mask, "causal": causal}, kind)
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_masks_of_warpgroups(hopper, kind):
+    torch.manual_seed(0)
+    for B, H, Sq, Sk, D in ((2, 2, 70, 133, 64), (1, 2, 66, 194, 128), (1, 1, 20, 70, 200)):
+        mask, launched = MASKS[kind](B, H, Sq, Sk, BF16), hopper.count("products")
+        judge(inputs(B, H, H, Sq, Sk, D, dtype=BF16), {"mask": mask}, kind)
+        assert hopper.count("products") > launched
+
+
 @pytest.mark.parametrize("splits", [2, 5])
 @pytest.mark.parametrize("dtype", [F32, F16], ids=str)
 def test_split_keys(splits, dtype):

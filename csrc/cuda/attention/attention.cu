@@ -3,8 +3,8 @@
 
 namespace genfast::cuda {
 
-const char* mma_forward_f16(const AttentionParams& p, bool options);
-const char* mma_forward_bf16(const AttentionParams& p, bool options);
+const char* mma_forward_f16(const AttentionParams& p);
+const char* mma_forward_bf16(const AttentionParams& p);
 const char* mma_decode_any(const AttentionParams& p);
 const char* exact_forward_any(const AttentionParams& p);
 const char* exact_decode_any(const AttentionParams& p);
@@ -21,13 +21,6 @@ const char* exact_backward_rest(const AttentionGradParams& g);
 
 namespace {
 
-// What costs registers in the inner loop; lengths, windows, sinks and LSE do not. Without options
-// the maximum is found before the scale is applied, which wants a positive one.
-bool has_options(const AttentionParams& p) {
-  return !(p.scale > 1e-30f) || p.softcap > 0.0f || p.alibi_slopes != nullptr ||
-         p.mask.kind != MaskKind::none || p.dropout;
-}
-
 // Warpgroups: code for sm_90a was built, and this is one.
 bool has_warpgroups(const AttentionParams& p) {
 #if GENFAST_WARPGROUPS
@@ -38,17 +31,17 @@ bool has_warpgroups(const AttentionParams& p) {
 }
 
 const char* forward_of(const AttentionParams& p) {
-  const bool few = p.Sq * (p.Hq / p.Hkv) <= 16, narrow = p.D <= 256 && p.Dv <= 256;
-  const bool whole = whole_rows(p.q, p.D) && whole_rows(p.k, p.D) && whole_rows(p.v, p.Dv);
-  if (p.dtype == Dtype::f32)
+  const bool few = p.Sq * group_of(p) <= 16, narrow = p.D <= 256 && p.Dv <= 256;
+  if (p.dtype == Dtype::f32) {
+    const bool whole = whole_rows(p.q, p.D) && whole_rows(p.k, p.D) && whole_rows(p.v, p.Dv);
     return few && narrow && whole ? exact_decode_any(p) : exact_forward_any(p);
+  }
   if (!narrow) return exact_forward_any(p);
   if (few) return mma_decode_any(p);
-  if (!has_options(p) && Walk(p, 1, 1).splits == 1 && has_warpgroups(p) && even_keys(p, 128) &&
-      whole)
+  if (extras_of(p) != Extras::all && Walk(p, 1, 1).splits == 1 && has_warpgroups(p) &&
+      plain_rows(p, 128))
     return p.dtype == Dtype::f16 ? hopper_forward_f16(p) : hopper_forward_bf16(p);
-  return p.dtype == Dtype::f16 ? mma_forward_f16(p, has_options(p))
-                               : mma_forward_bf16(p, has_options(p));
+  return p.dtype == Dtype::f16 ? mma_forward_f16(p) : mma_forward_bf16(p);
 }
 
 const char* backward_of(const AttentionGradParams& g) {
@@ -58,10 +51,11 @@ const char* backward_of(const AttentionGradParams& g) {
   const bool whole = whole_rows(p.q, p.D) && whole_rows(p.k, p.D) && whole_rows(g.dq, p.D) &&
                      whole_rows(g.dk, p.D) && whole_rows(p.v, p.Dv) && whole_rows(g.dv, p.Dv) &&
                      whole_rows(g.dout, p.Dv);
-  if (whole && !has_options(p) && has_warpgroups(p) && QuerySums::fit(p))
+  const bool options = extras_of(p) != Extras::none;
+  if (whole && !options && has_warpgroups(p) && QuerySums::fit(p))
     return p.dtype == Dtype::f16 ? hopper_backward_f16(g) : hopper_backward_bf16(g);
-  return p.dtype == Dtype::f16 ? mma_backward_f16(g, whole, has_options(p))
-                               : mma_backward_bf16(g, whole, has_options(p));
+  return p.dtype == Dtype::f16 ? mma_backward_f16(g, whole, options)
+                               : mma_backward_bf16(g, whole, options);
 }
 
 // ---- the cache ----------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kMmaThreads, 2)
   const Sequence s = device_sequence(p, task.b);
   const int64_t first = task.tile * kMmaRows;
   const bool whole = !kOptions || plan.whole;
-  if (first >= s.Sq * (p.Hq / p.Hkv)) return;
+  if (first >= s.Sq * group_of(p)) return;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
   if (thread < kMmaRows) queries[thread] = query_of(p, s, task.kv_head, first + thread);
   __syncthreads();
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kMmaThreads, kDim <= 64 ? 2 : 1)
   Loader(p, p.v, s, kv_head, p.Dv, whole, true, thread)(v, first);
   const int row = thread / 32 * 16, g = lane / 4, t = lane % 4;
   float dk[1][kDim / 8][4] = {}, dv[1][kDim / 8][4] = {};
-  const int rows = static_cast<int>(s.Sq * (p.Hq / p.Hkv));
+  const int rows = static_cast<int>(s.Sq * group_of(p));
 
   const auto seeing = [&](int block) {
     return next_seeing<kPass>(p, s, block, rows, first, first + kMmaRows);

@@ -55,7 +55,7 @@ __device__ __forceinline__ void merge_row(const AttentionParams& p, const Walk& 
     stat_at(p.lse, s.b, at.head, s.q_row + at.position) = f.lse;
 }
 
-template <class T, int kDim>
+template <class T, int kDim, Extras kExtras>
 __global__ void __launch_bounds__(kMmaThreads, kDim <= 128 ? 3 : 2)
     mma_decode(const __grid_constant__ ForwardPlan plan) {
   constexpr int kStages = kDecodeStages<kDim>, kN = kDecodeKeys / 8, kPitch = kDim + 2;
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kMmaThreads, kDim <= 128 ? 3 : 2)
   };
   const Task task = task_of(p, plan.walk);
   const Sequence s = device_sequence(p, task.b);
-  if (task.tile * kDecodeRows >= s.Sq * (p.Hq / p.Hkv)) return;
+  if (task.tile * kDecodeRows >= s.Sq * group_of(p)) return;
   if (thread < kDecodeRows)
     queries[thread] = query_of(p, s, task.kv_head, task.tile * kDecodeRows + thread);
   __syncthreads();
@@ -101,6 +101,8 @@ __global__ void __launch_bounds__(kMmaThreads, kDim <= 128 ? 3 : 2)
   copy_wait<2 * kStages>();
   __syncthreads();  // the queries are here
 
+  const float unit = kExtras == Extras::none ? p.scale * kLog2e : 1.0f;
+  const MaskRows mask(p, s, queries);
   float o[1][kDim / 8][4] = {}, m[2] = {-infinite(), -infinite()}, l[2] = {};
   int stage = 0;
 #pragma unroll 1
@@ -111,11 +113,14 @@ __global__ void __launch_bounds__(kMmaThreads, kDim <= 128 ? 3 : 2)
     multiply_rows<T, kDim>(q, 0, stage_of(stage, 0), w);
     __syncwarp();  // nobody reads them any more
     load(keys, stage, 0, block + kStages * kStep);
-    mask_scores<true>(p, s, queries, block, false, w[0]);
+    const bool full = seen.every_lo <= block && seen.every_hi >= block + kDecodeKeys;
+    mask_scores<kExtras>(p, s, queries, mask, block, full, w[0]);
     float down[2];
-    soften(1.0f, w[0], m, l, down);
+    soften(unit, w[0], m, l, down);
     scale_rows(down, o[0]);
-    if (p.dropout) drop_scores(p, s, queries, block, w[0]);
+    if constexpr (kExtras == Extras::all) {
+      if (p.dropout) drop_scores(p, s, queries, block, w[0]);
+    }
     copy_wait<2 * kStages - 1>();
     __syncwarp();
     add_weighted<T, kDim>(w, stage_of(stage, 1), o);
@@ -135,7 +140,7 @@ __global__ void __launch_bounds__(kMmaThreads, kDim <= 128 ? 3 : 2)
 #pragma unroll
     for (int n = 0; n < kDim / 8; ++n)
       to[8 * n + 2 * t] = o[0][n][2 * half], to[8 * n + 2 * t + 1] = o[0][n][2 * half + 1];
-    if (t == 0) to[kDim] = m[half], to[kDim + 1] = l[half];
+    if (t == 0) to[kDim] = m[half] * unit, to[kDim + 1] = l[half];
   }
   __syncthreads();
 #pragma unroll 1
@@ -144,19 +149,26 @@ __global__ void __launch_bounds__(kMmaThreads, kDim <= 128 ? 3 : 2)
               kWarps);
 }
 
-template <class T, int kDim>
+template <class T, int kDim, Extras kExtras>
 const char* launch_mma_decode(const AttentionParams& p) {
   const ForwardPlan plan(p, Walk(p, kDecodeRows, kDecodeKeys * kWarps));
-  return launch(mma_decode<T, kDim>, dim3(static_cast<unsigned>(plan.walk.blocks(p))),
+  return launch(mma_decode<T, kDim, kExtras>, dim3(static_cast<unsigned>(plan.walk.blocks(p))),
                 dim3(kMmaThreads), kDecodeShared<kDim>, on(p.place), plan);
+}
+
+template <class T, Extras kExtras>
+const char* launch_mma_decode(const AttentionParams& p) {
+  const int64_t dim = p.D > p.Dv ? p.D : p.Dv;
+  if (dim <= 64) return launch_mma_decode<T, 64, kExtras>(p);
+  return dim <= 128 ? launch_mma_decode<T, 128, kExtras>(p)
+                    : launch_mma_decode<T, 256, kExtras>(p);
 }
 
 // D and Dv at most 256; any number of rows, but made for at most 16.
 template <class T>
 const char* launch_mma_decode(const AttentionParams& p) {
-  const int64_t dim = p.D > p.Dv ? p.D : p.Dv;
-  if (dim <= 64) return launch_mma_decode<T, 64>(p);
-  return dim <= 128 ? launch_mma_decode<T, 128>(p) : launch_mma_decode<T, 256>(p);
+  return extras_of(p) == Extras::none ? launch_mma_decode<T, Extras::none>(p)
+                                      : launch_mma_decode<T, Extras::all>(p);
 }
 
 }  // namespace

@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kExactThreads, 1)
   float* own = reinterpret_cast<float*>(memory);  // q or k
   float* own_v = own + E::kRows * E::kWide;       // dout or v
   float* passing = own_v + E::kRows * E::kWide;
-  const int64_t group = p.Hq / p.Hkv, rows = kKeys ? p.Sk : p.Sq * group;
+  const int64_t group = group_of(p), rows = kKeys ? p.Sk : p.Sq * group;
   const int64_t tiles = (rows + E::kRows - 1) / E::kRows, at = blockIdx.x / tiles;
   const int kv_head = static_cast<int>(at % p.Hkv);
   const Sequence s = device_sequence(p, at / p.Hkv);
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kExactThreads, 1)
           const auto pass = [&](const AttentionRows& t, int dim) {
             __syncthreads();
             E::template fill<kPassing>(passing, E::kPitch, dim, p.dtype, [&](int j) -> const char* {
-              return block + j < s.Sk ? key_row(p, t, bytes, s, head / (p.Hq / p.Hkv), block + j)
+              return block + j < s.Sk ? key_row(p, t, bytes, s, head / group_of(p), block + j)
                                       : nullptr;
             });
             __syncthreads();
@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(256) sink_gradient(const __grid_constant__ Gra
 template <int kColumns, bool kKeys>
 const char* launch_exact(const GradientPlan& plan) {
   const AttentionParams& p = plan.g.p;
-  const int64_t rows = kKeys ? p.Sk : p.Sq * (p.Hq / p.Hkv);
+  const int64_t rows = kKeys ? p.Sk : p.Sq * group_of(p);
   const int64_t tiles = (rows + Exact<kColumns>::kRows - 1) / Exact<kColumns>::kRows;
   if (p.B * p.Hkv * tiles == 0) return nullptr;
   return launch(exact_backward<kColumns, kKeys>, dim3(static_cast<unsigned>(p.B * p.Hkv * tiles)),

@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kMmaThreads, kRows == 1 ? 3 : 2)
   const int here = kRows * plan.tiles, D = static_cast<int>(p.D), Dv = static_cast<int>(p.Dv);
   const Task task = task_of(p, plan.walk);
   const Sequence s = device_sequence(p, task.b);
-  const int64_t first = task.tile * here, rows = s.Sq * (p.Hq / p.Hkv);
+  const int64_t first = task.tile * here, rows = s.Sq * group_of(p);
   if (first >= rows) return;
   if (thread < kMost)
     queries[thread] = query_of(p, s, task.kv_head, thread < here ? first + thread : rows);
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kMmaThreads, kRows == 1 ? 3 : 2)
 template <int kDim, int kRows>
 const char* launch_exact_decode(const AttentionParams& p) {
   int tiles = 1;
-  while (tiles < kWarps && tiles * kRows < p.Sq * (p.Hq / p.Hkv)) tiles *= 2;
+  while (tiles < kWarps && tiles * kRows < p.Sq * group_of(p)) tiles *= 2;
   const ExactDecodePlan plan{p, Walk(p, kRows * tiles, 32), tiles};
   return launch(exact_decode<kDim, kRows>, dim3(static_cast<unsigned>(plan.walk.blocks(p))),
                 dim3(kMmaThreads), 0, on(p.place), plan);
@@ -171,7 +171,7 @@ const char* launch_exact_decode(const AttentionParams& p) {
 // fp32, D and Dv at most 256, whole rows; any number of query rows, but made for at most 16.
 inline const char* launch_exact_decode(const AttentionParams& p) {
   const int64_t dim = p.D > p.Dv ? p.D : p.Dv;
-  const bool one = p.Sq * (p.Hq / p.Hkv) == 1;
+  const bool one = p.Sq * group_of(p) == 1;
   if (dim > 128) return launch_exact_decode<256, 2>(p);
   if (dim > 64) return one ? launch_exact_decode<128, 1>(p) : launch_exact_decode<128, 4>(p);
   return one ? launch_exact_decode<64, 1>(p) : launch_exact_decode<64, 4>(p);

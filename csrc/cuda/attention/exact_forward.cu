@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kExactThreads, 1)
   const Task task = task_of(p, plan.walk);
   const Sequence s = device_sequence(p, task.b);
   const int64_t first = task.tile * E::kRows;
-  if (first >= s.Sq * (p.Hq / p.Hkv)) return;
+  if (first >= s.Sq * group_of(p)) return;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   if (thread < E::kRows) queries[thread] = query_of(p, s, task.kv_head, first + thread);
   __syncthreads();
@@ -100,28 +100,58 @@ __global__ void __launch_bounds__(kExactThreads, 1)
   }
 }
 
-// A warp owns a query row; the splits are added in their order.
-__global__ void __launch_bounds__(256) merge_splits(const __grid_constant__ ExactPlan plan) {
+// `warps` (a power of two up to kMergeWarps) share a query row, each with every warps-th split, so
+// that the reads of a row are under way together: one warp that took 32 splits in turn was half of
+// a decode step on an H200. The warps' sums are added in their order. kColumns: 32 Dv at most.
+constexpr int kMergeWarps = 8;
+
+template <int kColumns>
+__global__ void __launch_bounds__(32 * kMergeWarps)
+    merge_splits(const __grid_constant__ ExactPlan plan, int warps) {
+  constexpr int kPitch = 32 * kColumns + 1;  // sums of a warp, then its part of the denominator
+  GENFAST_SHARED(float[kMergeWarps * kPitch], sums);
   const AttentionParams& p = plan.p;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * 8 + threadIdx.x / 32;
-  if (row >= p.B * p.Hq * p.Sq) return;
-  const int64_t i = row % p.Sq, head = row / p.Sq % p.Hq, b = row / p.Sq / p.Hq;
-  const Sequence s = device_sequence(p, b);
-  if (i >= s.Sq) return;
-  const auto part = [&](int64_t k) { return plan.walk.part_of(p, k, b, head, i); };
-  float m = -infinite(), l = 0.0f;
-  for (int64_t k = 0; k < plan.walk.splits; ++k) m = fmaxf(m, part(k)[p.Dv]);
-  const float base = m == -infinite() ? 0.0f : m;
-  for (int64_t k = 0; k < plan.walk.splits; ++k)
-    l += part(k)[p.Dv + 1] * exp2f(part(k)[p.Dv] - base);
-  const Finish f = finish(p, static_cast<int>(head), m, l);
-  char* out = row_at(p.out, bytes_of(p.out_dtype), b, head, s.q_row + i);
-  for (int64_t d = threadIdx.x % 32; d < p.Dv; d += 32) {
-    float sum = 0.0f;
-    for (int64_t k = 0; k < plan.walk.splits; ++k) sum += part(k)[d] * exp2f(part(k)[p.Dv] - base);
-    store_any(out, p.out_dtype, d, sum * f.factor);
+  const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
+  const int share = warp % warps, Dv = static_cast<int>(p.Dv);
+  const int splits = static_cast<int>(plan.walk.splits);
+  const auto length = static_cast<uint32_t>(p.Sq), heads = static_cast<uint32_t>(p.Hq);
+  const uint32_t row = blockIdx.x * static_cast<uint32_t>(kMergeWarps / warps) + warp / warps;
+  const int64_t i = row % length, head = row / length % heads, b = row / length / heads;
+  const Sequence s = device_sequence(p, b < p.B ? b : 0);
+  const bool exists = b < p.B && i < s.Sq;
+  const auto part = [&](int k) { return plan.walk.part_of(p, k, b, head, i); };
+  float top = -infinite();
+  for (int k = lane; k < splits && exists; k += 32) top = fmaxf(top, part(k)[Dv]);
+  top = reduce_warp(top, Larger());
+  const float base = top == -infinite() ? 0.0f : top;
+  float own[kColumns] = {}, total = 0.0f;
+#pragma unroll 4
+  for (int k = share; k < splits && exists; k += warps) {
+    const float* from = part(k);
+    const float factor = exp2f(from[Dv] - base);
+    total += from[Dv + 1] * factor;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c)
+      if (lane + 32 * c < Dv) own[c] += from[lane + 32 * c] * factor;
   }
-  if (p.lse.data != nullptr && threadIdx.x % 32 == 0) stat_at(p.lse, b, head, s.q_row + i) = f.lse;
+  float* to = sums + warp * kPitch;
+#pragma unroll
+  for (int c = 0; c < kColumns; ++c) to[lane + 32 * c] = own[c];
+  if (lane == 0) to[kPitch - 1] = total;
+  __syncthreads();
+  if (!exists) return;
+  const float* all = sums + warp / warps * warps * kPitch;
+  const auto sum_of = [&](int column) {
+    float sum = all[column];
+    for (int w = 1; w < warps; ++w) sum += all[w * kPitch + column];
+    return sum;
+  };
+  const Finish f = finish(p, static_cast<int>(head), top, sum_of(kPitch - 1));
+  char* out = row_at(p.out, bytes_of(p.out_dtype), b, head, s.q_row + i);
+  for (int d = share * 32 + lane; d < Dv; d += warps * 32)
+    store_any(out, p.out_dtype, d, sum_of(d) * f.factor);
+  if (p.lse.data != nullptr && share == 0 && lane == 0)
+    stat_at(p.lse, b, head, s.q_row + i) = f.lse;
 }
 
 template <int kColumns>
@@ -139,7 +169,11 @@ const char* exact_forward_any(const AttentionParams& p) {
 
 const char* attention_merge(const AttentionParams& p) {
   const ExactPlan plan{p, Walk(p, 1, 1)};
-  return launch(merge_splits, blocks_for(p.B * p.Hq * p.Sq, 8), dim3(256), 0, on(p.place), plan);
+  int warps = 1;
+  while (warps < kMergeWarps && 2 * warps <= plan.walk.splits) warps *= 2;
+  return launch(p.Dv <= 128 ? merge_splits<4> : merge_splits<16>,
+                blocks_for(p.B * p.Hq * p.Sq, kMergeWarps / warps), dim3(32 * kMergeWarps), 0,
+                on(p.place), plan, warps);
 }
 
 }  // namespace genfast::cuda

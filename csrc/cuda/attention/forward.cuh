@@ -1,7 +1,6 @@
 // Forward on tensor cores: online softmax over blocks of keys (math in cpu/attention/forward.h).
 // Keys and values of a block come by cp.async, the values while the scores are made, the next keys
-// while the values are used. One boolean stands for options other than lengths, window and sinks,
-// and for rows that do not start at multiples of 16 bytes.
+// while the values are used.
 #pragma once
 #include "cuda/attention/softmax.cuh"
 
@@ -11,20 +10,16 @@ namespace {
 // Tiles of 16 rows that a warp owns. With two, shared memory is read 6 times for 16 products
 // instead of 10 times, and keys come from L2 half as often; 128 columns then take 192 registers for
 // sums and scores, which leaves none for options.
-template <int kDim, bool kOptions>
-constexpr int kForwardTiles = !kOptions && kDim <= 128 ? 2 : 1;
-template <int kDim, bool kOptions>
-constexpr int kForwardRows = kMmaRows * kForwardTiles<kDim, kOptions>;
-// Blocks that registers leave room for on a multiprocessor.
-template <int kDim, bool kOptions>
-constexpr int kForwardBlocks = kDim > 128                ? 1
-                               : kDim <= 64 && !kOptions ? 3
-                                                         : 2;
+template <int kDim, Extras kExtras>
+constexpr int kForwardTiles = kExtras == Extras::none && kDim <= 128 ? 2 : 1;
+template <int kDim, Extras kExtras>
+constexpr int kForwardRows = kMmaRows * kForwardTiles<kDim, kExtras>;
 
-template <class T, int kDim, int kKeys, bool kOptions>
+template <class T, int kDim, int kKeys, Extras kExtras>
 __global__ void __launch_bounds__(kMmaThreads, kDim <= 128 ? 2 : 1)
     mma_forward(const __grid_constant__ ForwardPlan plan) {
-  constexpr int kTiles = kForwardTiles<kDim, kOptions>, kRows = kForwardRows<kDim, kOptions>;
+  constexpr int kTiles = kForwardTiles<kDim, kExtras>, kRows = kForwardRows<kDim, kExtras>;
+  constexpr bool kOptions = kExtras == Extras::all;
   constexpr int kN = kKeys / 8;
   GENFAST_DYNAMIC_SHARED(memory);
   GENFAST_SHARED(Query[kRows], queries);
@@ -33,7 +28,7 @@ __global__ void __launch_bounds__(kMmaThreads, kDim <= 128 ? 2 : 1)
   const Rows16<kDim> k{q.base + kRows * kDim}, v{k.base + kKeys * kDim};
   const Task task = task_of(p, plan.walk);
   const Sequence s = device_sequence(p, task.b);
-  const int64_t first = task.tile * kRows, rows = s.Sq * (p.Hq / p.Hkv);
+  const int64_t first = task.tile * kRows, rows = s.Sq * group_of(p);
   if (first >= rows) return;
 
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
@@ -57,7 +52,8 @@ __global__ void __launch_bounds__(kMmaThreads, kDim <= 128 ? 2 : 1)
   const int row = thread / 32 * 16 * kTiles, g = lane / 4, t = lane % 4;
   // Few queries: the warps without one only load.
   const bool busy = row < (rows - first < kRows ? static_cast<int>(rows - first) : kRows);
-  const float unit = kOptions ? 1.0f : p.scale * kLog2e;
+  const float unit = kExtras == Extras::none ? p.scale * kLog2e : 1.0f;
+  const MaskRows mask(p, s, queries + row);  // of one tile: with extras there is one
   float o[kTiles][kDim / 8][4] = {}, m[kTiles][2], l[kTiles][2] = {};
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) m[i][0] = m[i][1] = -infinite();
@@ -72,7 +68,7 @@ __global__ void __launch_bounds__(kMmaThreads, kDim <= 128 ? 2 : 1)
       const bool full = seen.every_lo <= block && seen.every_hi >= block + kKeys;
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
-        mask_scores<kOptions>(p, s, queries + row + 16 * i, block, full, w[i]);
+        mask_scores<kExtras>(p, s, queries + row + 16 * i, mask, block, full, w[i]);
         float down[2];
         soften(unit, w[i], m[i], l[i], down);
         scale_rows(down, o[i]);
@@ -122,32 +118,35 @@ __global__ void __launch_bounds__(kMmaThreads, kDim <= 128 ? 2 : 1)
   }
 }
 
-template <class T, int kDim, int kKeys, bool kOptions>
+template <class T, int kDim, int kKeys, Extras kExtras>
 const char* launch_mma_forward(const AttentionParams& p) {
-  constexpr int kRows = kForwardRows<kDim, kOptions>;
+  constexpr int kRows = kForwardRows<kDim, kExtras>;
   const ForwardPlan plan(p, Walk(p, kRows, kKeys));
-  return launch(mma_forward<T, kDim, kKeys, kOptions>,
+  return launch(mma_forward<T, kDim, kKeys, kExtras>,
                 dim3(static_cast<unsigned>(plan.walk.blocks(p))), dim3(kMmaThreads),
                 size_t{2} * kDim * (kRows + 2 * kKeys), on(p.place), plan);
 }
 
-// D and Dv at most 256. 256 columns take 128 registers for the sums of one tile: 32 keys at a time.
-template <class T>
-const char* launch_mma_forward(const AttentionParams& p, bool options) {
+template <class T, Extras kExtras>
+const char* launch_mma_forward(const AttentionParams& p) {
   const int64_t dim = p.D > p.Dv ? p.D : p.Dv;
-  options = options || !even_keys(p, 64) || !whole_rows(p.q, p.D) || !whole_rows(p.k, p.D) ||
-            !whole_rows(p.v, p.Dv);
-  if (dim > 128)
-    return options ? launch_mma_forward<T, 256, 32, true>(p)
-                   : launch_mma_forward<T, 256, 32, false>(p);
-  if (options)
-    return dim <= 64 ? launch_mma_forward<T, 64, 64, true>(p)
-                     : launch_mma_forward<T, 128, 64, true>(p);
-  if (dim <= 64) return launch_mma_forward<T, 64, 64, false>(p);
+  // 256 columns take 128 registers for the sums of one tile: 32 keys at a time.
+  if (dim > 128) return launch_mma_forward<T, 256, 32, kExtras>(p);
+  if (dim <= 64) return launch_mma_forward<T, 64, 64, kExtras>(p);
   // Two blocks of 64 KiB need a multiprocessor with 128 KiB; those of sm_86, 89 and 120 have 100.
-  return shared_of_multiprocessor(p.place.device) >= 128 * 1024
-             ? launch_mma_forward<T, 128, 64, false>(p)
-             : launch_mma_forward<T, 128, 32, false>(p);
+  if constexpr (kForwardTiles<128, kExtras> == 2)
+    if (shared_of_multiprocessor(p.place.device) < 128 * 1024)
+      return launch_mma_forward<T, 128, 32, kExtras>(p);
+  return launch_mma_forward<T, 128, 64, kExtras>(p);
+}
+
+// D and Dv at most 256.
+template <class T>
+const char* launch_mma_forward(const AttentionParams& p) {
+  const Extras extras = plain_rows(p, 64) ? extras_of(p) : Extras::all;
+  if (extras == Extras::none) return launch_mma_forward<T, Extras::none>(p);
+  return extras == Extras::mask ? launch_mma_forward<T, Extras::mask>(p)
+                                : launch_mma_forward<T, Extras::all>(p);
 }
 
 }  // namespace

@@ -27,7 +27,7 @@ struct QuerySums {
   explicit QuerySums(const AttentionParams& p) : data(p.place.scratch + offset(p)) {}
   static int64_t offset(const AttentionParams& p) { return (2 * p.B * p.Hq * p.Sq + 3) / 4 * 4; }
   static __host__ __device__ int64_t tiles(const AttentionParams& p, int dim) {
-    return (p.Sq * (p.Hq / p.Hkv) + 127) / 128 * 2 * (dim / 64);
+    return (p.Sq * group_of(p) + 127) / 128 * 2 * (dim / 64);
   }
   static int64_t room(const AttentionParams& p, int dim) {
     return p.B * p.Hkv * tiles(p, dim) * 4096;

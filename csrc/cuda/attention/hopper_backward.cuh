@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(HopperBackward<kDim>::kThreads, 1)
     using Loader = KeyLoader<kDim, kKeys, kThreads, true>;
     Loader(p, p.k, s, kv_head, p.D, true, true, thread)(k, first);
     Loader(p, p.v, s, kv_head, p.Dv, true, true, thread)(v, first);
-    const int heads = static_cast<int>(p.Hq / p.Hkv), rows = static_cast<int>(s.Sq) * heads;
+    const int heads = group_of(p), rows = static_cast<int>(s.Sq) * heads;
 
     const auto seeing = [&](int block) {
       return next_seeing<kPass>(p, s, block, rows, first, first + kKeys);
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(kGroupThreads)
   const Sequence s = device_sequence(p, at / p.Hkv);
   const int64_t first = tile / panels * kGroupRows;
   const int column = static_cast<int>(tile % panels) * 64, thread = static_cast<int>(threadIdx.x);
-  if (first >= s.Sq * (p.Hq / p.Hkv) || column >= p.D) return;
+  if (first >= s.Sq * group_of(p) || column >= p.D) return;
   if (thread < kGroupRows) queries[thread] = query_of(p, s, kv_head, first + thread);
   __syncthreads();
   const float* sums = plan.sums.tile(p, s.b, kv_head, tile, dim) + 4 * thread;

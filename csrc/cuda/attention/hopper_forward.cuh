@@ -6,20 +6,24 @@
 namespace genfast::cuda {
 namespace {
 
-template <int kDim>
+template <int kDim, Extras kExtras>
 struct HopperForward {
-  static constexpr int kGroups = 2, kThreads = kGroups * kGroupThreads;
+  static constexpr bool kMasked = kExtras == Extras::mask;
+  static constexpr int kGroups = kMasked && kDim <= 64 ? 1 : 2, kThreads = kGroups * kGroupThreads;
   static constexpr int kRows = kGroups * kGroupRows;
-  // Keys of a block: sums, scores and weights take 160 registers with 128 columns.
-  static constexpr int kKeys = kDim <= 128 ? 128 : 64;
+  // Keys of a block: sums, scores and weights take 160 registers with 128 columns and 128 keys. With
+  // 64 of each they take 80, and two blocks share a multiprocessor: one's softmax fills the other's
+  // products and waits.
+  static constexpr int kKeys = kDim == 128 && !kMasked ? 128 : 64;
+  static constexpr int kBlocks = kDim > 64 ? 1 : kMasked ? 3 : 2;
   static constexpr size_t kShared = size_t{2} * kDim * (kRows + 4 * kKeys);
 };
 
-template <class T, int kDim>
-__global__ void __launch_bounds__(HopperForward<kDim>::kThreads, 1)
+template <class T, int kDim, Extras kExtras>
+__global__ void __launch_bounds__(HopperForward<kDim, kExtras>::kThreads, HopperForward<kDim, kExtras>::kBlocks)
     hopper_forward(const __grid_constant__ ForwardPlan plan) {
   if constexpr (kWarpgroups) {
-    using H = HopperForward<kDim>;
+    using H = HopperForward<kDim, kExtras>;
     constexpr int kRows = H::kRows, kKeys = H::kKeys, kN = kKeys / 8;
     GENFAST_DYNAMIC_SHARED(memory);
     GENFAST_SHARED(Query[kRows], queries);
@@ -31,7 +35,7 @@ __global__ void __launch_bounds__(HopperForward<kDim>::kThreads, 1)
     const Task task = task_of(p, plan.walk);
     const Sequence s = device_sequence(p, task.b);
     const int64_t first = task.tile * kRows;
-    if (first >= s.Sq * (p.Hq / p.Hkv)) return;
+    if (first >= s.Sq * group_of(p)) return;
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
     if (thread < kRows) queries[thread] = query_of(p, s, task.kv_head, first + thread);
     __syncthreads();
@@ -57,12 +61,13 @@ __global__ void __launch_bounds__(HopperForward<kDim>::kThreads, 1)
     };
 
     const int group = thread / kGroupThreads * kGroupRows, row = thread / 32 * 16;
-    const float unit = p.scale * kLog2e;
+    const float unit = kExtras == Extras::none ? p.scale * kLog2e : 1.0f;
+    const MaskRows mask(p, s, queries + row);
     float o[kDim / 8][4] = {}, w[kN][4], m[2] = {-infinite(), -infinite()}, l[2] = {}, down[2];
     uint32_t weights[kN / 2][4];
     const auto soften_block = [&](int block) {
       const bool full = seen.every_lo <= block && seen.every_hi >= block + kKeys;
-      mask_scores<false>(p, s, queries + row, block, full, w);
+      mask_scores<kExtras>(p, s, queries + row, mask, block, full, w);
       soften(unit, w, m, l, down);
     };
     // Before block n's scores: asks for the keys of the block after it and the values of its own.
@@ -118,20 +123,27 @@ __global__ void __launch_bounds__(HopperForward<kDim>::kThreads, 1)
   }
 }
 
-template <class T, int kDim>
+template <class T, int kDim, Extras kExtras>
 const char* launch_hopper_forward(const AttentionParams& p) {
-  using H = HopperForward<kDim>;
+  using H = HopperForward<kDim, kExtras>;
   const ForwardPlan plan(p, Walk(p, H::kRows, H::kKeys));
-  return launch(hopper_forward<T, kDim>, dim3(static_cast<unsigned>(plan.walk.blocks(p))),
+  return launch(hopper_forward<T, kDim, kExtras>, dim3(static_cast<unsigned>(plan.walk.blocks(p))),
                 dim3(H::kThreads), H::kShared, on(p.place), plan);
 }
 
-// D and Dv at most 256.
-template <class T>
+template <class T, Extras kExtras>
 const char* launch_hopper_forward(const AttentionParams& p) {
   const int64_t dim = p.D > p.Dv ? p.D : p.Dv;
-  if (dim <= 64) return launch_hopper_forward<T, 64>(p);
-  return dim <= 128 ? launch_hopper_forward<T, 128>(p) : launch_hopper_forward<T, 256>(p);
+  if (dim <= 64) return launch_hopper_forward<T, 64, kExtras>(p);
+  return dim <= 128 ? launch_hopper_forward<T, 128, kExtras>(p)
+                    : launch_hopper_forward<T, 256, kExtras>(p);
+}
+
+// D and Dv at most 256; no extras, or a mask.
+template <class T>
+const char* launch_hopper_forward(const AttentionParams& p) {
+  return extras_of(p) == Extras::none ? launch_hopper_forward<T, Extras::none>(p)
+                                      : launch_hopper_forward<T, Extras::mask>(p);
 }
 
 }  // namespace

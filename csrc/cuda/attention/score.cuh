@@ -10,6 +10,11 @@ namespace {
 
 __device__ __forceinline__ float infinite() { return from_bits(0x7F800000u); }
 
+// Query heads of a key/value head. In 32 bits: a division of 64 takes about 100 instructions.
+__host__ __device__ __forceinline__ int group_of(const AttentionParams& p) {
+  return static_cast<int>(static_cast<uint32_t>(p.Hq) / static_cast<uint32_t>(p.Hkv));
+}
+
 // Lengths and places come from device memory unchecked: clamped, so that no access leaves a tensor.
 __device__ __forceinline__ Sequence device_sequence(const AttentionParams& p, int64_t b) {
   Sequence s = sequence_of(p, b);
@@ -69,7 +74,7 @@ struct Query {
 };
 __device__ __forceinline__ Query query_of(const AttentionParams& p, const Sequence& s, int kv_head,
                                           int64_t r) {
-  const int group = static_cast<int>(p.Hq / p.Hkv);
+  const int group = group_of(p);
   if (r >= s.Sq * group) return {0, -1, 0, 0};
   const uint32_t at = static_cast<uint32_t>(r), length = static_cast<uint32_t>(s.Sq);
   const int g = static_cast<int>(at / length), i = static_cast<int>(at % length);
@@ -115,6 +120,18 @@ __device__ __forceinline__ float with_options(const AttentionParams& p, const Se
   return x;
 }
 
+// What a forward kernel has code for beside lengths, windows and sinks: nothing, a mask, or every
+// option and any rows. What costs registers or instructions in the inner loop is not in all of them.
+enum class Extras { none, mask, all };
+
+inline Extras extras_of(const AttentionParams& p) {
+  // Without options the maximum is found before the scale is applied, which wants a positive one.
+  if (!(p.scale > 1e-30f) || p.softcap > 0.0f || p.alibi_slopes != nullptr || p.dropout)
+    return Extras::all;
+  if (p.mask.kind == MaskKind::none) return Extras::none;
+  return p.mask.j_stride < 1 << 28 ? Extras::mask : Extras::all;  // bytes between keys: 32 bits
+}
+
 // Whether dropout keeps element (head, position, j): a word of the noise contract.
 __device__ __forceinline__ bool kept(const AttentionParams& p, const Sequence& s, const Query& q,
                                      int j) {
@@ -156,6 +173,12 @@ inline bool even_keys(const AttentionParams& p, int count) {
          (p.page_size % count == 0 && p.leftpad_k == nullptr && p.cu_seqlens_k == nullptr);
 }
 
+// Rows and blocks of keys as the kernels for fewer options want them.
+inline bool plain_rows(const AttentionParams& p, int keys) {
+  return even_keys(p, keys) && whole_rows(p.q, p.D) && whole_rows(p.k, p.D) &&
+         whole_rows(p.v, p.Dv);
+}
+
 inline TensorView on(const AttentionPlace& place) {
   TensorView t;
   t.device = place.device, t.stream = place.stream;
@@ -168,7 +191,7 @@ struct Walk {
   float* part = nullptr;  // [splits][B][Hq][Sq][Dv + 2]
 
   __host__ __device__ Walk(const AttentionParams& p, int rows)
-      : tiles((p.Sq * (p.Hq / p.Hkv) + rows - 1) / rows) {}
+      : tiles((p.Sq * group_of(p) + rows - 1) / rows) {}
   Walk(const AttentionParams& p, int rows, int keys) : Walk(p, rows) {
     split_keys = p.Sk;
     const int64_t room = p.B * p.Hq * p.Sq * (p.Dv + 2);
@@ -190,12 +213,14 @@ struct Task {
   int kv_head;
 };
 __device__ __forceinline__ Task task_of(const AttentionParams& p, const Walk& w) {
-  int64_t at = blockIdx.x;
+  const auto splits = static_cast<uint32_t>(w.splits), tiles = static_cast<uint32_t>(w.tiles);
+  const auto heads = static_cast<uint32_t>(p.Hkv);
+  const uint32_t tile = blockIdx.x / splits, head = tile / tiles;
   Task t;
-  t.split = at % w.splits, at /= w.splits;
-  t.tile = w.tiles - 1 - at % w.tiles, at /= w.tiles;
-  t.kv_head = static_cast<int>(at % p.Hkv);
-  t.b = at / p.Hkv;
+  t.split = blockIdx.x % splits;
+  t.tile = tiles - 1 - tile % tiles;
+  t.kv_head = static_cast<int>(head % heads);
+  t.b = head / heads;
   return t;
 }
 
@@ -215,10 +240,8 @@ __device__ __forceinline__ Seen seen_by(const Query* queries) {
     every_lo = q.lo > every_lo ? q.lo : every_lo;
     every_hi = q.hi < every_hi ? q.hi : every_hi;
   }
-  const auto least = [](int a, int b) { return a < b ? a : b; };
-  const auto most = [](int a, int b) { return a > b ? a : b; };
-  return {reduce_warp(any_lo, least), reduce_warp(any_hi, most), reduce_warp(every_lo, most),
-          reduce_warp(every_hi, least)};
+  return {least_of_warp(any_lo), most_of_warp(any_hi), most_of_warp(every_lo),
+          least_of_warp(every_hi)};
 }
 
 }  // namespace

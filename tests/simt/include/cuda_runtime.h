@@ -95,6 +95,16 @@ T __shfl_up_sync(uint32_t mask, T v, unsigned by, int width = 32,
       mask, v, [](int me, int s, int w) { return me - s < (me & ~(w - 1)) ? me : me - s; },
       static_cast<int>(by), width, site);
 }
+inline int __reduce_min_sync(uint32_t mask, int v, simt::Site site = simt::Site::here()) {
+  for (int bits = 16; bits > 0; bits >>= 1) {
+    const int other = __shfl_xor_sync(mask, v, bits, 32, site);
+    v = other < v ? other : v;
+  }
+  return v;
+}
+inline int __reduce_max_sync(uint32_t mask, int v, simt::Site site = simt::Site::here()) {
+  return -__reduce_min_sync(mask, -v, site);
+}
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 
