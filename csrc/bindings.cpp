@@ -122,11 +122,16 @@ bool reparameterize_backward(TensorArgument& grad_y, TensorArgument& grad_side, 
   return run(p, mu, GENFAST_KERNEL(reparameterize_backward));
 }
 
+// A temperature, f32: on the other tensors' device, or a number on the CPU.
+bool is_tau(const TensorView& tau, const TensorView& beside) {
+  return vector_of(tau, Dtype::f32, 1) && (tau.is_cpu() || same_device({&tau, &beside}));
+}
+
 bool gumbel_softmax(TensorArgument& logits, TensorArgument& y, TensorArgument& tau, py::handle seed,
                     TensorArgument& seeds, py::handle stream, int64_t offset, bool hard) {
   if (!given({&logits, &y, &tau}) || !row_seeds(seeds, logits) ||
-      !same_device({&logits, &y, &tau, &seeds}) || !floats({&logits, &y}) ||
-      !same_shapes({&logits, &y}) || logits.ndim == 0 || !vector_of(tau, Dtype::f32, 1))
+      !same_device({&logits, &y, &seeds}) || !floats({&logits, &y}) ||
+      !same_shapes({&logits, &y}) || logits.ndim == 0 || !is_tau(tau, logits))
     return false;
   GumbelSoftmaxParams p;
   if (!NoiseArgument(seed, stream, offset).fill(p.noise, seeds, logits)) return false;
@@ -138,9 +143,9 @@ bool gumbel_softmax_backward(TensorArgument& grad, TensorArgument& y, TensorArgu
                              TensorArgument& tau, TensorArgument& d_logits, py::handle seed,
                              TensorArgument& seeds, py::handle stream, int64_t offset) {
   if (!given({&grad, &tau, &d_logits}) || !row_seeds(seeds, grad) ||
-      !same_device({&grad, &y, &logits, &tau, &d_logits, &seeds}) ||
+      !same_device({&grad, &y, &logits, &d_logits, &seeds}) ||
       !floats({&grad, &y, &logits, &d_logits}) || !same_shapes({&grad, &y, &logits, &d_logits}) ||
-      grad.ndim == 0 || !vector_of(tau, Dtype::f32, 1) || (!y.defined() && !logits.defined()))
+      grad.ndim == 0 || !is_tau(tau, grad) || (!y.defined() && !logits.defined()))
     return false;
   GumbelSoftmaxBackwardParams p;
   if (!NoiseArgument(seed, stream, offset).fill(p.noise, seeds, grad)) return false;
@@ -152,9 +157,8 @@ bool gumbel_softmax_backward(TensorArgument& grad, TensorArgument& y, TensorArgu
 bool relaxed_bernoulli(TensorArgument& logits, TensorArgument& y, TensorArgument& tau,
                        TensorArgument& grad, py::handle seed, TensorArgument& seeds,
                        py::handle stream, int64_t offset, bool hard) {
-  if (!given({&logits, &y, &tau}) || !same_device({&logits, &y, &tau, &grad, &seeds}) ||
-      !floats({&logits, &y, &grad}) || !same_shapes({&logits, &y, &grad}) ||
-      !vector_of(tau, Dtype::f32, 1))
+  if (!given({&logits, &y, &tau}) || !same_device({&logits, &y, &grad, &seeds}) ||
+      !floats({&logits, &y, &grad}) || !same_shapes({&logits, &y, &grad}) || !is_tau(tau, logits))
     return false;
   RelaxedBernoulliParams p;
   if (!NoiseArgument(seed, stream, offset).fill(p.noise, seeds, logits)) return false;

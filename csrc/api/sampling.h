@@ -37,7 +37,7 @@ struct ReparameterizeBackwardParams {
 // y = softmax((logits + g) / tau) over the last dimension, or its one-hot argmax.
 struct GumbelSoftmaxParams {
   TensorView logits, y;  // [..., V]
-  TensorView tau;        // f32 0-dim
+  TensorView tau;        // f32, one element, here or on the CPU
   Noise noise;
   bool hard = false;
   int threads = 1;

@@ -31,15 +31,33 @@ __device__ __forceinline__ void for_groups(const Team& team, const Groups& group
   }
 }
 
+// A number that is read on the device, or was on the host.
+struct Tau {
+  const float* data = nullptr;
+  float value = 1.0f;
+
+  explicit Tau(const TensorView& t) {
+    if (!t.defined()) return;
+    const auto* from = static_cast<const float*>(t.data);
+    if (t.is_cpu())
+      value = *from;
+    else
+      data = from;
+  }
+  __device__ __forceinline__ float inverse() const {
+    return 1.0f / (data != nullptr ? *data : value);
+  }
+};
+
 // (logits + g) / tau of a row.
 struct Perturbed {
   Groups groups;
   Stage logits;
-  const float* tau;
+  Tau tau;
   Noise noise;
 
   Perturbed(const TensorView& t, const Noise& n, const TensorView& tau_)
-      : groups(row_groups(t, n)), logits(t), tau(static_cast<const float*>(tau_.data)), noise(n) {}
+      : groups(row_groups(t, n)), logits(t), tau(tau_), noise(n) {}
 
   __device__ __forceinline__ void values(const Group& g, float inv_tau, float (&v)[kGroup]) const {
     float e[kGroup];

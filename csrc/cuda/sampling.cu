@@ -14,7 +14,7 @@ struct GumbelSoftmax {
 
   template <class Team>
   __device__ __forceinline__ void operator()(const Team& team, int64_t row, float* cache) const {
-    const float inv_tau = 1.0f / *x.tau;
+    const float inv_tau = x.tau.inverse();
     const Best best = x.best(team, row, inv_tau, cache);
     if (hard) {
       const int64_t at = finite(best.value) ? best.index : -1;
@@ -48,7 +48,7 @@ struct GumbelSoftmaxBackward {
 
   template <class Team>
   __device__ __forceinline__ void operator()(const Team& team, int64_t row, float* cache) const {
-    const float inv_tau = 1.0f / *x.tau;
+    const float inv_tau = x.tau.inverse();
     float top = 0.0f, scale = 1.0f;
     if (!have_y) {
       top = x.best(team, row, inv_tau, cache).value;
@@ -86,12 +86,12 @@ struct GumbelSoftmaxBackward {
 struct RelaxedBernoulli {
   Groups groups;
   Stage logits, y, grad;
-  const float* tau;
+  Tau tau;
   Noise noise;
   bool hard, backward;
 
   __device__ __forceinline__ void operator()(const Group& g) const {
-    const float inv_tau = 1.0f / *tau;
+    const float inv_tau = tau.inverse();
     float l[kGroup], e[kGroup], d[kGroup];
     load(logits, g.index, g.low, g.high, l);
     noise_of<LogisticMap>(noise, g, e);
@@ -122,8 +122,6 @@ struct Categorical {
   }
 };
 
-const float* tau_of(const TensorView& tau) { return static_cast<const float*>(tau.data); }
-
 }  // namespace
 
 const char* gumbel_softmax(const GumbelSoftmaxParams& p) {
@@ -141,7 +139,7 @@ const char* gumbel_softmax_backward(const GumbelSoftmaxBackwardParams& p) {
 const char* relaxed_bernoulli(const RelaxedBernoulliParams& p) {
   const Groups groups(p.logits.numel, noise_rows(p.noise, p.logits), p.noise);
   return launch_groups(RelaxedBernoulli{groups, Stage(p.logits), Stage(p.y), Stage(p.grad),
-                                        tau_of(p.tau), p.noise, p.hard, p.backward},
+                                        Tau(p.tau), p.noise, p.hard, p.backward},
                        p.logits);
 }
 

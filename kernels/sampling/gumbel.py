@@ -64,8 +64,16 @@ def relaxed_bernoulli_kernel(
     tl.store(y + (o_row * y_stride + first) + o_col, b_v.to(y.dtype.element_ty), mask=m)
 
 
+def number(tau: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
+    """A temperature on the CPU goes along as a fill on `beside`'s device: a copy would wait."""
+    if tau.is_cpu and not beside.is_cpu:
+        return torch.full((), tau.item(), dtype=tau.dtype, device=beside.device)
+    return tau
+
+
 def relaxed_bernoulli(logits, y, tau, grad, seed, seeds, stream, offset, hard) -> bool:
     """Arguments of the native entry point of this name."""
+    tau = number(tau, logits)
     small = ((tau, torch.float32, 1),)
     if not takes(logits, y, grad, seeds=seeds, small=small, offset=offset):
         return False
@@ -317,6 +325,7 @@ def row_draw(r, seed, seeds, stream, offset):
 
 def gumbel_softmax(logits, y, tau, seed, seeds, stream, offset, hard) -> bool:
     """Arguments of the native entry point of this name."""
+    tau = number(tau, logits)
     small = ((tau, torch.float32, 1),)
     if not takes(logits, y, seeds=seeds, small=small, offset=offset, rows=True):
         return False
@@ -333,6 +342,7 @@ def gumbel_softmax(logits, y, tau, seed, seeds, stream, offset, hard) -> bool:
 
 def gumbel_softmax_backward(grad, y, logits, tau, d_logits, seed, seeds, stream, offset) -> bool:
     """Arguments of the native entry point of this name."""
+    tau = number(tau, grad)
     tensors = (grad, y, None if y is not None else logits, d_logits)
     small = ((tau, torch.float32, 1),)
     if not takes(*tensors, seeds=seeds, small=small, offset=offset, rows=True):

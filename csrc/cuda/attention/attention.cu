@@ -51,8 +51,10 @@ const char* backward_of(const AttentionGradParams& g) {
   const bool whole = whole_rows(p.q, p.D) && whole_rows(p.k, p.D) && whole_rows(g.dq, p.D) &&
                      whole_rows(g.dk, p.D) && whole_rows(p.v, p.Dv) && whole_rows(g.dv, p.Dv) &&
                      whole_rows(g.dout, p.Dv);
-  const bool options = extras_of(p) != Extras::none;
-  if (whole && !options && has_warpgroups(p) && QuerySums::fit(p))
+  const Extras extras = extras_of(p);
+  const bool options = extras != Extras::none;
+  if (whole && (!options || (extras == Extras::mask && is_key_mask(p.mask))) &&
+      has_warpgroups(p) && QuerySums::fit(p))
     return p.dtype == Dtype::f16 ? hopper_backward_f16(g) : hopper_backward_bf16(g);
   return p.dtype == Dtype::f16 ? mma_backward_f16(g, whole, options)
                                : mma_backward_bf16(g, whole, options);

@@ -18,7 +18,8 @@ struct HopperBackward {
   static constexpr size_t kShared = size_t{2} * (2 * kDim * (kKeys + 2 * kPass) + kKeys * kPass);
 };
 
-template <class T, int kDim>
+// kKeyMask: a mask that is the same for all queries of a sequence, two values to a thread.
+template <class T, int kDim, bool kKeyMask>
 __global__ void __launch_bounds__(HopperBackward<kDim>::kThreads, 1)
     hopper_backward(const __grid_constant__ GradientPlan plan) {
   if constexpr (kWarpgroups) {
@@ -72,6 +73,11 @@ __global__ void __launch_bounds__(HopperBackward<kDim>::kThreads, 1)
     const int group = thread / kGroupThreads, g = lane / 4, t = lane % 4;
     const int row = thread / 32 * 16;  // of this warp's keys
     const float unit = p.scale * kLog2e;
+    float bias[2] = {};  // of this thread's keys, in units of log2
+    if constexpr (kKeyMask)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        if (const int j = first + row + g + 8 * half; j < s.Sk) bias[half] = mask_value(p, s, j);
     float dk[kDim / 8][4] = {}, dv[kDim / 8][4] = {};
     int block = seeing(0), next = seeing(block + kPass);
     passing.describe(plan, s, kv_head, 0, block);
@@ -118,7 +124,8 @@ __global__ void __launch_bounds__(HopperBackward<kDim>::kThreads, 1)
           const float2 pair = *reinterpret_cast<const float2*>(lse2 + 8 * n);
 #pragma unroll
           for (int e = 0; e < 4; ++e)
-            w[n][e] = exp2_approx(w[n][e] * unit - (e % 2 ? pair.y : pair.x));
+            w[n][e] = exp2_approx(w[n][e] * unit -
+                                  ((e % 2 ? pair.y : pair.x) - (kKeyMask ? bias[e / 2] : 0.0f)));
         }
         uint32_t weights[4][4];
         pack_rows<T>(w, weights);
@@ -211,7 +218,7 @@ __global__ void __launch_bounds__(kGroupThreads)
                     });
 }
 
-template <class T, int kDim>
+template <class T, int kDim, bool kKeyMask>
 const char* launch_hopper_backward(const GradientPlan& plan) {
   using H = HopperBackward<kDim>;
   const AttentionParams& p = plan.g.p;
@@ -219,18 +226,22 @@ const char* launch_hopper_backward(const GradientPlan& plan) {
   const char* error =
       clear_memory(plan.sums.data, sizeof(float) * QuerySums::room(p, kDim), on(p.place));
   if (error == nullptr && p.Sk > 0)
-    error = launch(hopper_backward<T, kDim>, dim3(static_cast<unsigned>(p.B * p.Hkv * tiles)),
+    error = launch(hopper_backward<T, kDim, kKeyMask>, dim3(static_cast<unsigned>(p.B * p.Hkv * tiles)),
                    dim3(H::kThreads), H::kShared, on(p.place), plan);
   if (error != nullptr || p.Sq == 0) return error;
   return launch(hopper_dq<T>, dim3(static_cast<unsigned>(p.B * p.Hkv * parts)), dim3(kGroupThreads),
                 0, on(p.place), plan, kDim);
 }
 
-// D and Dv at most 128.
+// D and Dv at most 128; no extras, or a mask of keys.
 template <class T>
 const char* launch_hopper_backward(const GradientPlan& plan) {
-  const bool narrow = plan.g.p.D <= 64 && plan.g.p.Dv <= 64;
-  return narrow ? launch_hopper_backward<T, 64>(plan) : launch_hopper_backward<T, 128>(plan);
+  const bool masked = plan.g.p.mask.kind != MaskKind::none;
+  if (plan.g.p.D <= 64 && plan.g.p.Dv <= 64)
+    return masked ? launch_hopper_backward<T, 64, true>(plan)
+                  : launch_hopper_backward<T, 64, false>(plan);
+  return masked ? launch_hopper_backward<T, 128, true>(plan)
+                : launch_hopper_backward<T, 128, false>(plan);
 }
 
 }  // namespace

@@ -120,6 +120,17 @@ __device__ __forceinline__ float with_options(const AttentionParams& p, const Se
   return x;
 }
 
+// A mask that is the same for all queries of a sequence, and its value for key j, in units of log2.
+inline bool is_key_mask(const AttentionMask& m) {
+  return m.kind != MaskKind::none && m.h_stride == 0 && m.i_stride == 0;
+}
+__device__ __forceinline__ float mask_value(const AttentionParams& p, const Sequence& s, int j) {
+  const int64_t at = s.b * p.mask.b_stride + j * p.mask.j_stride;
+  if (p.mask.kind == MaskKind::boolean)
+    return static_cast<const uint8_t*>(p.mask.data)[at] != 0 ? 0.0f : -infinite();
+  return load_any(p.mask.data, p.mask.dtype, at) * kLog2e;
+}
+
 // What a forward kernel has code for beside lengths, windows and sinks: nothing, a mask, or every
 // option and any rows. What costs registers or instructions in the inner loop is not in all of them.
 enum class Extras { none, mask, all };

@@ -162,7 +162,8 @@ _TAU_CACHE: dict[float, Tensor] = {}
 
 
 def _tau_tensor(tau: float) -> Tensor:
-    """tau as a 0-dim fp32 tensor on the CPU, kept to spare 1 us a call. Plain roads only."""
+    """tau as a 0-dim fp32 tensor on the CPU, kept to spare 1 us a call, and on a GPU the launch that
+    would fill it there. Plain roads only."""
     found = _TAU_CACHE.get(tau)
     if found is None:
         if len(_TAU_CACHE) >= 64:  # an annealed temperature: keep the dictionary small
@@ -184,13 +185,8 @@ def _relax(name, logits, tau, hard, seed, stream, offset, generator):
             and not isinstance(seed, Tensor)
         ):
             try:
-                tau_tensor = (
-                    _tau_tensor(tau)
-                    if logits.is_cpu
-                    else torch.full((), tau, dtype=torch.float32, device=logits.device)
-                )
                 int_seed, seeds = _noise.resolve(seed, generator, logits.device)
-                args = (logits, tau_tensor, int_seed, seeds, stream, offset, bool(hard))
+                args = (logits, _tau_tensor(tau), int_seed, seeds, stream, offset, bool(hard))
                 y = _native(name, *args) if road == DIRECT else road_function.apply(*args)
                 if y is not None:
                     return y
