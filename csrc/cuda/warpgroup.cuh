@@ -50,6 +50,55 @@ __device__ __forceinline__ void warpgroup_wait() {
 __device__ __forceinline__ void share() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
+// A word of shared memory that threads wait at (an mbarrier). A phase ends with the last of `count`
+// arrivals; phases are told apart by their parity, the first has 0.
+struct Signal {
+  uint64_t bits;
+
+  __device__ __forceinline__ void init(int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(this)), "r"(count)
+                 : "memory");
+  }
+  __device__ __forceinline__ void arrive() {
+    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared::cta.b64 state, [%0];\n}" ::"r"(
+                     shared_address(this))
+                 : "memory");
+  }
+  // Arrives when every copy that this thread has asked for so far is here.
+  __device__ __forceinline__ void arrive_after_copies() {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(this))
+                 : "memory");
+  }
+  // Until a phase of this parity has ended. By whole warps. What copies brought before it may be
+  // read by products.
+  __device__ __forceinline__ void wait(int parity) {
+    uint32_t done = 0;
+    while (done == 0)
+      asm volatile(
+          "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+          "selp.u32 %0, 1, 0, p;\n}"
+          : "=r"(done)
+          : "r"(shared_address(this)), "r"(parity)
+          : "memory");
+    share();
+    __syncwarp();
+  }
+};
+
+// Registers of a thread from here on, by whole warpgroups: fewer, or as many as others gave back.
+template <int kCount>
+__device__ __forceinline__ void give_registers() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+#endif
+}
+template <int kCount>
+__device__ __forceinline__ void take_registers() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+#endif
+}
+
 // Keeps the compiler from moving uses of a product's sums before the wait.
 template <int kN>
 __device__ __forceinline__ void hold(float (&c)[kN][4]) {

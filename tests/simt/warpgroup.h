@@ -39,6 +39,31 @@ void warpgroup_wait(simt::Site site = simt::Site::here()) {
   together(site);
 }
 inline void share() {}
+
+struct Signal {
+  uint32_t phase;  // its parity is that of the phase under way
+  uint16_t wanted, arrived;
+
+  void init(int count) { phase = 0, wanted = static_cast<uint16_t>(count), arrived = 0; }
+  void arrive() {
+    if (wanted == 0) simt::fail("an arrival at a signal that nobody set up");
+    if (++arrived == wanted) arrived = 0, ++phase;
+  }
+  void arrive_after_copies() {  // they land here, or landed at once
+    simt::copy_commit();
+    simt::copy_wait(0);
+    arrive();
+  }
+  void wait(int parity, simt::Site site = simt::Site::here()) {
+    while ((phase & 1) == static_cast<uint32_t>(parity)) simt::wait(&phase, site);
+    simt::ballot(~0u, true, site);
+  }
+};
+template <int kCount>
+void give_registers() {}
+template <int kCount>
+void take_registers() {}
+
 template <int kN>
 void hold(float (&)[kN][4]) {}
 

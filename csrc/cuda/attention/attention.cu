@@ -38,8 +38,9 @@ const char* forward_of(const AttentionParams& p) {
   }
   if (!narrow) return exact_forward_any(p);
   if (few) return mma_decode_any(p);
-  if (extras_of(p) != Extras::all && Walk(p, 1, 1).splits == 1 && has_warpgroups(p) &&
-      plain_rows(p, 128))
+  // A mask beside 256 columns has no registers left.
+  const Extras most = p.D <= 128 && p.Dv <= 128 ? Extras::mask : Extras::none;
+  if (extras_of(p) <= most && Walk(p, 1, 1).splits == 1 && has_warpgroups(p) && plain_rows(p, 128))
     return p.dtype == Dtype::f16 ? hopper_forward_f16(p) : hopper_forward_bf16(p);
   return p.dtype == Dtype::f16 ? mma_forward_f16(p) : mma_forward_bf16(p);
 }

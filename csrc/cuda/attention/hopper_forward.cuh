@@ -1,5 +1,7 @@
-// Forward on warpgroups: while the softmax of one block of keys is made, the products of the last
-// block's weights with its values run.
+// Forward on warpgroups, each with a part of its own (Shah et al. 2024, FlashAttention-3): one only
+// asks for keys and values, the others own 64 query rows each. These take turns: while one makes
+// the softmax of a block of keys, the products of another run, its scores of the next block and the
+// last block's weights with its values.
 #pragma once
 #include "cuda/attention/hopper.cuh"
 
@@ -8,25 +10,44 @@ namespace {
 
 template <int kDim, Extras kExtras>
 struct HopperForward {
-  static constexpr bool kMasked = kExtras == Extras::mask;
-  static constexpr int kGroups = kMasked && kDim <= 64 ? 1 : 2, kThreads = kGroups * kGroupThreads;
-  static constexpr int kRows = kGroups * kGroupRows;
-  // Keys of a block: sums, scores and weights take 160 registers with 128 columns and 128 keys. With
-  // 64 of each they take 80, and two blocks share a multiprocessor: one's softmax fills the other's
-  // products and waits.
-  static constexpr int kKeys = kDim == 128 && !kMasked ? 128 : 64;
-  static constexpr int kBlocks = kDim > 64 ? 1 : kMasked ? 3 : 2;
-  static constexpr size_t kShared = size_t{2} * kDim * (kRows + 4 * kKeys);
+  static constexpr int kGroups = 2, kRows = kGroups * kGroupRows;
+  static constexpr int kThreads = (1 + kGroups) * kGroupThreads;
+  // Registers of a thread that loads and of one that owns rows: 504 of one and two of them.
+  static constexpr int kLoads = kDim <= 128 ? 72 : 56, kOwns = kDim <= 128 ? 216 : 224;
+  // Keys of a block. Sums, scores and weights take 160 registers with 128 columns and 128 keys, 176
+  // with 256 and 64; a mask takes some more.
+  static constexpr int kKeys = kDim <= 128 && kExtras == Extras::none ? 128 : 64;
+  static constexpr int kStages = 2;
+  static constexpr size_t kShared = size_t{2} * kDim * (kRows + 2 * kStages * kKeys);
+};
+
+// What the warpgroups tell each other.
+template <int kGroups, int kStages>
+struct HopperSignals {
+  struct Side {  // keys, or values
+    Signal here[kStages], free[kStages];
+  };
+  Side keys, values;
+  Signal turn[kGroups];
+
+  __device__ __forceinline__ void init() {
+    for (int i = 0; i < kStages; ++i)
+      for (Side* side : {&keys, &values})
+        side->here[i].init(kGroupThreads), side->free[i].init(kGroups * kGroupThreads / 32);
+    for (int i = 0; i < kGroups; ++i) turn[i].init(kGroupThreads / 32);
+  }
 };
 
 template <class T, int kDim, Extras kExtras>
-__global__ void __launch_bounds__(HopperForward<kDim, kExtras>::kThreads, HopperForward<kDim, kExtras>::kBlocks)
+__global__ void __launch_bounds__(HopperForward<kDim, kExtras>::kThreads, 1)
     hopper_forward(const __grid_constant__ ForwardPlan plan) {
   if constexpr (kWarpgroups) {
     using H = HopperForward<kDim, kExtras>;
-    constexpr int kRows = H::kRows, kKeys = H::kKeys, kN = kKeys / 8;
+    constexpr int kRows = H::kRows, kKeys = H::kKeys, kN = kKeys / 8, kStages = H::kStages;
+    using Signals = HopperSignals<H::kGroups, kStages>;
     GENFAST_DYNAMIC_SHARED(memory);
     GENFAST_SHARED(Query[kRows], queries);
+    GENFAST_SHARED(Signals, signals);
     const AttentionParams& p = plan.p;
     const Rows16<kDim, kRows> q{reinterpret_cast<uint16_t*>(memory)};
     const auto stage_of = [&](int stage, int values) {
@@ -38,88 +59,110 @@ __global__ void __launch_bounds__(HopperForward<kDim, kExtras>::kThreads, Hopper
     if (first >= s.Sq * group_of(p)) return;
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
     if (thread < kRows) queries[thread] = query_of(p, s, task.kv_head, first + thread);
+    if (thread == kRows) signals.init();
     __syncthreads();
     const Seen seen = seen_by<kRows>(queries);
     const Span span(plan.walk, task, seen, kKeys);
     const int blocks = span.begin < span.end ? (span.end - span.begin + kKeys - 1) / kKeys : 0;
 
-    const auto row_of = [&](const AttentionRows& rows, int bytes, int r) -> char* {
-      const Query at = queries[r];
-      return at.position < 0 ? nullptr : row_at(rows, bytes, s.b, at.head, s.q_row + at.position);
-    };
-    using Loader = KeyLoader<kDim, kKeys, H::kThreads, true>;
-    const Loader keys(p, p.k, s, task.kv_head, p.D, true, true, thread);
-    const Loader values(p, p.v, s, task.kv_head, p.Dv, true, true, thread);
-    q.template fill<kRows, H::kThreads>(static_cast<int>(p.D), true, thread,
-                                        [&](int r) -> const char* { return row_of(p.q, 2, r); });
-    if (blocks > 0) keys(stage_of(0, 0), span.begin);
-    copy_commit();
-    const auto arrived = [&] {  // of all threads; nobody reads what the next copies overwrite
+    if (thread < kGroupThreads) {
+      give_registers<H::kLoads>();
+      using Loader = KeyLoader<kDim, kKeys, kGroupThreads, true>;
+      const Loader keys(p, p.k, s, task.kv_head, p.D, true, true, thread);
+      const Loader values(p, p.v, s, task.kv_head, p.Dv, true, true, thread);
+#pragma unroll 1
+      for (int n = 0; n < blocks; ++n) {
+        const int stage = n % kStages, parity = n / kStages & 1, block = span.begin + n * kKeys;
+        signals.keys.free[stage].wait(parity ^ 1);
+        keys(stage_of(stage, 0), block);
+        signals.keys.here[stage].arrive_after_copies();
+        signals.values.free[stage].wait(parity ^ 1);
+        values(stage_of(stage, 1), block);
+        signals.values.here[stage].arrive_after_copies();
+      }
+      copy_commit();
+      copy_wait<0>();
+    } else {
+      take_registers<H::kOwns>();
+      const int owner = thread - kGroupThreads, group = owner / kGroupThreads;
+      const int own = group * kGroupRows, row = owner / 32 * 16;
+      const auto row_of = [&](const AttentionRows& rows, int bytes, int r) -> char* {
+        const Query at = queries[r];
+        return at.position < 0 ? nullptr : row_at(rows, bytes, s.b, at.head, s.q_row + at.position);
+      };
+      q.template fill<kRows, H::kGroups * kGroupThreads>(
+          static_cast<int>(p.D), true, owner,
+          [&](int r) -> const char* { return row_of(p.q, 2, r); });
+      copy_commit();
       copy_wait<0>();
       share();
-      __syncthreads();
-    };
+      barrier_sync(1, H::kGroups * kGroupThreads);
 
-    const int group = thread / kGroupThreads * kGroupRows, row = thread / 32 * 16;
-    const float unit = kExtras == Extras::none ? p.scale * kLog2e : 1.0f;
-    const MaskRows mask(p, s, queries + row);
-    float o[kDim / 8][4] = {}, w[kN][4], m[2] = {-infinite(), -infinite()}, l[2] = {}, down[2];
-    uint32_t weights[kN / 2][4];
-    const auto soften_block = [&](int block) {
-      const bool full = seen.every_lo <= block && seen.every_hi >= block + kKeys;
-      mask_scores<kExtras>(p, s, queries + row, mask, block, full, w);
-      soften(unit, w, m, l, down);
-    };
-    // Before block n's scores: asks for the keys of the block after it and the values of its own.
-    const auto load = [&](int n) {
-      if (n + 1 < blocks) keys(stage_of((n + 1) & 1, 0), span.begin + (n + 1) * kKeys);
-      if (n < blocks) values(stage_of(n & 1, 1), span.begin + n * kKeys);
-      copy_commit();
-    };
-    arrived();
-    if (blocks > 0) {
-      load(0);
-      warpgroup_begin();
-      group_rows<T>(q, group, stage_of(0, 0), 0, w);
-      warpgroup_commit();
-      warpgroup_wait<0>();
-      hold(w);
-      soften_block(span.begin);
-      pack_rows<T>(w, weights);
-#pragma unroll 1
-      for (int n = 1; n < blocks; ++n) {
-        arrived();
-        load(n);
+      const float unit = kExtras == Extras::none ? p.scale * kLog2e : 1.0f;
+      const MaskRows mask(p, s, queries + row);
+      float o[kDim / 8][4] = {}, w[kN][4], m[2] = {-infinite(), -infinite()}, l[2] = {}, down[2];
+      uint32_t weights[kN / 2][4];
+      const auto soften_block = [&](int block) {
+        const bool full = seen.every_lo <= block && seen.every_hi >= block + kKeys;
+        mask_scores<kExtras>(p, s, queries + row, mask, block, full, w);
+        soften(unit, w, m, l, down);
+      };
+      const auto signal = [&](Signal& to) {  // by each warp
+        if (lane == 0) to.arrive();
+      };
+      // The products of block n's scores and of block n - 1's sums, when it is this warpgroup's turn.
+      const auto multiply = [&](int n, bool scores, bool sums) {
+        const int stage = n % kStages, last = (n + kStages - 1) % kStages;
+        if (scores) signals.keys.here[stage].wait(n / kStages & 1);
+        if (sums) signals.values.here[last].wait((n - 1) / kStages & 1);
+        signals.turn[group].wait((n & 1) ^ (group == 0));
         warpgroup_begin();
-        group_rows<T>(q, group, stage_of(n & 1, 0), 0, w);
-        warpgroup_commit();
-        group_add<T, kDim>(weights, stage_of((n + 1) & 1, 1), 0, o);
-        warpgroup_commit();
-        warpgroup_wait<1>();
+        if (scores) {
+          group_rows<T>(q, own, stage_of(stage, 0), 0, w);
+          warpgroup_commit();
+        }
+        if (sums) {
+          group_add<T, kDim>(weights, stage_of(last, 1), 0, o);
+          warpgroup_commit();
+        }
+        signal(signals.turn[group + 1 == H::kGroups ? 0 : group + 1]);
+      };
+      if (blocks > 0) {
+        multiply(0, true, false);
+        warpgroup_wait<0>();
         hold(w);
-        soften_block(span.begin + n * kKeys);
+        signal(signals.keys.free[0]);
+        soften_block(span.begin);
+        pack_rows<T>(w, weights);
+#pragma unroll 1
+        for (int n = 1; n < blocks; ++n) {
+          multiply(n, true, true);
+          warpgroup_wait<1>();
+          hold(w);
+          signal(signals.keys.free[n % kStages]);
+          soften_block(span.begin + n * kKeys);
+          warpgroup_wait<0>();
+          hold(o);
+          signal(signals.values.free[(n - 1) % kStages]);
+          scale_rows(down, o);
+          pack_rows<T>(w, weights);
+        }
+        multiply(blocks, false, true);
         warpgroup_wait<0>();
         hold(o);
-        scale_rows(down, o);
-        pack_rows<T>(w, weights);
       }
-      arrived();
-      warpgroup_begin();
-      group_add<T, kDim>(weights, stage_of((blocks + 1) & 1, 1), 0, o);
-      warpgroup_commit();
-      warpgroup_wait<0>();
-      hold(o);
-    }
-    float factor[2];
+      float factor[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      l[half] += shuffle_xor(l[half], 1);
-      l[half] += shuffle_xor(l[half], 2);
-      factor[half] = finish_row(p, s, queries[row + lane / 4 + 8 * half], m[half] * unit, l[half]);
+      for (int half = 0; half < 2; ++half) {
+        l[half] += shuffle_xor(l[half], 1);
+        l[half] += shuffle_xor(l[half], 2);
+        factor[half] =
+            finish_row(p, s, queries[row + lane / 4 + 8 * half], m[half] * unit, l[half]);
+      }
+      store_rows<T, kDim>(
+          o, factor, q, row, static_cast<int>(p.Dv), p.out_dtype, plan.whole_out,
+          [&](int r) -> char* { return row_of(p.out, bytes_of(p.out_dtype), row + r); });
     }
-    store_rows<T, kDim>(
-        o, factor, q, row, static_cast<int>(p.Dv), p.out_dtype, plan.whole_out,
-        [&](int r) -> char* { return row_of(p.out, bytes_of(p.out_dtype), row + r); });
   }
 }
 
@@ -131,19 +174,18 @@ const char* launch_hopper_forward(const AttentionParams& p) {
                 dim3(H::kThreads), H::kShared, on(p.place), plan);
 }
 
-template <class T, Extras kExtras>
-const char* launch_hopper_forward(const AttentionParams& p) {
-  const int64_t dim = p.D > p.Dv ? p.D : p.Dv;
-  if (dim <= 64) return launch_hopper_forward<T, 64, kExtras>(p);
-  return dim <= 128 ? launch_hopper_forward<T, 128, kExtras>(p)
-                    : launch_hopper_forward<T, 256, kExtras>(p);
-}
-
-// D and Dv at most 256; no extras, or a mask.
+// D and Dv at most 256 without extras, at most 128 with a mask.
 template <class T>
 const char* launch_hopper_forward(const AttentionParams& p) {
-  return extras_of(p) == Extras::none ? launch_hopper_forward<T, Extras::none>(p)
-                                      : launch_hopper_forward<T, Extras::mask>(p);
+  const bool masked = extras_of(p) == Extras::mask;
+  const int64_t dim = p.D > p.Dv ? p.D : p.Dv;
+  if (dim <= 64)
+    return masked ? launch_hopper_forward<T, 64, Extras::mask>(p)
+                  : launch_hopper_forward<T, 64, Extras::none>(p);
+  if (dim <= 128)
+    return masked ? launch_hopper_forward<T, 128, Extras::mask>(p)
+                  : launch_hopper_forward<T, 128, Extras::none>(p);
+  return launch_hopper_forward<T, 256, Extras::none>(p);
 }
 
 }  // namespace

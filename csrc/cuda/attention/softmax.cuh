@@ -119,21 +119,21 @@ __device__ __forceinline__ void mask_scores(const AttentionParams& p, const Sequ
     else
       apply_mask<uint16_t>(mask, mine, first, full, w,
                            [&](float x, uint16_t h) { return added(x, f32_of_bf16(h)); });
-    return;
-  }
+  } else {
 #pragma unroll
-  for (int n = 0; n < kN; ++n)
+    for (int n = 0; n < kN; ++n)
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const Query& at = mine[e / 2];
-      const int j = block + 8 * n + 2 * t + e % 2;
-      if (j < at.lo || j >= at.hi) {
-        w[n][e] = -infinite();
-      } else if (kExtras == Extras::all) {
-        float slope;
-        w[n][e] = with_options(p, s, at, j, w[n][e] * to_log2, slope);
+      for (int e = 0; e < 4; ++e) {
+        const Query& at = mine[e / 2];
+        const int j = block + 8 * n + 2 * t + e % 2;
+        if (j < at.lo || j >= at.hi) {
+          w[n][e] = -infinite();
+        } else if (kExtras == Extras::all) {
+          float slope;
+          w[n][e] = with_options(p, s, at, j, w[n][e] * to_log2, slope);
+        }
       }
-    }
+  }
 }
 
 template <int kN>
