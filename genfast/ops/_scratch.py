@@ -59,23 +59,25 @@ def _denoising_loss(output, *rest):
     return None if rest[13] is None else _sums(output)  # per_sample
 
 
-def _split_keys(q, B, Hq, Sq, Hkv, Sk, Dv):
+def _split_keys(q, v, B, Hq, Sq, Hkv, Sk):
     n = splits(B * Hkv, Sq * (Hq // max(Hkv, 1)), Sk)
-    return q.new_empty(n * B * Hq * Sq * (Dv + 2), dtype=torch.float32) if n > 1 else None
+    return q.new_empty(n * B * Hq * Sq * (v.shape[-1] + 2), dtype=torch.float32) if n > 1 else None
 
 
 def _attention_forward(q, k, v, out, lse, mask, cu_q, cu_k, max_q, max_k, *rest):
     if cu_q is None:
-        return _split_keys(q, *q.shape[:3], *k.shape[1:3], v.shape[-1])
+        (B, Hq, Sq, _), (_, Hkv, Sk, _) = q.shape, k.shape
+        return _split_keys(q, v, B, Hq, Sq, Hkv, Sk)
     out.zero_()
     if lse is not None:
         lse.fill_(-math.inf)
-    return _split_keys(q, cu_q.numel() - 1, q.shape[1], max_q, k.shape[1], max_k, v.shape[-1])
+    return _split_keys(q, v, cu_q.numel() - 1, q.shape[1], max_q, k.shape[1], max_k)
 
 
 def _attention_cached(q, k_cache, v_cache, out, lse, lengths, added, leftpad, batch_idx, table, *_):
-    capacity = k_cache.shape[2] * (1 if table is None else table.shape[1])
-    return _split_keys(q, *q.shape[:3], k_cache.shape[1], capacity, v_cache.shape[-1])
+    (B, Hq, Sq, _), (_, Hkv, capacity, _) = q.shape, k_cache.shape
+    pages = 1 if table is None else table.shape[1]
+    return _split_keys(q, v_cache, B, Hq, Sq, Hkv, capacity * pages)
 
 
 @functools.cache

@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kMmaThreads, kDim <= 128 ? 3 : 2)
   copy_wait<2 * kStages>();
   __syncthreads();  // the queries are here
 
-  const float unit = kExtras == Extras::none ? p.scale * kLog2e : 1.0f;
+  const float unit = unit_of<kExtras>(p);
   const MaskRows mask(p, s, queries);
   float o[1][kDim / 8][4] = {}, m[2] = {-infinite(), -infinite()}, l[2] = {};
   int stage = 0;

@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kMmaThreads, kDim <= 128 ? 2 : 1)
   const int row = thread / 32 * 16 * kTiles, g = lane / 4, t = lane % 4;
   // Few queries: the warps without one only load.
   const bool busy = row < (rows - first < kRows ? static_cast<int>(rows - first) : kRows);
-  const float unit = kExtras == Extras::none ? p.scale * kLog2e : 1.0f;
+  const float unit = unit_of<kExtras>(p);
   const MaskRows mask(p, s, queries + row);  // of one tile: with extras there is one
   float o[kTiles][kDim / 8][4] = {}, m[kTiles][2], l[kTiles][2] = {};
 #pragma unroll

@@ -45,6 +45,26 @@ __device__ __forceinline__ void group_add(const uint32_t (&w)[kSteps][4], const 
       product<T::kBf16, true, kN>(c + n, w[k], right + (n / 8 * kB + row + 16 * k) * 128, true);
 }
 
+// The end of a forward: sums to rows of the output (row_of), through the warp's own rows of `stage`.
+template <class T, int kDim, class Stage, class RowOf>
+__device__ __forceinline__ void finish_rows(const ForwardPlan& plan, const Sequence& s,
+                                            const Query* queries, int row, const Stage& stage,
+                                            float unit, const float (&m)[2], float (&l)[2],
+                                            const float (&o)[kDim / 8][4], RowOf&& row_of) {
+  const AttentionParams& p = plan.p;
+  const int g = static_cast<int>(threadIdx.x % 32 / 4);
+  float factor[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    l[half] += shuffle_xor(l[half], 1);
+    l[half] += shuffle_xor(l[half], 2);
+    factor[half] = finish_row(p, s, queries[row + g + 8 * half], m[half] * unit, l[half]);
+  }
+  store_rows<T, kDim>(
+      o, factor, stage, row, static_cast<int>(p.Dv), p.out_dtype, plan.whole_out,
+      [&](int r) -> char* { return row_of(p.out, bytes_of(p.out_dtype), row + r); });
+}
+
 // Fragments of a left operand from a product's sums.
 template <class T, int kN>
 __device__ __forceinline__ void pack_rows(const float (&c)[kN][4], uint32_t (&w)[kN / 2][4]) {

@@ -3,7 +3,7 @@
 // the softmax of a block of keys, the products of another run, its scores of the next block and the
 // last block's weights with its values.
 #pragma once
-#include "cuda/attention/hopper.cuh"
+#include "cuda/attention/hopper_short.cuh"
 
 namespace genfast::cuda {
 namespace {
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(HopperForward<kDim, kExtras>::kThreads, 1)
       share();
       barrier_sync(1, H::kGroups * kGroupThreads);
 
-      const float unit = kExtras == Extras::none ? p.scale * kLog2e : 1.0f;
+      const float unit = unit_of<kExtras>(p);
       const MaskRows mask(p, s, queries + row);
       float o[kDim / 8][4] = {}, w[kN][4], m[2] = {-infinite(), -infinite()}, l[2] = {}, down[2];
       uint32_t weights[kN / 2][4];
@@ -151,17 +151,7 @@ __global__ void __launch_bounds__(HopperForward<kDim, kExtras>::kThreads, 1)
         warpgroup_wait<0>();
         hold(o);
       }
-      float factor[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        l[half] += shuffle_xor(l[half], 1);
-        l[half] += shuffle_xor(l[half], 2);
-        factor[half] =
-            finish_row(p, s, queries[row + lane / 4 + 8 * half], m[half] * unit, l[half]);
-      }
-      store_rows<T, kDim>(
-          o, factor, q, row, static_cast<int>(p.Dv), p.out_dtype, plan.whole_out,
-          [&](int r) -> char* { return row_of(p.out, bytes_of(p.out_dtype), row + r); });
+      finish_rows<T, kDim>(plan, s, queries, row, q, unit, m, l, o, row_of);
     }
   }
 }
@@ -179,9 +169,10 @@ template <class T>
 const char* launch_hopper_forward(const AttentionParams& p) {
   const bool masked = extras_of(p) == Extras::mask;
   const int64_t dim = p.D > p.Dv ? p.D : p.Dv;
+  if (dim <= 64 && masked) return launch_hopper_short<T, Extras::mask>(p);
   if (dim <= 64)
-    return masked ? launch_hopper_forward<T, 64, Extras::mask>(p)
-                  : launch_hopper_forward<T, 64, Extras::none>(p);
+    return p.Sk < 1024 ? launch_hopper_short<T, Extras::none>(p)
+                       : launch_hopper_forward<T, 64, Extras::none>(p);
   if (dim <= 128)
     return masked ? launch_hopper_forward<T, 128, Extras::mask>(p)
                   : launch_hopper_forward<T, 128, Extras::none>(p);

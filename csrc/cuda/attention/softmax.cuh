@@ -1,6 +1,8 @@
 // What the forward kernels on tensor cores do between their two products: the scores of a block
 // masked, and the online softmax over them.
 #pragma once
+#include <type_traits>
+
 #include "cuda/attention/mma.cuh"
 
 namespace genfast::cuda {
@@ -43,7 +45,7 @@ struct Span {
 struct MaskRows {
   const char* row[2];  // of queries g and g + 8
   int step;            // bytes from key to key
-  bool pairs;
+  bool pairs, same;    // same: one row serves both, as of a mask of keys
 
   __device__ __forceinline__ MaskRows(const AttentionParams& p, const Sequence& s,
                                       const Query* queries) {
@@ -59,41 +61,59 @@ struct MaskRows {
     step = static_cast<int>(m.j_stride) * bytes;
     pairs = m.j_stride == 1 && ((m.b_stride | m.h_stride | m.i_stride) & 1) == 0 &&
             reinterpret_cast<uintptr_t>(m.data) % (2 * bytes) == 0;
+    same = m.h_stride == 0 && m.i_stride == 0;
   }
 };
 
-// Scores under a mask whose values are of type E, in units of log2: apply(score, value).
-template <class E, int kN, class Apply>
+// Two values of a mask.
+template <class E>
+struct alignas(2 * sizeof(E)) Two {
+  E value[2];
+};
+
+// Scores under a mask whose values are of type E: apply(score, value). kWhole: every query sees
+// every key, and pairs of values lie side by side.
+template <class E, bool kWhole, int kN, class Apply>
 __device__ __forceinline__ void apply_mask(const MaskRows& mask, const Query (&mine)[2], int first,
-                                           bool full, float (&w)[kN][4], Apply&& apply) {
-  struct alignas(2 * sizeof(E)) Two {
-    E value[2];
-  };
+                                           float (&w)[kN][4], Apply&& apply) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half)
+  for (int n = 0; n < kN; ++n) {
+    const int j = first + 8 * n;
+    Two<E> two[2]{};
 #pragma unroll
-    for (int n = 0; n < kN; ++n) {
-      const int j = first + 8 * n;
-      const char* from = mask.row[half] + static_cast<int64_t>(j) * mask.step;
-      const bool sees[2] = {full || (j >= mine[half].lo && j < mine[half].hi),
-                            full || (j + 1 >= mine[half].lo && j + 1 < mine[half].hi)};
-      Two two{};
-      if (mask.pairs && sees[0] && sees[1]) {
-        two = *reinterpret_cast<const Two*>(from);
+    for (int half = 0; half < 2; ++half) {
+      const auto* from = reinterpret_cast<const E*>(mask.row[half] + int64_t{j} * mask.step);
+      const auto sees = [&](int at) { return at >= mine[half].lo && at < mine[half].hi; };
+      if (kWhole) {
+        if (half == 0 || !mask.same)
+          two[half] = *reinterpret_cast<const Two<E>*>(from);
+        else
+          two[1] = two[0];
       } else {
-        if (sees[0]) two.value[0] = *reinterpret_cast<const E*>(from);
-        if (sees[1]) two.value[1] = *reinterpret_cast<const E*>(from + mask.step);
+        if (sees(j)) two[half].value[0] = *from;
+        if (sees(j + 1))
+          two[half].value[1] = *reinterpret_cast<const E*>(
+              reinterpret_cast<const char*>(from) + mask.step);
       }
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float& x = w[n][2 * half + e];
-        x = sees[e] ? apply(x, two.value[e]) : -infinite();
+        x = kWhole || sees(j + e) ? apply(x, two[half].value[e]) : -infinite();
       }
     }
+  }
+}
+
+// What scores are to be multiplied by to be in units of log2, behind mask_scores.
+template <Extras kExtras>
+__device__ __forceinline__ float unit_of(const AttentionParams& p) {
+  const bool plain = kExtras == Extras::none ||
+                     (kExtras == Extras::mask && p.mask.kind == MaskKind::boolean);
+  return plain ? p.scale * kLog2e : 1.0f;
 }
 
 // Scores of rows g and g + 8 of `queries` and keys from `block` on: -inf where a query does not see
-// a key. With extras they leave in units of log2, without them as they came. `full`: all is seen.
+// a key; in units of unit_of. `full`: all is seen.
 template <Extras kExtras, int kN>
 __device__ __forceinline__ void mask_scores(const AttentionParams& p, const Sequence& s,
                                             const Query* queries, const MaskRows& mask, int block,
@@ -107,18 +127,27 @@ __device__ __forceinline__ void mask_scores(const AttentionParams& p, const Sequ
     const auto added = [&](float x, float value) {
       return fused_multiply_add(x, to_log2, value * kLog2e);
     };
-    if (p.mask.kind == MaskKind::boolean)
-      apply_mask<uint8_t>(mask, mine, first, full, w, [&](float x, uint8_t seen) {
-        return seen != 0 ? x * to_log2 : -infinite();
-      });
-    else if (p.mask.dtype == Dtype::f32)
-      apply_mask<float>(mask, mine, first, full, w, added);
-    else if (p.mask.dtype == Dtype::f16)
-      apply_mask<uint16_t>(mask, mine, first, full, w,
-                           [&](float x, uint16_t h) { return added(x, f32_of_f16(h)); });
+    const auto apply = [&](auto whole) {
+      constexpr bool kWhole = decltype(whole)::value;
+      if (p.mask.kind == MaskKind::boolean)
+        apply_mask<uint8_t, kWhole>(mask, mine, first, w, [&](float x, uint8_t seen) {
+          return seen != 0 ? x : -infinite();
+        });
+      else if (p.mask.dtype == Dtype::f32)
+        apply_mask<float, kWhole>(mask, mine, first, w, added);
+      else if (p.mask.dtype == Dtype::f16)
+        apply_mask<uint16_t, kWhole>(mask, mine, first, w, [&](float x, uint16_t h) {
+          return added(x, f32_of_f16(h));
+        });
+      else
+        apply_mask<uint16_t, kWhole>(mask, mine, first, w, [&](float x, uint16_t h) {
+          return added(x, f32_of_bf16(h));
+        });
+    };
+    if (full && mask.pairs)
+      apply(std::true_type());
     else
-      apply_mask<uint16_t>(mask, mine, first, full, w,
-                           [&](float x, uint16_t h) { return added(x, f32_of_bf16(h)); });
+      apply(std::false_type());
   } else {
 #pragma unroll
     for (int n = 0; n < kN; ++n)
