@@ -32,8 +32,8 @@ class Row(NamedTuple):
     GPU. dtype: torch's name. feature: a kind of call; of attention "decode" (one query), "forward"
     and "training" (a gradient is wanted), "wide training" (the same with heads wider than
     WIDE_HEAD; rows of "training" fit it too), all without options that PyTorch's fused kernel
-    lacks; else a native entry point. below: sizes under it (B Hq Sq Sk D of attention's calls and
-    backward, elements of the first tensor otherwise). ANY fits all.
+    lacks; else a native entry point. below: sizes under it (elements of k of "decode", B Hq Sq Sk D
+    of attention's other calls and backward, elements of the first tensor otherwise). ANY fits all.
     """
 
     family: str

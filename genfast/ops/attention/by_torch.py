@@ -22,7 +22,9 @@ from genfast.ops._choice import ATTENTION_BY_TORCH, ATTENTION_CALLS, WIDE_HEAD
 from genfast.ops._force import get_backend
 from genfast.ops._road import wants_graph
 
-_TRAINING, _WIDE_TRAINING = map(ATTENTION_CALLS.index, ("training", "wide training"))
+_DECODE, _TRAINING, _WIDE_TRAINING = map(
+    ATTENTION_CALLS.index, ("decode", "training", "wide training")
+)
 _MASKS = (torch.bool, torch.float32)
 _NODE = "ScaledDotProduct"  # what the names of PyTorch's fused nodes begin with
 
@@ -33,6 +35,8 @@ def chosen(call: int, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -
     sizes = ATTENTION_BY_TORCH[q.is_cpu].get(q.dtype)
     if sizes is None or get_backend() != "auto":
         return False
+    if call == _DECODE:
+        return k.numel() in sizes[_DECODE] and _takes(q, mask, causal)
     if call == _TRAINING and q.shape[-1] > WIDE_HEAD:
         call = _WIDE_TRAINING
     return q.numel() * k.shape[2] in sizes[call] and _takes(q, mask, causal)
