@@ -77,8 +77,8 @@ def test_what_goes_to_pytorch_on_a_gpu():
         ("float32", "forward"): range(2**22, ALL_SIZES),
         ("float32", "training"): range(1, ALL_SIZES),
         ("float32", "wide training"): range(1, ALL_SIZES),
-        ("bfloat16", "decode"): range(2**23, ALL_SIZES),
-        ("bfloat16", "forward"): range(2**29 + 1, ALL_SIZES),
+        ("bfloat16", "decode"): range(2**24 + 1, ALL_SIZES),
+        ("bfloat16", "forward"): range(2**30 + 1, ALL_SIZES),
         ("bfloat16", "training"): range(1, ALL_SIZES),
         ("bfloat16", "wide training"): range(1, ALL_SIZES),
     }
@@ -221,7 +221,7 @@ def test_a_gpu_has_rows_and_a_table_of_its_own(tmp_path, monkeypatch, gpu):
     assert _choice.table(gpu=True) == (of_cpu, *_choice.ROWS)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (9, 0))
     calibrate.save(rows, calibrate.place(), "cuda")  # rows of sm_89
-    assert _choice._Sizes()[False][torch.float16][1] == range(2**29 + 1, ALL_SIZES)
+    assert _choice._Sizes()[False][torch.float16][1] == range(2**30 + 1, ALL_SIZES)
 
 
 def test_a_gpu_is_asked_for_at_its_first_call(monkeypatch):

@@ -160,8 +160,7 @@ template <class T, Extras kExtras>
 const char* launch_mma_decode(const AttentionParams& p) {
   const int64_t dim = p.D > p.Dv ? p.D : p.Dv;
   if (dim <= 64) return launch_mma_decode<T, 64, kExtras>(p);
-  return dim <= 128 ? launch_mma_decode<T, 128, kExtras>(p)
-                    : launch_mma_decode<T, 256, kExtras>(p);
+  return dim <= 128 ? launch_mma_decode<T, 128, kExtras>(p) : launch_mma_decode<T, 256, kExtras>(p);
 }
 
 // D and Dv at most 256; any number of rows, but made for at most 16.

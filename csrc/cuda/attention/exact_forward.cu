@@ -100,22 +100,22 @@ __global__ void __launch_bounds__(kExactThreads, 1)
   }
 }
 
-// `warps` (a power of two up to kMergeWarps) share a query row, each with every warps-th split, so
-// that the reads of a row are under way together: one warp that took 32 splits in turn was half of
-// a decode step on an H200. The warps' sums are added in their order. kColumns: 32 Dv at most.
+// 2^shift warps, up to kMergeWarps, share a query row, each with every so many-th split, so that
+// the reads of a row are under way together: one warp that took 32 splits in turn was half of a
+// decode step on an H200. The warps' sums are added in their order. kColumns: 32 Dv at most.
 constexpr int kMergeWarps = 8;
 
 template <int kColumns>
 __global__ void __launch_bounds__(32 * kMergeWarps)
-    merge_splits(const __grid_constant__ ExactPlan plan, int warps) {
+    merge_splits(const __grid_constant__ ExactPlan plan, int shift) {
   constexpr int kPitch = 32 * kColumns + 1;  // sums of a warp, then its part of the denominator
   GENFAST_SHARED(float[kMergeWarps * kPitch], sums);
   const AttentionParams& p = plan.p;
   const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
-  const int share = warp % warps, Dv = static_cast<int>(p.Dv);
+  const int warps = 1 << shift, share = warp & (warps - 1), Dv = static_cast<int>(p.Dv);
   const int splits = static_cast<int>(plan.walk.splits);
   const auto length = static_cast<uint32_t>(p.Sq), heads = static_cast<uint32_t>(p.Hq);
-  const uint32_t row = blockIdx.x * static_cast<uint32_t>(kMergeWarps / warps) + warp / warps;
+  const uint32_t row = blockIdx.x * static_cast<uint32_t>(kMergeWarps >> shift) + (warp >> shift);
   const int64_t i = row % length, head = row / length % heads, b = row / length / heads;
   const Sequence s = device_sequence(p, b < p.B ? b : 0);
   const bool exists = b < p.B && i < s.Sq;
@@ -125,9 +125,10 @@ __global__ void __launch_bounds__(32 * kMergeWarps)
   top = reduce_warp(top, Larger());
   const float base = top == -infinite() ? 0.0f : top;
   float own[kColumns] = {}, total = 0.0f;
+  const int steps = exists ? (splits - share + warps - 1) >> shift : 0;
 #pragma unroll 4
-  for (int k = share; k < splits && exists; k += warps) {
-    const float* from = part(k);
+  for (int step = 0; step < steps; ++step) {
+    const float* from = part(share + (step << shift));
     const float factor = exp2f(from[Dv] - base);
     total += from[Dv + 1] * factor;
 #pragma unroll
@@ -140,7 +141,7 @@ __global__ void __launch_bounds__(32 * kMergeWarps)
   if (lane == 0) to[kPitch - 1] = total;
   __syncthreads();
   if (!exists) return;
-  const float* all = sums + warp / warps * warps * kPitch;
+  const float* all = sums + (warp >> shift << shift) * kPitch;
   const auto sum_of = [&](int column) {
     float sum = all[column];
     for (int w = 1; w < warps; ++w) sum += all[w * kPitch + column];
@@ -169,11 +170,11 @@ const char* exact_forward_any(const AttentionParams& p) {
 
 const char* attention_merge(const AttentionParams& p) {
   const ExactPlan plan{p, Walk(p, 1, 1)};
-  int warps = 1;
-  while (warps < kMergeWarps && 2 * warps <= plan.walk.splits) warps *= 2;
+  int shift = 0;
+  while (1 << shift < kMergeWarps && 2 << shift <= plan.walk.splits) ++shift;
   return launch(p.Dv <= 128 ? merge_splits<4> : merge_splits<16>,
-                blocks_for(p.B * p.Hq * p.Sq, kMergeWarps / warps), dim3(32 * kMergeWarps), 0,
-                on(p.place), plan, warps);
+                blocks_for(p.B * p.Hq * p.Sq, kMergeWarps >> shift), dim3(32 * kMergeWarps), 0,
+                on(p.place), plan, shift);
 }
 
 }  // namespace genfast::cuda

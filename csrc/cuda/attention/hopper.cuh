@@ -45,7 +45,8 @@ __device__ __forceinline__ void group_add(const uint32_t (&w)[kSteps][4], const 
       product<T::kBf16, true, kN>(c + n, w[k], right + (n / 8 * kB + row + 16 * k) * 128, true);
 }
 
-// The end of a forward: sums to rows of the output (row_of), through the warp's own rows of `stage`.
+// The end of a forward: sums to rows of the output (row_of), through the warp's own rows of
+// `stage`.
 template <class T, int kDim, class Stage, class RowOf>
 __device__ __forceinline__ void finish_rows(const ForwardPlan& plan, const Sequence& s,
                                             const Query* queries, int row, const Stage& stage,

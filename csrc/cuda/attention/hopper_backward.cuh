@@ -226,8 +226,9 @@ const char* launch_hopper_backward(const GradientPlan& plan) {
   const char* error =
       clear_memory(plan.sums.data, sizeof(float) * QuerySums::room(p, kDim), on(p.place));
   if (error == nullptr && p.Sk > 0)
-    error = launch(hopper_backward<T, kDim, kKeyMask>, dim3(static_cast<unsigned>(p.B * p.Hkv * tiles)),
-                   dim3(H::kThreads), H::kShared, on(p.place), plan);
+    error =
+        launch(hopper_backward<T, kDim, kKeyMask>, dim3(static_cast<unsigned>(p.B * p.Hkv * tiles)),
+               dim3(H::kThreads), H::kShared, on(p.place), plan);
   if (error != nullptr || p.Sq == 0) return error;
   return launch(hopper_dq<T>, dim3(static_cast<unsigned>(p.B * p.Hkv * parts)), dim3(kGroupThreads),
                 0, on(p.place), plan, kDim);

@@ -110,7 +110,8 @@ __global__ void __launch_bounds__(HopperForward<kDim, kExtras>::kThreads, 1)
       const auto signal = [&](Signal& to) {  // by each warp
         if (lane == 0) to.arrive();
       };
-      // The products of block n's scores and of block n - 1's sums, when it is this warpgroup's turn.
+      // The products of block n's scores and of block n - 1's sums, when it is this warpgroup's
+      // turn.
       const auto multiply = [&](int n, bool scores, bool sums) {
         const int stage = n % kStages, last = (n + kStages - 1) % kStages;
         if (scores) signals.keys.here[stage].wait(n / kStages & 1);

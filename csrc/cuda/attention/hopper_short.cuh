@@ -1,7 +1,7 @@
-// Forward on warpgroups for up to 64 columns where blocks of threads are many and their rows of keys
-// short, or masked: two or three blocks share a multiprocessor, and one's products run while another
-// loads, makes its softmax or stores. On an H200 8 x 12 heads of 256 take 11.3 us and 14.9 by
-// hopper_forward, which is ahead from 1,024 keys on.
+// Forward on warpgroups for up to 64 columns where blocks of threads are many and their rows of
+// keys short, or masked: two or three blocks share a multiprocessor, and one's products run while
+// another loads, makes its softmax or stores. On an H200 8 x 12 heads of 256 take 11.3 us and 14.9
+// by hopper_forward, which is ahead from 1,024 keys on.
 #pragma once
 #include "cuda/attention/hopper.cuh"
 

@@ -132,7 +132,8 @@ __device__ __forceinline__ float mask_value(const AttentionParams& p, const Sequ
 }
 
 // What a forward kernel has code for beside lengths, windows and sinks: nothing, a mask, or every
-// option and any rows. What costs registers or instructions in the inner loop is not in all of them.
+// option and any rows. What costs registers or instructions in the inner loop is not in all of
+// them.
 enum class Extras { none, mask, all };
 
 inline Extras extras_of(const AttentionParams& p) {

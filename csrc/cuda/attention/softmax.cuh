@@ -92,8 +92,8 @@ __device__ __forceinline__ void apply_mask(const MaskRows& mask, const Query (&m
       } else {
         if (sees(j)) two[half].value[0] = *from;
         if (sees(j + 1))
-          two[half].value[1] = *reinterpret_cast<const E*>(
-              reinterpret_cast<const char*>(from) + mask.step);
+          two[half].value[1] =
+              *reinterpret_cast<const E*>(reinterpret_cast<const char*>(from) + mask.step);
       }
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
@@ -104,12 +104,12 @@ __device__ __forceinline__ void apply_mask(const MaskRows& mask, const Query (&m
   }
 }
 
-// What scores are to be multiplied by to be in units of log2, behind mask_scores.
+// What scores are to be multiplied by to be in units of log2, behind mask_scores: a value that is
+// added wants the scale before it.
 template <Extras kExtras>
 __device__ __forceinline__ float unit_of(const AttentionParams& p) {
-  const bool plain = kExtras == Extras::none ||
-                     (kExtras == Extras::mask && p.mask.kind == MaskKind::boolean);
-  return plain ? p.scale * kLog2e : 1.0f;
+  if (kExtras == Extras::all) return 1.0f;
+  return p.mask.kind == MaskKind::additive ? kLog2e : p.scale * kLog2e;
 }
 
 // Scores of rows g and g + 8 of `queries` and keys from `block` on: -inf where a query does not see
@@ -121,12 +121,9 @@ __device__ __forceinline__ void mask_scores(const AttentionParams& p, const Sequ
   if (full && kExtras == Extras::none) return;
   const int lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, t = lane % 4;
   const Query mine[2] = {queries[g], queries[g + 8]};
-  const float to_log2 = p.scale * kLog2e;
   if constexpr (kExtras == Extras::mask) {
     const int first = block + 2 * t;
-    const auto added = [&](float x, float value) {
-      return fused_multiply_add(x, to_log2, value * kLog2e);
-    };
+    const auto added = [&](float x, float value) { return fused_multiply_add(x, p.scale, value); };
     const auto apply = [&](auto whole) {
       constexpr bool kWhole = decltype(whole)::value;
       if (p.mask.kind == MaskKind::boolean)
@@ -136,13 +133,11 @@ __device__ __forceinline__ void mask_scores(const AttentionParams& p, const Sequ
       else if (p.mask.dtype == Dtype::f32)
         apply_mask<float, kWhole>(mask, mine, first, w, added);
       else if (p.mask.dtype == Dtype::f16)
-        apply_mask<uint16_t, kWhole>(mask, mine, first, w, [&](float x, uint16_t h) {
-          return added(x, f32_of_f16(h));
-        });
+        apply_mask<uint16_t, kWhole>(mask, mine, first, w,
+                                     [&](float x, uint16_t h) { return added(x, f32_of_f16(h)); });
       else
-        apply_mask<uint16_t, kWhole>(mask, mine, first, w, [&](float x, uint16_t h) {
-          return added(x, f32_of_bf16(h));
-        });
+        apply_mask<uint16_t, kWhole>(mask, mine, first, w,
+                                     [&](float x, uint16_t h) { return added(x, f32_of_bf16(h)); });
     };
     if (full && mask.pairs)
       apply(std::true_type());
@@ -159,7 +154,7 @@ __device__ __forceinline__ void mask_scores(const AttentionParams& p, const Sequ
           w[n][e] = -infinite();
         } else if (kExtras == Extras::all) {
           float slope;
-          w[n][e] = with_options(p, s, at, j, w[n][e] * to_log2, slope);
+          w[n][e] = with_options(p, s, at, j, w[n][e] * (p.scale * kLog2e), slope);
         }
       }
   }

@@ -1,8 +1,6 @@
 #include "cuda/attention/hopper_backward.cuh"
-#include "cuda/attention/hopper_forward.cuh"
 
 namespace genfast::cuda {
-const char* hopper_forward_f16(const AttentionParams& p) { return launch_hopper_forward<F16>(p); }
 const char* hopper_backward_f16(const AttentionGradParams& g) {
   return launch_hopper_backward<F16>(GradientPlan(g, true));
 }

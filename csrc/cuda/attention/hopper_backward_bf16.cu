@@ -1,0 +1,7 @@
+#include "cuda/attention/hopper_backward.cuh"
+
+namespace genfast::cuda {
+const char* hopper_backward_bf16(const AttentionGradParams& g) {
+  return launch_hopper_backward<Bf16>(GradientPlan(g, true));
+}
+}  // namespace genfast::cuda
