@@ -67,10 +67,10 @@ _CPU_ONLY = "CPU kernels only so far"
 # On a GPU a small call costs what its launch costs the host. On an H200 16-bit attention of up to
 # 2^30 is 1.1 to 1.3x PyTorch's, from 1.5 * 2^30 on 0.67 to 0.87x; one query of fp32 is 1.7 to 10x
 # at any size, of 16 bits 1.0 to 1.1x up to 2^24 elements of k, above 0.94 to 0.98x. Gradients are
-# PyTorch's: 150 to 185 us against 270 to 330 of our 16-bit calls. Triton's launches take 49 us on an
-# H100; it is ahead where its kernel is so much faster that they are paid: fp32 attention (three tf32
-# products against the plain cores: 1.2 against 2.7 ms) and the backward of long 16-bit rows (35 ms
-# of 68 at 16k).
+# PyTorch's: 150 to 185 us against 270 to 330 of our 16-bit calls. Triton's launches take 49 us on
+# an H100; it is ahead where its kernel is so much faster that they are paid: fp32 attention (three
+# tf32 products against the plain cores: 1.2 against 2.7 ms) and the backward of long 16-bit rows
+# (35 ms of 68 at 16k).
 ROWS = (
     Row("attention", "cuda", ANY, "float32", "decode", ALL_SIZES, "cuda", _H200),
     Row("attention", "cuda", ANY, ANY, "decode", 2**24 + 1, "cuda", _H200),

@@ -54,8 +54,7 @@ const char* backward_of(const AttentionGradParams& g) {
                      whole_rows(g.dout, p.Dv);
   const Extras extras = extras_of(p);
   const bool options = extras != Extras::none;
-  if (whole && (!options || (extras == Extras::mask && is_key_mask(p.mask))) && has_warpgroups(p) &&
-      QuerySums::fit(p))
+  if (whole && extras != Extras::all && has_warpgroups(p) && QuerySums::fit(p))
     return p.dtype == Dtype::f16 ? hopper_backward_f16(g) : hopper_backward_bf16(g);
   return p.dtype == Dtype::f16 ? mma_backward_f16(g, whole, options)
                                : mma_backward_bf16(g, whole, options);

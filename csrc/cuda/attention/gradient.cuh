@@ -78,10 +78,11 @@ __device__ __forceinline__ int next_seeing(const AttentionParams& p, const Seque
 
 // The queries that pass by a block of keys, in shared memory: of this block of rows, the next and
 // the one after it.
-template <int kPass>
+template <int kPass, bool kMasks = false>
 struct PassingQueries {
   Query queries[3][kPass];
-  alignas(16) float stats[3][2][kPass];  // LSE and delta of RowStats
+  alignas(16) float stats[3][2][kPass];      // LSE and delta of RowStats
+  const char* masks[3][kMasks ? kPass : 1];  // their rows of a mask
 
   // Rows [block, block + kPass) of a group's queries, by the first kPass threads.
   __device__ __forceinline__ void describe(const GradientPlan& plan, const Sequence& s, int kv_head,
@@ -94,6 +95,7 @@ struct PassingQueries {
     const int64_t i = real ? RowStats::index(plan.g.p, s.b, query) : 0;
     stats[slot][0][thread] = real ? plan.stats.lse2[i] : infinite();
     stats[slot][1][thread] = real ? plan.stats.delta[i] : 0.0f;
+    if constexpr (kMasks) masks[slot][thread] = mask_row(plan.g.p, s, query);
   }
   // Row r of an operand in 16 bit; null where there is none.
   __device__ __forceinline__ const char* row(const AttentionRows& operand, const Sequence& s,

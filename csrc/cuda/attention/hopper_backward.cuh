@@ -18,15 +18,18 @@ struct HopperBackward {
   static constexpr size_t kShared = size_t{2} * (2 * kDim * (kKeys + 2 * kPass) + kKeys * kPass);
 };
 
-// kKeyMask: a mask that is the same for all queries of a sequence, two values to a thread.
-template <class T, int kDim, bool kKeyMask>
+// A mask that is the same for all queries of a sequence has two values to a thread.
+enum class BackwardMask { none, keys, rows };
+
+template <class T, int kDim, BackwardMask kMask>
 __global__ void __launch_bounds__(HopperBackward<kDim>::kThreads, 1)
     hopper_backward(const __grid_constant__ GradientPlan plan) {
   if constexpr (kWarpgroups) {
     using H = HopperBackward<kDim>;
     constexpr int kKeys = H::kKeys, kPass = H::kPass, kThreads = H::kThreads;
     GENFAST_DYNAMIC_SHARED(memory);
-    GENFAST_SHARED(PassingQueries<kPass>, passing);
+    using Passing = PassingQueries<kPass, kMask == BackwardMask::rows>;
+    GENFAST_SHARED(Passing, passing);
     const AttentionParams& p = plan.g.p;
     using Keys = Rows16<kDim, kKeys>;
     const Keys k{reinterpret_cast<uint16_t*>(memory)}, v{k.base + kKeys * kDim};
@@ -74,10 +77,13 @@ __global__ void __launch_bounds__(HopperBackward<kDim>::kThreads, 1)
     const int row = thread / 32 * 16;  // of this warp's keys
     const float unit = p.scale * kLog2e;
     float bias[2] = {};  // of this thread's keys, in units of log2
-    if constexpr (kKeyMask)
+    if constexpr (kMask == BackwardMask::keys) {
+      const char* values = mask_row(p, s, {0, 0, 0, 0});
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        if (const int j = first + row + g + 8 * half; j < s.Sk) bias[half] = mask_value(p, s, j);
+        if (const int j = first + row + g + 8 * half; j < s.Sk)
+          bias[half] = mask_value(p.mask, values, j);
+    }
     float dk[kDim / 8][4] = {}, dv[kDim / 8][4] = {};
     int block = seeing(0), next = seeing(block + kPass);
     passing.describe(plan, s, kv_head, 0, block);
@@ -123,9 +129,15 @@ __global__ void __launch_bounds__(HopperBackward<kDim>::kThreads, 1)
         for (int n = 0; n < 8; ++n) {
           const float2 pair = *reinterpret_cast<const float2*>(lse2 + 8 * n);
 #pragma unroll
-          for (int e = 0; e < 4; ++e)
-            w[n][e] = exp2_approx(w[n][e] * unit -
-                                  ((e % 2 ? pair.y : pair.x) - (kKeyMask ? bias[e / 2] : 0.0f)));
+          for (int e = 0; e < 4; ++e) {
+            float less = e % 2 ? pair.y : pair.x;
+            if constexpr (kMask == BackwardMask::keys) less -= bias[e / 2];
+            if constexpr (kMask == BackwardMask::rows) {  // of pairs that there are
+              const int r = part + 8 * n + 2 * t + e % 2, j = mine + 8 * (e / 2);
+              if (w[n][e] != -infinite()) less -= mask_value(p.mask, passing.masks[slot][r], j);
+            }
+            w[n][e] = exp2_approx(w[n][e] * unit - less);
+          }
         }
         uint32_t weights[4][4];
         pack_rows<T>(w, weights);
@@ -218,7 +230,7 @@ __global__ void __launch_bounds__(kGroupThreads)
                     });
 }
 
-template <class T, int kDim, bool kKeyMask>
+template <class T, int kDim, BackwardMask kMask>
 const char* launch_hopper_backward(const GradientPlan& plan) {
   using H = HopperBackward<kDim>;
   const AttentionParams& p = plan.g.p;
@@ -227,22 +239,27 @@ const char* launch_hopper_backward(const GradientPlan& plan) {
       clear_memory(plan.sums.data, sizeof(float) * QuerySums::room(p, kDim), on(p.place));
   if (error == nullptr && p.Sk > 0)
     error =
-        launch(hopper_backward<T, kDim, kKeyMask>, dim3(static_cast<unsigned>(p.B * p.Hkv * tiles)),
+        launch(hopper_backward<T, kDim, kMask>, dim3(static_cast<unsigned>(p.B * p.Hkv * tiles)),
                dim3(H::kThreads), H::kShared, on(p.place), plan);
   if (error != nullptr || p.Sq == 0) return error;
   return launch(hopper_dq<T>, dim3(static_cast<unsigned>(p.B * p.Hkv * parts)), dim3(kGroupThreads),
                 0, on(p.place), plan, kDim);
 }
 
-// D and Dv at most 128; no extras, or a mask of keys.
+template <class T, BackwardMask kMask>
+const char* launch_hopper_backward(const GradientPlan& plan) {
+  const bool narrow = plan.g.p.D <= 64 && plan.g.p.Dv <= 64;
+  return narrow ? launch_hopper_backward<T, 64, kMask>(plan)
+                : launch_hopper_backward<T, 128, kMask>(plan);
+}
+
+// D and Dv at most 128; no extras, or a mask.
 template <class T>
 const char* launch_hopper_backward(const GradientPlan& plan) {
-  const bool masked = plan.g.p.mask.kind != MaskKind::none;
-  if (plan.g.p.D <= 64 && plan.g.p.Dv <= 64)
-    return masked ? launch_hopper_backward<T, 64, true>(plan)
-                  : launch_hopper_backward<T, 64, false>(plan);
-  return masked ? launch_hopper_backward<T, 128, true>(plan)
-                : launch_hopper_backward<T, 128, false>(plan);
+  const AttentionMask& mask = plan.g.p.mask;
+  if (mask.kind == MaskKind::none) return launch_hopper_backward<T, BackwardMask::none>(plan);
+  return is_key_mask(mask) ? launch_hopper_backward<T, BackwardMask::keys>(plan)
+                           : launch_hopper_backward<T, BackwardMask::rows>(plan);
 }
 
 }  // namespace

@@ -120,15 +120,23 @@ __device__ __forceinline__ float with_options(const AttentionParams& p, const Se
   return x;
 }
 
-// A mask that is the same for all queries of a sequence, and its value for key j, in units of log2.
+// A mask's row of a query, and a value of it in units of log2.
+__device__ __forceinline__ const char* mask_row(const AttentionParams& p, const Sequence& s,
+                                                const Query& q) {
+  const AttentionMask& m = p.mask;
+  return static_cast<const char*>(m.data) +
+         (s.b * m.b_stride + q.head * m.h_stride + q.position * m.i_stride) *
+             (m.kind == MaskKind::boolean ? 1 : bytes_of(m.dtype));
+}
+__device__ __forceinline__ float mask_value(const AttentionMask& m, const char* row, int j) {
+  const int64_t at = j * m.j_stride;
+  if (m.kind == MaskKind::boolean)
+    return reinterpret_cast<const uint8_t*>(row)[at] != 0 ? 0.0f : -infinite();
+  return load_any(row, m.dtype, at) * kLog2e;
+}
+// The same for all queries of a sequence.
 inline bool is_key_mask(const AttentionMask& m) {
   return m.kind != MaskKind::none && m.h_stride == 0 && m.i_stride == 0;
-}
-__device__ __forceinline__ float mask_value(const AttentionParams& p, const Sequence& s, int j) {
-  const int64_t at = s.b * p.mask.b_stride + j * p.mask.j_stride;
-  if (p.mask.kind == MaskKind::boolean)
-    return static_cast<const uint8_t*>(p.mask.data)[at] != 0 ? 0.0f : -infinite();
-  return load_any(p.mask.data, p.mask.dtype, at) * kLog2e;
 }
 
 // What a forward kernel has code for beside lengths, windows and sinks: nothing, a mask, or every

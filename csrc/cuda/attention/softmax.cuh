@@ -53,11 +53,7 @@ struct MaskRows {
     const int bytes = m.kind == MaskKind::boolean ? 1 : bytes_of(m.dtype);
     const int g = static_cast<int>(threadIdx.x % 32 / 4);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const Query at = queries[g + 8 * half];
-      row[half] = static_cast<const char*>(m.data) +
-                  (s.b * m.b_stride + at.head * m.h_stride + at.position * m.i_stride) * bytes;
-    }
+    for (int half = 0; half < 2; ++half) row[half] = mask_row(p, s, queries[g + 8 * half]);
     step = static_cast<int>(m.j_stride) * bytes;
     pairs = m.j_stride == 1 && ((m.b_stride | m.h_stride | m.i_stride) & 1) == 0 &&
             reinterpret_cast<uintptr_t>(m.data) % (2 * bytes) == 0;
