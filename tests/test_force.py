@@ -11,6 +11,7 @@ import threading
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import genfast
 from genfast import schedulers
@@ -328,3 +329,38 @@ def test_an_argument_breaks_a_graph_and_says_so():
         lambda x: genfast.gumbel_softmax(x, 0.5, seed=1), backend="eager", fullgraph=True
     )
     assert torch.isfinite(plain(X)).all()
+
+
+def test_an_eager_thread_beside_a_compiling_one_keeps_its_arguments_and_second_gradients():
+    """torch.compiler.is_compiling() is the process's."""
+    begun, end = threading.Event(), threading.Event()
+
+    def slow(module, inputs):
+        begun.set()
+        end.wait(60)
+        return module
+
+    thread = threading.Thread(target=lambda: torch.compile(lambda x: x + 1, backend=slow)(X))
+    thread.start()
+    try:
+        assert begun.wait(60)
+        genfast.gumbel_softmax(X, 0.5, seed=1, backend="cpu")
+        genfast.attention(Q, Q, Q, backend="torch")
+        x = X.clone().requires_grad_()
+        y = genfast.gumbel_softmax(x, 0.5, seed=1).square().sum()
+        assert torch.autograd.grad(y, x, create_graph=True)[0].requires_grad
+    finally:
+        end.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_argument_is_refused_where_a_graph_would_lose_it(strict):
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return genfast.gumbel_softmax(x, 0.5, seed=1, backend="cpu")
+
+    with pytest.raises((RuntimeError, torch._dynamo.exc.Unsupported), match="no argument inside"):
+        torch.export.export(Model(), (X,), strict=strict)
+    with pytest.raises(RuntimeError, match="no argument inside"):
+        make_fx(Model())(X)

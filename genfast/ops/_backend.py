@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from genfast._archs import covers
 from genfast._native import _C
@@ -287,9 +288,10 @@ _signature = functools.cache(inspect.signature)
 def under(function: Callable, given: dict[str, Any]):
     """The argument `backend` of a public function: `function` once more, with its locals."""
     name = given.pop("backend")
-    if torch.compiler.is_compiling():
+    # `is_compiling` is of the process: true in an eager thread while another one compiles.
+    if torch.compiler.is_dynamo_compiling() or get_proxy_mode() is not None:
         raise RuntimeError(
-            f"backend: expected no argument inside torch.compile, got {name!r}; a compiled graph "
+            f"backend: expected no argument inside a traced function, got {name!r}; its graph "
             "asks when it runs: genfast.set_backend, or `with genfast.backend(...)` around it"
         )
     with backend(name):

@@ -84,7 +84,10 @@ def plain(*grads: torch.Tensor | None) -> bool:
 
 def wants_graph() -> bool:
     """Inside a backward: is a differentiable backward asked for (create_graph=True)?"""
-    return torch.is_grad_enabled() and not is_compiling()
+    if not torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
+        return False
+    # `is_compiling` alone is of the process: another thread may be the one that compiles.
+    return not (is_compiling() and torch._C._len_torch_dispatch_stack() > 0)
 
 
 def differentiable_backward(

@@ -436,7 +436,7 @@ def attend(q, k, v, mask, alibi, sinks, packed: Packed, options: Options, want_l
                 validate(q, k, v, mask, alibi, sinks, packed, options)
                 raise
     plain = packed is DENSE and alibi is None and sinks is None and not want_lse
-    if plain and get_backend() == "torch" and not is_compiling():
+    if plain and get_backend() == "torch" and not torch.compiler.is_dynamo_compiling():
         validate(q, k, v, mask, alibi, sinks, packed, options)
         given = by_torch.settings(None, q, k, v, mask, options)
         if given is not None and not (mask is not None and mask.requires_grad):
