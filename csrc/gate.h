@@ -4,8 +4,15 @@
 
 namespace genfast {
 
-// What a thread has asked for itself (genfast.backend): no, yes, or -1, as the process has it.
-inline thread_local int t_slow_road = -1, t_cuda = -1;
+// What a thread has asked for itself (genfast.backend), -1: as the process has it.
+inline thread_local int t_asked = -1, t_cuda = -1;
+
+enum Asked : int {
+  kNothing = 0,
+  kCpuBlock = 1,  // "cpu", by a block: what has a registered op goes through it, for the gradient
+  kOther = 2,     // a backend that the fast roads do not serve
+  kAnything = 3,  // more than any of them
+};
 
 enum Road : int {
   kSlow = 0,    // anything unusual: modes, functorch, forward AD, subclasses, negative views
@@ -37,8 +44,9 @@ class Gate {
     ready_ = true;
   }
 
-  int operator()(PyObject* const* args, Py_ssize_t count) const {
-    if (!ready_ || (t_slow_road < 0 ? forced_ : t_slow_road == 1)) return kSlow;
+  // slow_from: the least that makes the road slow.
+  int operator()(PyObject* const* args, Py_ssize_t count, Asked slow_from = kCpuBlock) const {
+    if (!ready_ || (t_asked < 0 ? asked_ : t_asked) >= slow_from) return kSlow;
     if (call_int(dispatch_modes_) != 0) return kSlow;
     PyObject* level = PyObject_CallNoArgs(functorch_level_);
     if (level == nullptr) return fail();
@@ -72,8 +80,8 @@ class Gate {
     return enabled == Py_True ? kGrad : kDirect;
   }
 
-  // A backend was forced: every call takes the slow road, which looks.
-  void force_slow_road(bool on) { forced_ = on; }
+  // By the process.
+  void asked(Asked what) { asked_ = what; }
 
   PyObject* empty_like() const { return empty_like_; }  // torch's, borrowed
 
@@ -98,7 +106,8 @@ class Gate {
     return v;
   }
 
-  bool ready_ = false, forced_ = false;
+  bool ready_ = false;
+  int asked_ = kNothing;
   PyObject *tensor_ = nullptr, *parameter_ = nullptr, *is_grad_enabled_ = nullptr,
            *dispatch_modes_ = nullptr, *functorch_level_ = nullptr, *tracing_ = nullptr,
            *threads_ = nullptr, *empty_like_ = nullptr, *forward_ad_ = nullptr,

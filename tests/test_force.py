@@ -16,7 +16,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import genfast
 from genfast import schedulers
 from genfast.ops import _backend, _force
+from genfast.ops import linear as linear_module
 from genfast.ops._road import DIRECT, SLOW, gate
+from genfast.ops.convolution import winograd
+from genfast.ops.filtering.feed_forward import feed_forward
 
 PLAN = schedulers.ddpm_plan(10)
 
@@ -364,3 +367,33 @@ def test_an_argument_is_refused_where_a_graph_would_lose_it(strict):
         torch.export.export(Model(), (X,), strict=strict)
     with pytest.raises(RuntimeError, match="no argument inside"):
         make_fx(Model())(X)
+
+
+def test_a_block_for_the_cpu_keeps_the_kernels_without_a_registered_op(asked, monkeypatch):
+    """linear, convolutions and the feed-forward: their roads have no other end than PyTorch."""
+    monkeypatch.setattr(linear_module, "_AMD", True)
+    monkeypatch.setattr(winograd, "_MEASURED", True)
+    x, w = draw(4, 256), draw(256, 256)
+    image = draw(2, 16, 16, 16).contiguous(memory_format=torch.channels_last)
+    calls = {
+        "linear": lambda: genfast.linear(x, w),
+        "conv2d": lambda: genfast.conv2d(image, draw(16, 16, 3, 3), padding=1),
+        "bias_act": lambda: feed_forward(x, w, None, w, None),
+    }
+    for entry, call in calls.items():
+        with genfast.backend("cpu"):
+            found = call()
+        assert entry in asked["cpu"]
+        with genfast.backend("reference"):
+            torch.testing.assert_close(found, call(), rtol=1e-4, atol=1e-3)
+        assert entry not in asked["reference"]
+        torch.testing.assert_close(found, call(), rtol=0, atol=0)
+
+
+@pytest.mark.skipif(_force._INTERPRETED, reason="Triton runs on the CPU")
+@pytest.mark.parametrize("name", CALLS)
+def test_triton_on_cpu_tensors_says_that_it_does_not_run_there(name):
+    if not _force.HAVE_TRITON:
+        pytest.skip("no Triton")
+    with pytest.raises(RuntimeError, match="Triton does not run on cpu tensors here"):
+        CALLS[name](getattr(genfast, name), backend="triton")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
+import importlib
 import inspect
 import os
 from collections.abc import Callable, Iterator
@@ -22,15 +22,13 @@ from genfast._archs import covers
 from genfast._native import _C
 from genfast.ops import _force
 from genfast.ops._choice import ALL_SIZES, ANY, arch, table, triton_from
-from genfast.ops._force import get_backend
+from genfast.ops._force import HAVE_TRITON as _HAVE_TRITON
+from genfast.ops._force import get_backend, no_triton, triton_runs
 from genfast.ops._scratch import with_scratch
 
 _HAVE_CUDA = _C.build_info()["cuda"]
 _GPU = torch.version.cuda is not None or torch.version.hip is not None
-_HAVE_TRITON = importlib.util.find_spec("triton") is not None
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-# Decides at the first import of the kernels, for good: they then run on the CPU, for tests.
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Whether `auto` takes the CUDA kernels; None: not known before the first CUDA tensor, because
 # asking for the GPU starts CUDA, and a process that has started it cannot be forked.
 _cuda_covers = {"gpus": None if _HAVE_CUDA and _GPU else False}
@@ -80,21 +78,6 @@ class _Kernels:
 kernels = _Kernels()
 
 
-def triton_runs(device: torch.device) -> bool:
-    """Triton kernels can run on tensors of `device`."""
-    if device.type == "cpu":
-        return _INTERPRETED and _HAVE_TRITON
-    return _HAVE_TRITON and device.type == "cuda"
-
-
-def _no_triton(device: torch.device) -> RuntimeError:
-    return RuntimeError(
-        f'backend: "triton" was set, and Triton does not run on {device.type} tensors here; move '
-        "them to a GPU, set TRITON_INTERPRET=1 before the import, or "
-        'genfast.set_backend("auto")'
-    )
-
-
 def _triton(name: str, forced: bool = True):
     refused = _REFUSED.get(name, False)
     if _TRITON[name] is None:
@@ -104,7 +87,7 @@ def _triton(name: str, forced: bool = True):
         x = next(_tensors(args))
         if not triton_runs(x.device):
             if forced:
-                raise _no_triton(x.device)
+                raise RuntimeError(no_triton(x.device))
             return refused
         module = importlib.import_module(f"genfast.kernels.{_TRITON[name]}")
         return getattr(module, name)(*args)
@@ -226,8 +209,6 @@ def _allow_cuda() -> None:
 def _follow() -> None:
     """The kernels of the process's backend; each thread's own while blocks are open."""
     name = _force.process_backend()
-    # So that the fast roads never have to look.
-    _C.force_slow_road(name not in ("auto", "cpu", "cuda"))
     vars(kernels).update(_SWITCHES if _force.blocks.open else _functions(name))
 
 
@@ -310,7 +291,7 @@ def has_kernels(device: torch.device, name: str = "random") -> bool:
     forced = get_backend()
     if _TRITON[name] is None:
         if forced == "triton" and device.type == "cpu" and not triton_runs(device):
-            raise _no_triton(device)  # like the families that have Triton kernels
+            raise RuntimeError(no_triton(device))  # like the families that have Triton kernels
         return device.type == "cpu" and forced in ("auto", "cpu", "cuda")
     if forced == "triton":
         return triton_runs(device)

@@ -11,6 +11,7 @@ PyTorch does them. Nor does `cuda`, set for a process or a block, mean tensors o
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -20,10 +21,20 @@ from torch.autograd import forward_ad
 
 from genfast._native import _C
 
+HAVE_TRITON = importlib.util.find_spec("triton") is not None
+# Decides at the first import of the kernels, for good: they then run on the CPU, for tests.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ("auto", "cpu", "cuda", "triton", "torch", "reference")
 # own: the block that was entered last in any thread, or "none" behind one; dynamo guards a
 # dictionary, and not what a thread has of its own.
 _state = {"name": "auto", "own": ""}
+
+
+# What the gate makes of a block (csrc/gate.h): a slow road that looks, but for "auto"; "cpu" lets
+# what has no registered op run as ever. A process's "cpu" and "cuda" need no look either.
+_NOTHING, _CPU_BLOCK, _OTHER = range(3)
+_BLOCK = {"auto": _NOTHING, "cpu": _CPU_BLOCK}
+_PROCESS = dict.fromkeys(("auto", "cpu", "cuda"), _NOTHING)
 
 
 class _Own(threading.local):
@@ -51,11 +62,12 @@ def process_backend() -> str:
 
 def set_process_backend(name: str) -> None:
     _state["name"] = name
+    _C.asked(_PROCESS.get(name, _OTHER))
 
 
 def _enter(name: str | None) -> None:
     _own.name, _state["own"] = name, name or "none"
-    _C.own_road(-1 if name is None else name != "auto", 1 if name == "cuda" else -1)
+    _C.asked_here(-1 if name is None else _BLOCK.get(name, _OTHER), 1 if name == "cuda" else -1)
 
 
 class _Blocks:
@@ -120,6 +132,19 @@ def resumed(backward: Callable) -> Callable:
     return run
 
 
+def triton_runs(device: torch.device) -> bool:
+    """Triton kernels can run on tensors of `device`."""
+    return HAVE_TRITON and (device.type == "cuda" or (device.type == "cpu" and _INTERPRETED))
+
+
+def no_triton(device: torch.device) -> str:
+    return (
+        f'backend: "triton" was asked for, and Triton does not run on {device.type} tensors here; '
+        "move them to a GPU, set TRITON_INTERPRET=1 before the import, or "
+        'genfast.set_backend("auto")'
+    )
+
+
 def may_compose(entry: str, *operands: torch.Tensor | None, lacks: str | None = None) -> None:
     """Asked wherever a composite is about to do a call of `entry`: RuntimeError where the backend
     in force was asked for by name. Within a backward, and for calls without elements, it may.
@@ -133,6 +158,8 @@ def may_compose(entry: str, *operands: torch.Tensor | None, lacks: str | None = 
     device = given[0].device.type
     if name == "cuda" and device != "cuda":
         return
+    if name == "triton" and not triton_runs(given[0].device):
+        raise RuntimeError(no_triton(given[0].device))
     if name == "torch":
         why = "PyTorch has attention alone, of four dimensions and without options of ours"
     elif name in ("cpu", "cuda") and device != name:

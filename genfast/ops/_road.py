@@ -22,6 +22,8 @@ from genfast.ops import _force
 SLOW, DIRECT, GRAD = 0, 1, 2
 
 gate = _C.gate
+cpu_gate = _C.cpu_gate  # of what has CPU kernels and no registered op
+plain_gate = _C.plain_gate  # whichever backend was asked for
 is_compiling = torch.compiler.is_compiling
 
 # fp64 runs on the reference: the kernels accumulate in fp32.
