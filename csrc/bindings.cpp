@@ -248,9 +248,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       },
       "Takes the handles of torch that the gate and the caster need.");
   for (PyMethodDef& method : g_gates) add_fast(m, method);
-  m.def("asked", [](int what) { g_gate.asked(static_cast<Asked>(what)); });
+  m.def("asked", [](int process, py::object ask) { g_gate.set_asked(process, std::move(ask)); });
   m.def("enable_cuda", [](bool on) { g_cuda_enabled = on; });
-  m.def("asked_here", [](int what, int cuda) { t_asked = what, t_cuda = cuda; });
   m.def("build_info", &build_info);
   m.def("limit", &limit);
   m.def("random", &genfast::random);

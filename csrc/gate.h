@@ -4,14 +4,13 @@
 
 namespace genfast {
 
-// What a thread has asked for itself (genfast.backend), -1: as the process has it.
-inline thread_local int t_asked = -1, t_cuda = -1;
-
+// Which backend was asked for (genfast/ops/_force.py).
 enum Asked : int {
   kNothing = 0,
-  kCpuBlock = 1,  // "cpu", by a block: what has a registered op goes through it, for the gradient
-  kOther = 2,     // a backend that the fast roads do not serve
-  kAnything = 3,  // more than any of them
+  kCpuBlock = 1,   // "cpu", by a block: what has a registered op goes through it, for the gradient
+  kOther = 2,      // what the fast roads do not serve
+  kCudaBlock = 3,  // "cuda", by a block
+  kAnything = 4,   // more than any of them
 };
 
 enum Road : int {
@@ -46,7 +45,7 @@ class Gate {
 
   // slow_from: the least that makes the road slow.
   int operator()(PyObject* const* args, Py_ssize_t count, Asked slow_from = kCpuBlock) const {
-    if (!ready_ || (t_asked < 0 ? asked_ : t_asked) >= slow_from) return kSlow;
+    if (!ready_ || asked() >= slow_from) return kSlow;
     if (call_int(dispatch_modes_) != 0) return kSlow;
     PyObject* level = PyObject_CallNoArgs(functorch_level_);
     if (level == nullptr) return fail();
@@ -80,8 +79,15 @@ class Gate {
     return enabled == Py_True ? kGrad : kDirect;
   }
 
-  // By the process.
-  void asked(Asked what) { asked_ = what; }
+  int asked() const { return ask_ == nullptr ? asked_ : static_cast<int>(call_int(ask_)); }
+
+  // process: what it asks for. ask: for the calling thread, where any has asked itself, or null.
+  void set_asked(int process, pybind11::object ask) {
+    asked_ = process;
+    PyObject* before = ask_;
+    ask_ = ask.is_none() ? nullptr : ask.release().ptr();
+    Py_XDECREF(before);
+  }
 
   PyObject* empty_like() const { return empty_like_; }  // torch's, borrowed
 
@@ -111,7 +117,8 @@ class Gate {
   PyObject *tensor_ = nullptr, *parameter_ = nullptr, *is_grad_enabled_ = nullptr,
            *dispatch_modes_ = nullptr, *functorch_level_ = nullptr, *tracing_ = nullptr,
            *threads_ = nullptr, *empty_like_ = nullptr, *forward_ad_ = nullptr,
-           *current_level_ = nullptr, *requires_grad_ = nullptr, *is_neg_ = nullptr;
+           *current_level_ = nullptr, *requires_grad_ = nullptr, *is_neg_ = nullptr,
+           *ask_ = nullptr;
 };
 
 }  // namespace genfast

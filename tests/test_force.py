@@ -3,14 +3,17 @@ gradients, compiled functions."""
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import os
+import signal
 import subprocess
 import sys
 import threading
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import genfast
@@ -108,6 +111,10 @@ def mapped(f):
     return torch.func.vmap(lambda x: f(x, x, x, backend="cpu"))(Q[None])
 
 
+def learned(value):
+    return torch.tensor(value, requires_grad=True)
+
+
 # function, a call that the backend cannot do, what the error says
 REFUSED = [
     ("attention", doubles, "float64 has no kernels"),
@@ -120,6 +127,20 @@ REFUSED = [
     ("diffusion_step", lambda f: f(X, (X, Y), PLAN.table_on("cpu"), 0, seed=1, backend="cpu",
                                    weights=torch.ones(2, requires_grad=True)),
      "a gradient by weights"),
+    ("gumbel_softmax", lambda f: f(X, learned(0.5), seed=1, backend="cpu"), "a gradient by tau"),
+    ("add_noise", lambda f: f(X, HALF, learned(0.5), seed=1, backend="cpu"),
+     "a gradient by alpha or sigma"),
+    ("velocity", lambda f: f(X, learned(0.5), HALF, seed=1, backend="cpu"),
+     "a gradient by sigma or alpha"),
+    ("denoising_loss", lambda f: f(X, Y, HALF, learned(0.5), seed=1, backend="cpu"),
+     "a gradient but by model_output"),
+    ("denoising_loss", lambda f: f(X, Y.clone().requires_grad_(), HALF, HALF, seed=1,
+                                   backend="cpu"), "a gradient but by model_output"),
+    ("step_log_prob", lambda f: f(X.clone().requires_grad_(), Y, PLAN.table_on("cpu"), 1, seed=1,
+                                  backend="cpu"), "a gradient has no kernels"),
+    ("diffusion_step", lambda f: f(X, draw(3, 4, 8).requires_grad_(), PLAN.table_on("cpu"), 1,
+                                   seed=1, variance="learned", backend="cpu"),
+     "a gradient with a learned variance"),
     ("gumbel_softmax", lambda f: f(X.double(), backend="cpu"), "float64 has no kernels"),
     ("gumbel_softmax", lambda f: f(X, backend="torch"), "PyTorch has attention alone"),
     ("sample_tokens", lambda f: f(X.double(), backend="cpu"), "float64"),
@@ -148,6 +169,39 @@ def test_what_it_cannot_do_is_refused_with_the_reason(name, call, why):
     assert str(error.value).startswith('backend: "') and "auto" in str(error.value)
     assert _force.get_backend() == "auto"
     call(lambda *a, backend, **o: function(*a, **o))  # the automatic choice falls through
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know")
+def test_a_gradient_without_a_kernel_is_refused_like_the_forward():
+    """Eager and compiled alike."""
+    genfast.set_backend("cpu")
+    x = X.clone().requires_grad_()
+    y = genfast.gumbel_softmax(x, 0.5, seed=1)
+    with pytest.raises(RuntimeError, match="gumbel_softmax: this gradient has no kernels"):
+        torch.autograd.grad(y, x, torch.stack([y, y]), is_grads_batched=True)
+
+    class Doubles(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return genfast.gumbel_softmax(g.double(), 0.5, seed=1).float()
+
+    with pytest.raises(RuntimeError, match="float64 has no kernels"):
+        Doubles.apply(x).sum().backward()
+    calls = [
+        ("a gradient by tau", lambda x, c: genfast.gumbel_softmax(x, c, seed=1)),
+        ("by alpha or sigma", lambda x, c: genfast.add_noise(x, HALF, c, seed=1)),
+        ("but by model_output", lambda x, c: genfast.denoising_loss(x, Y, c, c, seed=1)),
+    ]
+    for why, call in calls:
+        for full in (None, False, True):
+            torch._dynamo.reset()
+            run = call if full is None else torch.compile(call, backend="eager", fullgraph=full)
+            with pytest.raises((RuntimeError, torch._dynamo.exc.Unsupported), match=why):
+                run(x, learned(0.5)).sum().backward()
 
 
 def test_calls_without_elements_and_second_gradients_are_composed():
@@ -223,7 +277,7 @@ def test_blocks_belong_to_their_thread():
     assert steps[2].wait(10)
     thread.join()
     assert seen == {"before": ("auto", DIRECT), "inside": ("cpu", SLOW), "behind": ("auto", DIRECT)}
-    assert _force.blocks.open == 0
+    assert not _force.blocks.open
     assert vars(_backend.kernels) == _backend._functions("auto")
 
 
@@ -243,7 +297,7 @@ def test_many_threads_many_blocks():
         t.start()
     for t in threads:
         t.join()
-    assert not errors and _force.blocks.open == 0
+    assert not errors and not _force.blocks.open
     assert vars(_backend.kernels) == _backend._functions("auto")
 
 
@@ -261,7 +315,7 @@ threading.Thread(target=hold, daemon=True).start()
 held.wait()
 child = os.fork()
 if not child:
-    fine = _force.blocks.open == 0 and vars(_backend.kernels) == _backend._functions("auto")
+    fine = not _force.blocks.open and vars(_backend.kernels) == _backend._functions("auto")
     with genfast.backend("cpu"):
         genfast.randn(3, seed=1)
     os._exit(0 if fine else 1)
@@ -275,10 +329,10 @@ sys.exit(code)
 def test_an_error_ends_a_block():
     with pytest.raises(ValueError, match="logits: expected at least one dimension"):
         genfast.gumbel_softmax(torch.tensor(1.0), backend="cpu")
-    assert _force.get_backend() == "auto" and _force.blocks.open == 0
+    assert _force.get_backend() == "auto" and not _force.blocks.open
     with pytest.raises(TypeError, match="temperature"):
         genfast.sample_tokens(X, "hot", backend="cpu")
-    assert _force.blocks.open == 0
+    assert not _force.blocks.open
 
 
 def test_compiled_functions_follow_the_block_they_are_called_in():
@@ -289,8 +343,6 @@ def test_compiled_functions_follow_the_block_they_are_called_in():
         return module
 
     torch._dynamo.reset()
-    with genfast.backend("cpu"):  # the first block of a process is one recompilation
-        pass
     run = torch.compile(lambda x: genfast.gumbel_softmax(x, 0.5, seed=1), backend=keep)
     for _ in range(3):
         auto = run(X)
@@ -397,3 +449,136 @@ def test_triton_on_cpu_tensors_says_that_it_does_not_run_there(name):
         pytest.skip("no Triton")
     with pytest.raises(RuntimeError, match="Triton does not run on cpu tensors here"):
         CALLS[name](getattr(genfast, name), backend="triton")
+
+
+def beside(name, call):
+    """call() while another thread is in a block."""
+    held, end = threading.Event(), threading.Event()
+
+    def hold():
+        with genfast.backend(name):
+            held.set()
+            end.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        assert held.wait(60)
+        return call()
+    finally:
+        end.set()
+        thread.join()
+
+
+def test_names_used_in_other_threads_make_no_graphs_here():
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    run = torch.compile(lambda x: genfast.gumbel_softmax(x, 0.5, seed=1), backend=graphs)
+    run(X)
+    names = [n for n in _force.BACKENDS if n != "cuda" and (n != "triton" or _force.HAVE_TRITON)]
+    for name in names:
+        beside(name, lambda: run(X))
+        run(X)
+    assert graphs.frame_count == 1
+    for name in ("cpu", "reference"):  # one each of its own, whatever others ask for
+        for other in names:
+            with genfast.backend(name):
+                beside(other, lambda: run(X))
+    assert graphs.frame_count == 3
+
+
+def state():
+    return _force.get_backend(), gate(X), len(_force.blocks.open), _force.blocks.switched
+
+
+CLEAN = ("auto", DIRECT, 0, False)
+
+
+def test_blocks_of_a_thread_may_end_in_any_order():
+    def stream(name):
+        with genfast.backend(name):
+            yield
+
+    first, second = stream("reference"), stream("cpu")
+    next(first), next(second)
+    first.close()
+    assert state() == ("cpu", SLOW, 1, True)
+    second.close()
+    assert state() == CLEAN
+
+    async def task(name, seconds):
+        with genfast.backend(name):
+            await asyncio.sleep(seconds)
+
+    async def main():
+        await asyncio.gather(task("reference", 0.01), task("cpu", 0.02))
+
+    asyncio.run(main())
+    assert state() == CLEAN
+
+
+def test_another_thread_may_end_a_block():
+    def stream():
+        with genfast.backend("reference"):
+            yield
+
+    mine = stream()
+    next(mine)
+    with genfast.backend("cpu"):
+        thread = threading.Thread(target=mine.close)
+        thread.start()
+        thread.join()
+        assert state() == ("cpu", SLOW, 1, True)
+    assert state() == CLEAN
+    mine = stream()
+    next(mine)
+    thread = threading.Thread(target=mine.close)
+    thread.start()
+    thread.join()
+    assert state() == CLEAN
+
+
+def test_a_decorated_function_runs_in_a_block_and_generators_are_refused():
+    @genfast.backend("reference")
+    def plain(depth=1):
+        return (_force.get_backend(), *(plain(depth - 1) if depth else ()))
+
+    assert plain() == ("reference", "reference") and state() == CLEAN
+
+    def generator():
+        yield
+
+    async def coroutine():
+        pass
+
+    for function in (generator, coroutine):
+        with pytest.raises(TypeError, match="got a generator or coroutine"):
+            genfast.backend("cpu")(function)
+    block = genfast.backend("cpu")
+    with block, block:
+        assert state() == ("cpu", SLOW, 2, True)
+    assert state() == CLEAN
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers")
+def test_interrupts_at_a_blocks_edges_leave_nothing_behind():
+    def interrupt(*_):
+        with genfast.backend("reference"):  # a handler has blocks too, whatever it interrupts
+            raise KeyboardInterrupt
+
+    before, hits = signal.signal(signal.SIGALRM, interrupt), 0
+    random = torch.Generator().manual_seed(0)
+    try:
+        while hits < 2000:
+            pause = 1e-5 + 5e-5 * torch.rand((), generator=random).item()
+            try:
+                signal.setitimer(signal.ITIMER_REAL, pause)
+                while True:
+                    with genfast.backend("cpu"):
+                        pass
+            except KeyboardInterrupt:
+                hits += 1
+            assert state() == CLEAN, hits
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert vars(_backend.kernels) == _backend._functions("auto")

@@ -108,8 +108,7 @@ def _settle() -> None:
     )
     _allow_cuda()
     _functions.cache_clear()
-    with _force.blocks.lock:
-        _follow()
+    _force.blocks.follow()
 
 
 def _cpu(name: str):
@@ -212,8 +211,8 @@ def _follow() -> None:
     vars(kernels).update(_SWITCHES if _force.blocks.open else _functions(name))
 
 
-_force.blocks.switch = _follow
-_follow()
+_force.blocks.switch = lambda: _follow()
+_force.blocks.follow()
 
 
 def _usable(name: str) -> None:
@@ -240,18 +239,44 @@ def set_backend(name: str) -> None:
     """
     _usable(name)
     with _force.blocks.lock:
-        _force.set_process_backend(name)
+        _force.blocks.set_process(name)
         _allow_cuda()
-        _follow()
 
 
-@contextlib.contextmanager
-def backend(name: str) -> Iterator[None]:
+class backend(contextlib.AbstractContextManager):
     """`with genfast.backend("reference"): ...`: as `set_backend`, for the calls of this thread and
     the gradients of its eager ones. A compiled function follows the block it is called in."""
-    _usable(name)
-    with _force.blocks.enter(name):
-        yield
+
+    def __init__(self, name: str):
+        _usable(name)
+        self.name, self.entered = name, []
+
+    def __enter__(self) -> None:
+        self.entered.append(_force.blocks.enter(self.name))
+        self.entered[-1].__enter__()
+
+    def __exit__(self, *error) -> None:
+        self.entered.pop().__exit__(*error)
+
+    def __call__(self, function: Callable) -> Callable:
+        """A function with a block around each of its calls."""
+        if any(kind(function) for kind in _SUSPENDED):
+            raise TypeError(
+                "backend: expected a function that is done when it returns, got a generator or "
+                "coroutine; write `with genfast.backend(...)` around the calls in it"
+            )
+
+        @functools.wraps(function)
+        def run(*args, **kwargs):
+            with backend(self.name):
+                return function(*args, **kwargs)
+
+        return run
+
+
+_SUSPENDED = (
+    inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction,
+)  # fmt: skip
 
 
 def _device(given: dict[str, Any]) -> torch.device:
@@ -275,7 +300,8 @@ def under(function: Callable, given: dict[str, Any]):
             f"backend: expected no argument inside a traced function, got {name!r}; its graph "
             "asks when it runs: genfast.set_backend, or `with genfast.backend(...)` around it"
         )
-    with backend(name):
+    _usable(name)
+    with _force.blocks.enter(name):
         device = _device(given)
         if name in ("cpu", "cuda") and device.type != name:
             raise RuntimeError(

@@ -103,7 +103,7 @@ def differentiable_backward(
     with torch.enable_grad():
         # Aliases cut paths between the inputs (logvar may be a function of mu, or mu itself).
         inputs = [x.view_as(x) if x.requires_grad else x for x in inputs]
-        outputs = composite(*inputs)
+        outputs = _force.composed(composite, *inputs) if graph else composite(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         pairs = [
             (o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad

@@ -547,6 +547,8 @@ def _slow(x, *rest):
 def _run(args, needs):
     wide = _common.wide_dtype(*args[:4], *args[7:14]) == torch.float64
     others = needs and any(args[i] is not None and args[i].requires_grad for i in _OTHERS)
+    if needs and args[-2]:
+        may_compose("diffusion_step", *args[:4], lacks="a gradient with a learned variance")
     if forced_reference() or wide or transforming() or others:
         return _composite(args)
     table, threshold = args[5], args[15]
