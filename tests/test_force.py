@@ -119,6 +119,8 @@ def learned(value):
 REFUSED = [
     ("attention", doubles, "float64 has no kernels"),
     ("attention", mapped, "function transforms"),
+    ("attention", lambda f: f(Q, Q, Q, causal=True, mask=torch.ones(5, 5) > 0, backend="torch"),
+     "without options of ours"),
     ("attention", lambda f: f(Q, Q, Q, softcap=2.0, backend="torch"), "without options of ours"),
     ("attention", lambda f: f(Q, Q, Q, return_lse=True, backend="torch"), "options of ours"),
     ("attention", lambda f: f(*[draw(1, 1, 2, 600)] * 3, backend="cpu"), "wider than 512"),
@@ -230,6 +232,52 @@ def test_pytorchs_attention_on_request():
     genfast.set_backend("torch")
     face = genfast.scaled_dot_product_attention(q, q, q, is_causal=True)
     assert torch.equal(face, out)
+
+
+MASKS = {
+    "bool": torch.ones(5, 5, dtype=torch.bool).tril(),
+    "float": draw(2, 5, 5),
+    "learned": draw(1, 2, 5, 5).requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("mask", [None, *MASKS])
+@pytest.mark.parametrize("Dv", [8, 12])
+def test_pytorchs_attention_takes_masks_and_other_values_and_differentiates_twice(mask, Dv):
+    mask = MASKS.get(mask)
+    leaves = [draw(1, 2, 5, n, seed=n).requires_grad_() for n in (8, 9, Dv)]
+    leaves[1] = leaves[1][..., :8].detach().requires_grad_()
+    leaves += [mask] if mask is not None and mask.requires_grad else []
+
+    def gradients(name):
+        out = genfast.attention(*leaves[:3], mask=mask, backend=name)
+        first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+        return out, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    torch.testing.assert_close(gradients("torch"), gradients("auto"), rtol=1e-4, atol=1e-4)
+
+
+def test_pytorchs_attention_in_graphs_and_under_transforms():
+    call = lambda q, mask: genfast.attention(q, q, q, mask=mask)  # noqa: E731
+
+    class Model(torch.nn.Module):
+        def forward(self, q, mask):
+            return call(q, mask)
+
+    genfast.set_backend("torch")
+    for mask in (None, MASKS["bool"]):
+        q = Q.clone().requires_grad_()
+        torch._dynamo.reset()
+        found = torch.compile(call, backend="aot_eager", fullgraph=True)(q, mask)
+        torch.testing.assert_close(found, call(q, mask))
+        (g,) = torch.autograd.grad(found.square().sum(), q)
+        torch.testing.assert_close(g, *torch.autograd.grad(call(q, mask).square().sum(), q))
+        for strict in (True, False):
+            graph = torch.export.export(Model(), (Q, mask), strict=strict)
+            assert "scaled_dot_product_attention" in graph.graph_module.code
+            torch.testing.assert_close(graph.module()(Q, mask), call(Q, mask))
+    with pytest.raises(RuntimeError, match="PyTorch's attention has no forward-mode gradients"):
+        torch.func.jvp(lambda q: call(q, None), (Q,), (Q,))
 
 
 def test_a_gradient_runs_where_its_block_said(asked):

@@ -219,6 +219,8 @@ def may_compose(entry: str, *operands: torch.Tensor | None, lacks: str | None = 
         raise RuntimeError(no_triton(given[0].device))
     if name == "torch":
         why = "PyTorch has attention alone, of four dimensions and without options of ours"
+        if entry == "attention" and forward_ad._current_level >= 0:
+            why = "PyTorch's attention has no forward-mode gradients"
     elif name in ("cpu", "cuda") and device != name:
         why = f"the tensors are on {device}"
     elif any(x.dtype is torch.float64 for x in given):
