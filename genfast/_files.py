@@ -93,6 +93,20 @@ def held(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Waits until no other process is about to write `path` too. The lock is on a file beside it,
+    which stays: `path` itself is replaced. None where the system has no such locks."""
+    if fcntl is None:
+        yield
+        return
+    path = Path(os.path.realpath(path))
+    with path.with_name(f".{path.name}.lock").open("w") as lock:
+        with contextlib.suppress(OSError):  # network file systems without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def remove_leftovers(folder: Path) -> None:
     """Temporary files of writers that were killed."""
     for path in folder.glob(f".*{_MARK}"):

@@ -251,6 +251,7 @@ _WRONG = (
     "text",
     [
         "", "{", "{}", '[{"machine": 1, "rows": 0}]', '[{"rows": [{"x": 1}]}]', "[3]",
+        pytest.param("[" * 100_000, id="deep"),
         *(json.dumps([{"machine": _choice.machine(), "rows": [row._asdict()]}]) for row in _WRONG),
     ],
 )  # fmt: skip
@@ -276,6 +277,44 @@ def test_a_linked_table_stays_linked(tmp_path, monkeypatch):
     monkeypatch.setenv("GENFAST_CHOICES", str(link))
     calibrate.save([], calibrate.place())
     assert link.is_symlink() and json.loads(path.read_text())[0]["rows"] == []
+
+
+def test_an_entry_that_is_no_table_takes_no_other_one_with_it(tmp_path, monkeypatch):
+    path = tmp_path / "choices.json"
+    monkeypatch.setenv("GENFAST_CHOICES", str(path))
+    row = Row("attention", "cpu", ANY, "float32", "decode", 123, "torch", "measured")
+    mine = {"machine": _choice.machine(), "rows": [row._asdict()]}
+    other = {"machine": {"processor": "another"}, "rows": [row._asdict()]}
+    path.write_text(json.dumps([3, None, "machine rows", {"machine": 1}, mine, other]))
+    with pytest.warns(RuntimeWarning, match="without machine and rows"):
+        assert _choice.user_rows() == (row,)
+    calibrate.save([], path)
+    assert json.loads(path.read_text()) == [other, mine | {"rows": []}]
+
+
+def test_machines_that_share_a_table_save_at_once(tmp_path, monkeypatch):
+    """Every one's rows are there afterwards."""
+    path = tmp_path / "choices.json"
+    program = """
+import sys
+from pathlib import Path
+from genfast.benchmarks import calibrate
+from genfast.ops import _choice
+for i in range(20):
+    _choice.machine = lambda device: {"processor": f"{sys.argv[2]} {i}"}
+    calibrate.save([], Path(sys.argv[1]))
+"""
+    runs = [subprocess.Popen([sys.executable, "-c", program, str(path), n]) for n in "abc"]
+    assert [run.wait(120) for run in runs] == [0, 0, 0]
+    assert len(json.loads(path.read_text())) == 60
+
+
+def test_a_device_without_kernels_of_ours_is_not_calibrated(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("GENFAST_CHOICES", str(tmp_path / "choices.json"))
+    monkeypatch.setattr(calibrate, "plain_forward", lambda *a: None)
+    assert cli.main(["bench", "--calibrate"]) == 2
+    assert "has kernels for, got cpu" in capsys.readouterr().err
+    assert not (tmp_path / "choices.json").exists()
 
 
 def test_no_home_folder_is_no_table(monkeypatch):
