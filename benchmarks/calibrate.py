@@ -89,7 +89,7 @@ def parts_of(sizes: list[int], ratios: list[float], ours: str = "cpu") -> list[t
 
 def calibrate(threads: int = 2, device: str = "cpu") -> Iterator[Row]:
     """Rows of each dtype and kind of call, as they are decided."""
-    rows = _choice.ATTENTION_BY_TORCH[device == "cpu"]
+    rows = _choice.ATTENTION_BY_TORCH[device == "cuda"]
     ours, arch, how = "cpu", ANY, f"{threads} threads"  # save() says of which machine
     if device == "cuda":
         ours = "cuda" if _C.build_info()["cuda"] else "triton"

@@ -135,6 +135,14 @@ class Tensors:
         return torch.zeros(shape, dtype=dtype).as_subclass(OnGpu)
 
 
+def test_composed_noise_settles_cuda_too(monkeypatch):
+    """Not drawn by the host where Triton is missing."""
+    t = Tensors(monkeypatch, True)
+    monkeypatch.setattr(_backend, "_triton", lambda name, forced: lambda *a: t.ask("triton") and 0)
+    assert _backend._any("random")(t.of(4))
+    assert t.asked == ["cuda", "cuda"]
+
+
 @pytest.mark.parametrize("covered", [True, False])
 def test_cuda_is_settled_at_the_first_tensor_and_falls_through(monkeypatch, covered):
     t = Tensors(monkeypatch, covered)
@@ -205,23 +213,23 @@ def test_a_gpu_has_rows_and_a_table_of_its_own(tmp_path, monkeypatch, gpu):
     monkeypatch.setenv("GENFAST_CHOICES", str(tmp_path / "choices.json"))
     assert (_choice.arch("cuda"), _choice.machine("cuda")["gpu"]) == ("sm_89", "NVIDIA L4")
     monkeypatch.setattr(calibrate, "_ratio", lambda shape, *rest: 0.5 if shape[3] > 300 else 2.0)
-    known = dict(_choice.ATTENTION_BY_TORCH[False])
+    known = dict(_choice.ATTENTION_BY_TORCH[True])
     rows = list(calibrate.calibrate(device="cuda"))
-    assert known == _choice.ATTENTION_BY_TORCH[False]
+    assert known == _choice.ATTENTION_BY_TORCH[True]
     assert {(r.device, r.arch) for r in rows} == {("cuda", "sm_89")}
     of_cpu = Row("attention", "cpu", ANY, "float32", "decode", 123, "torch", "measured")
     calibrate.save([of_cpu], calibrate.place())
     calibrate.save(rows, calibrate.place(), "cuda")
     assert _choice.table(gpu=False) == (of_cpu, *_choice.ROWS)
     assert _choice.table(gpu=True) == (of_cpu, *rows, *_choice.ROWS)
-    decode, forward, *_ = _choice._Sizes()[False][torch.float16]
+    decode, forward, *_ = _choice._Sizes()[True][torch.float16]
     assert decode == range(32 * 128 * 128 + 1, ALL_SIZES)
     assert forward == range(16 * 256 * 256 * 64 + 1, ALL_SIZES)
     calibrate.save([], calibrate.place(), "cuda")  # once more: in place of the first
     assert _choice.table(gpu=True) == (of_cpu, *_choice.ROWS)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (9, 0))
     calibrate.save(rows, calibrate.place(), "cuda")  # rows of sm_89
-    assert _choice._Sizes()[False][torch.float16][1] == range(2**29 + 1, ALL_SIZES)
+    assert _choice._Sizes()[True][torch.float16][1] == range(2**29 + 1, ALL_SIZES)
 
 
 def test_a_gpu_is_asked_for_at_its_first_call(monkeypatch):
@@ -232,9 +240,10 @@ torch.cuda.is_available = lambda: asked.append("gpu")
 import genfast
 q = torch.randn(1, 2, 4, 8)
 genfast.attention(q, q, q)
+genfast.attention(*[q.to("meta")] * 3)
 assert not asked
 from genfast.ops._choice import ATTENTION_BY_TORCH
-ATTENTION_BY_TORCH[False]
+ATTENTION_BY_TORCH[True]
 assert asked
 """
     assert subprocess.run([sys.executable, "-c", program], timeout=120).returncode == 0
@@ -345,7 +354,7 @@ def by_torch(monkeypatch):
         calls.append(args)
         return torch.nn.functional.scaled_dot_product_attention(*args, **kwargs)
 
-    monkeypatch.setitem(core.ATTENTION_BY_TORCH[True], torch.float32, (range(1, ALL_SIZES),) * 4)
+    monkeypatch.setitem(core.ATTENTION_BY_TORCH[False], torch.float32, (range(1, ALL_SIZES),) * 4)
     monkeypatch.setattr(by_torch_module, "torch_sdpa", counted)
     return calls
 
@@ -403,7 +412,7 @@ def test_a_row_for_pytorch_differentiates_twice_under_a_checkpoint(by_torch):
 def test_wide_heads_have_a_row_of_their_own(by_torch, monkeypatch):
     nothing = range(0)
     sizes = (nothing, nothing, nothing, range(1, ALL_SIZES))
-    monkeypatch.setitem(core.ATTENTION_BY_TORCH[True], torch.float32, sizes)
+    monkeypatch.setitem(core.ATTENTION_BY_TORCH[False], torch.float32, sizes)
     for D, asked in ((_choice.WIDE_HEAD, 0), (_choice.WIDE_HEAD + 1, 2)):
         leaves = torch.randn(3, 1, 2, 5, D).unbind(0)
         genfast.attention(*leaves)  # no gradient

@@ -34,6 +34,7 @@ def draw(*shape, seed=0):
 X, Y, Q = draw(3, 2, 8), draw(3, 2, 8, seed=1), draw(1, 2, 5, 8)
 HALF = torch.full((3,), 0.5)
 CU, LENGTHS = torch.tensor([0, 2, 5], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
+WIDE = torch.ones(9, 4, dtype=torch.float64)
 PACKED = Q[0].transpose(0, 1).contiguous()
 # Every function that has kernels on more than one backend.
 CALLS = {
@@ -111,6 +112,53 @@ def mapped(f):
     return torch.func.vmap(lambda x: f(x, x, x, backend="cpu"))(Q[None])
 
 
+TABLE = PLAN.table_on("cpu")
+SPACED = torch.empty(1, 2, 5, 16)[..., ::2].copy_(Q)  # no kernel reads such rows
+# What a conversion makes fit.
+CONVERTED = {
+    "a wide table": lambda **o: genfast.dynamic_threshold(X, m=Y, table=TABLE.double(), row=1, **o),
+    "a strided table": lambda **o: genfast.dynamic_threshold(
+        X, m=Y, table=TABLE.t().contiguous().t(), row=1, **o),
+    "slopes": lambda **o: genfast.attention_with_kvcache(
+        Q, Q.clone(), Q.clone(), alibi_slopes=torch.ones(2).double(), **o),
+    "half slopes": lambda **o: genfast.attention_with_kvcache(
+        Q, Q.clone(), Q.clone(), alibi_slopes=torch.ones(2).half(), **o),
+    "a spaced cache": lambda **o: genfast.attention_with_kvcache(Q, SPACED, SPACED, **o),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_what_a_conversion_makes_fit_is_converted(name):
+    torch.testing.assert_close(CONVERTED[name](backend="cpu"), CONVERTED[name]())
+    torch.testing.assert_close(CONVERTED[name](backend="cpu"), CONVERTED[name](backend="reference"))
+
+
+def test_a_spaced_cache_is_appended_to_in_place():
+    caches = {}
+    for backend in ("cpu", "reference"):
+        k, v = (torch.zeros(1, 2, 9, 16)[..., ::2] for _ in range(2))
+        genfast.attention_with_kvcache(Q, k, v, Q, Q, cache_seqlens=2, backend=backend)
+        caches[backend] = k, v
+    torch.testing.assert_close(caches["cpu"], caches["reference"], rtol=0, atol=0)
+    assert torch.equal(caches["cpu"][0][:, :, 2:7], Q)
+
+
+def test_the_device_of_a_call_is_the_one_it_names():
+    seeds = torch.arange(3)
+    for device in ("cpu", "meta", "cuda"):
+        assert _backend._device({"seed": seeds, "device": device}).type == device
+    assert _backend._device({"x": X.to("meta"), "device": None}).type == "meta"
+    assert _backend._device({"seed": seeds.to("meta"), "device": None}).type == "cpu"
+
+
+def test_noise_is_drawn_whatever_computes_with_it():
+    for name in ("torch", "reference"):
+        assert torch.equal(genfast.randn(5, seed=1, backend=name), genfast.randn(5, seed=1))
+    genfast.set_backend("torch")
+    assert genfast.randn(5, device="meta").shape == (5,)
+    _force.may_compose("random", X)
+
+
 def learned(value):
     return torch.tensor(value, requires_grad=True)
 
@@ -144,6 +192,15 @@ REFUSED = [
                                    seed=1, variance="learned", backend="cpu"),
      "a gradient with a learned variance"),
     ("gumbel_softmax", lambda f: f(X.double(), backend="cpu"), "float64 has no kernels"),
+    ("diffusion_step", lambda f: f(X, X, PLAN.table_on("cpu"), 0, seed=1, backend="cpu",
+                                   mask=X > 0, known=X.double()), "float64"),
+    ("diffusion_step", lambda f: f(X, X, PLAN.table_on("cpu"), 0, seed=1, backend="cpu",
+                                   history=(X.double(),)), "float64"),
+    ("step_log_prob", lambda f: f(X, X, PLAN.table_on("cpu"), 1, sample=X.double(),
+                                  backend="cpu"), "float64"),
+    ("attention_with_kvcache", lambda f: f(Q, Q.clone(), Q.clone(), rotary_cos=WIDE,
+                                           rotary_sin=WIDE, backend="cpu"), "float64"),
+    ("dynamic_threshold", lambda f: f(X.clone().requires_grad_(), backend="cpu"), "a gradient"),
     ("gumbel_softmax", lambda f: f(X, backend="torch"), "PyTorch has attention alone"),
     ("sample_tokens", lambda f: f(X.double(), backend="cpu"), "float64"),
     ("reparameterize", lambda f: f(X.double(), X, backend="cpu"), "float64"),

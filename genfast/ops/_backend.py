@@ -111,6 +111,13 @@ def _settle() -> None:
     _force.blocks.follow()
 
 
+def _settles(args: tuple) -> bool:
+    first = _cuda_covers["gpus"] is None and next(_tensors(args)).is_cuda
+    if first:
+        _settle()
+    return first
+
+
 def _cpu(name: str):
     native, refused = getattr(_C, name), _REFUSED.get(name, False)
     return lambda *args: refused if next(_tensors(args)).is_cuda else native(*args)
@@ -122,7 +129,9 @@ def _any(name: str):
 
     def run(*args):
         done = native(*args)
-        return portable(*args) if done == refused else done
+        if done != refused:
+            return done
+        return run(*args) if _settles(args) else portable(*args)
 
     return run
 
@@ -135,10 +144,7 @@ def _auto(name: str):
         done = native(*args)
         if done != refused:
             return done
-        if _cuda_covers["gpus"] is None and next(_tensors(args)).is_cuda:
-            _settle()
-            return run(*args)
-        return portable(*args)
+        return run(*args) if _settles(args) else portable(*args)
 
     settled = bool(_cuda_covers["gpus"])
     if settled:
@@ -280,12 +286,13 @@ _SUSPENDED = (
 
 
 def _device(given: dict[str, Any]) -> torch.device:
-    device = given.get("device")
-    for value in given.values():
+    if given.get("device") is not None:
+        return torch.device(given["device"])
+    for name, value in given.items():
         for x in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(x, torch.Tensor) and (x.dim() or device is None):  # () suits any device
+            if isinstance(x, torch.Tensor) and name != "seed":  # seeds follow the call
                 return x.device
-    return torch.get_default_device() if device is None else torch.device(device)
+    return torch.get_default_device()
 
 
 _signature = functools.cache(inspect.signature)

@@ -234,10 +234,10 @@ def _attention_sizes(device: str) -> dict[torch.dtype, tuple[range, ...]]:
 
 
 class _Sizes(dict):
-    def __missing__(self, is_cpu: bool) -> dict[torch.dtype, tuple[range, ...]]:
-        found = self[is_cpu] = _attention_sizes("cpu" if is_cpu else "cuda")
+    def __missing__(self, is_cuda: bool) -> dict[torch.dtype, tuple[range, ...]]:
+        found = self[is_cuda] = _attention_sizes("cuda" if is_cuda else "cpu")
         return found
 
 
-# is_cpu -> dtype -> sizes of ATTENTION_CALLS that PyTorch runs: two lookups a call.
+# is_cuda -> dtype -> sizes of ATTENTION_CALLS that PyTorch runs: two lookups a call.
 ATTENTION_BY_TORCH = _Sizes()

@@ -30,7 +30,7 @@ _NODE = "ScaledDotProduct"  # what the names of PyTorch's fused nodes begin with
 def chosen(call: int, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> bool:
     """The table gives a call (place in ATTENTION_CALLS) of these sizes to PyTorch, and the mask's
     result is ours: in 16 bit it is not, cuDNN's rows that see no key are not 0."""
-    sizes = ATTENTION_BY_TORCH[q.is_cpu].get(q.dtype)
+    sizes = ATTENTION_BY_TORCH[q.is_cuda].get(q.dtype)
     if sizes is None or get_backend() != "auto":
         return False
     if call == _TRAINING and q.shape[-1] > WIDE_HEAD:

@@ -170,7 +170,7 @@ def _composite(q, k, v, mask, alibi, sinks, packed, options):
     lacks = f"a head wider than {MAX_HEAD_DIM}" if wide else None
     if alibi is not None and alibi.requires_grad:
         lacks = "a gradient by alibi_slopes"
-    may_compose("attention", q, k, v, mask, lacks=lacks)
+    may_compose("attention", q, k, v, mask, alibi, sinks, lacks=lacks)
     if k.shape[-3 if q.dim() == 4 else -2] == 0:  # no heads
         empty = q.new_empty(*q.shape[:-1], v.shape[-1]) + q.sum() + k.sum() + v.sum()
         return empty, _empty_lse(q, torch.promote_types(q.dtype, _FLOAT))
@@ -414,7 +414,7 @@ def attend(q, k, v, mask, alibi, sinks, packed: Packed, options: Options, want_l
         by_torch_too = packed is DENSE and alibi is None and sinks is None and not want_lse
         if road == DIRECT:
             try:
-                if by_torch_too and ATTENTION_BY_TORCH[q.is_cpu]:
+                if by_torch_too and ATTENTION_BY_TORCH[q.is_cuda]:
                     call = _DECODE if q.shape[-2] == 1 else _FORWARD
                     given = by_torch.settings(call, q, k, v, mask, options)
                     if given is not None:
@@ -427,7 +427,7 @@ def attend(q, k, v, mask, alibi, sinks, packed: Packed, options: Options, want_l
                 return found
         elif road == GRAD and not (alibi is not None and alibi.requires_grad):
             try:
-                if by_torch_too and mask is None and ATTENTION_BY_TORCH[q.is_cpu]:
+                if by_torch_too and mask is None and ATTENTION_BY_TORCH[q.is_cuda]:
                     given = by_torch.settings(_TRAINING, q, k, v, None, options)
                     if given is not None:
                         return by_torch.differentiable(q, k, v, _TWICE, **given), None

@@ -60,7 +60,7 @@ def _mean_and_std(args):
 
 
 def _composite(sample, args):
-    may_compose("step_log_prob", *args[:4])
+    may_compose("step_log_prob", *(args[i] for i in (*_NATIVE, *_OTHERS)), sample)
     x, z, seeds = args[0], args[13], args[14]
     seed, stream, offset = args[21:24]
     mean, std = _mean_and_std(args)

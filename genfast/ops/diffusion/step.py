@@ -89,7 +89,7 @@ def _native_backward(grads, args, wanted):
 def _composite(args) -> tuple[Tensor, ...]:
     learned = [_TENSORS[i] for i in _OTHERS if args[i] is not None and args[i].requires_grad]
     lacks = f"a gradient by {', '.join(learned)}" if learned else None
-    may_compose("diffusion_step", *args[:4], lacks=lacks)
+    may_compose("diffusion_step", *(args[i] for i in (*_NATIVE, *_OTHERS)), lacks=lacks)
     x, weights, table, index = args[0], args[4], args[5], args[6]
     z, seeds, threshold, mask, known, known_z, level = args[13:20]
     row, seed, stream, offset, draws, variance, outputs = args[20:]
