@@ -7,10 +7,12 @@ namespace genfast {
 // Which backend was asked for (genfast/ops/_force.py).
 enum Asked : int {
   kNothing = 0,
-  kCpuBlock = 1,   // "cpu", by a block: what has a registered op goes through it, for the gradient
-  kOther = 2,      // what the fast roads do not serve
-  kCudaBlock = 3,  // "cuda", by a block
-  kAnything = 4,   // more than any of them
+  kAutoBlock = 1,  // "auto", by a block in a process that asks for another: with a gradient, what
+                   // has a registered op goes through it, which remembers the block
+  kCpuBlock = 2,   // "cpu", by a block: the same without a gradient
+  kOther = 3,      // what the fast roads do not serve
+  kCudaBlock = 4,  // "cuda", by a block
+  kAnything = 5,   // more than any of them
 };
 
 enum Road : int {
@@ -45,7 +47,8 @@ class Gate {
 
   // slow_from: the least that makes the road slow.
   int operator()(PyObject* const* args, Py_ssize_t count, Asked slow_from = kCpuBlock) const {
-    if (!ready_ || asked() >= slow_from) return kSlow;
+    const int asked = this->asked();
+    if (!ready_ || asked >= slow_from) return kSlow;
     if (call_int(dispatch_modes_) != 0) return kSlow;
     PyObject* level = PyObject_CallNoArgs(functorch_level_);
     if (level == nullptr) return fail();
@@ -76,7 +79,8 @@ class Gate {
     PyObject* enabled = PyObject_CallNoArgs(is_grad_enabled_);
     if (enabled == nullptr) return fail();
     Py_DECREF(enabled);
-    return enabled == Py_True ? kGrad : kDirect;
+    if (enabled != Py_True) return kDirect;
+    return asked == kAutoBlock && slow_from == kCpuBlock ? kSlow : kGrad;
   }
 
   int asked() const { return ask_ == nullptr ? asked_ : static_cast<int>(call_int(ask_)); }

@@ -20,7 +20,7 @@ import genfast
 from genfast import schedulers
 from genfast.ops import _backend, _force
 from genfast.ops import linear as linear_module
-from genfast.ops._road import DIRECT, SLOW, gate
+from genfast.ops._road import DIRECT, GRAD, SLOW, gate
 from genfast.ops.convolution import winograd
 from genfast.ops.filtering.feed_forward import feed_forward
 
@@ -353,6 +353,24 @@ def test_a_gradient_runs_where_its_block_said(asked):
     out = genfast.reparameterize(x, x, seed=1).sum()
     (out + genfast.gumbel_softmax(x, 0.5, seed=1).square().sum()).backward()
     torch.testing.assert_close(x.grad, expected, rtol=0, atol=0)
+
+
+def test_a_gradient_of_a_block_for_auto_runs_so_in_a_process_with_another_name(asked):
+    x, q = X.clone().requires_grad_(), Q.clone().requires_grad_()
+    for name in ("reference", "triton") if _force.HAVE_TRITON else ("reference",):
+        genfast.set_backend(name)
+        with genfast.backend("auto"):
+            assert gate(X) == DIRECT and gate(x) == SLOW
+            out = genfast.reparameterize(x, x, seed=1).sum() + genfast.attention(q, q, q).sum()
+        y = genfast.gumbel_softmax(x, 0.5, seed=1, backend="auto").square().sum()
+        asked["auto"].clear()
+        (out + y).backward()
+        assert {"reparameterize_backward", "gumbel_softmax_backward", "attention_backward"} == set(
+            asked["auto"]
+        )
+    genfast.set_backend("auto")
+    with genfast.backend("auto"):
+        assert gate(x) == GRAD
 
 
 def test_blocks_belong_to_their_thread():

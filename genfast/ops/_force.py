@@ -27,11 +27,9 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ("auto", "cpu", "cuda", "triton", "torch", "reference")
 _state = {"name": "auto"}  # in a dictionary, which Dynamo guards
 
-# What csrc/gate.h makes of a block: a slow road that looks, but for "auto"; "cpu" lets what has no
-# registered op run as ever, and "cuda" calls CUDA kernels. A process's "cpu" and "cuda" need no
-# look either.
-_NOTHING, _CPU_BLOCK, _OTHER, _CUDA_BLOCK = range(4)
-_BLOCK = {"auto": _NOTHING, "cpu": _CPU_BLOCK, "cuda": _CUDA_BLOCK}
+# Those of csrc/gate.h, which says what they mean. A process's "cpu" and "cuda" need no look.
+_NOTHING, _AUTO_BLOCK, _CPU_BLOCK, _OTHER, _CUDA_BLOCK = range(5)
+_BLOCK = {"auto": _AUTO_BLOCK, "cpu": _CPU_BLOCK, "cuda": _CUDA_BLOCK}
 _PROCESS = dict.fromkeys(("auto", "cpu", "cuda"), _NOTHING)
 
 
@@ -73,7 +71,9 @@ def _of_process() -> int:
 def _asked() -> int:
     """Where any thread has a block open."""
     name = _own.thread.name
-    return _of_process() if name is None else _BLOCK.get(name, _OTHER)
+    if name is None or name == _state["name"] == "auto":
+        return _of_process()
+    return _BLOCK.get(name, _OTHER)
 
 
 class _Block:
