@@ -238,8 +238,8 @@ def set_backend(name: str) -> None:
     "triton" (these kernels), "torch" (PyTorch's own attention) or "reference" (plain PyTorch).
 
     ValueError for another name, for "cuda" where the package was built without CUDA, and for
-    "triton" where that package is missing. A call that the backend cannot do raises RuntimeError
-    with the reason.
+    "triton" where that package is missing. A call, or a gradient, that the backend cannot do raises
+    RuntimeError with the reason; gradients of gradients are plain PyTorch's under every name.
 
     The environment variable GENFAST_BACKEND sets the same at import.
     """
@@ -250,8 +250,17 @@ def set_backend(name: str) -> None:
 
 
 class backend(contextlib.AbstractContextManager):
-    """`with genfast.backend("reference"): ...`: as `set_backend`, for the calls of this thread and
-    the gradients of its eager ones. A compiled function follows the block it is called in."""
+    """`with genfast.backend("reference"): ...`: as `set_backend`, for the calls of this thread.
+
+    The gradient of an eager call runs where its block said, whenever and wherever it is taken. A
+    compiled function follows the block it is called in, but the kernels of its backward, and all
+    that a checkpoint computes again, the block around the backward: take those gradients within it
+    (behind it, a checkpoint of another backend's tensors is an error).
+
+    A block is its thread's, like torch.no_grad(): what runs there while a generator or a coroutine
+    keeps it open is in it too. Blocks may end in any order, by any thread. Also a decorator of
+    functions, not of generators and coroutines (TypeError).
+    """
 
     def __init__(self, name: str):
         _usable(name)
