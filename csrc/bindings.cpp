@@ -248,7 +248,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       },
       "Takes the handles of torch that the gate and the caster need.");
   for (PyMethodDef& method : g_gates) add_fast(m, method);
-  m.def("asked", [](int process, py::object ask) { g_gate.set_asked(process, std::move(ask)); });
+  m.def("ask", [](py::function ask) { g_gate.set_ask(std::move(ask)); });
+  m.def("asked", [](int what) { g_gate.set_asked(what); });
   m.def("enable_cuda", [](bool on) { g_cuda_enabled = on; });
   m.def("build_info", &build_info);
   m.def("limit", &limit);

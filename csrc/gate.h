@@ -2,6 +2,8 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <atomic>
+
 namespace genfast {
 
 // Which backend was asked for (genfast/ops/_force.py).
@@ -83,15 +85,14 @@ class Gate {
     return asked == kAutoBlock && slow_from == kCpuBlock ? kSlow : kGrad;
   }
 
-  int asked() const { return ask_ == nullptr ? asked_ : static_cast<int>(call_int(ask_)); }
-
-  // process: what it asks for. ask: for the calling thread, where any has asked itself, or null.
-  void set_asked(int process, pybind11::object ask) {
-    asked_ = process;
-    PyObject* before = ask_;
-    ask_ = ask.is_none() ? nullptr : ask.release().ptr();
-    Py_XDECREF(before);
+  int asked() const {
+    const int process = asked_.load(std::memory_order_relaxed);
+    return process >= 0 ? process : static_cast<int>(call_int(ask_));
   }
+
+  // what: the process asks for, or -1: a thread has asked itself, `ask` says what.
+  void set_asked(int what) { asked_ = what; }
+  void set_ask(pybind11::function ask) { ask_ = ask.release().ptr(); }  // once
 
   PyObject* empty_like() const { return empty_like_; }  // torch's, borrowed
 
@@ -117,7 +118,7 @@ class Gate {
   }
 
   bool ready_ = false;
-  int asked_ = kNothing;
+  std::atomic<int> asked_{kNothing};
   PyObject *tensor_ = nullptr, *parameter_ = nullptr, *is_grad_enabled_ = nullptr,
            *dispatch_modes_ = nullptr, *functorch_level_ = nullptr, *tracing_ = nullptr,
            *threads_ = nullptr, *empty_like_ = nullptr, *forward_ad_ = nullptr,

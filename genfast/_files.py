@@ -101,10 +101,14 @@ def alone(path: Path) -> Iterator[None]:
         yield
         return
     path = Path(os.path.realpath(path))
-    with path.with_name(f".{path.name}.lock").open("w") as lock:
+    # To read: the file may be another user's.
+    handle = os.open(path.with_name(f".{path.name}.lock"), os.O_RDONLY | os.O_CREAT, 0o644)
+    try:
         with contextlib.suppress(OSError):  # network file systems without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(handle)
 
 
 def remove_leftovers(folder: Path) -> None:

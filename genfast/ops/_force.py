@@ -77,6 +77,9 @@ def _asked() -> int:
     return _BLOCK.get(name, _OTHER)
 
 
+_C.ask(_asked)
+
+
 class _Block:
     def __init__(self, name: str):
         self.name, self.thread = name, _own.thread
@@ -110,25 +113,26 @@ class _Blocks:
     def follow(self) -> None:
         with self.lock:
             self.switch()
-            _C.asked(_of_process(), _asked if self.open else None)
+            _C.asked(-1 if self.open else _of_process())
             self.switched = bool(self.open)
 
     def _changed(self, thread: _Thread) -> None:
-        with self.lock:
-            thread.name = thread.open[-1].name if thread.open else None
-            if self.switched != bool(self.open):
-                self.follow()
+        thread.name = [None, *(block.name for block in thread.open)][-1]
+        if self.switched != bool(self.open):
+            self.follow()
 
     def _begin(self, block: _Block) -> None:
-        block.thread.open.append(block)
-        self.open.add(block)
-        self._changed(block.thread)
+        with self.lock:
+            block.thread.open.append(block)
+            self.open.add(block)
+            self._changed(block.thread)
 
     def _end(self, block: _Block) -> None:
-        with contextlib.suppress(ValueError):
-            block.thread.open.remove(block)
-        self.open.discard(block)
-        self._changed(block.thread)
+        with self.lock:
+            if block in block.thread.open:
+                block.thread.open.remove(block)
+            self.open.discard(block)
+            self._changed(block.thread)
 
     @contextlib.contextmanager
     def enter(self, name: str) -> Iterator[None]:

@@ -56,7 +56,7 @@ def _composite(
     q, k_cache, v_cache, k, v, lengths, cos, sin, interleaved, batch_idx, leftpad, block_table,
     scale, softcap, alibi, sinks, left, right,
 ):  # fmt: skip
-    may_compose("attention_with_kvcache", q, k_cache, k, v, cos, sin, alibi, sinks)
+    may_compose("attention_with_kvcache", q, k_cache, cos, sin, alibi, sinks)
     out, lse = reference.attention_with_kvcache(
         q, k_cache, v_cache, k, v, cos=cos, sin=sin, interleaved=interleaved,
         cache_seqlens=lengths, cache_batch_idx=batch_idx, leftpad=leftpad,
