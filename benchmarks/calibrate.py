@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from genfast._files import write_atomic
+from genfast._files import alone, write_atomic
 from genfast._native import _C
 from genfast.benchmarks.harness import measure
 from genfast.ops import _choice
@@ -50,6 +50,11 @@ def _ratio(shape, dtype, training: bool, device: str) -> float:
     B, H, Sq, Sk, D = shape
     q = torch.randn(B, H, Sq, D, device=device).to(dtype)
     k, v = (torch.randn(B, H, Sk, D, device=device).to(dtype) for _ in range(2))
+    if plain_forward(q, k, v, None, False, None, False) is None:
+        raise ValueError(
+            f"--device: expected one that genfast's attention has kernels for, got {device}; "
+            "`genfast info` says what is missing"
+        )
     ours = plain_training if training else plain_forward
     calls = {
         "ours": lambda: ours(q, k, v, None, False, None, False),
@@ -84,7 +89,7 @@ def parts_of(sizes: list[int], ratios: list[float], ours: str = "cpu") -> list[t
 
 def calibrate(threads: int = 2, device: str = "cpu") -> Iterator[Row]:
     """Rows of each dtype and kind of call, as they are decided."""
-    rows = _choice.ATTENTION_BY_TORCH[device == "cpu"]
+    rows = _choice.ATTENTION_BY_TORCH[device == "cuda"]
     ours, arch, how = "cpu", ANY, f"{threads} threads"  # save() says of which machine
     if device == "cuda":
         ours = "cuda" if _C.build_info()["cuda"] else "triton"
@@ -122,13 +127,15 @@ def place() -> Path:
 
 
 def save(rows: list[Row], path: Path, device: str = "cpu") -> Path:
-    """Beside the tables of other machines; one that cannot be read gives way."""
+    """Beside the tables of other machines, which may save theirs at the same time; what is no table
+    gives way."""
     machine = _choice.machine(device)
-    try:
-        kept = [t for t in _choice.read_tables(path) if t["machine"] != machine]
-    except (OSError, ValueError, TypeError):
-        kept = []
-    tables = [*kept, {"machine": machine, "rows": [row._asdict() for row in rows]}]
-    text = json.dumps(tables, indent=1)
-    write_atomic(path, lambda temporary: temporary.write_text(text + "\n"))
+    with alone(path):
+        try:
+            kept = [t for t in _choice.read_tables(path)[0] if t["machine"] != machine]
+        except (OSError, ValueError):
+            kept = []
+        tables = [*kept, {"machine": machine, "rows": [row._asdict() for row in rows]}]
+        text = json.dumps(tables, indent=1)
+        write_atomic(path, lambda temporary: temporary.write_text(text + "\n"))
     return path

@@ -32,7 +32,8 @@ inline bool same_device(Views views) {
   }
   if (first == nullptr) return false;
 #if GENFAST_HAVE_CUDA
-  return first->is_cpu() || (first->is_cuda() && (t_cuda < 0 ? bool(g_cuda_enabled) : t_cuda == 1));
+  if (first->is_cpu()) return true;
+  return first->is_cuda() && (g_cuda_enabled || g_gate.asked() == kCudaBlock);
 #else
   return first->is_cpu();
 #endif

@@ -10,11 +10,19 @@
 namespace genfast {
 namespace {
 
+template <Asked slow_from>
 PyObject* gate(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return PyLong_FromLong(g_gate(args, count));
+  return PyLong_FromLong(g_gate(args, count, slow_from));
 }
-PyMethodDef g_gate_method = {"gate", reinterpret_cast<PyCFunction>(gate), METH_FASTCALL,
-                             "gate(*tensors) -> int: 1 direct, 2 gradient wanted, 0 slow road"};
+template <Asked slow_from>
+PyMethodDef gate_method(const char* name, const char* about) {
+  return {name, reinterpret_cast<PyCFunction>(gate<slow_from>), METH_FASTCALL, about};
+}
+PyMethodDef g_gates[] = {
+    gate_method<kCpuBlock>("gate", "gate(*tensors) -> int: 1 direct, 2 gradient wanted, 0 slow"),
+    gate_method<kOther>("cpu_gate", "The same of what has CPU kernels and no registered op"),
+    gate_method<kAnything>("plain_gate", "The same, whichever backend was asked for"),
+};
 
 bool random(TensorArgument& out, int distribution, py::handle seed, TensorArgument& seeds,
             py::handle stream, int64_t offset, int64_t low, uint64_t range) {
@@ -243,10 +251,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         register_tensor_type(torch.attr("nn").attr("Parameter").ptr());
       },
       "Takes the handles of torch that the gate and the caster need.");
-  add_fast(m, g_gate_method);
-  m.def("force_slow_road", [](bool on) { g_gate.force_slow_road(on); });
+  for (PyMethodDef& method : g_gates) add_fast(m, method);
+  m.def("ask", [](py::function ask) { g_gate.set_ask(std::move(ask)); });
+  m.def("asked", [](int what) { g_gate.set_asked(what); });
   m.def("enable_cuda", [](bool on) { g_cuda_enabled = on; });
-  m.def("own_road", [](int slow, int cuda) { t_slow_road = slow, t_cuda = cuda; });
   m.def("build_info", &build_info);
   m.def("limit", &limit);
   m.def("random", &genfast::random);

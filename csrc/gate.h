@@ -2,10 +2,20 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <atomic>
+
 namespace genfast {
 
-// What a thread has asked for itself (genfast.backend): no, yes, or -1, as the process has it.
-inline thread_local int t_slow_road = -1, t_cuda = -1;
+// Which backend was asked for (genfast/ops/_force.py).
+enum Asked : int {
+  kNothing = 0,
+  kAutoBlock = 1,  // "auto", by a block in a process that asks for another: with a gradient, what
+                   // has a registered op goes through it, which remembers the block
+  kCpuBlock = 2,   // "cpu", by a block: the same without a gradient
+  kOther = 3,      // what the fast roads do not serve
+  kCudaBlock = 4,  // "cuda", by a block
+  kAnything = 5,   // more than any of them
+};
 
 enum Road : int {
   kSlow = 0,    // anything unusual: modes, functorch, forward AD, subclasses, negative views
@@ -37,8 +47,10 @@ class Gate {
     ready_ = true;
   }
 
-  int operator()(PyObject* const* args, Py_ssize_t count) const {
-    if (!ready_ || (t_slow_road < 0 ? forced_ : t_slow_road == 1)) return kSlow;
+  // slow_from: the least that makes the road slow.
+  int operator()(PyObject* const* args, Py_ssize_t count, Asked slow_from = kCpuBlock) const {
+    const int asked = this->asked();
+    if (!ready_ || asked >= slow_from) return kSlow;
     if (call_int(dispatch_modes_) != 0) return kSlow;
     PyObject* level = PyObject_CallNoArgs(functorch_level_);
     if (level == nullptr) return fail();
@@ -69,11 +81,18 @@ class Gate {
     PyObject* enabled = PyObject_CallNoArgs(is_grad_enabled_);
     if (enabled == nullptr) return fail();
     Py_DECREF(enabled);
-    return enabled == Py_True ? kGrad : kDirect;
+    if (enabled != Py_True) return kDirect;
+    return asked == kAutoBlock && slow_from == kCpuBlock ? kSlow : kGrad;
   }
 
-  // A backend was forced: every call takes the slow road, which looks.
-  void force_slow_road(bool on) { forced_ = on; }
+  int asked() const {
+    const int process = asked_.load(std::memory_order_relaxed);
+    return process >= 0 ? process : static_cast<int>(call_int(ask_));
+  }
+
+  // what: the process asks for, or -1: a thread has asked itself, `ask` says what.
+  void set_asked(int what) { asked_ = what; }
+  void set_ask(pybind11::function ask) { ask_ = ask.release().ptr(); }  // once
 
   PyObject* empty_like() const { return empty_like_; }  // torch's, borrowed
 
@@ -98,11 +117,13 @@ class Gate {
     return v;
   }
 
-  bool ready_ = false, forced_ = false;
+  bool ready_ = false;
+  std::atomic<int> asked_{kNothing};
   PyObject *tensor_ = nullptr, *parameter_ = nullptr, *is_grad_enabled_ = nullptr,
            *dispatch_modes_ = nullptr, *functorch_level_ = nullptr, *tracing_ = nullptr,
            *threads_ = nullptr, *empty_like_ = nullptr, *forward_ad_ = nullptr,
-           *current_level_ = nullptr, *requires_grad_ = nullptr, *is_neg_ = nullptr;
+           *current_level_ = nullptr, *requires_grad_ = nullptr, *is_neg_ = nullptr,
+           *ask_ = nullptr;
 };
 
 }  // namespace genfast

@@ -93,6 +93,24 @@ def held(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Waits until no other process is about to write `path` too. The lock is on a file beside it,
+    which stays: `path` itself is replaced. None where the system has no such locks."""
+    if fcntl is None:
+        yield
+        return
+    path = Path(os.path.realpath(path))
+    # To read: the file may be another user's.
+    handle = os.open(path.with_name(f".{path.name}.lock"), os.O_RDONLY | os.O_CREAT, 0o644)
+    try:
+        with contextlib.suppress(OSError):  # network file systems without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def remove_leftovers(folder: Path) -> None:
     """Temporary files of writers that were killed."""
     for path in folder.glob(f".*{_MARK}"):

@@ -135,6 +135,14 @@ class Tensors:
         return torch.zeros(shape, dtype=dtype).as_subclass(OnGpu)
 
 
+def test_composed_noise_settles_cuda_too(monkeypatch):
+    """Not drawn by the host where Triton is missing."""
+    t = Tensors(monkeypatch, True)
+    monkeypatch.setattr(_backend, "_triton", lambda name, forced: lambda *a: t.ask("triton") and 0)
+    assert _backend._any("random")(t.of(4))
+    assert t.asked == ["cuda", "cuda"]
+
+
 @pytest.mark.parametrize("covered", [True, False])
 def test_cuda_is_settled_at_the_first_tensor_and_falls_through(monkeypatch, covered):
     t = Tensors(monkeypatch, covered)
@@ -205,23 +213,23 @@ def test_a_gpu_has_rows_and_a_table_of_its_own(tmp_path, monkeypatch, gpu):
     monkeypatch.setenv("GENFAST_CHOICES", str(tmp_path / "choices.json"))
     assert (_choice.arch("cuda"), _choice.machine("cuda")["gpu"]) == ("sm_89", "NVIDIA L4")
     monkeypatch.setattr(calibrate, "_ratio", lambda shape, *rest: 0.5 if shape[3] > 300 else 2.0)
-    known = dict(_choice.ATTENTION_BY_TORCH[False])
+    known = dict(_choice.ATTENTION_BY_TORCH[True])
     rows = list(calibrate.calibrate(device="cuda"))
-    assert known == _choice.ATTENTION_BY_TORCH[False]
+    assert known == _choice.ATTENTION_BY_TORCH[True]
     assert {(r.device, r.arch) for r in rows} == {("cuda", "sm_89")}
     of_cpu = Row("attention", "cpu", ANY, "float32", "decode", 123, "torch", "measured")
     calibrate.save([of_cpu], calibrate.place())
     calibrate.save(rows, calibrate.place(), "cuda")
     assert _choice.table(gpu=False) == (of_cpu, *_choice.ROWS)
     assert _choice.table(gpu=True) == (of_cpu, *rows, *_choice.ROWS)
-    decode, forward, *_ = _choice._Sizes()[False][torch.float16]
+    decode, forward, *_ = _choice._Sizes()[True][torch.float16]
     assert decode == range(32 * 128 * 128 + 1, ALL_SIZES)
     assert forward == range(16 * 256 * 256 * 64 + 1, ALL_SIZES)
     calibrate.save([], calibrate.place(), "cuda")  # once more: in place of the first
     assert _choice.table(gpu=True) == (of_cpu, *_choice.ROWS)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (9, 0))
     calibrate.save(rows, calibrate.place(), "cuda")  # rows of sm_89
-    assert _choice._Sizes()[False][torch.float16][1] == range(2**30 + 1, ALL_SIZES)
+    assert _choice._Sizes()[True][torch.float16][1] == range(2**30 + 1, ALL_SIZES)
 
 
 def test_a_gpu_is_asked_for_at_its_first_call(monkeypatch):
@@ -232,9 +240,10 @@ torch.cuda.is_available = lambda: asked.append("gpu")
 import genfast
 q = torch.randn(1, 2, 4, 8)
 genfast.attention(q, q, q)
+genfast.attention(*[q.to("meta")] * 3)
 assert not asked
 from genfast.ops._choice import ATTENTION_BY_TORCH
-ATTENTION_BY_TORCH[False]
+ATTENTION_BY_TORCH[True]
 assert asked
 """
     assert subprocess.run([sys.executable, "-c", program], timeout=120).returncode == 0
@@ -251,6 +260,7 @@ _WRONG = (
     "text",
     [
         "", "{", "{}", '[{"machine": 1, "rows": 0}]', '[{"rows": [{"x": 1}]}]', "[3]",
+        pytest.param("[" * 100_000, id="deep"),
         *(json.dumps([{"machine": _choice.machine(), "rows": [row._asdict()]}]) for row in _WRONG),
     ],
 )  # fmt: skip
@@ -276,6 +286,44 @@ def test_a_linked_table_stays_linked(tmp_path, monkeypatch):
     monkeypatch.setenv("GENFAST_CHOICES", str(link))
     calibrate.save([], calibrate.place())
     assert link.is_symlink() and json.loads(path.read_text())[0]["rows"] == []
+
+
+def test_an_entry_that_is_no_table_takes_no_other_one_with_it(tmp_path, monkeypatch):
+    path = tmp_path / "choices.json"
+    monkeypatch.setenv("GENFAST_CHOICES", str(path))
+    row = Row("attention", "cpu", ANY, "float32", "decode", 123, "torch", "measured")
+    mine = {"machine": _choice.machine(), "rows": [row._asdict()]}
+    other = {"machine": {"processor": "another"}, "rows": [row._asdict()]}
+    path.write_text(json.dumps([3, None, "machine rows", {"machine": 1}, mine, other]))
+    with pytest.warns(RuntimeWarning, match="without machine and rows"):
+        assert _choice.user_rows() == (row,)
+    calibrate.save([], path)
+    assert json.loads(path.read_text()) == [other, mine | {"rows": []}]
+
+
+def test_machines_that_share_a_table_save_at_once(tmp_path, monkeypatch):
+    """Every one's rows are there afterwards."""
+    path = tmp_path / "choices.json"
+    program = """
+import sys
+from pathlib import Path
+from genfast.benchmarks import calibrate
+from genfast.ops import _choice
+for i in range(20):
+    _choice.machine = lambda device: {"processor": f"{sys.argv[2]} {i}"}
+    calibrate.save([], Path(sys.argv[1]))
+"""
+    runs = [subprocess.Popen([sys.executable, "-c", program, str(path), n]) for n in "abc"]
+    assert [run.wait(120) for run in runs] == [0, 0, 0]
+    assert len(json.loads(path.read_text())) == 60
+
+
+def test_a_device_without_kernels_of_ours_is_not_calibrated(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("GENFAST_CHOICES", str(tmp_path / "choices.json"))
+    monkeypatch.setattr(calibrate, "plain_forward", lambda *a: None)
+    assert cli.main(["bench", "--calibrate"]) == 2
+    assert "has kernels for, got cpu" in capsys.readouterr().err
+    assert not (tmp_path / "choices.json").exists()
 
 
 def test_no_home_folder_is_no_table(monkeypatch):
@@ -306,7 +354,7 @@ def by_torch(monkeypatch):
         calls.append(args)
         return torch.nn.functional.scaled_dot_product_attention(*args, **kwargs)
 
-    monkeypatch.setitem(core.ATTENTION_BY_TORCH[True], torch.float32, (range(1, ALL_SIZES),) * 4)
+    monkeypatch.setitem(core.ATTENTION_BY_TORCH[False], torch.float32, (range(1, ALL_SIZES),) * 4)
     monkeypatch.setattr(by_torch_module, "torch_sdpa", counted)
     return calls
 
@@ -364,7 +412,7 @@ def test_a_row_for_pytorch_differentiates_twice_under_a_checkpoint(by_torch):
 def test_wide_heads_have_a_row_of_their_own(by_torch, monkeypatch):
     nothing = range(0)
     sizes = (nothing, nothing, nothing, range(1, ALL_SIZES))
-    monkeypatch.setitem(core.ATTENTION_BY_TORCH[True], torch.float32, sizes)
+    monkeypatch.setitem(core.ATTENTION_BY_TORCH[False], torch.float32, sizes)
     for D, asked in ((_choice.WIDE_HEAD, 0), (_choice.WIDE_HEAD + 1, 2)):
         leaves = torch.randn(3, 1, 2, 5, D).unbind(0)
         genfast.attention(*leaves)  # no gradient

@@ -9,27 +9,26 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
+import importlib
 import inspect
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from genfast._archs import covers
 from genfast._native import _C
 from genfast.ops import _force
 from genfast.ops._choice import ALL_SIZES, ANY, arch, table, triton_from
-from genfast.ops._force import get_backend
+from genfast.ops._force import HAVE_TRITON as _HAVE_TRITON
+from genfast.ops._force import get_backend, no_triton, triton_runs
 from genfast.ops._scratch import with_scratch
 
 _HAVE_CUDA = _C.build_info()["cuda"]
 _GPU = torch.version.cuda is not None or torch.version.hip is not None
-_HAVE_TRITON = importlib.util.find_spec("triton") is not None
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-# Decides at the first import of the kernels, for good: they then run on the CPU, for tests.
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Whether `auto` takes the CUDA kernels; None: not known before the first CUDA tensor, because
 # asking for the GPU starts CUDA, and a process that has started it cannot be forked.
 _cuda_covers = {"gpus": None if _HAVE_CUDA and _GPU else False}
@@ -79,21 +78,6 @@ class _Kernels:
 kernels = _Kernels()
 
 
-def triton_runs(device: torch.device) -> bool:
-    """Triton kernels can run on tensors of `device`."""
-    if device.type == "cpu":
-        return _INTERPRETED and _HAVE_TRITON
-    return _HAVE_TRITON and device.type == "cuda"
-
-
-def _no_triton(device: torch.device) -> RuntimeError:
-    return RuntimeError(
-        f'backend: "triton" was set, and Triton does not run on {device.type} tensors here; move '
-        "them to a GPU, set TRITON_INTERPRET=1 before the import, or "
-        'genfast.set_backend("auto")'
-    )
-
-
 def _triton(name: str, forced: bool = True):
     refused = _REFUSED.get(name, False)
     if _TRITON[name] is None:
@@ -103,7 +87,7 @@ def _triton(name: str, forced: bool = True):
         x = next(_tensors(args))
         if not triton_runs(x.device):
             if forced:
-                raise _no_triton(x.device)
+                raise RuntimeError(no_triton(x.device))
             return refused
         module = importlib.import_module(f"genfast.kernels.{_TRITON[name]}")
         return getattr(module, name)(*args)
@@ -124,8 +108,14 @@ def _settle() -> None:
     )
     _allow_cuda()
     _functions.cache_clear()
-    with _force.blocks.lock:
-        _follow()
+    _force.blocks.follow()
+
+
+def _settles(args: tuple) -> bool:
+    first = _cuda_covers["gpus"] is None and next(_tensors(args)).is_cuda
+    if first:
+        _settle()
+    return first
 
 
 def _cpu(name: str):
@@ -139,7 +129,9 @@ def _any(name: str):
 
     def run(*args):
         done = native(*args)
-        return portable(*args) if done == refused else done
+        if done != refused:
+            return done
+        return run(*args) if _settles(args) else portable(*args)
 
     return run
 
@@ -152,10 +144,7 @@ def _auto(name: str):
         done = native(*args)
         if done != refused:
             return done
-        if _cuda_covers["gpus"] is None and next(_tensors(args)).is_cuda:
-            _settle()
-            return run(*args)
-        return portable(*args)
+        return run(*args) if _settles(args) else portable(*args)
 
     settled = bool(_cuda_covers["gpus"])
     if settled:
@@ -225,13 +214,11 @@ def _allow_cuda() -> None:
 def _follow() -> None:
     """The kernels of the process's backend; each thread's own while blocks are open."""
     name = _force.process_backend()
-    # So that the fast roads never have to look.
-    _C.force_slow_road(name not in ("auto", "cpu", "cuda"))
     vars(kernels).update(_SWITCHES if _force.blocks.open else _functions(name))
 
 
-_force.blocks.switch = _follow
-_follow()
+_force.blocks.switch = lambda: _follow()
+_force.blocks.follow()
 
 
 def _usable(name: str) -> None:
@@ -251,34 +238,70 @@ def set_backend(name: str) -> None:
     "triton" (these kernels), "torch" (PyTorch's own attention) or "reference" (plain PyTorch).
 
     ValueError for another name, for "cuda" where the package was built without CUDA, and for
-    "triton" where that package is missing. A call that the backend cannot do raises RuntimeError
-    with the reason.
+    "triton" where that package is missing. A call, or a gradient, that the backend cannot do raises
+    RuntimeError with the reason; gradients of gradients are plain PyTorch's under every name.
 
     The environment variable GENFAST_BACKEND sets the same at import.
     """
     _usable(name)
     with _force.blocks.lock:
-        _force.set_process_backend(name)
+        _force.blocks.set_process(name)
         _allow_cuda()
-        _follow()
 
 
-@contextlib.contextmanager
-def backend(name: str) -> Iterator[None]:
-    """`with genfast.backend("reference"): ...`: as `set_backend`, for the calls of this thread and
-    the gradients of its eager ones. A compiled function follows the block it is called in."""
-    _usable(name)
-    with _force.blocks.enter(name):
-        yield
+class backend(contextlib.AbstractContextManager):
+    """`with genfast.backend("reference"): ...`: as `set_backend`, for the calls of this thread.
+
+    The gradient of an eager call runs where its block said, whenever and wherever it is taken. A
+    compiled function follows the block it is called in, but the kernels of its backward, and all
+    that a checkpoint computes again, the block around the backward: take those gradients within it
+    (behind it, a checkpoint of another backend's tensors is an error).
+
+    A block is its thread's, like torch.no_grad(): what runs there while a generator or a coroutine
+    keeps it open is in it too. Blocks may end in any order, by any thread. Also a decorator of
+    functions, not of generators and coroutines (TypeError).
+    """
+
+    def __init__(self, name: str):
+        _usable(name)
+        self.name, self.entered = name, []
+
+    def __enter__(self) -> None:
+        self.entered.append(_force.blocks.enter(self.name))
+        self.entered[-1].__enter__()
+
+    def __exit__(self, *error) -> None:
+        self.entered.pop().__exit__(*error)
+
+    def __call__(self, function: Callable) -> Callable:
+        """A function with a block around each of its calls."""
+        if any(kind(function) for kind in _SUSPENDED):
+            raise TypeError(
+                "backend: expected a function that is done when it returns, got a generator or "
+                "coroutine; write `with genfast.backend(...)` around the calls in it"
+            )
+
+        @functools.wraps(function)
+        def run(*args, **kwargs):
+            with backend(self.name):
+                return function(*args, **kwargs)
+
+        return run
+
+
+_SUSPENDED = (
+    inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction,
+)  # fmt: skip
 
 
 def _device(given: dict[str, Any]) -> torch.device:
-    device = given.get("device")
-    for value in given.values():
+    if given.get("device") is not None:
+        return torch.device(given["device"])
+    for name, value in given.items():
         for x in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(x, torch.Tensor) and (x.dim() or device is None):  # () suits any device
+            if isinstance(x, torch.Tensor) and name != "seed":  # seeds follow the call
                 return x.device
-    return torch.get_default_device() if device is None else torch.device(device)
+    return torch.get_default_device()
 
 
 _signature = functools.cache(inspect.signature)
@@ -287,12 +310,14 @@ _signature = functools.cache(inspect.signature)
 def under(function: Callable, given: dict[str, Any]):
     """The argument `backend` of a public function: `function` once more, with its locals."""
     name = given.pop("backend")
-    if torch.compiler.is_compiling():
+    # `is_compiling` is of the process: true in an eager thread while another one compiles.
+    if torch.compiler.is_dynamo_compiling() or get_proxy_mode() is not None:
         raise RuntimeError(
-            f"backend: expected no argument inside torch.compile, got {name!r}; a compiled graph "
+            f"backend: expected no argument inside a traced function, got {name!r}; its graph "
             "asks when it runs: genfast.set_backend, or `with genfast.backend(...)` around it"
         )
-    with backend(name):
+    _usable(name)
+    with _force.blocks.enter(name):
         device = _device(given)
         if name in ("cpu", "cuda") and device.type != name:
             raise RuntimeError(
@@ -308,7 +333,7 @@ def has_kernels(device: torch.device, name: str = "random") -> bool:
     forced = get_backend()
     if _TRITON[name] is None:
         if forced == "triton" and device.type == "cpu" and not triton_runs(device):
-            raise _no_triton(device)  # like the families that have Triton kernels
+            raise RuntimeError(no_triton(device))  # like the families that have Triton kernels
         return device.type == "cpu" and forced in ("auto", "cpu", "cuda")
     if forced == "triton":
         return triton_runs(device)

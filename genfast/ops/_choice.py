@@ -157,31 +157,38 @@ def _checked(rows: list[dict]) -> tuple[Row, ...]:
     return found
 
 
-def read_tables(path: Path) -> list[dict]:
-    """[{"machine": ..., "rows": [...]}, ...]: of the nodes of a cluster, say, that share a home."""
-    tables = json.loads(path.read_text())
-    if not isinstance(tables, list) or not all({"machine", "rows"} <= set(t) for t in tables):
-        raise ValueError("expected a list of tables with machine and rows")
-    return tables
+def read_tables(path: Path) -> tuple[list[dict], int]:
+    """[{"machine": ..., "rows": [...]}, ...]: of the nodes of a cluster, say, that share a home;
+    and how many entries are no such table."""
+    try:
+        entries = json.loads(path.read_text())
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    if not isinstance(entries, list):
+        raise ValueError("expected a list of tables")
+    tables = [t for t in entries if isinstance(t, dict) and {"machine", "rows"} <= set(t)]
+    return tables, len(entries) - len(tables)
 
 
 def user_rows(device: str = "cpu") -> tuple[Row, ...]:
     """The calibrated rows; none when they are of other machines or another torch."""
-    path = "the user's table"
+    path, rows = "the user's table", ()
     try:
         path = user_file()
-        here = (t["rows"] for t in read_tables(path) if t["machine"] == machine(device))
-        return _checked(next(here, []))
+        tables, others = read_tables(path)
+        rows = _checked(next((t["rows"] for t in tables if t["machine"] == machine(device)), []))
+        if others:
+            raise ValueError("entries without machine and rows")
     except (OSError, RuntimeError):
-        return ()  # no such file, or none that may be read; RuntimeError: no home folder
+        pass  # no such file, or none that may be read; RuntimeError: no home folder
     except (ValueError, KeyError, TypeError) as error:
         warnings.warn(
-            f"{path}: not a table of `genfast bench --calibrate` ({error}); it is ignored. Delete "
-            "it or calibrate again",
+            f"{path}: not a table of `genfast bench --calibrate` ({error}); that is ignored. "
+            "Delete it or calibrate again",
             RuntimeWarning,
             stacklevel=2,
         )
-        return ()
+    return rows
 
 
 def table(gpu: bool) -> tuple[Row, ...]:
@@ -227,10 +234,10 @@ def _attention_sizes(device: str) -> dict[torch.dtype, tuple[range, ...]]:
 
 
 class _Sizes(dict):
-    def __missing__(self, is_cpu: bool) -> dict[torch.dtype, tuple[range, ...]]:
-        found = self[is_cpu] = _attention_sizes("cpu" if is_cpu else "cuda")
+    def __missing__(self, is_cuda: bool) -> dict[torch.dtype, tuple[range, ...]]:
+        found = self[is_cuda] = _attention_sizes("cuda" if is_cuda else "cpu")
         return found
 
 
-# is_cpu -> dtype -> sizes of ATTENTION_CALLS that PyTorch runs: two lookups a call.
+# is_cuda -> dtype -> sizes of ATTENTION_CALLS that PyTorch runs: two lookups a call.
 ATTENTION_BY_TORCH = _Sizes()

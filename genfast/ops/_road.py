@@ -22,6 +22,8 @@ from genfast.ops import _force
 SLOW, DIRECT, GRAD = 0, 1, 2
 
 gate = _C.gate
+cpu_gate = _C.cpu_gate  # of what has CPU kernels and no registered op
+plain_gate = _C.plain_gate  # whichever backend was asked for
 is_compiling = torch.compiler.is_compiling
 
 # fp64 runs on the reference: the kernels accumulate in fp32.
@@ -84,7 +86,10 @@ def plain(*grads: torch.Tensor | None) -> bool:
 
 def wants_graph() -> bool:
     """Inside a backward: is a differentiable backward asked for (create_graph=True)?"""
-    return torch.is_grad_enabled() and not is_compiling()
+    if not torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
+        return False
+    # `is_compiling` alone is of the process: another thread may be the one that compiles.
+    return not (is_compiling() and torch._C._len_torch_dispatch_stack() > 0)
 
 
 def differentiable_backward(
@@ -98,7 +103,7 @@ def differentiable_backward(
     with torch.enable_grad():
         # Aliases cut paths between the inputs (logvar may be a function of mu, or mu itself).
         inputs = [x.view_as(x) if x.requires_grad else x for x in inputs]
-        outputs = composite(*inputs)
+        outputs = _force.composed(composite, *inputs) if graph else composite(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         pairs = [
             (o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad

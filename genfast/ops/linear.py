@@ -19,8 +19,8 @@ from genfast.ops._road import (
     DIRECT,
     GRAD,
     SLOW,
+    cpu_gate,
     differentiable_backward,
-    gate,
     is_compiling,
     plain,
     wants_graph,
@@ -150,7 +150,7 @@ def linear(
                 and weight.dim() == 2
                 and not torch.is_autocast_enabled("cpu")
             )
-            road = gate(input, weight, bias) if fits else SLOW
+            road = cpu_gate(input, weight, bias) if fits else SLOW
             if road == DIRECT:
                 return _forward(input, weight, bias, relu)
             if road == GRAD and many:  # less does not pay for the node

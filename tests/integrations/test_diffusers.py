@@ -22,6 +22,7 @@ diffusers = pytest.importorskip("diffusers", exc_type=ImportError)
 import genfast  # noqa: E402
 from genfast.integrations import diffusers as dropin  # noqa: E402
 from genfast.integrations.diffusers import base, rows  # noqa: E402
+from genfast.ops import _backend  # noqa: E402
 
 diffusers.logging.set_verbosity_error()
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -781,3 +782,50 @@ def test_accelerate_leaves_other_things_alone():
         genfast.accelerate(3)
     other = diffusers.RePaintScheduler()
     assert genfast.accelerate(other) is other and type(other) is diffusers.RePaintScheduler
+
+
+def test_a_backend_asked_for_by_name_does_the_steps_or_says_why_not(monkeypatch):
+    """Clipped, thresholded, in 16 bit with fp32 samples, seeded, and in the forward process."""
+
+    def run(name, dtype=torch.float32, **config):
+        s = make(name, config)
+        s.genfast_seed = 3
+        s.set_timesteps(5)
+        x = genfast.randn(1, 3, 8, 8, seed=0)
+        for t in s.timesteps[:3]:
+            m = genfast.randn(1, 3, 8, 8, seed=1, dtype=dtype)
+            s.scale_model_input(x, t)
+            x = s.step(m, t, x).prev_sample
+        t = s.timesteps[:2]
+        return x, s.add_noise(x, x, t[:1]), (s, x, t)
+
+    kinds = [
+        ("DDPM", {}), ("DDIM", {"thresholding": True}), ("EulerDiscrete", {}),
+        ("DPMSolverMultistep", {"dtype": torch.float16}),
+    ]  # fmt: skip
+    expected = [run(name, **given)[:2] for name, given in kinds]
+    monkeypatch.setattr(rows.reference, "diffusion_step", lambda *a, **k: pytest.fail("composed"))
+    table, done = _backend._functions("cpu"), []
+    step = table["diffusion_step"]
+    monkeypatch.setitem(table, "diffusion_step", lambda *a: (done.append(a), step(*a))[1])
+    for (name, given), (x, noised) in zip(kinds, expected, strict=True):
+        done.clear()
+        with genfast.backend("cpu"):
+            found, again, (s, y, t) = run(name, **given)
+            torch.testing.assert_close((found, again), (x, noised), rtol=0, atol=0)
+            assert len(done) == 3, name
+            with pytest.raises(RuntimeError, match="one sample at many timesteps"):
+                s.add_noise(y, y.expand(2, -1, -1, -1), t)
+        calls = [
+            ("cpu", lambda x: (x.double(), x.double()), "float64 has no kernels"),
+            ("cpu", lambda x: (x.clone().requires_grad_(), x), "a gradient has no kernels"),
+            ("torch", lambda x: (x, x), "PyTorch has attention alone"),
+            ("triton", lambda x: (x, x), "Triton does not run"),
+        ]
+        for other, of, why in calls:
+            s = make(name, {k: v for k, v in given.items() if k != "dtype"})
+            s.set_timesteps(5)
+            s.scale_model_input(y, s.timesteps[0])
+            with genfast.backend(other), pytest.raises(RuntimeError, match=why):
+                m, x = of(y)
+                s.step(m, s.timesteps[0], x)

@@ -7,6 +7,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from genfast._native import _C
+from genfast.ops._force import may_compose
 from genfast.ops.diffusion import add_noise
 from genfast.reference import diffusion as reference
 from genfast.schedulers.from_config import plan_from_config
@@ -251,7 +252,8 @@ def mix(x, noise, a, s):
         a, s = a.reshape(()), s.reshape(())
     if x.shape == noise.shape and (a.dim() == 0 or x.dim() and len(a) == len(x)):
         return add_noise(x, a, s, noise=noise)
-    return reference.add_noise(x, noise, a, s)  # one sample at many timesteps
+    may_compose("add_noise", x, noise, lacks="one sample at many timesteps")
+    return reference.add_noise(x, noise, a, s)
 
 
 def alpha_sigma(scheduler, x, timesteps):

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 
 from genfast.ops import _road
+from genfast.ops._backend import kernels
+from genfast.ops._force import get_backend, may_compose
 from genfast.ops.diffusion import dynamic_threshold
 from genfast.ops.rng import randn_like
 from genfast.reference import diffusion as reference
@@ -25,7 +27,7 @@ from genfast.schedulers.plan import VARIANCE as VARIANCE_MODES
 FROM_X, FROM_M, FROM_Z = -1, -2, -3
 _REFERENCES = ((X, FROM_X, "x"), (M, FROM_M, "m"), (Z, FROM_Z, "z"))
 
-_gate, _DIRECT = _road.gate, _road.DIRECT
+_gate, _plain_gate, _DIRECT = _road.gate, _road.plain_gate, _road.DIRECT
 _step_row, _kernel = _road._C.step_row, _road._C.diffusion_step
 
 
@@ -157,27 +159,39 @@ def step(row: Row, x, m, held=(), z=None, upcast=False, seed=None, stream=0):
 
 
 _REFUSED = ()
+_COMPOSED = ("auto", "torch", "reference")  # behind the gate
+
+
+def _kernel_for(*tensors):
+    """The step's: without a layer, or of a backend asked for by name. None: PyTorch composes it."""
+    if _gate(*tensors) == _DIRECT:
+        return _kernel
+    named = _plain_gate(*tensors) == _DIRECT and get_backend() not in _COMPOSED
+    return kernels.diffusion_step if named else None
 
 
 def _thresholded(row, x, m):
     """The extras of a row with dynamic thresholding; _REFUSED where the kernel cannot serve."""
     raw = m[:, : x.shape[1]] if row.variance else m
-    if x.dtype == torch.float64 or not x.is_cpu or _gate(x, raw) != _DIRECT:
+    if x.dtype == torch.float64 or _kernel_for(x, raw) is None:
         return _REFUSED
-    s = dynamic_threshold(x, *row.threshold, m=raw, table=row.table)
+    if not x.is_cpu and get_backend() == "auto":
+        return _REFUSED
+    s = dynamic_threshold(x, *row.threshold, m=raw, table=row.table_on(x.device))
     return _extras(row.variance, s)
 
 
 def _mixed(row, x, m, held, z, upcast, seed, stream, extras):
     """Outputs of several dtypes by the kernel, None where it does not take these tensors."""
-    if (_gate(x, m, *held) if z is None else _gate(x, m, z, *held)) != _DIRECT:
+    kernel = _kernel_for(x, m, z, *held)
+    if kernel is None:
         return None
     first, rest = _out_dtypes(x, m, upcast)
     outs = (torch.empty_like(x, dtype=first),)
     outs += tuple([torch.empty_like(x, dtype=rest) for _ in range(row.n_out - 1)])
     number, seeds = (0, seed) if isinstance(seed, torch.Tensor) else (seed or 0, None)
     table = row.table_on(x.device)
-    done = _kernel(
+    done = kernel(
         outs, x, (m,), None, table, None, 0, held, z, number, seeds, stream, 0, seed is not None,
         extras,
     )  # fmt: skip
@@ -194,6 +208,8 @@ def _out_dtypes(x, m, upcast):
 
 def _composite(row, x, m, held, z, upcast):
     """float64, autograd, other devices, and whatever else the kernel refuses."""
+    learned = torch.is_grad_enabled() and any(t.requires_grad for t in (x, m, *held))
+    may_compose("diffusion_step", x, m, *held, lacks="a gradient" if learned else None)
     first, rest = _out_dtypes(x, m, upcast)
     wide = any(t is not None and t.dtype == torch.float64 for t in (x, m, z, *held))
     dtype = torch.float64 if wide else torch.float32

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from genfast.models.transformer.cache import LayerCache
 from genfast.nn.linear import Linear
 from genfast.nn.normalization import LayerNorm, RMSNorm
-from genfast.ops._road import DIRECT, gate, is_compiling
+from genfast.ops._road import DIRECT, is_compiling, plain_gate
 from genfast.ops.attention import attention, attention_with_kvcache
 from genfast.ops.attention.parts import apart
 from genfast.ops.filtering import bias_act, gated_act
@@ -255,7 +255,8 @@ def check_ids(name: str, ids: Tensor, vocab: int, longest: int | None = None) ->
             f"{name}: expected at most {longest} tokens (the model's context), got {ids.shape[1]}; "
             "cut the text or build the model with a longer context"
         )
-    if ids.device.type == "cpu" and ids.numel() and not is_compiling() and gate(ids) == DIRECT:
+    readable = ids.device.type == "cpu" and not is_compiling() and plain_gate(ids) == DIRECT
+    if readable and ids.numel():
         low, high = (int(x) for x in ids.aminmax())
         if low < 0 or high >= vocab:
             raise ValueError(f"{name}: expected ids in [0, {vocab}), got {low} ... {high}")

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 from torch.nn.functional import (
     scaled_dot_product_attention as torch_sdpa,  # kept before any reroute
 )
@@ -25,27 +25,30 @@ from genfast.ops._road import wants_graph
 _DECODE, _TRAINING, _WIDE_TRAINING = map(
     ATTENTION_CALLS.index, ("decode", "training", "wide training")
 )
-_MASKS = (torch.bool, torch.float32)
+_MASKS = (torch.bool, torch.float32)  # in any dtype
 _NODE = "ScaledDotProduct"  # what the names of PyTorch's fused nodes begin with
 
 
 def chosen(call: int, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> bool:
-    """The table gives a call (place in ATTENTION_CALLS) of these sizes to PyTorch, which takes the
-    mask. In 16 bit it does not: cuDNN's rows that see no key are not 0."""
-    sizes = ATTENTION_BY_TORCH[q.is_cpu].get(q.dtype)
+    """The table gives a call (place in ATTENTION_CALLS) of these sizes to PyTorch, and the mask's
+    result is ours: in 16 bit it is not, cuDNN's rows that see no key are not 0."""
+    sizes = ATTENTION_BY_TORCH[q.is_cuda].get(q.dtype)
     if sizes is None or get_backend() != "auto":
         return False
-    if call == _DECODE:
-        return k.numel() in sizes[_DECODE] and _takes(q, mask, causal)
     if call == _TRAINING and q.shape[-1] > WIDE_HEAD:
         call = _WIDE_TRAINING
-    return q.numel() * k.shape[2] in sizes[call] and _takes(q, mask, causal)
+    size = k.numel() if call == _DECODE else q.numel() * k.shape[2]
+    return size in sizes[call] and (
+        mask is None
+        or (q.dtype is torch.float32 and not q.is_cpu and not causal and mask.dtype in _MASKS)
+    )
 
 
 def _takes(q: Tensor, mask: Tensor | None, causal: bool) -> bool:
-    return mask is None or (
-        q.dtype is torch.float32 and not q.is_cpu and not causal and mask.dtype in _MASKS
-    )
+    """Asked for by name, as PyTorch has it; its derivatives of forward mode are few."""
+    if forward_ad._current_level >= 0:
+        return False
+    return mask is None or (mask.dim() >= 2 and not causal and mask.dtype in (*_MASKS, q.dtype))
 
 
 def settings(call: int | None, q: Tensor, k: Tensor, v: Tensor, mask, options) -> dict | None:
@@ -62,7 +65,7 @@ def settings(call: int | None, q: Tensor, k: Tensor, v: Tensor, mask, options) -
         and (options.scale is None or math.isfinite(options.scale))
         and (options.right == -1 or (causal and (not options.bottom_right or Sq == Sk)))
         and q.dtype is k.dtype is v.dtype
-        and k.shape == v.shape
+        and (k.shape == v.shape or (call is None and k.shape[:-1] == v.shape[:-1]))
         and (B, D) == (Bk, Dk)
         and q.device == k.device == v.device
     )
@@ -72,10 +75,10 @@ def settings(call: int | None, q: Tensor, k: Tensor, v: Tensor, mask, options) -
 
 
 class Twice:
-    """The hook. gradients(q, k, v, causal, scale, dout): those of the composite, part of the graph.
+    """The hook. gradients(q, k, v, causal, scale, dout): the composite's, part of the graph.
 
-    It holds no tensor: those saved by the node are freed with it. operands: q, k and v that _Keep
-    has unpacked for the one call that follows.
+    It holds no tensor but a mask: those saved by the node are freed with it. operands: q, k and v
+    that _Keep has unpacked for the one call that follows.
     """
 
     __slots__ = ("gradients", "operands")
@@ -92,7 +95,7 @@ class Twice:
             operands = node._saved_query, node._saved_key, node._saved_value
         found = self.gradients(*operands, node._saved_is_causal, node._saved_scale, grad_outputs[0])
         wanted = zip(grad_inputs, found, strict=False)  # a mask may stand behind the three
-        return (*(None if old is None else new for old, new in wanted), *grad_inputs[3:])
+        return (*(None if old is None else new for old, new in wanted), *grad_inputs[len(found) :])
 
 
 class _Keep(Function):
@@ -119,6 +122,8 @@ def _hooked() -> bool:
 def differentiable(q: Tensor, k: Tensor, v: Tensor, twice: Twice, **arguments) -> Tensor:
     """PyTorch's attention, twice differentiable."""
     out = torch_sdpa(q, k, v, **arguments)
+    if torch.compiler.is_dynamo_compiling():  # a compiled graph is differentiated once
+        return out
     node = out.grad_fn
     # Heads that it pads stand in a slice of its result. Composed of matrix products, which have
     # gradients of any order, there is no such node.

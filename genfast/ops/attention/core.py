@@ -8,6 +8,7 @@ function transforms, forward-mode AD and double backward, with the kernels' own 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -169,7 +170,7 @@ def _composite(q, k, v, mask, alibi, sinks, packed, options):
     lacks = f"a head wider than {MAX_HEAD_DIM}" if wide else None
     if alibi is not None and alibi.requires_grad:
         lacks = "a gradient by alibi_slopes"
-    may_compose("attention", q, k, v, mask, lacks=lacks)
+    may_compose("attention", q, k, v, mask, alibi, sinks, lacks=lacks)
     if k.shape[-3 if q.dim() == 4 else -2] == 0:  # no heads
         empty = q.new_empty(*q.shape[:-1], v.shape[-1]) + q.sum() + k.sum() + v.sum()
         return empty, _empty_lse(q, torch.promote_types(q.dtype, _FLOAT))
@@ -366,7 +367,7 @@ class _PlainAttention(Function):
         q, k, v, out, lse = ctx.saved_tensors
         right, scale = ctx.options
         if wants_graph() or not plain(dout):
-            return *_composite_gradients(q, k, v, right == 0, scale, dout), None, None
+            return *_composite_gradients(q, k, v, right == 0, scale, dout)[:3], None, None
         options = Options(scale=scale, right=right)
         found = _backward(
             dout, None, q, k, v, out, lse, None, None, None, DENSE, options, (False, False)
@@ -374,10 +375,10 @@ class _PlainAttention(Function):
         return *found[:3], None, None
 
 
-def _composite_gradients(q, k, v, causal, scale, dout):
-    """Differentiable ones of a call without options."""
+def _composite_gradients(q, k, v, causal, scale, dout, mask=None):
+    """Differentiable ones, of q, k, v and the mask, of a call without other options."""
     options = Options(scale=scale, right=0 if causal else -1)
-    return _differentiable((q, k, v, None, None, None), DENSE, options, [dout, None])[:3]
+    return _differentiable((q, k, v, mask, None, None), DENSE, options, [dout, None])[:4]
 
 
 _TWICE = by_torch.Twice(_composite_gradients)
@@ -413,7 +414,7 @@ def attend(q, k, v, mask, alibi, sinks, packed: Packed, options: Options, want_l
         by_torch_too = packed is DENSE and alibi is None and sinks is None and not want_lse
         if road == DIRECT:
             try:
-                if by_torch_too and ATTENTION_BY_TORCH[q.is_cpu]:
+                if by_torch_too and ATTENTION_BY_TORCH[q.is_cuda]:
                     call = _DECODE if q.shape[-2] == 1 else _FORWARD
                     given = by_torch.settings(call, q, k, v, mask, options)
                     if given is not None:
@@ -426,7 +427,7 @@ def attend(q, k, v, mask, alibi, sinks, packed: Packed, options: Options, want_l
                 return found
         elif road == GRAD and not (alibi is not None and alibi.requires_grad):
             try:
-                if by_torch_too and mask is None and ATTENTION_BY_TORCH[q.is_cpu]:
+                if by_torch_too and mask is None and ATTENTION_BY_TORCH[q.is_cuda]:
                     given = by_torch.settings(_TRAINING, q, k, v, None, options)
                     if given is not None:
                         return by_torch.differentiable(q, k, v, _TWICE, **given), None
@@ -436,11 +437,14 @@ def attend(q, k, v, mask, alibi, sinks, packed: Packed, options: Options, want_l
                 validate(q, k, v, mask, alibi, sinks, packed, options)
                 raise
     plain = packed is DENSE and alibi is None and sinks is None and not want_lse
-    if plain and get_backend() == "torch" and not is_compiling():
+    if plain and get_backend() == "torch":
         validate(q, k, v, mask, alibi, sinks, packed, options)
         given = by_torch.settings(None, q, k, v, mask, options)
-        if given is not None and not (mask is not None and mask.requires_grad):
-            return by_torch.differentiable(q, k, v, _TWICE, attn_mask=mask, **given), None
+        if given is not None:
+            twice = _TWICE
+            if mask is not None:
+                twice = by_torch.Twice(partial(_composite_gradients, mask=mask))
+            return by_torch.differentiable(q, k, v, twice, attn_mask=mask, **given), None
     return _slow(q, k, v, mask, alibi, sinks, packed, options)
 
 

@@ -56,7 +56,7 @@ def _composite(
     q, k_cache, v_cache, k, v, lengths, cos, sin, interleaved, batch_idx, leftpad, block_table,
     scale, softcap, alibi, sinks, left, right,
 ):  # fmt: skip
-    may_compose("attention_with_kvcache", q, k_cache)
+    may_compose("attention_with_kvcache", q, k_cache, cos, sin, alibi, sinks)
     out, lse = reference.attention_with_kvcache(
         q, k_cache, v_cache, k, v, cos=cos, sin=sin, interleaved=interleaved,
         cache_seqlens=lengths, cache_batch_idx=batch_idx, leftpad=leftpad,
@@ -271,10 +271,19 @@ def attention_with_kvcache(
         if found is not None:
             return found if return_lse else found[0]
     _validate(q, k_cache, v_cache, *args)
-    q, k, v = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    args = (k, v, *args[2:])
+    given = k_cache, v_cache
+    q, k, v, *caches = (
+        x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, *given)
+    )
+    alibi, sinks = (
+        x if x is None else x.to(torch.float32).contiguous() for x in (alibi_slopes, sinks)
+    )
+    args = (k, v, *args[2:11], alibi, sinks, left, right)
     with torch.no_grad():
-        out, lse = _op(*(x.detach() for x in (q, k_cache, v_cache)), *args)
+        out, lse = _op(*(x.detach() for x in (q, *caches)), *args)
+        for cache, dense in zip(given, caches, strict=True):
+            if cache is not dense and k is not None:
+                cache.copy_(dense)
     return (out, lse) if return_lse else out
 
 

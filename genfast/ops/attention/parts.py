@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from genfast.ops._force import forced_reference
-from genfast.ops._road import GRAD, gate, is_compiling, wants_graph
+from genfast.ops._road import GRAD, cpu_gate, is_compiling, wants_graph
 
 
 def _views(x: Tensor, heads: Sequence[int]) -> tuple[Tensor, ...]:
@@ -73,6 +73,6 @@ class _Apart(Function):
 
 def apart(x: Tensor, heads: Sequence[int]) -> tuple[Tensor, ...]:
     """Views (B, H, S, D) for each H of heads of x (B, S, sum of heads, D)."""
-    if not is_compiling() and not forced_reference() and gate(x) == GRAD:
+    if not is_compiling() and not forced_reference() and cpu_gate(x) == GRAD:
         return _Apart.apply(x, tuple(heads))
     return _views(x, heads)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genfast.ops import _check
-from genfast.ops._road import GRAD, SLOW, gate, is_compiling
+from genfast.ops._road import GRAD, SLOW, cpu_gate, is_compiling
 from genfast.ops.convolution import common, winograd
 from genfast.reference import convolution as reference
 
@@ -39,7 +39,7 @@ def _joined(h, x, weight, bias, projection, projection_bias) -> Tensor | None:
     """x into the convolution's own output, or None where that was not measured. Any exception says
     that the arguments do not fit together."""
     given = (h, x, weight, bias, projection, projection_bias)
-    road = gate(*given) if common.quick(h) and common.quick(x) else SLOW
+    road = cpu_gate(*given) if common.quick(h) and common.quick(x) else SLOW
     if road == SLOW or any(t is not None and t.dtype != h.dtype for t in given):
         return None
     if not _fits(*given[1:]):

@@ -19,8 +19,8 @@ from genfast.ops._backend import kernels
 from genfast.ops._road import (
     DIRECT,
     SLOW,
+    cpu_gate,
     differentiable_backward,
-    gate,
     is_compiling,
     plain,
     wants_graph,
@@ -157,7 +157,7 @@ def convolved(x, weight, bias=None, term=None, projection=None, enlarged=False) 
     if is_compiling():
         return None
     try:
-        road = gate(x, weight, bias, term, projection)
+        road = cpu_gate(x, weight, bias, term, projection)
         if road == SLOW or not takes(x, weight, enlarged, term is None):
             return None
         call = _native if road == DIRECT else _Convolve.apply

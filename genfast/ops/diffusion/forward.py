@@ -168,6 +168,8 @@ def _mix(
                 "out: expected no gradient to be wanted, got inputs that require grad; "
                 "leave out= away or call it under torch.no_grad()"
             )
+    if learned:
+        may_compose("add_noise", p, q, lacks=f"a gradient by {' or '.join(names)}")
     if (
         forced_reference()
         or _common.wide_dtype(p, q) == torch.float64

@@ -60,7 +60,7 @@ def _mean_and_std(args):
 
 
 def _composite(sample, args):
-    may_compose("step_log_prob", *args[:4])
+    may_compose("step_log_prob", *(args[i] for i in (*_NATIVE, *_OTHERS)), sample)
     x, z, seeds = args[0], args[13], args[14]
     seed, stream, offset = args[21:24]
     mean, std = _mean_and_std(args)
@@ -212,9 +212,13 @@ def step_log_prob(
                 "outcome has no density"
             )
     wide = _common.wide_dtype(*args[:4], *args[7:14]) == torch.float64
-    others = torch.is_grad_enabled() and any(
-        args[i] is not None and args[i].requires_grad for i in _OTHERS
-    )
+    learned = [
+        i for i in _DIFFERENTIABLE
+        if torch.is_grad_enabled() and args[i] is not None and args[i].requires_grad
+    ]  # fmt: skip
+    others = any(i in _OTHERS for i in learned)
+    if learned:
+        may_compose("step_log_prob", *args[:4], lacks="a gradient")
     if forced_reference() or wide or transforming() or others:
         value, log_prob = _composite(sample, args)
     else:

@@ -76,7 +76,9 @@ def _native_backward(g_total, g_each, output, x0, z, alpha, sigma, weight, seeds
 
 def _composite(output, x0, z, alpha, sigma, weight, seeds, seed, stream, offset, prediction,
                weighting, gamma, k, reduction):  # fmt: skip
-    may_compose("denoising_loss", output, x0, z)
+    learned = any(t is not None and t.requires_grad for t in (x0, z, alpha, sigma, weight))
+    lacks = "a gradient but by model_output" if learned else None
+    may_compose("denoising_loss", output, x0, z, lacks=lacks)
     dtype = _common.wide_dtype(output, x0, z)
     if z is None:
         z = _common.drawn(x0, dtype, seed, seeds, stream, offset)
@@ -307,6 +309,8 @@ def _slow(output, x0, alpha, sigma, noise, seed, stream, offset, weight, predict
             reduction)  # fmt: skip
     wide = _common.wide_dtype(output, x0, noise) == torch.float64
     others = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[1:6])
+    if others:
+        may_compose("denoising_loss", output, x0, noise, lacks="a gradient but by model_output")
     if forced_reference() or wide or transforming() or (others and is_compiling()):
         return _composite(*args)
     tensors = args[:6]

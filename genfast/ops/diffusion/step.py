@@ -89,7 +89,7 @@ def _native_backward(grads, args, wanted):
 def _composite(args) -> tuple[Tensor, ...]:
     learned = [_TENSORS[i] for i in _OTHERS if args[i] is not None and args[i].requires_grad]
     lacks = f"a gradient by {', '.join(learned)}" if learned else None
-    may_compose("diffusion_step", *args[:4], lacks=lacks)
+    may_compose("diffusion_step", *(args[i] for i in (*_NATIVE, *_OTHERS)), lacks=lacks)
     x, weights, table, index = args[0], args[4], args[5], args[6]
     z, seeds, threshold, mask, known, known_z, level = args[13:20]
     row, seed, stream, offset, draws, variance, outputs = args[20:]
@@ -547,6 +547,8 @@ def _slow(x, *rest):
 def _run(args, needs):
     wide = _common.wide_dtype(*args[:4], *args[7:14]) == torch.float64
     others = needs and any(args[i] is not None and args[i].requires_grad for i in _OTHERS)
+    if needs and args[-2]:
+        may_compose("diffusion_step", *args[:4], lacks="a gradient with a learned variance")
     if forced_reference() or wide or transforming() or others:
         return _composite(args)
     table, threshold = args[5], args[15]

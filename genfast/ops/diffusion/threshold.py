@@ -23,7 +23,10 @@ def _native(x, m, table, row, ratio, max_value):
 
 
 def _composite(x, m, table, row, ratio, max_value):
-    may_compose("dynamic_threshold", x, m, lacks="a gradient")
+    learned = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, m, table)
+    )
+    may_compose("dynamic_threshold", x, m, lacks="a gradient" if learned else None)
     if m is not None:
         dtype = _common.wide_dtype(x, m)
         coef = table[row].to(dtype)
@@ -96,4 +99,6 @@ def dynamic_threshold(
     args = (x0, m, table, row, float(ratio), float(max_value))
     if needs or wide or forced_reference() or transforming():
         return _composite(*args)
-    return _op(*args)
+    if table is not None:
+        table = table.to(torch.float32).contiguous()
+    return _op(x0, m, table, *args[3:])

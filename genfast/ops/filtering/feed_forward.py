@@ -19,8 +19,8 @@ from genfast.ops._force import forced_reference
 from genfast.ops._road import (
     DIRECT,
     KERNEL_DTYPES,
+    cpu_gate,
     differentiable_backward,
-    gate,
     is_compiling,
     plain,
     wants_graph,
@@ -109,7 +109,7 @@ def feed_forward(
         _check.choice("act", act, _CODES)
     tensors = (x, w1, b1, w2, b2)
     if not is_compiling() and not forced_reference() and _fits(*tensors):
-        road = gate(*tensors)
+        road = cpu_gate(*tensors)
         if road == DIRECT:
             h = product(rows_of(x), w1)
             return like_rows_of(x, product(_activated(h, h, b1, act), w2, b2))

@@ -201,6 +201,8 @@ def _relax(name, logits, tau, hard, seed, stream, offset, generator):
     else:  # never the cache: a mode or transform in force would leak into it
         tau = min(float(tau), torch.finfo(torch.float32).max)
         tau = torch.full((), tau, dtype=torch.float32, device=logits.device)
+    if tau.requires_grad and torch.is_grad_enabled():
+        may_compose(name, logits, lacks="a gradient by tau")
     if logits.dtype == torch.float64 or forced_reference() or transforming():
         return _composite(name, seed, seeds, stream, offset, hard, logits, tau)
     return op(logits, tau, seed, seeds, stream, offset, bool(hard))
