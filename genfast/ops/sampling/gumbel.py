@@ -162,8 +162,8 @@ _TAU_CACHE: dict[float, Tensor] = {}
 
 
 def _tau_tensor(tau: float) -> Tensor:
-    """tau as a 0-dim fp32 tensor on the CPU, kept to spare 1 us a call; a GPU's kernels take it from
-    there, which spares the launch of a fill. Plain roads only."""
+    """tau as a 0-dim fp32 tensor on the CPU, kept to spare 1 us a call; kernels on a GPU
+    take it from there, which spares the launch of a fill. Plain roads only."""
     found = _TAU_CACHE.get(tau)
     if found is None:
         if len(_TAU_CACHE) >= 64:  # an annealed temperature: keep the dictionary small
