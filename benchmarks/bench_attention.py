@@ -186,35 +186,69 @@ def _varlen_case(backward, dtype=F32):
     )
 
 
-LENGTHS_OF_A_BATCH = (256, 200, 128, 64, 60, 40, 30, 20)
+LENGTHS_OF_A_BATCH = (256, 200, 128, 64, 60, 40, 30, 20)  # of 256
 
 
-def _padded(dtype, device):
-    """A padded batch of eight texts under a key mask, as transformers hands it over."""
-    B, H, S, D = len(LENGTHS_OF_A_BATCH), 12, max(LENGTHS_OF_A_BATCH), 64
+def _key_mask(B, H, S, dtype, device):
+    """Of a padded batch of texts, as transformers hands it over; half of it is padding or more."""
+    lengths = torch.tensor(LENGTHS_OF_A_BATCH, device=device).repeat(B // 8) * S // 256
+    return (torch.arange(S, device=device) < lengths[:, None])[:, None, None]
+
+
+def _mask(B, H, S, dtype, device):
+    """Nine of ten pairs, other ones for each sequence."""
+    return genfast.rand(B, 1, S, S, seed=7, stream=4, device=device) < 0.9
+
+
+def _bias(B, H, S, dtype, device):
+    """Of relative positions, as in T5: for each head."""
+    return _randn(4, (1, H, S, S), dtype, device)
+
+
+MASKS = {"key padding": _key_mask, "mask": _mask, "bias": _bias}
+
+
+def _masked(name, B, H, S, D, backward, dtype, device):
     q, k, v = (_randn(i, (B, H, S, D), dtype, device) for i in range(3))
-    seen = torch.arange(S, device=device) < torch.tensor(LENGTHS_OF_A_BATCH, device=device)[:, None]
-    mask = seen[:, None, None]
-    rival = partial(F.scaled_dot_product_attention, attn_mask=mask)
+    grad = _randn(3, (B, H, S, D), dtype, device) if backward else None
+    mask = MASKS[name](B, H, S, dtype, device)
+    ours, rival = (
+        partial(f, attn_mask=mask)
+        for f in (genfast.scaled_dot_product_attention, F.scaled_dot_product_attention)
+    )
+    few = slice(0, 8)  # of the batch
 
-    def truth(q, k, v):
-        return reference.attention(q, k, v, mask=mask)[0]
+    def proof():
+        part = mask if mask.shape[0] == 1 else mask[few]
+        wide = part if part.dtype == torch.bool else part.double()
+        _prove(
+            partial(genfast.scaled_dot_product_attention, attn_mask=part),
+            partial(F.scaled_dot_product_attention, attn_mask=part),
+            [x[few] for x in (q, k, v)],
+            lambda *x: reference.attention(*x, mask=wide)[0],
+            grad if grad is None else grad[few],
+        )
 
-    ours = partial(genfast.scaled_dot_product_attention, attn_mask=mask)
     return Work(
-        ours=partial(ours, q, k, v),
-        rivals={"F.sdpa": partial(rival, q, k, v)},
-        proof=lambda: _prove(ours, rival, (q, k, v), truth, None),
+        ours=_step(ours, (q, k, v), grad),
+        rivals={"F.sdpa": _step(rival, (q, k, v), grad)},
+        proof=proof,
     )
 
 
-def _padded_case(dtype=F32):
-    n = LENGTHS_OF_A_BATCH
-    shape = (len(n), 12, max(n), 64)
-    flops = 4 * 12 * max(n) * sum(n) * 64  # all queries, the keys that are seen
-    size = 4 * torch.Size(shape).numel() * torch.finfo(dtype).bits // 8
-    setup = partial(_padded, dtype)
-    return Case("attention", "key padding", shape, setup, dtype=dtype, bytes=size, flops=flops)
+def _masked_case(name, B, H, S, D, *, backward=False, dtype=F32, device=""):
+    seen = sum(LENGTHS_OF_A_BATCH) / 2048 if name == "key padding" else 1
+    flops = int(4 * B * H * S * S * D * seen)  # all queries, the keys that are seen
+    return Case(
+        "attention",
+        name + (" fwd+bwd" if backward else ""),
+        (B, H, S, D),
+        partial(_masked, name, B, H, S, D, backward, dtype),
+        dtype=dtype,
+        bytes=4 * B * H * S * D * torch.finfo(dtype).bits // 8,
+        flops=flops * 7 // 2 if backward else flops,
+        device=device,
+    )
 
 
 def _append(B, Hq, Hkv, S, D, dtype, device):
@@ -305,6 +339,12 @@ CASES = [
     _varlen_case(False),
     _varlen_case(True),
     _varlen_case(False, BF16),
-    _padded_case(),
-    _padded_case(BF16),
+    _masked_case("key padding", 8, 12, 256, 64),
+    _masked_case("key padding", 8, 12, 256, 64, dtype=BF16),
+    _masked_case("key padding", 8, 12, 256, 64, dtype=BF16, backward=True),
+    _masked_case("key padding", 32, 12, 512, 64, dtype=BF16, device="cuda"),
+    _masked_case("key padding", 32, 12, 512, 64, dtype=BF16, backward=True, device="cuda"),
+    _masked_case("mask", 2, 16, 1024, 64, dtype=BF16, device="cuda"),
+    _masked_case("mask", 2, 16, 1024, 64, dtype=BF16, backward=True, device="cuda"),
+    _masked_case("bias", 2, 16, 1024, 64, dtype=BF16, device="cuda"),
 ]

@@ -3,7 +3,10 @@
 # GPU that is there, runs the tests marked `gpu` and the benchmark grid, and writes one JSON and one
 # table named after the device under benchmarks/results/ (or $RESULTS).
 #
-#   PYTHON=python3 RESULTS=dir COMMIT=hash LIMIT=540 benchmarks/gpu.sh
+#   PYTHON=python3 RESULTS=dir COMMIT=hash LIMIT=540 SITE=dir PARTS="tests auto …" benchmarks/gpu.sh
+#
+# SITE: where genfast is installed already (pip install --target), instead of building it. PARTS: of
+# tests, auto, cuda, sanitizer, triton, models, calibrate and triton-attention, those to run.
 #
 # Needs nvcc 12.8 or newer, torch >= 2.10 with CUDA, and, already installed: pybind11,
 # scikit-build-core, cmake, ninja, numpy, hypothesis, pytest, pytest-benchmark, rich.
@@ -32,10 +35,14 @@ arch=${capability/./}
 slug=$(echo "$name" | tr 'A-Z_' 'a-z-')
 echo "== $name, sm_$arch, driver $driver, commit $commit"
 
-echo "== build"
-GENFAST_CUDA=ON GENFAST_CUDA_ARCHS=$arch-real timeout 240 "$python" -m pip install -q \
-  --no-build-isolation --no-deps --no-index --target "$work/site" \
-  --config-settings=build-dir="$work/build" . || exit 1
+if [ -n "${SITE:-}" ]; then
+  ln -s "$(cd "$SITE" && pwd)" "$work/site"
+else
+  echo "== build"
+  GENFAST_CUDA=ON GENFAST_CUDA_ARCHS=$arch-real timeout 240 "$python" -m pip install -q \
+    --no-build-isolation --no-deps --no-index --target "$work/site" \
+    --config-settings=build-dir="$work/build" . || exit 1
+fi
 build_s=$((SECONDS - started))
 echo "built in $build_s s"
 # The installed package, not the source folder that lies in the current one.
@@ -61,20 +68,27 @@ grid() {
     || failed=1
   cat "$work/table-$1-$2.txt"
 }
-part cuda cuda 100 tests/test_gpu.py -k "not sanitizer"
-for family in attention rng sampling diffusion; do grid auto "$family"; done
-grid cuda attention
-part sanitizer cuda 90 tests/test_gpu.py -k sanitizer
-for family in rng sampling diffusion; do grid triton "$family"; done
-part triton auto 90 tests/kernels
-for family in rng sampling diffusion; do grid cuda "$family"; done
-for family in schedulers models transformers; do grid auto "$family"; done
+wanted() { [[ " ${PARTS:-all} " == *" $1 "* || -z "${PARTS:-}" ]]; }
+if wanted tests; then part cuda cuda 100 tests/test_gpu.py -k "not sanitizer"; fi
+if wanted auto; then for family in attention rng sampling diffusion; do grid auto "$family"; done; fi
+if wanted cuda; then grid cuda attention; fi
+if wanted sanitizer; then part sanitizer cuda 90 tests/test_gpu.py -k sanitizer; fi
+if wanted triton; then
+  for family in rng sampling diffusion; do grid triton "$family"; done
+  part triton auto 90 tests/kernels
+fi
+if wanted cuda; then for family in rng sampling diffusion; do grid cuda "$family"; done; fi
+if wanted models; then
+  for family in schedulers models transformers; do grid auto "$family"; done
+fi
 limit=$(least 60 "$(left)")
-[ "$limit" -gt 10 ] && GENFAST_CHOICES="$work/choices.json" timeout "$limit" "$python" -c \
-  'import sys; from genfast.cli import main; sys.exit(main(sys.argv[1:]))' \
-  bench --calibrate --device cuda | tee "$work/table-calibrated.txt"
+if wanted calibrate && [ "$limit" -gt 10 ]; then
+  GENFAST_CHOICES="$work/choices.json" timeout "$limit" "$python" -c \
+    'import sys; from genfast.cli import main; sys.exit(main(sys.argv[1:]))' \
+    bench --calibrate --device cuda | tee "$work/table-calibrated.txt"
+fi
 # Last, and with what is left: compiling some 60 kernels takes longer than their timing.
-grid triton attention 240
+if wanted triton-attention; then grid triton attention 240; fi
 
 "$python" - "$work" "$results/$slug" "$name" "$driver" "$commit" "$build_s" "$failed" <<'PY'
 import datetime, json, pathlib, platform, sys
