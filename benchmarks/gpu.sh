@@ -79,7 +79,7 @@ if wanted triton; then
 fi
 if wanted cuda; then for family in rng sampling diffusion; do grid cuda "$family"; done; fi
 if wanted models; then
-  for family in schedulers models transformers; do grid auto "$family"; done
+  for family in models transformers; do grid auto "$family"; done
 fi
 limit=$(least 60 "$(left)")
 if wanted calibrate && [ "$limit" -gt 10 ]; then

@@ -373,6 +373,7 @@ WRONG = {
     "unknown command": (["fly"], "fly"),
     "unknown family": (["bench", "rgn"], "expected one of rng, sampling"),
     "no such case": (["bench", "--only", "zzz"], "no case id contains 'zzz'"),
+    "no case of a GPU": (["bench", "schedulers", "--device", "cuda"], "got cuda"),
     "threads": (["bench", "--threads", "0"], "expected an int >= 1, got '0'"),
     "many threads": (["bench", "--threads", "100000000"], "--threads: expected an int <= 1024"),
     "out is empty": (

@@ -32,6 +32,10 @@ def run(args) -> int:
     if args.calibrate:
         return calibrate(args)
     cases = harness.load_cases(args.family, args.device)
+    if not cases:
+        raise ValueError(
+            f"--device: expected one that {', '.join(args.family)} has cases for, got {args.device}"
+        )
     if args.only:
         chosen = [case for case in cases if args.only in case.id]
         if not chosen:

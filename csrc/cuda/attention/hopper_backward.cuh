@@ -21,6 +21,22 @@ struct HopperBackward {
 // A mask that is the same for all queries of a sequence has two values to a thread.
 enum class BackwardMask { none, keys, rows };
 
+// Scores, a row for each key, under a mask whose values are of type E: rows_of_mask are those of
+// this lane's queries (8 n and 8 n + 1), keys its two keys. Without `full` those that are not seen
+// are -inf by now, and may have no value.
+template <class E, class Apply>
+__device__ __forceinline__ void mask_columns(const char* const* rows_of_mask,
+                                             const int64_t (&keys)[2], bool full, float (&w)[8][4],
+                                             Apply&& apply) {
+#pragma unroll
+  for (int n = 0; n < 8; ++n)
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      if (full || w[n][e] != -infinite())
+        w[n][e] =
+            apply(w[n][e], *reinterpret_cast<const E*>(rows_of_mask[8 * n + e % 2] + keys[e / 2]));
+}
+
 template <class T, int kDim, BackwardMask kMask>
 __global__ void __launch_bounds__(HopperBackward<kDim>::kThreads, 1)
     hopper_backward(const __grid_constant__ GradientPlan plan) {
@@ -75,7 +91,14 @@ __global__ void __launch_bounds__(HopperBackward<kDim>::kThreads, 1)
 
     const int group = thread / kGroupThreads, g = lane / 4, t = lane % 4;
     const int row = thread / 32 * 16;  // of this warp's keys
-    const float unit = p.scale * kLog2e;
+    const bool added_rows = kMask == BackwardMask::rows && p.mask.kind == MaskKind::additive;
+    const float unit = added_rows ? kLog2e : p.scale * kLog2e;
+    const auto added = [&](float x, float value) { return fused_multiply_add(x, p.scale, value); };
+    int64_t keys_of_mask[2];  // bytes from a row's start to the values of this thread's keys
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      keys_of_mask[half] = (first + row + g + 8 * half) * p.mask.j_stride *
+                           (p.mask.kind == MaskKind::boolean ? 1 : bytes_of(p.mask.dtype));
     float bias[2] = {};  // of this thread's keys, in units of log2
     if constexpr (kMask == BackwardMask::keys) {
       const char* values = mask_row(p, s, {0, 0, 0, 0});
@@ -123,6 +146,21 @@ __global__ void __launch_bounds__(HopperBackward<kDim>::kThreads, 1)
               w[n][e] = j >= query.lo & j < query.hi ? w[n][e] : -infinite();
             }
         }
+        if constexpr (kMask == BackwardMask::rows) {
+          const char* const* rows_of_mask = passing.masks[slot] + part + 2 * t;
+          if (p.mask.kind == MaskKind::boolean)
+            mask_columns<uint8_t>(rows_of_mask, keys_of_mask, full, w, [&](float x, uint8_t seen) {
+              return seen != 0 ? x : -infinite();
+            });
+          else if (p.mask.dtype == Dtype::f32)
+            mask_columns<float>(rows_of_mask, keys_of_mask, full, w, added);
+          else if (p.mask.dtype == Dtype::f16)
+            mask_columns<uint16_t>(rows_of_mask, keys_of_mask, full, w,
+                                   [&](float x, uint16_t h) { return added(x, f32_of_f16(h)); });
+          else
+            mask_columns<uint16_t>(rows_of_mask, keys_of_mask, full, w,
+                                   [&](float x, uint16_t h) { return added(x, f32_of_bf16(h)); });
+        }
         const float *lse2 = passing.stats[slot][0] + part + 2 * t,
                     *delta = passing.stats[slot][1] + part + 2 * t;
 #pragma unroll
@@ -132,10 +170,6 @@ __global__ void __launch_bounds__(HopperBackward<kDim>::kThreads, 1)
           for (int e = 0; e < 4; ++e) {
             float less = e % 2 ? pair.y : pair.x;
             if constexpr (kMask == BackwardMask::keys) less -= bias[e / 2];
-            if constexpr (kMask == BackwardMask::rows) {  // of pairs that there are
-              const int r = part + 8 * n + 2 * t + e % 2, j = mine + 8 * (e / 2);
-              if (w[n][e] != -infinite()) less -= mask_value(p.mask, passing.masks[slot][r], j);
-            }
             w[n][e] = exp2_approx(w[n][e] * unit - less);
           }
         }
