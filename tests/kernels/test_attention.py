@@ -153,14 +153,15 @@ def test_dense(kernels, device, interpreted, case):
 
 def test_a_large_score_of_a_wide_head(kernels, device):
     """q k = 104.5 over 256 products, where an ulp is 8e-6: one chain of products on the tensor
-    cores of an H100 leaves the output 1.9e-6 from fp64, sums of 64 at a time 4e-7."""
+    cores of an H100 leaves the output 1.9e-6 from fp64, sums of 64 at a time 4e-7 (6.02e-7 on an
+    H200, by Triton 3.6)."""
     q, k, v = (genfast.randn((1, 4, 2048, 256), seed=7, stream=i)[:, 1:2] for i in range(3))
     q = q[:, :, 815:816]
     out = torch.empty(q.shape, device=device)
     tail = (None, None, None, 0, 0, None, None, *options_of({}, 256))
     assert kernels.attention_forward(*to(device, q, k, v), out, None, *tail)
     want, _ = reference.attention(*(x.double() for x in (q, k, v)))
-    assert (out.cpu() - want).abs().max() < 6e-7
+    assert (out.cpu() - want).abs().max() < 7e-7
 
 
 def test_dropout_mask_is_the_cpus(kernels, device):
