@@ -40,7 +40,7 @@ def _empty(size, dtype: torch.dtype | None, device) -> Tensor:
     if like is not None:
         return like.new_empty(size)
     result = torch.empty(size, dtype=dtype, device=device)
-    if result.is_cuda:
+    if result.is_cuda and device is not None:  # None: what the default is at the time
         with torch.inference_mode(False):
             _ON_GPU[key] = torch.empty(0, dtype=result.dtype, device=result.device)
     return result
