@@ -34,7 +34,8 @@ def run(args) -> int:
     cases = harness.load_cases(args.family, args.device)
     if not cases:
         raise ValueError(
-            f"--device: expected one that {', '.join(args.family)} has cases for, got {args.device}"
+            f"family: expected one with cases on {args.device} here, got {', '.join(args.family)}; "
+            "schedulers needs diffusers (genfast[diffusers])"
         )
     if args.only:
         chosen = [case for case in cases if args.only in case.id]
