@@ -104,6 +104,22 @@ def test_what_goes_to_triton_before_cuda():
     assert _choice.triton_from(rows, "attention", "attention_forward", "float32") == 2**18
     assert _choice.triton_from(rows, "attention", "attention_forward", "float16") == ALL_SIZES
     assert _choice.triton_from(rows, "attention", "attention_backward", "bfloat16") == 2**33
+    warpgroups = ("attention", "attention_backward", "bfloat16", "sm_90")
+    assert _choice.triton_from(rows, *warpgroups) == ALL_SIZES
+    for arch in (ANY, "sm_90"):
+        wide = ("attention", "wide attention_backward")
+        assert _choice.triton_from(rows, *wide, "float16", arch) == 2**27
+        assert _choice.triton_from(rows, *wide, "float32", arch) == 0
+
+
+def test_the_feature_and_the_size_of_a_backward_call():
+    def call(D, Dv):
+        q, k, v = (torch.empty(2, 4, 8, n, device="meta") for n in (D, D, Dv))
+        return _backend._feature_and_size("attention_backward", (*[None] * 7, q, k, v))
+
+    assert call(128, 64) == ("attention_backward", 2 * 4 * 8 * 8 * 128)
+    assert call(64, 160) == ("wide attention_backward", 2 * 4 * 8 * 8 * 64)
+    assert call(512, 512) == ("wide attention_backward", -1)
 
 
 class Tensors:
@@ -167,14 +183,17 @@ def test_the_table_puts_triton_first(monkeypatch):
     half = t.of(1, 1, 4, 8, dtype=torch.float16)
     long = torch.empty(1, dtype=torch.float16).expand(1, 8, 2**14, 64)
     long = long.as_subclass(type(half))
+    wide = torch.empty(1, dtype=torch.float16).expand(1, 8, 2**9, 256).as_subclass(type(half))
     for call in (
         lambda: forward(half),
         lambda: forward(t.of(1, 1, 2**15, 8)),
-        lambda: backward(half, *[None] * 6, half, half),
-        lambda: backward(long, *[None] * 6, long, long),
+        lambda: backward(half, *[None] * 6, half, half, half),
+        lambda: backward(long, *[None] * 6, long, long, long),
+        lambda: backward(wide, *[None] * 6, wide, wide, wide),
     ):
         assert call()
-    assert t.asked == ["cuda", "cuda", "triton", "cuda", "triton"]  # the first: before settling
+    # The first: before settling.
+    assert t.asked == ["cuda", "cuda", "triton", "cuda", "triton", "triton"]
 
 
 def test_an_unwritable_table_is_refused_before_it_is_measured(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from genfast._archs import covers
 from genfast._native import _C
 from genfast.ops import _force
-from genfast.ops._choice import ALL_SIZES, ANY, arch, table, triton_from
+from genfast.ops._choice import ALL_SIZES, ANY, WIDE_BACKWARD, arch, table, triton_from
 from genfast.ops._force import HAVE_TRITON as _HAVE_TRITON
 from genfast.ops._force import get_backend, no_triton, triton_runs
 from genfast.ops._scratch import with_scratch
@@ -151,16 +151,22 @@ def _auto(name: str):
         run = native  # what it refuses Triton does too; a layer less spares 0.5 us
 
     rows, here = table(gpu=settled), arch("cuda") if settled else ANY
-    limits = {t: triton_from(rows, _TRITON[name], name, _name(t), here) for t in _FLOATS}
+    limits = {
+        (feature, t): triton_from(rows, _TRITON[name], feature, _name(t), here)
+        for feature in _features(name)
+        for t in _FLOATS
+    }
     if not _HAVE_TRITON or min(limits.values()) == ALL_SIZES:
         return run
 
     def portable_first(*args):
         x = next(_tensors(args))
-        if x.is_cuda and _size(name, args) >= limits.get(x.dtype, ALL_SIZES):
-            done = portable(*args)
-            if done != refused:
-                return done
+        if x.is_cuda:
+            feature, size = _feature_and_size(name, args)
+            if size >= limits.get((feature, x.dtype), ALL_SIZES):
+                done = portable(*args)
+                if done != refused:
+                    return done
         return run(*args)
 
     return portable_first
@@ -174,12 +180,20 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _size(name: str, args: tuple) -> int:
-    """B Hq Sq Sk D of a backward call (dO, dLSE, five gradients, q, k, ...); elements elsewhere."""
-    if name == "attention_backward":
-        q, k = args[7:9]
-        return q.numel() * k.shape[-2]
-    return next(_tensors(args)).numel()
+def _features(entry: str) -> tuple[str, ...]:
+    """Of the table's rows for an entry point."""
+    return (entry, f"wide {entry}") if entry == "attention_backward" else (entry,)
+
+
+def _feature_and_size(entry: str, args: tuple) -> tuple[str, int]:
+    """The size is B Hq Sq Sk D of a backward call (dO, dLSE, five gradients, q, k, v, ...), -1 of
+    heads for which Triton's may not find the room; elements elsewhere."""
+    if entry != "attention_backward":
+        return entry, next(_tensors(args)).numel()
+    q, k, v = args[7:10]
+    widest = max(q.shape[-1], v.shape[-1])
+    size = q.numel() * k.shape[-2] if widest <= 256 else -1
+    return _features(entry)[widest > WIDE_BACKWARD], size
 
 
 # Backend -> what makes the function of an entry point, on a torch with GPU support.

@@ -32,8 +32,9 @@ class Row(NamedTuple):
     GPU. dtype: torch's name. feature: a kind of call; of attention "decode" (one query), "forward"
     and "training" (a gradient is wanted), "wide training" (the same with heads wider than
     WIDE_HEAD; rows of "training" fit it too), all without options that PyTorch's fused kernel
-    lacks; else a native entry point. below: sizes under it (elements of k of "decode", B Hq Sq Sk D
-    of attention's other calls and backward, elements of the first tensor otherwise). ANY fits all.
+    lacks; else a native entry point ("wide attention_backward": heads wider than WIDE_BACKWARD).
+    below: sizes under it (elements of k of "decode", B Hq Sq Sk D of attention's other calls and
+    backward, elements of the first tensor otherwise). ANY fits all.
     """
 
     family: str
@@ -69,8 +70,10 @@ _CPU_ONLY = "CPU kernels only so far"
 # at any size, of 16 bits 1.0 to 1.1x up to 2^24 elements of k, above 0.94 to 0.98x. Gradients are
 # PyTorch's: 150 to 185 us against 270 to 330 of our 16-bit calls. Triton's launches take 49 us on
 # an H100; it is ahead where its kernel is so much faster that they are paid: fp32 attention (three
-# tf32 products against the plain cores: 1.2 against 2.7 ms) and the backward of long 16-bit rows
-# (35 ms of 68 at 16k).
+# tf32 products against the plain cores: 1.2 against 2.7 ms), the backward of heads wider than 128,
+# for which CUDA has the plain cores in 16 bit too (fp32, 4 x 1024 x 256: 2.3 against 9.5 ms; not
+# yet timed in 16 bit), and without warpgroups that of long 16-bit rows (35 ms of 68 at 16k;
+# warpgroups take 15).
 ROWS = (
     Row("attention", "cuda", ANY, "float32", "decode", ALL_SIZES, "cuda", _H200),
     Row("attention", "cuda", ANY, ANY, "decode", 2**24 + 1, "cuda", _H200),
@@ -83,6 +86,9 @@ ROWS = (
     Row("attention", "cuda", ANY, "float32", "attention_forward", 2**18, "cuda", _H200),
     Row("attention", "cuda", ANY, "float32", "attention_forward", ALL_SIZES, "triton", _H100),
     Row("attention", "cuda", ANY, "float32", "attention_backward", ALL_SIZES, "triton", _H100),
+    Row("attention", "cuda", ANY, ANY, "wide attention_backward", 2**27, "cuda", _H200),
+    Row("attention", "cuda", ANY, ANY, "wide attention_backward", ALL_SIZES, "triton", _H100),
+    Row("attention", "cuda", "sm_90", ANY, "attention_backward", ALL_SIZES, "cuda", _H200),
     Row("attention", "cuda", ANY, ANY, "attention_backward", 2**33, "cuda", _H100),
     Row("attention", "cuda", ANY, ANY, "attention_backward", ALL_SIZES, "triton", _H100),
     Row("attention", "cpu", "amx", "float32", "wide training", 2**30, "cpu", _XEON),
@@ -212,15 +218,17 @@ def torch_sizes(
 
 def triton_from(rows: Iterable[Row], family: str, entry: str, dtype: str, arch: str = ANY) -> int:
     """Sizes from which a GPU takes the Triton kernel of this entry point before the CUDA one."""
+    features = (ANY, entry, entry.removeprefix("wide "))
     for row in rows:
-        fits = zip(row[:5], (family, "cuda", arch, dtype, entry), strict=True)
-        if all(have in (ANY, want) for have, want in fits):
+        fits = zip(row[:4], (family, "cuda", arch, dtype), strict=True)
+        if row.feature in features and all(have in (ANY, want) for have, want in fits):
             return row.below if row.backend == "cuda" else 0
     return ALL_SIZES
 
 
 ATTENTION_CALLS = ("decode", "forward", "training", "wide training")
 WIDE_HEAD = 192
+WIDE_BACKWARD = 128  # columns up to which the CUDA backward has tensor cores
 
 
 def _attention_sizes(device: str) -> dict[torch.dtype, tuple[range, ...]]:
