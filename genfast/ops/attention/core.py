@@ -115,20 +115,24 @@ def plain_forward(q, k, v, mask, causal: bool, scale, grouped: bool) -> Tensor |
     """`_forward` of a call without options: half of what a small call costs is passing them on."""
     if by_torch.chosen(_DECODE if q.shape[2] == 1 else _FORWARD, q, k, mask, causal):
         return by_torch.torch_sdpa(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
-    if mask is not None and (mask.dim() < 2 or mask.dtype not in (torch.bool, q.dtype, _FLOAT)):
+    if not _plain_mask(q, mask):
         return None
     return _plain(q, k, v, None, mask, 0 if causal else -1, scale)
 
 
 def plain_training(q, k, v, mask, causal: bool, scale, grouped: bool) -> Tensor | None:
     """The same where a gradient is wanted."""
-    if mask is not None:
-        return None
-    if by_torch.chosen(_TRAINING, q, k, None, causal):
+    if mask is None and by_torch.chosen(_TRAINING, q, k, None, causal):
         return by_torch.differentiable(
             q, k, v, _TWICE, is_causal=causal, scale=scale, enable_gqa=grouped
         )
-    return _PlainAttention.apply(q, k, v, 0 if causal else -1, scale)
+    if not _plain_mask(q, mask) or (mask is not None and mask.requires_grad):
+        return None
+    return _PlainAttention.apply(q, k, v, mask, 0 if causal else -1, scale)
+
+
+def _plain_mask(q, mask) -> bool:
+    return mask is None or (mask.dim() >= 2 and mask.dtype in (torch.bool, q.dtype, _FLOAT))
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -349,30 +353,32 @@ class _Attention(Function):
 
 
 class _PlainAttention(Function):
-    """The GRAD road of a call without options: of a short one, _Attention's 13 arguments and its
-    second output are a fifth (100 of 480 us at 64 x 4 heads of 16 queries)."""
+    """The GRAD road of a call without options but a mask that wants no gradient: of a short one,
+    _Attention's 13 arguments and its second output are a fifth (100 of 480 us at 64 x 4 heads of 16
+    queries)."""
 
     @staticmethod
-    def forward(ctx, q, k, v, right, scale):
+    def forward(ctx, q, k, v, mask, right, scale):
         lse = _empty_lse(q, _FLOAT)
-        out = _plain(q, k, v, lse, None, right, scale)
+        out = _plain(q, k, v, lse, mask, right, scale)
         if out is None:
             raise TypeError("genfast: the kernel does not take these tensors")
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.save_for_backward(q, k, v, mask, out, lse)
         ctx.options = right, scale
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, mask, out, lse = ctx.saved_tensors
         right, scale = ctx.options
         if wants_graph() or not plain(dout):
-            return *_composite_gradients(q, k, v, right == 0, scale, dout)[:3], None, None
-        options = Options(scale=scale, right=right)
-        found = _backward(
-            dout, None, q, k, v, out, lse, None, None, None, DENSE, options, (False, False)
-        )
-        return *found[:3], None, None
+            found = _composite_gradients(q, k, v, right == 0, scale, dout, mask)
+        else:
+            options = Options(scale=scale, right=right)
+            found = _backward(
+                dout, None, q, k, v, out, lse, mask, None, None, DENSE, options, (False, False)
+            )
+        return *found[:3], None, None, None
 
 
 def _composite_gradients(q, k, v, causal, scale, dout, mask=None):
