@@ -16,8 +16,9 @@ namespace py = pybind11;
 namespace genfast {
 
 inline Gate g_gate;  // one per module: every binding file sees the same
-// CUDA tensors reach the CUDA kernels only once asked for (genfast.set_backend("cuda")).
-inline std::atomic<bool> g_cuda_enabled{false};
+// CUDA tensors reach the CUDA kernels where the process's backend says so, or a block's: "cuda", or
+// "auto" where there is code for the GPUs.
+inline std::atomic<bool> g_cuda_enabled{false}, g_cuda_covered{false};
 
 using Views = std::initializer_list<const TensorView*>;
 
@@ -33,7 +34,9 @@ inline bool same_device(Views views) {
   if (first == nullptr) return false;
 #if GENFAST_HAVE_CUDA
   if (first->is_cpu()) return true;
-  return first->is_cuda() && (g_cuda_enabled || g_gate.asked() == kCudaBlock);
+  if (!first->is_cuda()) return false;
+  const int asked = g_gate.asked();
+  return g_cuda_enabled || asked == kCudaBlock || (asked == kAutoBlock && g_cuda_covered);
 #else
   return first->is_cpu();
 #endif

@@ -254,7 +254,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   for (PyMethodDef& method : g_gates) add_fast(m, method);
   m.def("ask", [](py::function ask) { g_gate.set_ask(std::move(ask)); });
   m.def("asked", [](int what) { g_gate.set_asked(what); });
-  m.def("enable_cuda", [](bool on) { g_cuda_enabled = on; });
+  m.def(
+      "enable_cuda", [](bool on, bool covered) { g_cuda_enabled = on, g_cuda_covered = covered; },
+      py::arg("on"), py::arg("covered") = false);
   m.def("build_info", &build_info);
   m.def("limit", &limit);
   m.def("random", &genfast::random);

@@ -127,7 +127,7 @@ class Tensors:
 
     def __init__(self, monkeypatch, covered):
         self.asked, self.enabled = [], False
-        gpu = lambda on: setattr(self, "enabled", on)  # noqa: E731
+        gpu = lambda on, covered: setattr(self, "enabled", on)  # noqa: E731
         patch = monkeypatch.setattr
         patch(_backend, "_native", lambda name: lambda *a: self.ask("cuda") and self.enabled)
         patch(_backend, "_triton", lambda name, forced: lambda *a: self.ask("triton"))

@@ -222,7 +222,8 @@ _SWITCHES = {entry: _by_thread(entry) for entry in _TRITON}
 
 
 def _allow_cuda() -> None:
-    _C.enable_cuda(_force.process_backend() == "cuda" or bool(_cuda_covers["gpus"]))
+    name, covered = _force.process_backend(), bool(_cuda_covers["gpus"])
+    _C.enable_cuda(name == "cuda" or (name == "auto" and covered), covered)
 
 
 def _follow() -> None:
