@@ -162,6 +162,30 @@ def test_masks(cuda, kind, dtype, causal):
         judge(inputs(B, H, H, Sq, Sk, D, dtype=dtype), {"mask": mask, "causal": causal}, kind)
 
 
+@pytest.mark.parametrize("warpgroups_too", [False, True], ids=["mma", "warpgroups"])
+@pytest.mark.parametrize("D", [64, 128, 256])
+def test_the_lowest_value_of_a_dtype_masks(cuda, D, warpgroups_too):
+    """transformers' masks: padding on the left fills whole blocks, and rows, with it."""
+    if warpgroups_too:
+        cuda.library.simt_device(9, 228)
+    try:
+        for dtype in (F32, F16, BF16):
+            q, k, v = inputs(1, 1, 1, 70, 200, D, dtype=BF16)
+            mask = torch.zeros(1, 1, 70, 200, dtype=dtype)
+            mask[..., :130] = torch.finfo(dtype).min
+            if dtype != F16:  # its lowest is a number like others in fp32
+                mask[:, :, :9] = torch.finfo(dtype).min
+            out, lse = genfast.attention(q, k, v, mask=mask, return_lse=True)
+            want, want_lse = truth(*(x.double() for x in (q, k, v)), mask=mask.double())
+            seen = slice(9, None) if dtype != F16 else slice(None)
+            assert (out - want)[:, :, seen].abs().max() < 0.01
+            assert (lse - want_lse)[:, :, seen].abs().max() < 1e-3
+            if dtype != F16:
+                assert not out[:, :, :9].any() and (lse[:, :, :9] == -torch.inf).all()
+    finally:
+        cuda.library.simt_device(8, 164)
+
+
 @pytest.mark.parametrize("kind", MASKS)
 def test_masks_of_warpgroups(hopper, kind):
     torch.manual_seed(0)

@@ -92,8 +92,10 @@ __global__ void __launch_bounds__(HopperBackward<kDim>::kThreads, 1)
     const int group = thread / kGroupThreads, g = lane / 4, t = lane % 4;
     const int row = thread / 32 * 16;  // of this warp's keys
     const bool added_rows = kMask == BackwardMask::rows && p.mask.kind == MaskKind::additive;
-    const float unit = added_rows ? kLog2e : p.scale * kLog2e;
-    const auto added = [&](float x, float value) { return fused_multiply_add(x, p.scale, value); };
+    const float to_log2 = p.scale * kLog2e, unit = added_rows ? 1.0f : to_log2;
+    const auto added = [&](float x, float value) {
+      return fused_multiply_add(x, to_log2, value * kLog2e);
+    };
     int64_t keys_of_mask[2];  // bytes from a row's start to the values of this thread's keys
 #pragma unroll
     for (int half = 0; half < 2; ++half)

@@ -101,11 +101,11 @@ __device__ __forceinline__ void apply_mask(const MaskRows& mask, const Query (&m
 }
 
 // What scores are to be multiplied by to be in units of log2, behind mask_scores: a value that is
-// added wants the scale before it.
+// added is in these units already, so that a dtype's lowest is -inf and not a maximum.
 template <Extras kExtras>
 __device__ __forceinline__ float unit_of(const AttentionParams& p) {
-  if (kExtras == Extras::all) return 1.0f;
-  return p.mask.kind == MaskKind::additive ? kLog2e : p.scale * kLog2e;
+  const bool there = kExtras == Extras::all || p.mask.kind == MaskKind::additive;
+  return there ? 1.0f : p.scale * kLog2e;
 }
 
 // Scores of rows g and g + 8 of `queries` and keys from `block` on: -inf where a query does not see
@@ -119,7 +119,10 @@ __device__ __forceinline__ void mask_scores(const AttentionParams& p, const Sequ
   const Query mine[2] = {queries[g], queries[g + 8]};
   if constexpr (kExtras == Extras::mask) {
     const int first = block + 2 * t;
-    const auto added = [&](float x, float value) { return fused_multiply_add(x, p.scale, value); };
+    const float to_log2 = p.scale * kLog2e;
+    const auto added = [&](float x, float value) {
+      return fused_multiply_add(x, to_log2, value * kLog2e);
+    };
     const auto apply = [&](auto whole) {
       constexpr bool kWhole = decltype(whole)::value;
       if (p.mask.kind == MaskKind::boolean)
