@@ -371,6 +371,11 @@ def test_a_gradient_of_a_block_for_auto_runs_so_in_a_process_with_another_name(a
     genfast.set_backend("auto")
     with genfast.backend("auto"):
         assert gate(x) == GRAD
+    with genfast.backend("reference"):  # and in a block with another name
+        out = genfast.reparameterize(x, x, seed=1, backend="auto").sum()
+        asked["auto"].clear()
+        out.backward()
+        assert asked["auto"] == ["reparameterize_backward"]
 
 
 def test_blocks_belong_to_their_thread():

@@ -71,10 +71,11 @@ def _of_process() -> int:
 
 def _asked() -> int:
     """Where any thread has a block open."""
-    name = _own.thread.name
-    if name is None or name == _state["name"] == "auto":
+    thread = _own.thread
+    around = {_state["name"], *(block.name for block in thread.open)}
+    if thread.name is None or around == {"auto"}:
         return _of_process()
-    return _BLOCK.get(name, _OTHER)
+    return _BLOCK.get(thread.name, _OTHER)
 
 
 _C.ask(_asked)
