@@ -36,7 +36,8 @@ slug=$(echo "$name" | tr 'A-Z_' 'a-z-')
 echo "== $name, sm_$arch, driver $driver, commit $commit"
 
 if [ -n "${SITE:-}" ]; then
-  ln -s "$(cd "$SITE" && pwd)" "$work/site"
+  site=$(cd "$SITE" && pwd) || exit 1
+  ln -s "$site" "$work/site"
 else
   echo "== build"
   GENFAST_CUDA=ON GENFAST_CUDA_ARCHS=$arch-real timeout 240 "$python" -m pip install -q \

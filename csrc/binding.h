@@ -16,8 +16,8 @@ namespace py = pybind11;
 namespace genfast {
 
 inline Gate g_gate;  // one per module: every binding file sees the same
-// CUDA tensors reach the CUDA kernels where the process's backend says so, or a block's: "cuda", or
-// "auto" where there is code for the GPUs.
+// CUDA tensors reach the CUDA kernels where the process's backend says so, or a block's: "cuda",
+// and where there is code for the GPUs "auto" and those that compose all but the noise.
 inline std::atomic<bool> g_cuda_enabled{false}, g_cuda_covered{false};
 
 using Views = std::initializer_list<const TensorView*>;
@@ -35,8 +35,9 @@ inline bool same_device(Views views) {
 #if GENFAST_HAVE_CUDA
   if (first->is_cpu()) return true;
   if (!first->is_cuda()) return false;
+  if (g_cuda_enabled) return true;
   const int asked = g_gate.asked();
-  return g_cuda_enabled || asked == kCudaBlock || (asked == kAutoBlock && g_cuda_covered);
+  return asked == kCudaBlock || (g_cuda_covered && (asked == kAutoBlock || asked == kOther));
 #else
   return first->is_cpu();
 #endif

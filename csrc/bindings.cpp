@@ -12,7 +12,12 @@ namespace {
 
 template <Asked slow_from>
 PyObject* gate(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return PyLong_FromLong(g_gate(args, count, slow_from));
+  try {
+    return PyLong_FromLong(g_gate(args, count, slow_from));
+  } catch (py::error_already_set& error) {
+    error.restore();
+    return nullptr;
+  }
 }
 template <Asked slow_from>
 PyMethodDef gate_method(const char* name, const char* about) {

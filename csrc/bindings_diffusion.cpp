@@ -276,7 +276,12 @@ PyObject* step_row(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (past > kHistory) Py_RETURN_NONE;
   PyObject* tensors[3 + kHistory] = {args[3], args[4], z};
   for (Py_ssize_t i = 0; i < past; ++i) tensors[3 + i] = PyTuple_GET_ITEM(history, i);
-  if (g_gate(tensors, 3 + past) != kDirect) Py_RETURN_NONE;
+  try {
+    if (g_gate(tensors, 3 + past) != kDirect) Py_RETURN_NONE;
+  } catch (py::error_already_set& error) {
+    error.restore();
+    return nullptr;
+  }
   if (args[9] == Py_None) {
     PyObject* outs = plain_step(args, tensors, past);
     if (outs != Py_None) return outs;

@@ -87,7 +87,10 @@ class Gate {
 
   int asked() const {
     const int process = asked_.load(std::memory_order_relaxed);
-    return process >= 0 ? process : static_cast<int>(call_int(ask_));
+    if (process >= 0) return process;
+    const auto found = pybind11::reinterpret_steal<pybind11::object>(PyObject_CallNoArgs(ask_));
+    if (!found) throw pybind11::error_already_set();  // an interrupt came: it is the caller's
+    return static_cast<int>(PyLong_AsLong(found.ptr()));
   }
 
   // what: the process asks for, or -1: a thread has asked itself, `ask` says what.

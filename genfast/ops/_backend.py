@@ -12,6 +12,7 @@ import functools
 import importlib
 import inspect
 import os
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -267,10 +268,11 @@ def set_backend(name: str) -> None:
 class backend(contextlib.AbstractContextManager):
     """`with genfast.backend("reference"): ...`: as `set_backend`, for the calls of this thread.
 
-    The gradient of an eager call runs where its block said, whenever and wherever it is taken. A
-    compiled function follows the block it is called in, but the kernels of its backward, and all
-    that a checkpoint computes again, the block around the backward: take those gradients within it
-    (behind it, a checkpoint of another backend's tensors is an error).
+    The gradient of an eager call runs where its block said, whenever and wherever it is taken; that
+    of a call made in no block, in the one around the backward. A compiled function follows the
+    block it is called in, but the kernels of its backward, and all that a checkpoint computes
+    again, the block around the backward: take those gradients within it (behind it, a checkpoint of
+    another backend's tensors is an error).
 
     A block is its thread's, like torch.no_grad(): what runs there while a generator or a coroutine
     keeps it open is in it too. Blocks may end in any order, by any thread. Also a decorator of
@@ -282,11 +284,15 @@ class backend(contextlib.AbstractContextManager):
         self.name, self.entered = name, []
 
     def __enter__(self) -> None:
-        self.entered.append(_force.blocks.enter(self.name))
-        self.entered[-1].__enter__()
+        block = _force.blocks.enter(self.name)
+        self.entered.append((threading.get_ident(), block))
+        block.__enter__()
 
     def __exit__(self, *error) -> None:
-        self.entered.pop().__exit__(*error)
+        mine = [entry for entry in self.entered if entry[0] == threading.get_ident()]
+        entry = (mine or self.entered)[-1]
+        self.entered.remove(entry)
+        entry[1].__exit__(*error)
 
     def __call__(self, function: Callable) -> Callable:
         """A function with a block around each of its calls."""

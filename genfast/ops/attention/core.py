@@ -631,7 +631,7 @@ def attention(
     q: (B, Hq, Sq, D), k: (B, Hkv, Sk, D), v: (B, Hkv, Sk, Dv), Hq a multiple of Hkv (GQA, MQA);
     one dtype of float32, float16, bfloat16, float64. Any strides.
     mask: bool (true = attend) or float (added to the scores), broadcastable to (B, Hq, Sq, Sk);
-    a float mask gets its gradient.
+    a float mask gets its gradient, and values below -2.3e38 hide a key like -inf.
     causal: key j is seen by query i when j <= i + offset. window: (left, right) keys around the
     diagonal, -1 unbounded. align: where the diagonal of causal, window and ALiBi lies: "top_left"
     (PyTorch, offset 0) or "bottom_right" (flash-attn and decoding, offset Sk - Sq).
