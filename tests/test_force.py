@@ -378,6 +378,29 @@ def test_a_gradient_of_a_block_for_auto_runs_so_in_a_process_with_another_name(a
         assert asked["auto"] == ["reparameterize_backward"]
 
 
+def test_one_object_serves_two_threads_at_once():
+    shared, seen = genfast.backend("reference"), {}
+    inside, second, left = (threading.Event() for _ in range(3))
+
+    def first():
+        with shared:
+            inside.set()
+            second.wait(10)
+        seen["behind"] = _force.get_backend()
+        left.set()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    inside.wait(10)
+    with shared:
+        second.set()
+        left.wait(10)
+        seen["within"] = _force.get_backend()
+    thread.join()
+    assert seen == {"behind": "auto", "within": "reference"}
+    assert _force.get_backend() == "auto" and not _force.blocks.open
+
+
 def test_blocks_belong_to_their_thread():
     """They may end in any order; the last one gives the fast road back."""
     steps = [threading.Event() for _ in range(3)]
