@@ -69,7 +69,7 @@ grid() {
     || failed=1
   cat "$work/table-$1-$2.txt"
 }
-wanted() { [[ " ${PARTS:-all} " == *" $1 "* || -z "${PARTS:-}" ]]; }
+wanted() { [[ -z "${PARTS:-}" || " $PARTS " == *" $1 "* ]]; }
 if wanted tests; then part cuda cuda 100 tests/test_gpu.py -k "not sanitizer"; fi
 if wanted auto; then for family in attention rng sampling diffusion; do grid auto "$family"; done; fi
 if wanted cuda; then grid cuda attention; fi

@@ -438,3 +438,46 @@ def pairwise(all_cases):
         if not pairs <= seen:
             seen |= pairs
             yield case
+
+
+# ---- whole runs ----------------------------------------------------------------------------------
+
+
+def make(name, config=None, library=None):
+    """The drop-in scheduler of this name, or diffusers' own where that is `library`."""
+    library = library or importlib.import_module("genfast.integrations.diffusers")
+    return getattr(library, f"{name}Scheduler")(**(config or {}))
+
+
+def takes_generator(name):
+    scheduler = getattr(importlib.import_module("diffusers"), f"{name}Scheduler")
+    return "generator" in inspect.signature(scheduler.step).parameters
+
+
+def started(scheduler, n, set_kw=None):
+    if n is not None:
+        scheduler.set_timesteps(n, **(set_kw or {}))
+    else:
+        scheduler.set_timesteps(**set_kw)
+    if hasattr(scheduler, "is_scale_input_called"):
+        scheduler.is_scale_input_called = True
+    return scheduler
+
+
+def run(scheduler, n=6, generator=None, seed=11, dtype=torch.float32, shape=(2, 3, 6, 5), **kw):
+    """The whole loop with a fixed fake model; returns the last sample."""
+    started(scheduler, n)
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=g).to(dtype) * float(getattr(scheduler, "init_noise_sigma", 1))
+    if generator is not None:
+        kw["generator"] = generator
+    for t in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        x = scheduler.step(torch.tanh(scaled * 0.7 + 0.1), t, x, **kw).prev_sample
+    return x
+
+
+def close(a, b, rtol=2e-5):
+    assert a.dtype == b.dtype and a.shape == b.shape
+    error = (a - b).abs().max().item()
+    assert error <= rtol * max(b.abs().max().item(), 1e-3), error

@@ -45,8 +45,7 @@ __global__ void __launch_bounds__(kMmaThreads, 2)
   __syncthreads();
   const Seen seen = seen_by<kMmaRows>(queries);
   const auto row_of = [&](const AttentionRows& rows, int r) -> char* {
-    const Query at = queries[r];
-    return at.position < 0 ? nullptr : row_at(rows, 2, s.b, at.head, s.q_row + at.position);
+    return query_row(rows, 2, s, queries[r]);
   };
   q.template fill<kMmaRows>(static_cast<int>(p.D), whole, thread,
                             [&](int r) -> const char* { return row_of(p.q, r); });

@@ -38,8 +38,7 @@ __global__ void __launch_bounds__(kMmaThreads, kDim <= 128 ? 2 : 1)
   const Span span(plan.walk, task, seen, kKeys);
 
   const auto row_of = [&](const AttentionRows& t, int bytes, int r) -> char* {
-    const Query at = queries[r];
-    return at.position < 0 ? nullptr : row_at(t, bytes, s.b, at.head, s.q_row + at.position);
+    return query_row(t, bytes, s, queries[r]);
   };
   using Loader = KeyLoader<kDim, kKeys, kMmaThreads, !kOptions>;
   const Loader keys(p, p.k, s, task.kv_head, p.D, plan.whole_k, plan.even, thread);

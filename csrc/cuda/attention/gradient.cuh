@@ -100,9 +100,7 @@ struct PassingQueries {
   // Row r of an operand in 16 bit; null where there is none.
   __device__ __forceinline__ const char* row(const AttentionRows& operand, const Sequence& s,
                                              int slot, int r) const {
-    const Query query = queries[slot][r];
-    return query.position < 0 ? nullptr
-                              : row_at(operand, 2, s.b, query.head, s.q_row + query.position);
+    return query_row(operand, 2, s, queries[slot][r]);
   }
 };
 

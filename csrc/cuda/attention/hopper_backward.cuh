@@ -91,16 +91,11 @@ __global__ void __launch_bounds__(HopperBackward<kDim>::kThreads, 1)
 
     const int group = thread / kGroupThreads, g = lane / 4, t = lane % 4;
     const int row = thread / 32 * 16;  // of this warp's keys
-    const bool added_rows = kMask == BackwardMask::rows && p.mask.kind == MaskKind::additive;
-    const float to_log2 = p.scale * kLog2e, unit = added_rows ? 1.0f : to_log2;
-    const auto added = [&](float x, float value) {
-      return fused_multiply_add(x, to_log2, value * kLog2e);
-    };
+    const float unit = kMask == BackwardMask::rows ? unit_of<Extras::mask>(p) : p.scale * kLog2e;
     int64_t keys_of_mask[2];  // bytes from a row's start to the values of this thread's keys
 #pragma unroll
     for (int half = 0; half < 2; ++half)
-      keys_of_mask[half] = (first + row + g + 8 * half) * p.mask.j_stride *
-                           (p.mask.kind == MaskKind::boolean ? 1 : bytes_of(p.mask.dtype));
+      keys_of_mask[half] = (first + row + g + 8 * half) * p.mask.j_stride * mask_bytes(p.mask);
     float bias[2] = {};  // of this thread's keys, in units of log2
     if constexpr (kMask == BackwardMask::keys) {
       const char* values = mask_row(p, s, {0, 0, 0, 0});
@@ -150,18 +145,9 @@ __global__ void __launch_bounds__(HopperBackward<kDim>::kThreads, 1)
         }
         if constexpr (kMask == BackwardMask::rows) {
           const char* const* rows_of_mask = passing.masks[slot] + part + 2 * t;
-          if (p.mask.kind == MaskKind::boolean)
-            mask_columns<uint8_t>(rows_of_mask, keys_of_mask, full, w, [&](float x, uint8_t seen) {
-              return seen != 0 ? x : -infinite();
-            });
-          else if (p.mask.dtype == Dtype::f32)
-            mask_columns<float>(rows_of_mask, keys_of_mask, full, w, added);
-          else if (p.mask.dtype == Dtype::f16)
-            mask_columns<uint16_t>(rows_of_mask, keys_of_mask, full, w,
-                                   [&](float x, uint16_t h) { return added(x, f32_of_f16(h)); });
-          else
-            mask_columns<uint16_t>(rows_of_mask, keys_of_mask, full, w,
-                                   [&](float x, uint16_t h) { return added(x, f32_of_bf16(h)); });
+          by_mask_type(p, [&](auto type, auto&& under) {
+            mask_columns<decltype(type)>(rows_of_mask, keys_of_mask, full, w, under);
+          });
         }
         const float *lse2 = passing.stats[slot][0] + part + 2 * t,
                     *delta = passing.stats[slot][1] + part + 2 * t;

@@ -87,8 +87,7 @@ __global__ void __launch_bounds__(HopperForward<kDim, kExtras>::kThreads, 1)
       const int owner = thread - kGroupThreads, group = owner / kGroupThreads;
       const int own = group * kGroupRows, row = owner / 32 * 16;
       const auto row_of = [&](const AttentionRows& rows, int bytes, int r) -> char* {
-        const Query at = queries[r];
-        return at.position < 0 ? nullptr : row_at(rows, bytes, s.b, at.head, s.q_row + at.position);
+        return query_row(rows, bytes, s, queries[r]);
       };
       q.template fill<kRows, H::kGroups * kGroupThreads>(
           static_cast<int>(p.D), true, owner,

@@ -42,8 +42,7 @@ __global__ void __launch_bounds__(HopperShort<kExtras>::kThreads, HopperShort<kE
     const int blocks = span.begin < span.end ? (span.end - span.begin + kKeys - 1) / kKeys : 0;
 
     const auto row_of = [&](const AttentionRows& rows, int bytes, int r) -> char* {
-      const Query at = queries[r];
-      return at.position < 0 ? nullptr : row_at(rows, bytes, s.b, at.head, s.q_row + at.position);
+      return query_row(rows, bytes, s, queries[r]);
     };
     using Loader = KeyLoader<kDim, kKeys, H::kThreads, true>;
     const Loader keys(p, p.k, s, task.kv_head, p.D, true, true, thread);

@@ -82,6 +82,12 @@ __device__ __forceinline__ Query query_of(const AttentionParams& p, const Sequen
   return {kv_head * group + g, i, static_cast<int>(keys.lo), static_cast<int>(keys.hi)};
 }
 
+// Its row of an operand; null where there is none.
+__device__ __forceinline__ char* query_row(const AttentionRows& t, int bytes, const Sequence& s,
+                                           const Query& at) {
+  return at.position < 0 ? nullptr : row_at(t, bytes, s.b, at.head, s.q_row + at.position);
+}
+
 __device__ __forceinline__ float load_any(const void* data, Dtype dtype, int64_t at) {
   if (dtype == Dtype::f32) return static_cast<const float*>(data)[at];
   const uint16_t h = static_cast<const uint16_t*>(data)[at];
@@ -121,18 +127,38 @@ __device__ __forceinline__ float with_options(const AttentionParams& p, const Se
 }
 
 // A mask's row of a query, and a value of it in units of log2.
+__device__ __forceinline__ int mask_bytes(const AttentionMask& m) {
+  return m.kind == MaskKind::boolean ? 1 : bytes_of(m.dtype);
+}
 __device__ __forceinline__ const char* mask_row(const AttentionParams& p, const Sequence& s,
                                                 const Query& q) {
   const AttentionMask& m = p.mask;
   return static_cast<const char*>(m.data) +
-         (s.b * m.b_stride + q.head * m.h_stride + q.position * m.i_stride) *
-             (m.kind == MaskKind::boolean ? 1 : bytes_of(m.dtype));
+         (s.b * m.b_stride + q.head * m.h_stride + q.position * m.i_stride) * mask_bytes(m);
 }
 __device__ __forceinline__ float mask_value(const AttentionMask& m, const char* row, int j) {
   const int64_t at = j * m.j_stride;
   if (m.kind == MaskKind::boolean)
     return reinterpret_cast<const uint8_t*>(row)[at] != 0 ? 0.0f : -infinite();
   return load_any(row, m.dtype, at) * kLog2e;
+}
+// body(type, apply): a zero of the type of a mask's values, and apply(score, value), the score
+// under the mask. One that is added leaves scores in units of log2, so that a dtype's lowest value
+// is -inf and not a maximum; a boolean one leaves them as they came.
+template <class Body>
+__device__ __forceinline__ void by_mask_type(const AttentionParams& p, Body&& body) {
+  const float to_log2 = p.scale * kLog2e;
+  const auto added = [&](float x, float value) {
+    return fused_multiply_add(x, to_log2, value * kLog2e);
+  };
+  if (p.mask.kind == MaskKind::boolean)
+    body(uint8_t{}, [&](float x, uint8_t seen) { return seen != 0 ? x : -infinite(); });
+  else if (p.mask.dtype == Dtype::f32)
+    body(float{}, added);
+  else if (p.mask.dtype == Dtype::f16)
+    body(uint16_t{}, [&](float x, uint16_t h) { return added(x, f32_of_f16(h)); });
+  else
+    body(uint16_t{}, [&](float x, uint16_t h) { return added(x, f32_of_bf16(h)); });
 }
 // The same for all queries of a sequence.
 inline bool is_key_mask(const AttentionMask& m) {

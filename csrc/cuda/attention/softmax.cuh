@@ -50,7 +50,7 @@ struct MaskRows {
   __device__ __forceinline__ MaskRows(const AttentionParams& p, const Sequence& s,
                                       const Query* queries) {
     const AttentionMask& m = p.mask;
-    const int bytes = m.kind == MaskKind::boolean ? 1 : bytes_of(m.dtype);
+    const int bytes = mask_bytes(m);
     const int g = static_cast<int>(threadIdx.x % 32 / 4);
 #pragma unroll
     for (int half = 0; half < 2; ++half) row[half] = mask_row(p, s, queries[g + 8 * half]);
@@ -100,8 +100,7 @@ __device__ __forceinline__ void apply_mask(const MaskRows& mask, const Query (&m
   }
 }
 
-// What scores are to be multiplied by to be in units of log2, behind mask_scores: a value that is
-// added is in these units already, so that a dtype's lowest is -inf and not a maximum.
+// What scores are to be multiplied by to be in units of log2, behind mask_scores.
 template <Extras kExtras>
 __device__ __forceinline__ float unit_of(const AttentionParams& p) {
   const bool there = kExtras == Extras::all || p.mask.kind == MaskKind::additive;
@@ -119,24 +118,10 @@ __device__ __forceinline__ void mask_scores(const AttentionParams& p, const Sequ
   const Query mine[2] = {queries[g], queries[g + 8]};
   if constexpr (kExtras == Extras::mask) {
     const int first = block + 2 * t;
-    const float to_log2 = p.scale * kLog2e;
-    const auto added = [&](float x, float value) {
-      return fused_multiply_add(x, to_log2, value * kLog2e);
-    };
     const auto apply = [&](auto whole) {
-      constexpr bool kWhole = decltype(whole)::value;
-      if (p.mask.kind == MaskKind::boolean)
-        apply_mask<uint8_t, kWhole>(mask, mine, first, w, [&](float x, uint8_t seen) {
-          return seen != 0 ? x : -infinite();
-        });
-      else if (p.mask.dtype == Dtype::f32)
-        apply_mask<float, kWhole>(mask, mine, first, w, added);
-      else if (p.mask.dtype == Dtype::f16)
-        apply_mask<uint16_t, kWhole>(mask, mine, first, w,
-                                     [&](float x, uint16_t h) { return added(x, f32_of_f16(h)); });
-      else
-        apply_mask<uint16_t, kWhole>(mask, mine, first, w,
-                                     [&](float x, uint16_t h) { return added(x, f32_of_bf16(h)); });
+      by_mask_type(p, [&](auto type, auto&& under) {
+        apply_mask<decltype(type), decltype(whole)::value>(mask, mine, first, w, under);
+      });
     };
     if (full && mask.pairs)
       apply(std::true_type());
