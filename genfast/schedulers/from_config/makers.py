@@ -121,15 +121,21 @@ def _dpm_common(c, o):
     return dict(**_pred(c), order=c["solver_order"], threshold=_threshold(c), **_pick(o, "begin"))
 
 
+def _dpm_solver(c, o):
+    return dict(
+        **_dpm_common(c, o),
+        algorithm=c["algorithm_type"],
+        solver_type=c["solver_type"],
+        lower_order_final=c["lower_order_final"],
+    )
+
+
 def _dpm(c, steps, sch, o):
     # a cosine schedule keeps fractional timesteps until they are stored as integers
     grid = grids.by_lambda(c, steps, sch, o, round_t=c["beta_schedule"] != "squaredcos_cap_v2")
     return dpm.dpm_solver_plan(
         grid,
-        **_dpm_common(c, o),
-        algorithm=c["algorithm_type"],
-        solver_type=c["solver_type"],
-        lower_order_final=c["lower_order_final"],
+        **_dpm_solver(c, o),
         euler_at_final=c["euler_at_final"],
         peer_d2=o["compat"],
     )
@@ -139,10 +145,7 @@ def _dpm_single(c, steps, sch, o):
     grid = grids.by_lambda(c, steps, sch, o, spacing="linspace")
     return dpm.dpm_solver_singlestep_plan(
         grid,
-        **_dpm_common(c, o),
-        algorithm=c["algorithm_type"],
-        solver_type=c["solver_type"],
-        lower_order_final=c["lower_order_final"],
+        **_dpm_solver(c, o),
         peer_d2=o["compat"],
     )
 
@@ -158,10 +161,7 @@ def _edm_euler(c, steps, sch, o):
 def _edm_dpm(c, steps, sch, o, **kw):
     return dpm.dpm_solver_plan(
         grids.edm(c, steps, o, **kw),
-        **_dpm_common(c, o),
-        algorithm=c["algorithm_type"],
-        solver_type=c["solver_type"],
-        lower_order_final=c["lower_order_final"],
+        **_dpm_solver(c, o),
         euler_at_final=c["euler_at_final"],
         sigma_data=c["sigma_data"],
     )
