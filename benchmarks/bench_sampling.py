@@ -204,6 +204,56 @@ def _relax(name, shape, hard=False, backward=False, **more):
     )
 
 
+# ---- the Bernoulli likelihood --------------------------------------------------------------------
+
+
+def _eager_nll(logits, x):
+    nll = F.binary_cross_entropy_with_logits(logits, x, reduction="none")
+    return nll.flatten(1).sum(1)
+
+
+def _likelihood(shape, backward, device):
+    logits, x = _inputs(2, shape, device)
+    x, grad = torch.sigmoid(x), torch.linspace(0.5, 1.5, shape[0], device=device)
+
+    def proof():
+        n = _first(shape, 2**16)
+        found = []
+        for f, dtype in (
+            (genfast.bernoulli_nll, torch.float32),
+            (_eager_nll, torch.float32),
+            (_eager_nll, torch.float64),
+        ):
+            leaf = logits[:n].to(dtype, copy=True).requires_grad_()
+            nll = f(leaf, x[:n].to(dtype))
+            found.append((nll.detach(), *torch.autograd.grad(nll, leaf, grad[:n].to(dtype))))
+        for name, values in zip(("nll", "d_logits"), zip(*found, strict=True), strict=True):
+            assert_judged(name, *values)
+
+    def call(f):
+        if not backward:
+            return partial(f, logits, x)
+        return _step(lambda leaf: f(leaf, x), (logits,), (grad,))
+
+    return Work(
+        ours=call(genfast.bernoulli_nll),
+        rivals={"eager": call(_eager_nll)},
+        late={"compile": lambda: call(torch.compile(_eager_nll, dynamic=False))},
+        proof=proof,
+    )
+
+
+def _bernoulli(shape, backward=False):
+    n = torch.Size(shape).numel()
+    return Case(
+        "sampling",
+        "bernoulli_nll" + (" fwd+bwd" if backward else ""),
+        shape,
+        partial(_likelihood, shape, backward),
+        bytes=4 * n * (5 if backward else 2),
+    )
+
+
 # ---- categorical and tokens ----------------------------------------------------------------------
 
 
@@ -310,6 +360,9 @@ CASES = [
     _relax("gumbel_softmax", (4096, 1024), hard=True),
     _relax("relaxed_bernoulli", (4096, 1024)),
     _relax("relaxed_bernoulli", (4096, 1024), backward=True),
+    _bernoulli((128, 784)),
+    _bernoulli((128, 784), backward=True),
+    _bernoulli((64, 3, 128, 128), backward=True),
     Case(
         "sampling",
         "sample_categorical",

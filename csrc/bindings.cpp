@@ -94,20 +94,25 @@ bool bernoulli(BernoulliNllParams& p, const TensorView& rows) {
          vector_of(rows, Dtype::f32, p.logits.shape[0]);
 }
 
-bool bernoulli_nll(TensorArgument& nll, TensorArgument& logits, TensorArgument& x) {
+bool bernoulli_nll(TensorArgument& nll, TensorArgument& logits, TensorArgument& x,
+                   TensorArgument& scratch) {
+  if (!given({&nll, &logits, &x}) || !same_device({&nll, &logits, &x, &scratch})) return false;
   BernoulliNllParams p;
-  p.logits = logits, p.x = x, p.nll = nll;
-  return given({&nll, &logits, &x}) && same_device({&nll, &logits, &x}) && bernoulli(p, nll) &&
-         run(p, logits, &cpu::Kernels::bernoulli_nll);
+  p.logits = logits, p.x = x, p.nll = nll, p.scratch = scratch;
+  if (scratch.defined() && (scratch.dtype != Dtype::f64 || !is_contiguous(scratch) ||
+                            nll.numel < 1 || scratch.numel % nll.numel != 0))
+    return false;
+  return bernoulli(p, nll) && run(p, logits, GENFAST_KERNEL(bernoulli_nll));
 }
 
-bool bernoulli_nll_backward(TensorArgument& grad, TensorArgument& d_logits, TensorArgument& logits,
-                            TensorArgument& x) {
+bool bernoulli_nll_backward(TensorArgument& grad, TensorArgument& d_logits, TensorArgument& d_x,
+                            TensorArgument& logits, TensorArgument& x) {
+  if (!given({&grad, &logits, &x}) || !same_device({&grad, &d_logits, &d_x, &logits, &x}) ||
+      !floats({&d_logits, &d_x}) || !same_shapes({&logits, &d_logits, &d_x}))
+    return false;
   BernoulliNllParams p;
-  p.logits = logits, p.x = x, p.grad = grad, p.d_logits = d_logits;
-  return given({&grad, &d_logits, &logits, &x}) && same_device({&grad, &d_logits, &logits, &x}) &&
-         bernoulli(p, grad) && floats({&d_logits}) && same_shapes({&d_logits, &logits}) &&
-         run(p, logits, &cpu::Kernels::bernoulli_nll_backward);
+  p.logits = logits, p.x = x, p.grad = grad, p.d_logits = d_logits, p.d_x = d_x;
+  return bernoulli(p, grad) && run(p, logits, GENFAST_KERNEL(bernoulli_nll_backward));
 }
 
 bool reparameterize_backward(TensorArgument& grad_y, TensorArgument& grad_side, TensorArgument& mu,
@@ -274,7 +279,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("gumbel_softmax_backward", &gumbel_softmax_backward);
   m.def("relaxed_bernoulli", &relaxed_bernoulli);
   m.def("categorical", &categorical);
-  m.def("bernoulli_nll", &bernoulli_nll);
+  m.def("bernoulli_nll", &bernoulli_nll, py::arg("nll"), py::arg("logits"), py::arg("x"),
+        py::arg("scratch") = py::none());
   m.def("bernoulli_nll_backward", &bernoulli_nll_backward);
   register_attention(m);
   register_diffusion(m);

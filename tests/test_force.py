@@ -49,6 +49,7 @@ CALLS = {
     "log_normal": lambda f, **o: f(X, Y, seed=1, **o),
     "gumbel_softmax": lambda f, **o: f(X, 0.5, seed=1, **o),
     "relaxed_bernoulli": lambda f, **o: f(X, 0.5, seed=1, **o),
+    "bernoulli_nll": lambda f, **o: f(X, Y, **o),
     "sample_categorical": lambda f, **o: f(X, seed=1, **o),
     "sample_tokens": lambda f, **o: f(X, 0.7, top_k=3, seed=1, **o),
     "diffusion_step": lambda f, **o: f(X, Y, PLAN.table_on("cpu"), 1, seed=1, **o),

@@ -196,6 +196,8 @@ def test_caster_refuses_what_is_no_plain_memory(x):
         (_C.gumbel_softmax_backward, [ok(), None, ok(), tau, ok(), *noise], [0, 2, 3, 4]),
         (_C.relaxed_bernoulli, [ok(), ok(), tau, None, *noise, False], [0, 1, 2]),
         (_C.categorical, [ok(), index, None, None, None, None, *noise], [0, 1]),
+        (_C.bernoulli_nll, [ok(), ok(), ok()], [0, 1, 2]),
+        (_C.bernoulli_nll_backward, [ok(), ok(), ok(), ok(), ok()], [0, 3, 4]),
     ]  # fmt: skip
     for function, args, positions in calls:
         for at in positions:
@@ -222,6 +224,14 @@ def test_boundary_refuses_wrong_shapes_dtypes_and_numbers():
     assert not _C.gumbel_softmax(a, a, torch.ones(2), *noise, False)
     assert not _C.gumbel_softmax(a, a, tau.double(), *noise, False)
     assert not _C.gumbel_softmax(a[0], a[0].clone(), tau, 0, torch.arange(4), 0, 0, False)
+    rows = torch.zeros(3)
+    assert not _C.bernoulli_nll(rows, a, b) and not _C.bernoulli_nll(torch.zeros(4), a, a)
+    assert not _C.bernoulli_nll(rows.half(), a, a) and not _C.bernoulli_nll(
+        rows[0], rows[0], rows[0]
+    )
+    assert not _C.bernoulli_nll(rows, a, a, torch.zeros(4, dtype=torch.float64))
+    assert not _C.bernoulli_nll_backward(rows, b, None, a, a)
+    assert not _C.bernoulli_nll_backward(rows, None, a.double(), a, a)
     index = torch.zeros(3, dtype=torch.int64)
     assert _C.categorical(a, index[:2], None, None, None, None, *noise) == -1
     assert _C.categorical(a, index.int(), None, None, None, None, *noise) == -1

@@ -75,9 +75,11 @@ struct CategoricalParams {
 
 // -ln p(x | logits) of a Bernoulli, summed over all but dim 0: softplus(l) - x l.
 struct BernoulliNllParams {
-  TensorView logits, x;       // [B, ...], one shape, any strides; f32/f16/bf16
-  TensorView nll;             // f32 [B], contiguous: written by the forward
-  TensorView grad, d_logits;  // backward only: f32 [B]; like logits, grad (sigmoid(l) - x)
+  TensorView logits, x;      // [B, ...], one shape, any strides; f32/f16/bf16
+  TensorView nll;            // f32 [B], contiguous: written by the forward
+  TensorView scratch;        // CUDA forward: f64 [B * parts], parts blocks sum a sample; or one
+  TensorView grad;           // backward only: f32 [B]
+  TensorView d_logits, d_x;  // grad (sigmoid(l) - x) and -grad l, either or both; like logits
   int threads = 1;
 };
 
@@ -87,6 +89,8 @@ const char* reparameterize_backward(const ReparameterizeBackwardParams& p);
 const char* gumbel_softmax(const GumbelSoftmaxParams& p);
 const char* gumbel_softmax_backward(const GumbelSoftmaxBackwardParams& p);
 const char* relaxed_bernoulli(const RelaxedBernoulliParams& p);
+const char* bernoulli_nll(const BernoulliNllParams& p);
+const char* bernoulli_nll_backward(const BernoulliNllParams& p);
 const char* categorical(const CategoricalParams& p);  // bad rows get index -1: nothing is counted
 }  // namespace cuda
 

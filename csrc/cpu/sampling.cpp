@@ -508,15 +508,19 @@ void bernoulli_nll(const BernoulliNllParams& p) {
 }
 
 void bernoulli_nll_backward(const BernoulliNllParams& p) {
-  const Stage logits(p.logits), x(p.x), out(p.d_logits);
+  const Stage logits(p.logits), x(p.x), d_logits(p.d_logits), d_x(p.d_x);
   const float* grad = static_cast<const float*>(p.grad.data);
   for_row_chunks(p, [&](int64_t row, int64_t first, int n) {
-    Chunk l_buffer, x_buffer;
+    Chunk l_buffer, x_buffer, d_buffer;
     const float *l = logits.load(first, n, l_buffer), *t = x.load(first, n, x_buffer);
-    float* d = out.target(first, n, l_buffer);
-    for (int i = 0; i < n; i += W)
-      store(d + i, (logistic<f32v>(load(l + i)).s - load(t + i)) * grad[row]);
-    out.store(first, n, d);
+    const auto write = [&](const Stage& out, auto&& value) {
+      float* d = out.target(first, n, d_buffer);
+      for (int i = 0; i < n; i += W) store(d + i, value(i) * grad[row]);
+      out.store(first, n, d);
+    };
+    if (p.d_logits.defined())
+      write(d_logits, [=](int i) { return logistic<f32v>(load(l + i)).s - load(t + i); });
+    if (p.d_x.defined()) write(d_x, [=](int i) { return -load(l + i); });
   });
 }
 

@@ -93,7 +93,6 @@ ROWS = (
     Row("attention", "cuda", ANY, ANY, "attention_backward", ALL_SIZES, "triton", _H100),
     Row("attention", "cpu", "amx", "float32", "wide training", 2**30, "cpu", _XEON),
     Row("attention", "cpu", "amx", "float32", "wide training", ALL_SIZES, "torch", _XEON),
-    Row("sampling", "cuda", ANY, ANY, "bernoulli_nll", ALL_SIZES, "reference", _CPU_ONLY),
     Row("filtering", "cuda", ANY, ANY, ANY, ALL_SIZES, "reference", _CPU_ONLY),
     Row("normalization", "cuda", ANY, ANY, ANY, ALL_SIZES, "reference", _CPU_ONLY),
     Row(ANY, "cpu", ANY, ANY, ANY, ALL_SIZES, "cpu", _EPYC),

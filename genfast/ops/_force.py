@@ -4,9 +4,9 @@
 own attention; `reference`: plain PyTorch for everything (the noise stays the contract's). Asked for
 by name, a backend does the call or raises with the reason: of what has kernels for more than one
 device, no composite stands in for a forward or its gradient (for a gradient's gradient one always
-does). Not so what has CPU kernels alone (filtering, normalization, convolution, linear,
-bernoulli_nll): models mix these with the others, and on a GPU PyTorch does them. Nor does `cuda`,
-set for a process or a block, mean tensors on the CPU.
+does). Not so what has CPU kernels alone (filtering, normalization, convolution, linear): models mix
+these with the others, and on a GPU PyTorch does them. Nor does `cuda`, set for a process or a
+block, mean tensors on the CPU.
 """
 
 from __future__ import annotations

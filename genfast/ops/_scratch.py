@@ -37,6 +37,10 @@ def _sums(x: Tensor, width: int = 1) -> Tensor:
     return x.new_empty(samples * parts(x.numel() // samples) * width, dtype=torch.float64)
 
 
+def _bernoulli_nll(nll, logits, x):
+    return _sums(logits)
+
+
 def _diffusion_step(outs, x, *rest):
     extras = rest[-1]
     return None if extras is None or extras[7] is None else _sums(x)
@@ -110,6 +114,7 @@ def _attention_backward(dout, dlse, dq, dk, dv, dmask, dsinks, q, k, v, *rest):
 
 # Entry point -> its scratch from its arguments.
 ROOM = {
+    "bernoulli_nll": _bernoulli_nll,
     "diffusion_step": _diffusion_step,
     "guidance_weights": _guidance_weights,
     "dynamic_threshold": _dynamic_threshold,

@@ -117,6 +117,28 @@ def test_reparameterize(cuda, shape, layout, seeds, offset, per_row):
                 )
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "layout", "parts"),
+    [((5,), "dense", 1), ((4, 784), "dense", 1), ((3, 21, 5), "transposed", 2),
+     ((2, 6001), "misaligned", 3), ((3, 0), "dense", 1), ((0, 4), "dense", 1)],
+    ids=str,
+)  # fmt: skip
+def test_bernoulli_nll(cuda, shape, layout, parts, dtype):
+    logits, x = data(shape, dtype, 1, layout), data(shape, torch.float32, 2).abs()
+    nll, grad = torch.empty(shape[0]), data(shape[:1], torch.float32, 3)
+    scratch = torch.full((shape[0] * parts,), torch.nan, dtype=torch.float64)
+    call = (nll, logits, x, scratch if parts > 1 else None)
+    for gpu, cpu in both(cuda, "bernoulli_nll", [0], *call):
+        torch.testing.assert_close(gpu, cpu, rtol=1e-6, atol=1e-5)
+    d_logits, d_x = torch.empty_like(logits), torch.empty_like(x)
+    for wanted in ((d_logits, d_x), (d_logits, None), (None, d_x)):
+        places = [i + 1 for i, d in enumerate(wanted) if d is not None]
+        call = (grad, *wanted, logits, x)
+        for gpu, cpu in both(cuda, "bernoulli_nll_backward", places, *call):
+            torch.testing.assert_close(gpu, cpu)
+
+
 def test_side_alone_and_parts_agree(cuda):
     """Without y nothing is drawn; the number of partial sums moves only the rounding."""
     mu, logvar = data((3, 5001), torch.float32, 1), data((3, 5001), torch.float32, 2)

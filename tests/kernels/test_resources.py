@@ -146,6 +146,8 @@ def launch_sampling():
         sampling.reparameterize(x, x, x, sums, *noise, transform, side, 1.0)
     sampling.reparameterize_backward(x, sums, x, x, x, x, 1, torch.arange(8), 0, 1, 1, 2, 1.0)
     sampling.relaxed_bernoulli(x, x, tau, x, *noise, False)
+    sampling.bernoulli_nll(sums, x, x)
+    sampling.bernoulli_nll_backward(sums, x, x, x, x)
     for v, hard in ((1000, True), (8191, False), (8192, False)):
         x, index = torch.empty(4, v), torch.empty(4, dtype=torch.int64)
         sampling.gumbel_softmax(x, x, tau, *noise, hard)

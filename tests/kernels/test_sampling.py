@@ -131,6 +131,52 @@ def test_relaxed_bernoulli(kernels, device, mode):
     same(y, y_c)
 
 
+# Shape, of the second tensor another memory order, dtype.
+LIKELIHOODS = {
+    "vector": ((5,), False, torch.float32),
+    "aligned": ((3, 64), False, torch.float32),
+    "two-tiles": ((2, 1030), False, torch.float32),
+    "orders": ((3, 4, 30), True, torch.float32),
+    "half": ((4, 70), False, torch.float16),
+    "empty": ((3, 0), False, torch.float32),
+}
+
+
+@pytest.mark.parametrize("case", LIKELIHOODS)
+def test_bernoulli_nll(kernels, device, case):
+    shape, turned, dtype = LIKELIHOODS[case]
+    g = torch.Generator().manual_seed(0)
+    logits = (torch.randn(shape, generator=g) * 5).to(dtype)
+    x = torch.rand(shape, generator=g).to(dtype)
+    if turned:
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    logits.flatten()[:2], x.flatten()[:2] = 1e4, 1  # a term of 0, and no overflow
+    on_device, grad = (logits.to(device), x.to(device)), torch.linspace(-1, 2, shape[0])
+    nll = torch.full(shape[:1], math.nan, device=device)
+    assert kernels.bernoulli_nll(nll, *on_device)
+    want = reference.bernoulli_nll(logits.double(), x.double())
+    torch.testing.assert_close(nll.cpu().double(), want, rtol=1e-6, atol=1e-5)
+
+    for of_logits, of_x in ((True, True), (True, False), (False, True)):
+        wanted = [torch.full_like(t, math.nan) if w else None
+                  for t, w in zip(on_device, (of_logits, of_x), strict=True)]  # fmt: skip
+        assert kernels.bernoulli_nll_backward(grad.to(device), *wanted, *on_device)
+        native = [None if w is None else torch.empty_like(t)
+                  for t, w in zip((logits, x), wanted, strict=True)]  # fmt: skip
+        assert _C.bernoulli_nll_backward(grad, *native, logits, x)
+        for a, b in zip(wanted, native, strict=True):
+            if a is not None:
+                torch.testing.assert_close(a.cpu(), b)
+
+
+def test_bernoulli_nll_refuses_what_would_be_garbage(kernels, device):
+    a, b = torch.zeros(3, 4, device=device), torch.zeros(4, 3, device=device)
+    rows = torch.zeros(3, device=device)
+    assert not kernels.bernoulli_nll(rows, a, b)
+    assert not kernels.bernoulli_nll(rows[:1], a, a)
+    assert not kernels.bernoulli_nll_backward(rows.double(), a, None, a, a)
+
+
 # shape, one seed per sample
 ROWS = {
     "one-row": ((7,), False),

@@ -199,20 +199,21 @@ void likelihood_kernels(const std::vector<int64_t>& shape) {
     for (Layout layout : kLayouts) {
       const Tensor logits(shape, dtype, layout), x(shape, Dtype::f32);
       Tensor nll({shape[0]}, Dtype::f32), grad({shape[0]}, Dtype::f32);
-      Tensor d_logits(shape, dtype, layout);
+      Tensor d_logits(shape, dtype, layout), d_x(shape, Dtype::f32);
       BernoulliNllParams p;
       p.logits = logits, p.x = x, p.nll = nll;
       same_bits({&nll}, [&](int threads) {
         p.threads = threads;
         kernels().bernoulli_nll(p);
       });
-      p.grad = grad, p.d_logits = d_logits;
-      same_bits({&d_logits}, [&](int threads) {
+      p.grad = grad, p.d_logits = d_logits, p.d_x = d_x;
+      same_bits({&d_logits, &d_x}, [&](int threads) {
         p.threads = threads;
         kernels().bernoulli_nll_backward(p);
       });
       CHECK(nll.written() == nll.numel && d_logits.written() == d_logits.numel);
-      const auto l = values(logits), t = values(x), d = values(d_logits);
+      CHECK(d_x.written() == d_x.numel);
+      const auto l = values(logits), t = values(x), d = values(d_logits), dx = values(d_x);
       const int64_t n = shape[0] > 0 ? logits.numel / shape[0] : 0;
       for (int64_t row = 0; row < shape[0]; ++row) {
         double want = 0;
@@ -220,6 +221,7 @@ void likelihood_kernels(const std::vector<int64_t>& shape) {
           want += std::log1p(std::exp(l[i])) - t[i] * l[i];
           const double slope = 1 / (1 + std::exp(-l[i])) - t[i];
           CHECK(close(d[i], grad.as<float>()[row] * slope, dtype));
+          CHECK(dx[i] == -grad.as<float>()[row] * static_cast<float>(l[i]));
         }
         CHECK(close(nll.as<float>()[row], want, Dtype::f32));
       }

@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from genfast.ops import _check
-from genfast.ops._backend import kernels
+from genfast.ops._backend import kernels, under
 from genfast.ops._common import on_kernel, wide_dtype
-from genfast.ops._force import forced_reference
+from genfast.ops._force import forced_reference, may_compose
 from genfast.ops._road import (
     DIRECT,
     GRAD,
@@ -30,6 +30,7 @@ def _native(logits, x):
 
 
 def _composite(logits, x):
+    may_compose("bernoulli_nll", logits, x)
     dtype = wide_dtype(logits, x)
     return reference.bernoulli_nll(logits.to(dtype), x.to(dtype))
 
@@ -39,26 +40,36 @@ def _impl(logits, x):
     return _composite(logits, x).float() if nll is None else nll
 
 
-def _native_backward(g, logits, x):
-    d_logits = torch.empty_like(logits)
-    if not kernels.bernoulli_nll_backward(g.contiguous(), d_logits, logits, x):
+def _native_backward(g, logits, x, of_logits, of_x):
+    d_logits = torch.empty_like(logits) if of_logits else None
+    d_x = torch.empty_like(x) if of_x else None
+    if not kernels.bernoulli_nll_backward(g.contiguous(), d_logits, d_x, logits, x):
         raise RuntimeError("genfast: the backward kernel refused what the forward kernel took")
-    return d_logits
+    return d_logits, d_x
 
 
-def _backward_impl(g, logits, x):
+def _backward_impl(g, logits, x, of_logits, of_x):
     if on_kernel("bernoulli_nll_backward", g, logits, x):
-        return _native_backward(g, logits, x)
-    wide = wide_dtype(logits, x)
-    g = g.to(wide).reshape(-1, *[1] * (logits.dim() - 1))
-    d = (torch.sigmoid(logits.to(wide)) - x.to(wide)) * g
-    return torch.empty_like(logits).copy_(d)
+        found = _native_backward(g, logits, x, of_logits, of_x)
+    else:
+        leaves = [logits.detach().requires_grad_(of_logits), x.detach().requires_grad_(of_x)]
+        found = differentiable_backward(_composite, leaves, [g])
+    return tuple(logits.new_empty(0) if d is None else d.detach() for d in found)
 
 
+def _backward_fake(g, logits, x, of_logits, of_x):
+    return tuple(
+        torch.empty_like(t) if wanted else logits.new_empty(0)
+        for t, wanted in ((logits, of_logits), (x, of_x))
+    )
+
+
+# A gradient that is not wanted is empty.
 _backward_op = define(
-    "bernoulli_nll_backward(Tensor g, Tensor logits, Tensor x) -> Tensor",
+    "bernoulli_nll_backward(Tensor g, Tensor logits, Tensor x, bool of_logits, bool of_x)"
+    " -> (Tensor, Tensor)",
     _backward_impl,
-    lambda g, logits, x: torch.empty_like(logits),
+    _backward_fake,
 )
 
 
@@ -66,12 +77,9 @@ def _gradients(ctx, g, first_order):
     logits, x = ctx.saved_tensors
     if not is_compiling() and (wants_graph() or not plain(g)):
         return differentiable_backward(_composite, [logits, x], [g])
-    of_logits, of_x = ctx.needs_input_grad
-    d_x = None
-    if of_x:
-        rows = g.reshape(-1, *[1] * (x.dim() - 1))
-        d_x = (-rows * logits.float()).to(x.dtype)
-    return first_order(g, logits, x) if of_logits else None, d_x
+    wanted = ctx.needs_input_grad
+    found = first_order(g, logits, x, *wanted)
+    return tuple(d if want else None for d, want in zip(found, wanted, strict=True))
 
 
 def _save(ctx, inputs, output):
@@ -101,14 +109,17 @@ class _BernoulliNll(Function):
         return _gradients(ctx, g, _native_backward)
 
 
-def bernoulli_nll(logits: Tensor, x: Tensor) -> Tensor:
+def bernoulli_nll(logits: Tensor, x: Tensor, *, backend: str | None = None) -> Tensor:
     """-ln p(x | logits) of each sample: ln(1 + e^l) - x l, summed over all but dim 0, in nats.
 
     logits, x: (B, ...) of one shape, any strides, float32, float16, bfloat16 (fp32 inside) or
-    float64; x in [0, 1], not checked. Returns (B,) float32 (float64 where an input is).
-    Differentiable in both, any number of times. Raises TypeError / ValueError naming the argument.
-    Kingma & Welling 2014, appendix C.1.
+    float64; x in [0, 1], not checked. backend: one for this call and its gradient, as
+    `genfast.set_backend`. Returns (B,) float32 (float64 where an input is). Differentiable in both,
+    any number of times. Raises TypeError / ValueError naming the argument. Kingma & Welling 2014,
+    appendix C.1.
     """
+    if backend is not None:
+        return under(bernoulli_nll, locals())
     if not is_compiling():
         try:
             road = gate(logits, x)
