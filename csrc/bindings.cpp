@@ -1,6 +1,8 @@
 // The one list of native entry points. Each validates what would otherwise crash, picks the device
 // and calls the kernel; the maths is below. A `false` means "not handled here" (device, dtype,
 // layout): Python then takes the slow road, which names the argument that is wrong.
+#include <cstring>
+
 #include "api/rng.h"
 #include "api/sampling.h"
 #include "binding.h"
@@ -235,6 +237,8 @@ py::dict build_info() {
   char vendor[13];
   cpu::vendor(vendor);
   info["vendor"] = vendor;
+  info["amd_512_bit_unit"] =
+      std::strcmp(vendor, "AuthenticAMD") == 0 && cpu::amd_has_512_bit_unit();
   info["threads"] = cpu::thread_runtime();
   info["compiler"] = GENFAST_COMPILER;
   info["cuda"] = bool(GENFAST_HAVE_CUDA);

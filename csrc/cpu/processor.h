@@ -46,6 +46,17 @@ inline bool has_bf16_products() {
   return x86_level() == 4 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && has_bits(a, 1u << 5);
 }
 
+// Whether an AMD processor multiplies 512-bit vectors in one pass, as Zen 5 (family 26) does but
+// for its mobile chips; Zen 4 takes two. Bit 3 of leaf 8000001A tells; KVM hides it from its
+// guests, for which the family has to do.
+inline bool amd_has_512_bit_unit() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return false;
+  const bool guest = has_bits(c, 1u << 31), zen5 = (a >> 8 & 0xF) + (a >> 20 & 0xFF) >= 26;
+  const bool told = __get_cpuid(0x8000001Au, &a, &b, &c, &d) && has_bits(a, 1u << 3);
+  return zen5 && (guest || told);
+}
+
 // Matrix unit with bf16, AVX512-BF16 beside it, and the system's leave to use its 8 KiB of state:
 // the process asks once (threads and forked children inherit it), or its first use would be fatal.
 inline bool has_matrix_unit() {
@@ -69,6 +80,7 @@ inline bool runs(const char* level) {
 }
 #else
 inline void vendor(char* name) { name[0] = 0; }
+inline bool amd_has_512_bit_unit() { return false; }
 inline bool runs(const char*) { return true; }
 #endif
 

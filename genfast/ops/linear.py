@@ -2,7 +2,8 @@
 
 PyTorch's fp32 products are MKL's, which leaves the 512-bit units of AMD's processors alone: 180 to
 210 of 490 GFLOP/s on two Zen 5 cores, and 15 to 60 GB/s of the weight for few rows. There, and from
-the sizes that were measured, they are our kernels': 300 to 460 GFLOP/s, and 60 to 180 GB/s.
+the sizes that were measured, they are our kernels': 300 to 460 GFLOP/s, and 60 to 180 GB/s. Zen 4
+has units of 256 bits, which MKL fills (ours took 0.95 to 1.2 of its time): few rows alone are ours.
 """
 
 from __future__ import annotations
@@ -28,12 +29,11 @@ from genfast.ops._road import (
 
 _relu_backward = torch.ops.aten.threshold_backward.default
 _unsafe_view = torch.ops.aten._unsafe_view.default
+_INFO = _C.build_info()
 _AMD = (
-    _C.build_info()["vendor"] == "AuthenticAMD"
-    and VECTOR_BITS >= 256
-    and torch.backends.mkl.is_available()
+    _INFO["vendor"] == "AuthenticAMD" and VECTOR_BITS >= 256 and torch.backends.mkl.is_available()
 )
-_WIDE = _AMD and VECTOR_BITS == 512
+_WIDE = _AMD and VECTOR_BITS == 512 and _INFO["amd_512_bit_unit"]
 # Multiplications from which the kernels win: products of 2^19 take 0.53 to 0.8 of MKL's time, but
 # the call from Python makes 1.2 to 1.4 of that (2^21: 0.6 to 0.8). Larger ones take 0.41 to 0.57.
 # oneDNN's take as long (0.94 to 1.09 from 32 to 25,000 rows, either order of the weight), but it
@@ -122,7 +122,7 @@ def linear(
 
     input: (..., K), weight: (N, K), bias: (N,). act: "linear" or "relu". Where that was measured to
     be faster than PyTorch's product (fp32 on an AMD processor): a kernel for up to 16 rows, as in
-    decoding; with AVX-512, from 2^21 multiplications, kernels for more rows and for the gradients
+    decoding; with units of 512 bits, from 2^21 multiplications, kernels for more rows and for the gradients
     by weight and bias.
     Differentiable any number of times. Raises ValueError for another act.
     """
@@ -134,8 +134,10 @@ def linear(
             # Sizes first: small calls are most, and asking for the road takes 0.5 us.
             K, weights = input.shape[-1], weight.numel()
             rows = input.numel() // K
-            few = rows <= _FEW and weights >= _LEAST_WEIGHTS
             many = _WIDE and rows * weights >= _LEAST
+            # Of few rows a gradient does not pay for the node.
+            learns = weight.requires_grad and torch.is_grad_enabled()
+            few = rows <= _FEW and weights >= _LEAST_WEIGHTS and not learns
             fits = (
                 (few or many)
                 and input.is_cpu
@@ -153,7 +155,7 @@ def linear(
             road = cpu_gate(input, weight, bias) if fits else SLOW
             if road == DIRECT:
                 return _forward(input, weight, bias, relu)
-            if road == GRAD and many:  # less does not pay for the node
+            if road == GRAD and many:
                 return _Linear.apply(input, weight, bias, relu)
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, ZeroDivisionError):
             pass  # PyTorch names the argument

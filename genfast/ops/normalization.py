@@ -16,7 +16,7 @@ from torch.autograd import Function
 
 from genfast.ops import _check, _road
 from genfast.ops._backend import kernels
-from genfast.ops._common import composite_dtype, like, on_kernel, wide_dtype
+from genfast.ops._common import cast, composite_dtype, like, on_kernel, wide_dtype
 from genfast.ops._force import forced_reference
 from genfast.ops._road import (
     DIRECT,
@@ -157,7 +157,7 @@ def _gradients(ctx, g, g_sum, first_order):
     if needs[5] and tensors[6] is None:
         d_add = dx
     found = (
-        None if d is None or not need else d if t is None else d.to(t.dtype)
+        None if d is None or not need else d if t is None else cast(d, t)
         for d, t, need in zip((dx, *others, d_add, d_gate), tensors, needs, strict=True)
     )
     return *found, *[None] * 4
@@ -272,7 +272,7 @@ class _PlainNormalize(Function):
             wants = of_weight, of_bias, False, False
             found = _native_backward(g, None, statistics, *tensors, *ctx.rest, wants=wants)
         found = (
-            None if d is None or not need else d.to(t.dtype)
+            None if d is None or not need else cast(d, t)
             for d, t, need in zip(found, tensors, needs, strict=False)
         )
         return *found, None, None

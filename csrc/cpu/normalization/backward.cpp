@@ -141,16 +141,18 @@ void each_row(const Call& call) {
         adds = call.add.read(first * C, rows * C, of.added);
         d_adds = call.d_add.target(first * C, of.added);
       }
-      // One row after another, each asking for the lines of the next: two at a time, whose sums
-      // over columns are read and written once, were no faster from caches and 10 % slower from
-      // memory.
+      // Lines to come: of the next row, or of the next block, which is widened as a whole.
+      const int64_t next = first + (call.x.direct() ? 1 : rows);
+      const Ahead next_x(call.x, next * C), next_grad(call.grad, next * C);
+      const Ahead next_dx(call.dx, next * C);
+      // One row after another: two at a time, whose sums over columns are read and written once,
+      // were no faster from caches and 10 % slower from memory.
       const auto pass = [&](int64_t r, auto keep) {
         const float *q = block + r * C, *g = grads + r * C;
         float* dx = target + r * C;
         const float mean = call.mean(first + r), rstd = call.rstd(first + r);
         const f32p found = vector_sum<f32p>(C, [&](int64_t c, auto lanes) {
-          __builtin_prefetch(q + C + c), __builtin_prefetch(g + C + c);
-          __builtin_prefetch(dx + C + c, 1);
+          next_x.read(r * C + c), next_grad.read(r * C + c), next_dx.write(r * C + c);
           const f32v h = (take(q + c, lanes, mean) - mean) * rstd;
           const f32v d =
               times_slope<Act>(take(g + c, lanes), [&] { return h * load(a + c) + load(b + c); });

@@ -36,8 +36,7 @@ void each_row(const Call& call) {
   const NormalizeParams& p = call.p;
   const Rows cut(p, call.affine.by_sample());
   const int64_t C = cut.channels;
-  // Two rows on: 7 % of the time from memory. A sum is in L1, and so is what was widened.
-  const int64_t ahead = p.add.defined() ? 0 : 2 * C;
+  const bool in_place = call.x.direct() && !p.add.defined();
   struct Scratch {
     Sample sample;
     Floats buffer, added;
@@ -53,6 +52,10 @@ void each_row(const Call& call) {
       if (p.add.defined())
         block = call.summed(first * C, rows * C, block, of.sample.gate, of.buffer, of.added);
       float* target = call.y.target(first * C, of.buffer);
+      // Lines to come: two rows on (7 % of the time from memory), or of the next block, which is
+      // widened or summed as a whole.
+      const Ahead next(call.x, (first + (in_place ? 2 : rows)) * C);
+      const Ahead next_y(call.y, (first + rows) * C);
       for (int64_t r = 0; r < rows; ++r) {
         const float* q = block + r * C;
         float* y = target + r * C;
@@ -60,7 +63,8 @@ void each_row(const Call& call) {
             statistics(C, p.rms, p.eps, [&](int64_t at, int64_t) { return q + at; });
         call.keep(first + r, s);
         over(C, [&](int64_t c, auto lanes) {
-          __builtin_prefetch(q + ahead + c);
+          next.read(r * C + c);
+          if (!call.y.direct()) next_y.write(r * C + c);
           const f32v h = (take(q + c, lanes) - s.mean) * s.rstd;
           put(y + c, Act::value(h * load(a + c) + load(b + c)), lanes);
         });
