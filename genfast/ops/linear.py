@@ -122,8 +122,8 @@ def linear(
 
     input: (..., K), weight: (N, K), bias: (N,). act: "linear" or "relu". Where that was measured to
     be faster than PyTorch's product (fp32 on an AMD processor): a kernel for up to 16 rows, as in
-    decoding; with units of 512 bits, from 2^21 multiplications, kernels for more rows and for the gradients
-    by weight and bias.
+    decoding; with units of 512 bits (Zen 5), from 2^21 multiplications, kernels for more rows and
+    for the gradients by weight and bias.
     Differentiable any number of times. Raises ValueError for another act.
     """
     relu = act == "relu"
