@@ -3,6 +3,7 @@
 # ruff: noqa: E501  (the table of bad calls: one case a line)
 
 import multiprocessing
+import re
 import shutil
 import subprocess
 import sys
@@ -100,6 +101,19 @@ def test_build_info():
     assert info["isa_usable"][-1] == "base" and info["threads"] in ("gomp", "std::thread")
     bits = [LEVEL_BITS[level] for level in info["isa_usable"]]  # best first
     assert bits == sorted(bits, reverse=True) and LEVEL_BITS[info["isa"]] == VECTOR_BITS
+
+
+def test_an_amd_processor_of_zen_4_has_no_512_bit_unit():
+    """Zen 5 (family 26) may; a guest, which does not see the bit, takes it for granted."""
+    path = Path("/proc/cpuinfo")
+    text = path.read_text() if path.exists() else ""
+    family = re.search(r"^cpu family\s*: (\d+)", text, re.M)
+    amd = "AuthenticAMD" in text
+    wide = _C.build_info()["amd_512_bit_unit"]
+    if not amd or not family or int(family[1]) < 26:
+        assert wide is False
+    elif "hypervisor" in text:
+        assert wide is True
 
 
 # ---- the gate ---------------------------------------------------------------------------------
