@@ -1,12 +1,13 @@
 """The CUDA kernels on the host: tests/simt builds them, `cuda` runs them.
 
-`GENFAST_SIMT_ASAN=1` builds and loads the AddressSanitizer edition; the interpreter then needs
-LD_PRELOAD=libasan.so (test_simt.py starts such a child).
+`GENFAST_SIMT_ASAN` names the AddressSanitizer edition that `build_simt("asan")` makes, to be loaded
+instead; the interpreter then needs LD_PRELOAD=libasan.so (test_simt.py starts such children).
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import os
 import shutil
@@ -32,6 +33,7 @@ def _tool(name: str) -> str:
     return found
 
 
+@functools.cache
 def build_simt(edition: str) -> Path:
     """The module of one edition, "plain" or "asan", built where it is out of date."""
     import pybind11
@@ -120,5 +122,5 @@ def hopper(cuda):
 
 @pytest.fixture(scope="session")
 def cuda() -> Simt:
-    asan = os.environ.get("GENFAST_SIMT_ASAN") == "1"
-    return Simt(build_simt("asan" if asan else "plain"))
+    built = os.environ.get("GENFAST_SIMT_ASAN")
+    return Simt(Path(built) if built else build_simt("plain"))
