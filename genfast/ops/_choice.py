@@ -53,8 +53,9 @@ _XEON = "benchmarks/results/2026-11-26-xeon-amx-attention.json"
 _H200 = "benchmarks/results/2026-11-2*-h200*.json"
 _CPU_ONLY = "CPU kernels only so far"
 
-# Attention on CPU: on an AMD EPYC every case of the benchmark is at least 1.0x, at AVX2 and at
-# AVX-512. (Under 10 us the call itself decides, and handing it on costs 4 us.)
+# Attention on CPU: on AMD EPYCs every case of the benchmark is at least 1.0x, of Zen 5 at AVX2 and
+# at AVX-512, of Zen 4 1.1x (2026-11-28-epyc-zen4). (Under 10 us the call itself decides, and
+# handing it on costs 4 us.)
 #
 # On an Intel Xeon with a matrix unit PyTorch's bf16 beats our vectors (0.35x at S 1024, D 128,
 # 2026-11-25-xeon-avx512), so level amx has that unit too: at least 1.22x, fp16 1.14x. Gradients of
