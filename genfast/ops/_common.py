@@ -30,9 +30,9 @@ def on_kernel(name: str, x: Tensor, *others: Tensor | None) -> bool:
     return x.dtype in KERNEL_DTYPES and all(t is None or t.dtype in KERNEL_DTYPES for t in others)
 
 
-def cast(g: Tensor, like: Tensor) -> Tensor:
-    """g in the dtype of `like`: `to` takes 0.9 us to do nothing."""
-    return g if g.dtype == like.dtype else g.to(like.dtype)
+def cast(g: Tensor, x: Tensor) -> Tensor:
+    """g in the dtype of x: `to` takes 0.9 us to do nothing."""
+    return g if g.dtype == x.dtype else g.to(x.dtype)
 
 
 def like(g: Tensor, x: Tensor) -> Tensor:
