@@ -25,9 +25,11 @@ def composite_dtype(x: Tensor, *others: Tensor | None) -> torch.dtype:
 def on_kernel(name: str, x: Tensor, *others: Tensor | None) -> bool:
     """The backend in force has a kernel `name` for these dtypes on x's device, which the others
     share (the kernel refuses what does not)."""
-    if not has_kernels(x.device, name):
+    if x.dtype not in KERNEL_DTYPES:
         return False
-    return x.dtype in KERNEL_DTYPES and all(t is None or t.dtype in KERNEL_DTYPES for t in others)
+    return all(t is None or t.dtype in KERNEL_DTYPES for t in others) and has_kernels(
+        x.device, name
+    )
 
 
 def cast(g: Tensor, x: Tensor) -> Tensor:
