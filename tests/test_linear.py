@@ -24,8 +24,10 @@ SHAPES = {
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
     """Also where MKL would be the faster one."""
-    monkeypatch.setattr(module, "_AMD", True)
-    monkeypatch.setattr(module, "_WIDE", True)
+    for name, value in {
+        "_AMD": True, "_WIDE": True, "_LEAST_WEIGHTS": (1 << 15,) * 2, "_LEAST_COLUMNS": 1,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(module, name, value)
 
 
 def randn(*shape, seed=1, dtype=torch.float32):
@@ -115,6 +117,18 @@ def test_the_faster_product_is_taken(taken, monkeypatch):
     genfast.linear(x, weight, bias)
     genfast.linear(*given("rows"))
     assert taken() == {}
+
+
+def test_few_rows_of_zen_4_have_limits_of_their_own(taken, monkeypatch):
+    """One row has twice the weights; short columns are PyTorch's."""
+    monkeypatch.setattr(module, "_LEAST_WEIGHTS", (1 << 17, 1 << 16))
+    monkeypatch.setattr(module, "_LEAST_COLUMNS", 256)
+    for rows, columns, outputs in ((1, 256, 512), (2, 256, 256), (16, 512, 128)):
+        genfast.linear(randn(rows, columns), randn(outputs, columns))
+        assert taken() == {"linear": 1}
+    for rows, columns, outputs in ((1, 256, 256), (2, 240, 256), (16, 128, 512)):
+        genfast.linear(randn(rows, columns), randn(outputs, columns))
+        assert taken() == {}
 
 
 def test_the_kernel_for_few_rows_is_taken(taken, monkeypatch):

@@ -33,7 +33,8 @@ _INFO = _C.build_info()
 _AMD = (
     _INFO["vendor"] == "AuthenticAMD" and VECTOR_BITS >= 256 and torch.backends.mkl.is_available()
 )
-_WIDE = _AMD and VECTOR_BITS == 512 and _INFO["amd_512_bit_unit"]
+_ZEN_5 = _INFO["amd_512_bit_unit"]
+_WIDE = _AMD and VECTOR_BITS == 512 and _ZEN_5
 # Multiplications from which the kernels win: products of 2^19 take 0.53 to 0.8 of MKL's time, but
 # the call from Python makes 1.2 to 1.4 of that (2^21: 0.6 to 0.8). Larger ones take 0.41 to 0.57.
 # oneDNN's take as long (0.94 to 1.09 from 32 to 25,000 rows, either order of the weight), but it
@@ -44,8 +45,16 @@ _LEAST = 1 << 21
 # the size, 1.05 times.
 _LEAST_GRADIENT = 1 << 21
 # Rows up to which the kernel for few wins: of 1, 8 and 16 it takes 0.4, 0.4 and 0.5 times MKL's
-# time at AVX-512, 0.4, 0.7 and 0.9 times at AVX2; weights from which it pays for asking.
-_FEW, _LEAST_WEIGHTS = 16, 1 << 15
+# time at AVX-512, 0.4, 0.7 and 0.9 times at AVX2.
+_FEW = 16
+# Weights, of one row and of more, and columns from which that pays for asking. On Zen 4 one row of
+# 2^15 weights took 1.6 times PyTorch's time and of 2^16 1.2, 16 rows of 64 columns 1.6 and of 128
+# 1.1; from these limits on 0.23 to 1.02.
+_LEAST_WEIGHTS, _LEAST_COLUMNS = ((1 << 15,) * 2, 1) if _ZEN_5 else ((1 << 17, 1 << 16), 256)
+
+
+def _pays_for_few(rows: int, weights: int, columns: int) -> bool:
+    return weights >= _LEAST_WEIGHTS[rows > 1] and columns >= _LEAST_COLUMNS
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
@@ -53,7 +62,7 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None, relu: bool = False
     if _AMD and a.is_cpu and a.dtype == b.dtype == torch.float32:
         (M, K), N = a.shape, len(b)
         if M <= _FEW:
-            own = N * K >= _LEAST_WEIGHTS and b.stride(1) == 1 and K % 16 == 0
+            own = _pays_for_few(M, N * K, K) and b.stride(1) == 1 and K % 16 == 0
         else:
             own = _WIDE and M * K * N >= _LEAST
         if own:
@@ -135,9 +144,11 @@ def linear(
             K, weights = input.shape[-1], weight.numel()
             rows = input.numel() // K
             many = _WIDE and rows * weights >= _LEAST
-            # Of few rows a gradient does not pay for the node.
-            learns = weight.requires_grad and torch.is_grad_enabled()
-            few = rows <= _FEW and weights >= _LEAST_WEIGHTS and not learns
+            few = (
+                rows <= _FEW
+                and _pays_for_few(rows, weights, K)
+                and not (weight.requires_grad and torch.is_grad_enabled())  # nor for the node
+            )
             fits = (
                 (few or many)
                 and input.is_cpu
