@@ -74,7 +74,8 @@ _CPU_ONLY = "CPU kernels only so far"
 # tf32 products against the plain cores: 1.2 against 2.7 ms), the backward of heads wider than 128,
 # for which CUDA has the plain cores in 16 bit too (fp32, 4 x 1024 x 256: 2.3 against 9.5 ms; not
 # yet timed in 16 bit), and without warpgroups that of long 16-bit rows (35 ms of 68 at 16k;
-# warpgroups take 15).
+# warpgroups take 15). bernoulli_nll has not been timed there: like `reparameterize`, 3.9 to 5.5x,
+# it is one pass for PyTorch's several.
 ROWS = (
     Row("attention", "cuda", ANY, "float32", "decode", ALL_SIZES, "cuda", _H200),
     Row("attention", "cuda", ANY, ANY, "decode", 2**24 + 1, "cuda", _H200),

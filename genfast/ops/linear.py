@@ -49,7 +49,7 @@ _LEAST_GRADIENT = 1 << 21
 _FEW = 16
 # Weights, of one row and of more, and columns from which that pays for asking. On Zen 4 one row of
 # 2^15 weights took 1.6 times PyTorch's time and of 2^16 1.2, 16 rows of 64 columns 1.6 and of 128
-# 1.1; from these limits on 0.23 to 1.02.
+# 1.1; from these limits on 0.23 to 1.06.
 _LEAST_WEIGHTS, _LEAST_COLUMNS = ((1 << 15,) * 2, 1) if _ZEN_5 else ((1 << 17, 1 << 16), 256)
 
 
