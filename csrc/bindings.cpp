@@ -1,8 +1,6 @@
 // The one list of native entry points. Each validates what would otherwise crash, picks the device
 // and calls the kernel; the maths is below. A `false` means "not handled here" (device, dtype,
 // layout): Python then takes the slow road, which names the argument that is wrong.
-#include <cstring>
-
 #include "api/rng.h"
 #include "api/sampling.h"
 #include "binding.h"
@@ -61,6 +59,12 @@ bool row_seeds(const TensorView& seeds, const TensorView& t) {
   return !seeds.defined() || seeds.numel == 1 || t.ndim > 1;
 }
 
+// Room for the CUDA kernels' partial sums, as much for each row.
+bool parts_fit(const TensorView& scratch, int64_t rows) {
+  return !scratch.defined() ||
+         (vector_of(scratch, Dtype::f64, scratch.numel) && rows > 0 && scratch.numel % rows == 0);
+}
+
 bool reparameterize(TensorArgument& mu, TensorArgument& logvar, TensorArgument& y,
                     TensorArgument& side, py::handle seed, TensorArgument& seeds, py::handle stream,
                     int64_t offset, int transform, int side_kind, float side_scale,
@@ -82,9 +86,7 @@ bool reparameterize(TensorArgument& mu, TensorArgument& logvar, TensorArgument& 
   } else if (p.side_kind != Side::none) {
     return false;
   }
-  if (scratch.defined() && (scratch.dtype != Dtype::f64 || !is_contiguous(scratch) || p.rows < 1 ||
-                            scratch.numel % p.rows != 0))
-    return false;
+  if (!parts_fit(scratch, p.rows)) return false;
   p.threads = threads_for(mu);
   return run(p, mu, GENFAST_KERNEL(reparameterize));
 }
@@ -98,12 +100,11 @@ bool bernoulli(BernoulliNllParams& p, const TensorView& rows) {
 
 bool bernoulli_nll(TensorArgument& nll, TensorArgument& logits, TensorArgument& x,
                    TensorArgument& scratch) {
-  if (!given({&nll, &logits, &x}) || !same_device({&nll, &logits, &x, &scratch})) return false;
+  if (!given({&nll, &logits, &x}) || !same_device({&nll, &logits, &x, &scratch}) ||
+      !parts_fit(scratch, nll.numel))
+    return false;
   BernoulliNllParams p;
   p.logits = logits, p.x = x, p.nll = nll, p.scratch = scratch;
-  if (scratch.defined() && (scratch.dtype != Dtype::f64 || !is_contiguous(scratch) ||
-                            nll.numel < 1 || scratch.numel % nll.numel != 0))
-    return false;
   return bernoulli(p, nll) && run(p, logits, GENFAST_KERNEL(bernoulli_nll));
 }
 
@@ -237,8 +238,7 @@ py::dict build_info() {
   char vendor[13];
   cpu::vendor(vendor);
   info["vendor"] = vendor;
-  info["amd_512_bit_unit"] =
-      std::strcmp(vendor, "AuthenticAMD") == 0 && cpu::amd_has_512_bit_unit();
+  info["amd_512_bit_unit"] = cpu::amd_has_512_bit_unit();
   info["threads"] = cpu::thread_runtime();
   info["compiler"] = GENFAST_COMPILER;
   info["cuda"] = bool(GENFAST_HAVE_CUDA);

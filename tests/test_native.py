@@ -240,9 +240,8 @@ def test_boundary_refuses_wrong_shapes_dtypes_and_numbers():
     assert not _C.gumbel_softmax(a[0], a[0].clone(), tau, 0, torch.arange(4), 0, 0, False)
     rows = torch.zeros(3)
     assert not _C.bernoulli_nll(rows, a, b) and not _C.bernoulli_nll(torch.zeros(4), a, a)
-    assert not _C.bernoulli_nll(rows.half(), a, a) and not _C.bernoulli_nll(
-        rows[0], rows[0], rows[0]
-    )
+    assert not _C.bernoulli_nll(rows.half(), a, a)
+    assert not _C.bernoulli_nll(rows[0], rows[0], rows[0])
     assert not _C.bernoulli_nll(rows, a, a, torch.zeros(4, dtype=torch.float64))
     assert not _C.bernoulli_nll_backward(rows, b, None, a, a)
     assert not _C.bernoulli_nll_backward(rows, None, a.double(), a, a)

@@ -46,12 +46,14 @@ inline bool has_bf16_products() {
   return x86_level() == 4 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && has_bits(a, 1u << 5);
 }
 
-// Whether an AMD processor multiplies 512-bit vectors in one pass, as Zen 5 (family 26) does but
-// for its mobile chips; Zen 4 takes two. Bit 3 of leaf 8000001A tells; KVM hides it from its
-// guests, for which the family has to do.
+// Whether this is an AMD processor that multiplies 512-bit vectors in one pass, as Zen 5 (family
+// 26) does but for its mobile chips; Zen 4 takes two. Bit 3 of leaf 8000001A tells; KVM hides it
+// from its guests, for which the family has to do.
 inline bool amd_has_512_bit_unit() {
   unsigned a, b, c, d;
-  if (!__get_cpuid(1, &a, &b, &c, &d)) return false;
+  char name[13];
+  vendor(name);
+  if (__builtin_strcmp(name, "AuthenticAMD") != 0 || !__get_cpuid(1, &a, &b, &c, &d)) return false;
   const bool guest = has_bits(c, 1u << 31), zen5 = (a >> 8 & 0xF) + (a >> 20 & 0xFF) >= 26;
   const bool told = __get_cpuid(0x8000001Au, &a, &b, &c, &d) && has_bits(a, 1u << 3);
   return zen5 && (guest || told);
