@@ -43,26 +43,30 @@ bool bias_act(TensorArgument& y, TensorArgument& x, TensorArgument& b, TensorArg
             clamp))
     return false;
   p.y = y;
-  return run(p, x, &cpu::Kernels::bias_act);
+  return run(p, x, GENFAST_KERNEL(bias_act));
 }
 
 bool bias_act_backward(TensorArgument& grad, TensorArgument& dz, TensorArgument& db,
                        TensorArgument& d_strength, TensorArgument& source, bool from_y,
                        TensorArgument& b, TensorArgument& noise, TensorArgument& strength,
                        TensorArgument& seeds, py::handle seed, py::handle stream, int64_t offset,
-                       bool draws, int64_t dim, int act, float alpha, float gain, float clamp) {
+                       bool draws, int64_t dim, int act, float alpha, float gain, float clamp,
+                       TensorArgument& scratch) {
   BiasActBackwardParams q;
   if (!given({&grad, &dz, &source}) ||
-      !same_device({&grad, &dz, &db, &d_strength, &source, &b, &noise, &strength, &seeds}) ||
+      !same_device(
+          {&grad, &dz, &db, &d_strength, &source, &b, &noise, &strength, &seeds, &scratch}) ||
       !floats({&grad, &dz}) || !same_memory(grad, source) || !same_memory(dz, source) ||
       !fill(q.forward, source, b, noise, strength, seeds, seed, stream, offset, draws, dim, act,
             alpha, gain, clamp))
     return false;
   if (!vector_of(db, Dtype::f32, q.forward.planes.channels) ||
-      !vector_of(d_strength, Dtype::f32, 1) || (d_strength.defined() && !noise.defined() && !draws))
+      !vector_of(d_strength, Dtype::f32, 1) || !vector_of(scratch, Dtype::f64, scratch.numel) ||
+      (d_strength.defined() && !noise.defined() && !draws))
     return false;
   q.from_y = from_y, q.grad = grad, q.dz = dz, q.db = db, q.d_strength = d_strength;
-  return run(q, source, &cpu::Kernels::bias_act_backward);
+  q.scratch = scratch;
+  return run(q, source, GENFAST_KERNEL(bias_act_backward));
 }
 
 bool fill(GatedActParams& p, const TensorView& x, const TensorView& y, int act) {
@@ -83,7 +87,7 @@ bool fill(GatedActParams& p, const TensorView& x, const TensorView& y, int act) 
 bool gated_act(TensorArgument& y, TensorArgument& x, int act) {
   GatedActParams p;
   if (!given({&y, &x}) || !same_device({&y, &x}) || !fill(p, x, y, act)) return false;
-  return run(p, x, &cpu::Kernels::gated_act);
+  return run(p, x, GENFAST_KERNEL(gated_act));
 }
 
 bool gated_act_backward(TensorArgument& grad, TensorArgument& dx, TensorArgument& x, int act) {
@@ -92,7 +96,7 @@ bool gated_act_backward(TensorArgument& grad, TensorArgument& dx, TensorArgument
       !same_memory(dx, x) || !fill(q.forward, x, grad, act))
     return false;
   q.grad = grad, q.dx = dx;
-  return run(q, x, &cpu::Kernels::gated_act_backward);
+  return run(q, x, GENFAST_KERNEL(gated_act_backward));
 }
 
 // Front and back padding of both axes; sizes that fit y are checked here, so that no kernel reads
@@ -126,14 +130,18 @@ bool upfirdn2d(TensorArgument& y, TensorArgument& x, TensorArgument& f, int64_t 
   p.up[0] = up_y, p.up[1] = up_x, p.down[0] = down_y, p.down[1] = down_x;
   p.before[0] = y0, p.before[1] = x0;
   p.flip = flip, p.gain = gain, p.threads = g_gate.threads();
-  return run(p, y, &cpu::Kernels::upfirdn2d);
+  return run(p, y, GENFAST_KERNEL(upfirdn2d));
 }
 
 }  // namespace
 
 void register_filtering(py::module_& m) {
   m.def("bias_act", &bias_act);
-  m.def("bias_act_backward", &bias_act_backward);
+  m.def("bias_act_backward", &bias_act_backward, py::arg("grad"), py::arg("dz"), py::arg("db"),
+        py::arg("d_strength"), py::arg("source"), py::arg("from_y"), py::arg("b"), py::arg("noise"),
+        py::arg("strength"), py::arg("seeds"), py::arg("seed"), py::arg("stream"),
+        py::arg("offset"), py::arg("draws"), py::arg("dim"), py::arg("act"), py::arg("alpha"),
+        py::arg("gain"), py::arg("clamp"), py::arg("scratch") = py::none());
   m.def("gated_act", &gated_act);
   m.def("gated_act_backward", &gated_act_backward);
   m.def("upfirdn2d", &upfirdn2d);

@@ -60,7 +60,7 @@ bool normalize(TensorArgument& y, TensorArgument& statistics, TensorArgument& su
     return false;
   if (sum.defined() && (sum.dtype != x.dtype || !same_memory(sum, x))) return false;
   p.y = y, p.sum = sum;
-  return run(p, x, &cpu::Kernels::normalize);
+  return run(p, x, GENFAST_KERNEL(normalize));
 }
 
 bool normalize_backward(TensorArgument& grad, TensorArgument& grad_sum, TensorArgument& dx,
@@ -69,11 +69,11 @@ bool normalize_backward(TensorArgument& grad, TensorArgument& grad_sum, TensorAr
                         TensorArgument& statistics, TensorArgument& x, TensorArgument& w,
                         TensorArgument& b, TensorArgument& scale, TensorArgument& shift,
                         TensorArgument& add, TensorArgument& gate, int64_t groups, bool rms,
-                        int act, float eps) {
+                        int act, float eps, TensorArgument& scratch) {
   NormalizeBackwardParams q;
   if (!given({&grad, &dx, &statistics, &x}) ||
       !same_device({&grad, &grad_sum, &dx, &dw, &db, &d_scale, &d_shift, &d_add, &d_gate,
-                    &statistics, &x, &w, &b, &scale, &shift, &add, &gate}) ||
+                    &statistics, &x, &w, &b, &scale, &shift, &add, &gate, &scratch}) ||
       !floats({&grad, &dx}) || dx.dtype != x.dtype || !same_memory(grad, x) ||
       !same_memory(dx, x) ||
       !fill(q.forward, x, statistics, w, b, scale, shift, add, gate, groups, rms, act, eps))
@@ -91,16 +91,24 @@ bool normalize_backward(TensorArgument& grad, TensorArgument& grad_sum, TensorAr
   // The gradients of a gated term, both or none: ungated, add's is dx.
   if (d_gate.defined() != gate.defined() || d_add.defined() != gate.defined()) return false;
   if (gate.defined() && (d_add.dtype != add.dtype || !same_memory(d_add, add))) return false;
-  q.grad_sum = grad_sum, q.d_add = d_add, q.d_gate = d_gate;
+  if (!vector_of(scratch, Dtype::f32, scratch.numel)) return false;
+  q.grad_sum = grad_sum, q.d_add = d_add, q.d_gate = d_gate, q.scratch = scratch;
   q.grad = grad, q.dx = dx, q.dw = dw, q.db = db, q.d_scale = d_scale, q.d_shift = d_shift;
-  return run(q, x, &cpu::Kernels::normalize_backward);
+  const bool sums = dw.defined() || db.defined() || d_scale.defined() || d_shift.defined();
+  if (x.is_cuda() && x.numel > 0 && (sums || d_gate.defined()) && q.parts() < 1) return false;
+  return run(q, x, GENFAST_KERNEL(normalize_backward));
 }
 
 }  // namespace
 
 void register_normalization(py::module_& m) {
   m.def("normalize", &normalize);
-  m.def("normalize_backward", &normalize_backward);
+  m.def("normalize_backward", &normalize_backward, py::arg("grad"), py::arg("grad_sum"),
+        py::arg("dx"), py::arg("dw"), py::arg("db"), py::arg("d_scale"), py::arg("d_shift"),
+        py::arg("d_add"), py::arg("d_gate"), py::arg("statistics"), py::arg("x"), py::arg("w"),
+        py::arg("b"), py::arg("scale"), py::arg("shift"), py::arg("add"), py::arg("gate"),
+        py::arg("groups"), py::arg("rms"), py::arg("act"), py::arg("eps"),
+        py::arg("scratch") = py::none());
 }
 
 }  // namespace genfast

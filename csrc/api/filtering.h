@@ -43,6 +43,7 @@ struct BiasActBackwardParams {
   TensorView grad, dz;    // like x
   TensorView db;          // f32 [channels] or undefined
   TensorView d_strength;  // f32, one element, or undefined; wants noise
+  TensorView scratch;     // CUDA: f64, room for partial sums where db or d_strength is wanted
 };
 
 // y = act(x[:, : half]) x[:, half :], alpha = 0.
@@ -69,5 +70,13 @@ struct UpfirdnParams {
   bool channels_inner = false;
   int threads = 1;
 };
+
+namespace cuda {  // on the device and stream of the first tensor; null, or an error text
+const char* bias_act(const BiasActParams& p);
+const char* bias_act_backward(const BiasActBackwardParams& p);
+const char* gated_act(const GatedActParams& p);
+const char* gated_act_backward(const GatedActBackwardParams& p);
+const char* upfirdn2d(const UpfirdnParams& p);
+}  // namespace cuda
 
 }  // namespace genfast

@@ -41,6 +41,25 @@ struct NormalizeBackwardParams {
   TensorView d_gate;        // with gate: f32 [outer, channels], contiguous
   TensorView dw, db;        // f32 [channels] or undefined
   TensorView d_scale, d_shift;  // f32 [outer, channels], contiguous, or undefined
+  // CUDA: f32, the sums of parts of rows, [samples * parts][3][channels], and with gate two numbers
+  // a group; wanted with any gradient of a parameter.
+  TensorView scratch;
+
+  bool by_sample() const {
+    return forward.groups > 0 || forward.scale.defined() || forward.shift.defined() ||
+           forward.gate.defined();
+  }
+  int64_t samples() const { return by_sample() ? forward.planes.outer : 1; }  // summed apart
+  int64_t parts() const {  // what the scratch has room for: 0 is not enough
+    const int64_t room = scratch.numel - (forward.gate.defined() ? 2 * forward.group_count() : 0);
+    const int64_t each = 3 * samples() * forward.planes.channels;
+    return each > 0 && room > 0 ? room / each : 0;
+  }
 };
+
+namespace cuda {  // on the device and stream of the first tensor; null, or an error text
+const char* normalize(const NormalizeParams& p);
+const char* normalize_backward(const NormalizeBackwardParams& p);
+}  // namespace cuda
 
 }  // namespace genfast
