@@ -1,21 +1,26 @@
-"""`genfast bench --calibrate [--device cuda]`: where PyTorch's attention is faster on this machine,
-as rows of the table.
+"""`genfast bench --calibrate [--device cuda]`: where PyTorch is faster on this machine, as rows of
+the table: of attention, and on a GPU of filtering and normalization too.
 
-Of each dtype and kind of call a ladder of sizes is timed, ours against PyTorch's in the same run.
-PyTorch gets the lower part of a ladder where it wins by more than MARGIN, or the upper part (matrix
-units; gradients of wide heads with AVX2 on an Intel Xeon), or all of it.
+Of each dtype and kind of attention a ladder of sizes is timed, ours against PyTorch's in the same
+run. PyTorch gets the lower part of a ladder where it wins by more than MARGIN, or the upper part
+(matrix units; gradients of wide heads with AVX2 on an Intel Xeon), or all of it. A call of the
+other two is ours where it loses by more than MARGIN at no size and dtype, with gradients or
+without.
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+import genfast
 from genfast._files import alone, write_atomic
 from genfast._native import _C
 from genfast.benchmarks.harness import measure
@@ -23,6 +28,7 @@ from genfast.ops import _choice
 from genfast.ops._choice import ALL_SIZES, ANY, Row
 from genfast.ops.attention.by_torch import torch_sdpa
 from genfast.ops.attention.core import plain_forward, plain_training
+from genfast.reference import filtering, normalization
 
 MARGIN = 1.05  # less is noise
 BUDGET_S = 0.15  # of one rung
@@ -43,6 +49,110 @@ LADDERS = {
         "training": [(1, 16, n, n, 64) for n in (64, 256, 1024, 2048, 4096)],
     },
 }
+
+
+class Call(NamedTuple):
+    """ours(x, p) and PyTorch's of x of each shape; p: (4, C), C = x.shape[dim]."""
+
+    family: str
+    feature: str
+    ours: Callable
+    torch: Callable
+    shapes: tuple
+    dim: int = 1
+
+
+_IMAGES = tuple((4, 64, n, n) for n in (8, 64, 256))
+_ROWS = tuple((4, n, 768) for n in (16, 256, 4096))
+_UP = {"up": 2, "padding": (2, 1, 2, 1), "gain": 4.0}
+# Of what a GPU's table gives to PyTorch or to a kernel whatever the size.
+CALLS = (
+    Call(
+        "filtering", "bias_act",
+        lambda x, p: genfast.bias_act(x, p[0], act="lrelu"),
+        lambda x, p: filtering.bias_act(x, p[0], act="lrelu", alpha=0.2, gain=2**0.5),
+        _IMAGES,
+    ),
+    Call(
+        "filtering", "gated_act",
+        lambda x, p: genfast.gated_act(x, "swish"),
+        lambda x, p: filtering.gated_act(x, act="swish"),
+        _ROWS,
+    ),
+    Call(
+        "filtering", "upfirdn2d",
+        lambda x, p: genfast.upfirdn2d(x, _taps(x), **_UP),
+        lambda x, p: filtering.upfirdn2d(x, _taps(x).to(x.dtype), (2, 2), (1, 1), _UP["padding"],
+                                         gain=_UP["gain"]),
+        _IMAGES,
+    ),
+    Call(
+        "normalization", "normalize",
+        lambda x, p: genfast.group_norm(x, 32, p[0], p[1], scale=p, shift=p, act="silu"),
+        lambda x, p: normalization.normalize(x, p[0], p[1], p, p, groups=32, act="silu"),
+        _IMAGES,
+    ),
+    Call(
+        "normalization", "normalize",
+        lambda x, p: genfast.layer_norm(x, scale=p, shift=p, add=x, gate=p)[1],
+        lambda x, p: normalization.normalize(normalization.gated_sum(x, x, p), None, None, p, p),
+        _ROWS, -1,
+    ),
+    Call(
+        "normalization", "plain normalize",
+        lambda x, p: genfast.group_norm(x, 32, p[0], p[1]),
+        lambda x, p: normalization.normalize(x, p[0], p[1], groups=32),
+        _IMAGES,
+    ),
+    Call(
+        "normalization", "plain normalize",
+        lambda x, p: genfast.layer_norm(x, p[0], p[1]),
+        lambda x, p: normalization.normalize(x, p[0], p[1]),
+        _ROWS, -1,
+    ),
+)  # fmt: skip
+
+
+def _taps(x: torch.Tensor) -> torch.Tensor:
+    return torch.full((4, 4), 1 / 16, device=x.device)
+
+
+def _least_ratio(call: Call, device: str) -> float:
+    """PyTorch's time over ours, where ours does worst."""
+    ratios = []
+    for shape in call.shapes:
+        for dtype in DTYPES[:2]:
+            x = torch.randn(shape, device=device).to(dtype)
+            p = torch.randn(4, shape[call.dim], device=device).to(dtype)
+            calls = {"ours": lambda: call.ours(x, p), "torch": lambda: call.torch(x, p)}  # noqa: B023
+            with torch.no_grad():
+                found = [measure(calls, BUDGET_S, device)]
+            leaves, grad = [t.requires_grad_() for t in (x, p)], torch.randn_like(calls["torch"]())
+            used = {"allow_unused": True}
+            training = {
+                name: lambda f=f: torch.autograd.grad(f(), leaves, grad, **used)  # noqa: B023
+                for name, f in calls.items()
+            }
+            found.append(measure(training, BUDGET_S, device))
+            ratios += [times["torch"].least / times["ours"].least for times in found]
+    return min(ratios)
+
+
+def whole_families(ours: str, arch: str, device: str = "cuda") -> Iterator[Row]:
+    """A row for each feature of CALLS."""
+    before = genfast.get_backend()
+    genfast.set_backend(ours)  # ours is what is timed
+    try:
+        least = {}
+        for call in CALLS:
+            key = call.family, call.feature
+            least[key] = min(least.get(key, math.inf), _least_ratio(call, device))
+    finally:
+        genfast.set_backend(before)
+    for (family, feature), ratio in least.items():
+        backend = ours if ratio * MARGIN >= 1 else "reference"
+        why = f"calibrated; PyTorch's time over ours at the least: {ratio:.2f}x"
+        yield Row(family, "cuda", arch, ANY, feature, ALL_SIZES, backend, why)
 
 
 def _ratio(shape, dtype, training: bool, device: str) -> float:
@@ -88,7 +198,7 @@ def parts_of(sizes: list[int], ratios: list[float], ours: str = "cpu") -> list[t
 
 
 def calibrate(threads: int = 2, device: str = "cpu") -> Iterator[Row]:
-    """Rows of each dtype and kind of call, as they are decided."""
+    """Rows as they are decided: of attention by dtype and kind of call, then the others."""
     rows = _choice.ATTENTION_BY_TORCH[device == "cuda"]
     ours, arch, how = "cpu", ANY, f"{threads} threads"  # save() says of which machine
     if device == "cuda":
@@ -111,6 +221,8 @@ def calibrate(threads: int = 2, device: str = "cpu") -> Iterator[Row]:
                         "attention", device, arch, name, feature, below, backend,
                         f"calibrated, {how}; size: PyTorch's time over ours: {text}",
                     )  # fmt: skip
+        if device == "cuda":
+            yield from whole_families(ours, arch)
     finally:
         torch.set_num_threads(before)
         rows.update(known)

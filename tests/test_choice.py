@@ -1,5 +1,6 @@
 """The table of the automatic choice: rows in force, calibration, and what a chosen row changes."""
 
+import functools
 import json
 import os
 import subprocess
@@ -233,6 +234,7 @@ def test_a_gpu_has_rows_and_a_table_of_its_own(tmp_path, monkeypatch, gpu):
     assert (_choice.arch("cuda"), _choice.machine("cuda")["gpu"]) == ("sm_89", "NVIDIA L4")
     monkeypatch.setattr(calibrate, "_ratio", lambda shape, *rest: 0.5 if shape[3] > 300 else 2.0)
     known = dict(_choice.ATTENTION_BY_TORCH[True])
+    monkeypatch.setattr(calibrate, "whole_families", lambda *a: ())
     rows = list(calibrate.calibrate(device="cuda"))
     assert known == _choice.ATTENTION_BY_TORCH[True]
     assert {(r.device, r.arch) for r in rows} == {("cuda", "sm_89")}
@@ -249,6 +251,44 @@ def test_a_gpu_has_rows_and_a_table_of_its_own(tmp_path, monkeypatch, gpu):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (9, 0))
     calibrate.save(rows, calibrate.place(), "cuda")  # rows of sm_89
     assert _choice._Sizes()[True][torch.float16][1] == range(2**30 + 1, ALL_SIZES)
+
+
+def test_norms_and_filters_are_pytorchs_on_a_gpu_until_they_are_timed(tmp_path, monkeypatch, gpu):
+    """By a table of this GPU they are a kernel's, the gradient where its forward is."""
+    monkeypatch.setenv("GENFAST_CHOICES", str(tmp_path / "choices.json"))
+    monkeypatch.setitem(_backend._cuda_covers, "gpus", True)
+    features = {call.feature: call.family for call in calibrate.CALLS}
+    entries = {f: f.removeprefix("plain ") for f in features}
+    _backend.composes.cache_clear()
+    assert all(_backend.composes(entry, f) for f, entry in entries.items())
+    slow = {"plain normalize", "upfirdn2d"}
+    ratio = lambda call, device: 0.5 if call.feature in slow else 2.0  # noqa: E731
+    monkeypatch.setattr(calibrate, "_least_ratio", ratio)
+    rows = list(calibrate.whole_families("cpu", "sm_89"))
+    assert [(r.family, r.feature) for r in rows] == [(fam, f) for f, fam in features.items()]
+    assert {r.backend for r in rows} == {"cpu", "reference"}
+    rows = [r._replace(backend=r.backend.replace("cpu", "cuda")) for r in rows]
+    calibrate.save(rows, calibrate.place(), "cuda")
+    _backend.composes.cache_clear()
+    for feature, entry in entries.items():
+        assert _backend.composes(entry, feature) == (feature in slow)
+        for name in {entry, f"{entry}_backward"} & set(_backend._TRITON):
+            on_gpu = _backend.has_kernels(torch.device("cuda", 0), name, feature)
+            assert on_gpu == (feature not in slow)
+    _backend.composes.cache_clear()
+
+
+def test_pytorchs_calls_on_a_gpu_are_refused_by_the_kernels(monkeypatch):
+    t = Tensors(monkeypatch, True)
+    x, row = t.of(2, 4), t.of(2, 4)
+    plain = functools.cache(lambda entry, feature: feature == "plain normalize")
+    monkeypatch.setattr(_backend, "composes", plain)
+    norm, gradient = _backend._auto("normalize"), _backend._auto("normalize_backward")
+    rest = (None, None, x, None, None)
+    assert not norm(x, *rest, None, None, None, None, 0, False, 0, 1e-5) and not t.asked
+    for modulation in ((row, None, None, None, 0, False, 0), (None, None, None, None, 0, False, 1)):
+        assert norm(x, *rest, *modulation, 1e-5)
+    assert gradient(x) and "reference" not in t.asked and len(t.asked) >= 3
 
 
 def test_a_gpu_is_asked_for_at_its_first_call(monkeypatch):

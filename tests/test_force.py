@@ -32,7 +32,7 @@ def draw(*shape, seed=0):
 
 
 X, Y, Q = draw(3, 2, 8), draw(3, 2, 8, seed=1), draw(1, 2, 5, 8)
-HALF = torch.full((3,), 0.5)
+HALF, TAPS = torch.full((3,), 0.5), genfast.setup_filter([1, 3, 3, 1])
 CU, LENGTHS = torch.tensor([0, 2, 5], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
 WIDE = torch.ones(9, 4, dtype=torch.float64)
 PACKED = Q[0].transpose(0, 1).contiguous()
@@ -62,6 +62,15 @@ CALLS = {
     "dynamic_threshold": lambda f, **o: f(X, 0.9, 2.0, **o),
     "denoising_loss": lambda f, **o: f(X, Y, HALF, HALF, seed=1, **o),
     "step_log_prob": lambda f, **o: f(X, Y, PLAN.table_on("cpu"), 1, seed=1, **o)[1],
+    "bias_act": lambda f, **o: f(X, X[0, :, 0], act="lrelu", strength=0.5, seed=1, **o),
+    "gated_act": lambda f, **o: f(X, "swish", **o),
+    "upfirdn2d": lambda f, **o: f(Q, TAPS, up=2, padding=1, **o),
+    "filter2d": lambda f, **o: f(Q, TAPS, **o),
+    "upsample2d": lambda f, **o: f(Q, TAPS, **o),
+    "downsample2d": lambda f, **o: f(Q, TAPS, **o),
+    "group_norm": lambda f, **o: f(X, 2, act="silu", **o),
+    "layer_norm": lambda f, **o: f(X, X[0, 0], add=Y, **o)[1],
+    "rms_norm": lambda f, **o: f(X, X[0, 0], **o),
     "attention": lambda f, **o: f(Q, Q, Q, causal=True, **o),
     "attention_varlen": lambda f, **o: f(PACKED, PACKED, PACKED, CU, CU, **o),
     "attention_with_kvcache": lambda f, **o: f(Q, Q.clone(), Q.clone(), cache_seqlens=LENGTHS, **o),
@@ -275,11 +284,33 @@ def test_calls_without_elements_and_second_gradients_are_composed():
 
 
 def test_families_with_cpu_kernels_alone_are_no_part_of_it():
-    x = draw(2, 4, 6)
     for name in ("cpu", "torch", "reference"):
         genfast.set_backend(name)
-        for y in (genfast.group_norm(x.double(), 2), genfast.linear(x, draw(3, 6))):
-            assert torch.isfinite(y).all()
+        assert torch.isfinite(genfast.linear(draw(2, 4, 6).double(), draw(3, 6).double())).all()
+
+
+def test_around_its_attention_pytorch_does_norms_and_filters():
+    for name in ("torch", "reference"):
+        genfast.set_backend(name)
+        calls = (genfast.group_norm(X.double(), 2), genfast.bias_act(X), genfast.gated_act(X))
+        assert all(torch.isfinite(y).all() for y in calls)
+
+
+@pytest.mark.parametrize(
+    ("call", "why"),
+    [
+        (lambda: genfast.group_norm(X.double(), 2), "float64"),
+        (lambda: torch.func.vmap(lambda x: genfast.layer_norm(x))(X), "transforms"),
+        (lambda: genfast.gated_act(X.double()), "float64"),
+        (lambda: genfast.upfirdn2d(Q, TAPS.clone().requires_grad_()), "gradient by f"),
+    ],
+    ids=["double", "vmap", "gate", "filter"],
+)
+def test_norms_and_filters_say_what_they_cannot_do(call, why):
+    assert torch.isfinite(call()).all()
+    genfast.set_backend("cpu")
+    with pytest.raises(RuntimeError, match=f"{why}.* no kernels"):
+        call()
 
 
 def test_pytorchs_attention_on_request():

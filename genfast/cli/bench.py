@@ -68,7 +68,7 @@ def calibrate(args) -> int:
     check_device(args)
     unused = ("family", "quick", "only", "list", "json", "plot", "check")
     if more := [name for name in unused if getattr(args, name)]:
-        raise ValueError(f"--calibrate: measures attention alone; leave {', '.join(more)} out")
+        raise ValueError(f"--calibrate: measures what it chooses; leave {', '.join(more)} out")
     rows, path = [], calibration.place()
     for row in calibration.calibrate(args.threads, args.device):
         rows.append(row)

@@ -22,7 +22,15 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from genfast._archs import covers
 from genfast._native import _C
 from genfast.ops import _force
-from genfast.ops._choice import ALL_SIZES, ANY, WIDE_BACKWARD, arch, table, triton_from
+from genfast.ops._choice import (
+    ALL_SIZES,
+    ANY,
+    WIDE_BACKWARD,
+    arch,
+    gpu_backend,
+    table,
+    triton_from,
+)
 from genfast.ops._force import HAVE_TRITON as _HAVE_TRITON
 from genfast.ops._force import get_backend, no_triton, triton_runs
 from genfast.ops._scratch import with_scratch
@@ -56,18 +64,20 @@ _TRITON = {
     "attention_backward": "attention",
     "attention_cached": "attention",
     "attention_append": "attention",
-    "bias_act": None,
-    "bias_act_backward": None,
-    "gated_act": None,
-    "gated_act_backward": None,
-    "upfirdn2d": None,
-    "normalize": None,
-    "normalize_backward": None,
+    "bias_act": "filtering",
+    "bias_act_backward": "filtering",
+    "gated_act": "filtering",
+    "gated_act_backward": "filtering",
+    "upfirdn2d": "filtering",
+    "normalize": "normalization",
+    "normalize_backward": "normalization",
     "linear": None,
     "linear_weight": None,
     "conv2d": None,
     "conv2d_weight": None,
 }
+# Families that are PyTorch's on a GPU where the table says so.
+_COMPOSED = ("filtering", "normalization")
 _REFUSED = {"categorical": -1}  # what "not handled" is; False elsewhere
 
 
@@ -109,6 +119,7 @@ def _settle() -> None:
     )
     _allow_cuda()
     _functions.cache_clear()
+    composes.cache_clear()
     _force.blocks.follow()
 
 
@@ -137,7 +148,33 @@ def _any(name: str):
     return run
 
 
+@functools.cache
+def composes(entry: str, feature: str) -> bool:
+    """`auto` leaves such a call on a GPU to PyTorch: asked with the first CUDA tensor at hand."""
+    if _TRITON.get(entry) not in _COMPOSED:
+        return False
+    if _cuda_covers["gpus"] is None:
+        _settle()
+    usable = {"reference", *["triton"] * _HAVE_TRITON, *["cuda"] * bool(_cuda_covers["gpus"])}
+    rows = table(gpu=True)
+    return gpu_backend(rows, _TRITON[entry], feature, usable, arch("cuda")) == "reference"
+
+
 def _auto(name: str):
+    """What the table gives to PyTorch is refused; but for gradients, whose forward was not."""
+    run, refused = _by_size(name), _REFUSED.get(name, False)
+    if _TRITON[name] not in _COMPOSED or name.endswith("_backward"):
+        return run
+
+    def unless_composed(*args):
+        if next(_tensors(args)).is_cuda and composes(name, _feature_and_size(name, args)[0]):
+            return refused
+        return run(*args)
+
+    return unless_composed
+
+
+def _by_size(name: str):
     """CUDA, then Triton; the other way round from the table's sizes on."""
     native, portable, refused = _native(name), _triton(name, False), _REFUSED.get(name, False)
 
@@ -183,18 +220,28 @@ def _name(dtype: torch.dtype) -> str:
 
 def _features(entry: str) -> tuple[str, ...]:
     """Of the table's rows for an entry point."""
-    return (entry, f"wide {entry}") if entry == "attention_backward" else (entry,)
+    kind = {"attention_backward": "wide", "normalize": "plain"}.get(entry)
+    return (entry,) if kind is None else (entry, f"{kind} {entry}")
 
 
 def _feature_and_size(entry: str, args: tuple) -> tuple[str, int]:
     """The size is B Hq Sq Sk D of a backward call (dO, dLSE, five gradients, q, k, v, ...), -1 of
     heads for which Triton's may not find the room; elements elsewhere."""
+    if entry == "normalize":
+        *_, scale, shift, add, _, _, _, act, _ = args
+        return norm_feature(scale, shift, add, act), args[0].numel()
     if entry != "attention_backward":
         return entry, next(_tensors(args)).numel()
     q, k, v = args[7:10]
     widest = max(q.shape[-1], v.shape[-1])
     size = q.numel() * k.shape[-2] if widest <= 256 else -1
     return _features(entry)[widest > WIDE_BACKWARD], size
+
+
+def norm_feature(scale, shift, add, act: int) -> str:
+    """PyTorch has kernels of its own for a plain norm, and several passes for the others."""
+    plain = scale is shift is add is None and act == 0
+    return "plain normalize" if plain else "normalize"
 
 
 # Backend -> what makes the function of an entry point, on a torch with GPU support.
@@ -349,8 +396,9 @@ def under(function: Callable, given: dict[str, Any]):
         return function(*bound.args, **bound.kwargs)
 
 
-def has_kernels(device: torch.device, name: str = "random") -> bool:
-    """The backend in force has a kernel of this entry point for tensors on `device`."""
+def has_kernels(device: torch.device, name: str = "random", feature: str | None = None) -> bool:
+    """The backend in force has a kernel of this entry point for tensors on `device`, and, left to
+    choose, takes it. feature: of the table's rows, where an entry point has several."""
     forced = get_backend()
     if _TRITON[name] is None:
         if forced == "triton" and device.type == "cpu" and not triton_runs(device):
@@ -360,6 +408,9 @@ def has_kernels(device: torch.device, name: str = "random") -> bool:
         return triton_runs(device)
     if forced == "cpu":
         return device.type == "cpu"
+    if device.type == "cuda" and forced == "auto":
+        if composes(name.removesuffix("_backward"), (feature or name).removesuffix("_backward")):
+            return False
     if device.type == "cuda" and not _HAVE_TRITON and forced == "auto":
         if _cuda_covers["gpus"] is None:
             _settle()

@@ -32,7 +32,9 @@ class Row(NamedTuple):
     GPU. dtype: torch's name. feature: a kind of call; of attention "decode" (one query), "forward"
     and "training" (a gradient is wanted), "wide training" (the same with heads wider than
     WIDE_HEAD; rows of "training" fit it too), all without options that PyTorch's fused kernel
-    lacks; else a native entry point ("wide attention_backward": heads wider than WIDE_BACKWARD).
+    lacks; else a native entry point ("wide attention_backward": heads wider than WIDE_BACKWARD;
+    "plain normalize": without modulation, activation or sum). Of filtering and normalization rows
+    of all dtypes and sizes count, and "reference" ones turn a gradient to PyTorch too.
     below: sizes under it (elements of k of "decode", B Hq Sq Sk D of attention's other calls and
     backward, elements of the first tensor otherwise). ANY fits all.
     """
@@ -51,7 +53,7 @@ _H100 = "benchmarks/results/2026-11-26-h100*.json"
 _EPYC = "benchmarks/results/2026-11-27-epyc-avx512.json"
 _XEON = "benchmarks/results/2026-11-26-xeon-amx-attention.json"
 _H200 = "benchmarks/results/2026-11-2*-h200*.json"
-_CPU_ONLY = "CPU kernels only so far"
+_UNTIMED = "not timed on a GPU yet; --calibrate --device cuda does"
 
 # Attention on CPU: on AMD EPYCs every case of the benchmark is at least 1.0x, of Zen 5 at AVX2 and
 # at AVX-512, of Zen 4 1.1x (2026-11-28-epyc-zen4). (Under 10 us the call itself decides, and
@@ -95,8 +97,8 @@ ROWS = (
     Row("attention", "cuda", ANY, ANY, "attention_backward", ALL_SIZES, "triton", _H100),
     Row("attention", "cpu", "amx", "float32", "wide training", 2**30, "cpu", _XEON),
     Row("attention", "cpu", "amx", "float32", "wide training", ALL_SIZES, "torch", _XEON),
-    Row("filtering", "cuda", ANY, ANY, ANY, ALL_SIZES, "reference", _CPU_ONLY),
-    Row("normalization", "cuda", ANY, ANY, ANY, ALL_SIZES, "reference", _CPU_ONLY),
+    Row("filtering", "cuda", ANY, ANY, ANY, ALL_SIZES, "reference", _UNTIMED),
+    Row("normalization", "cuda", ANY, ANY, ANY, ALL_SIZES, "reference", _UNTIMED),
     Row(ANY, "cpu", ANY, ANY, ANY, ALL_SIZES, "cpu", _EPYC),
     Row(ANY, "cuda", ANY, ANY, ANY, ALL_SIZES, "cuda", _H100),
     Row(ANY, "cuda", ANY, ANY, ANY, ALL_SIZES, "triton", "where CUDA is not built in, and on AMD"),
@@ -223,8 +225,20 @@ def triton_from(rows: Iterable[Row], family: str, entry: str, dtype: str, arch: 
     for row in rows:
         fits = zip(row[:4], (family, "cuda", arch, dtype), strict=True)
         if row.feature in features and all(have in (ANY, want) for have, want in fits):
-            return row.below if row.backend == "cuda" else 0
+            return {"cuda": row.below, "triton": 0}.get(row.backend, ALL_SIZES)
     return ALL_SIZES
+
+
+def gpu_backend(
+    rows: Iterable[Row], family: str, feature: str, usable: Iterable[str], arch: str = ANY
+) -> str:
+    """What a GPU runs of a family whose calls are PyTorch's or a kernel's whatever their size."""
+    for row in rows:
+        fits = zip(row[:5], (family, "cuda", arch, ANY, feature), strict=True)
+        if row.below == ALL_SIZES and row.backend in usable:
+            if all(have in (ANY, want) for have, want in fits):
+                return row.backend
+    return "reference"
 
 
 ATTENTION_CALLS = ("decode", "forward", "training", "wide training")

@@ -22,13 +22,13 @@ def composite_dtype(x: Tensor, *others: Tensor | None) -> torch.dtype:
     return x.dtype if uniform and x.device.type != "cpu" else wide_dtype(x, *others)
 
 
-def on_kernel(name: str, x: Tensor, *others: Tensor | None) -> bool:
+def on_kernel(name: str, x: Tensor, *others: Tensor | None, feature: str | None = None) -> bool:
     """The backend in force has a kernel `name` for these dtypes on x's device, which the others
-    share (the kernel refuses what does not)."""
+    share (the kernel refuses what does not). feature: as in has_kernels."""
     if x.dtype not in KERNEL_DTYPES:
         return False
     return all(t is None or t.dtype in KERNEL_DTYPES for t in others) and has_kernels(
-        x.device, name
+        x.device, name, feature
     )
 
 

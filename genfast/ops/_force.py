@@ -4,8 +4,8 @@
 own attention; `reference`: plain PyTorch for everything (the noise stays the contract's). Asked for
 by name, a backend does the call or raises with the reason: of what has kernels for more than one
 device, no composite stands in for a forward or its gradient (for a gradient's gradient one always
-does). Not so what has CPU kernels alone (filtering, normalization, convolution, linear): models mix
-these with the others, and on a GPU PyTorch does them. Nor does `cuda`, set for a process or a
+does). Not so what has CPU kernels alone (convolution, linear): models mix these with the others,
+and on a GPU PyTorch does them. Nor does `cuda`, set for a process or a
 block, mean tensors on the CPU.
 """
 
@@ -57,7 +57,7 @@ def get_backend() -> str:
 
 
 def forced_reference() -> bool:
-    """PyTorch does every family that has CPU kernels alone, and composes the others."""
+    """PyTorch composes every family, or, by "torch", all that is not attention."""
     return get_backend() in ("reference", "torch")
 
 
@@ -208,13 +208,17 @@ def _unnamed() -> str:
     return "this memory order, or these sizes,"
 
 
+# What PyTorch does around its attention; noise is the contract's, whatever computes with it.
+_OUTSIDE_TORCH = {"random", "bias_act", "gated_act", "upfirdn2d", "normalize"}
+
+
 def may_compose(entry: str, *operands: torch.Tensor | None, lacks: str | None = None) -> None:
     """Asked wherever a composite is about to do a call of `entry`, or will have to do its gradient:
     RuntimeError where the backend in force was asked for by name. Within `composed`, and for calls
     without elements, it may. lacks: what about the call the kernels have not got, if known."""
     name = get_backend()
-    if name in ("auto", "reference") or (name, entry) == ("torch", "random"):
-        return  # noise is the contract's, whatever computes with it
+    if name in ("auto", "reference") or (name == "torch" and entry in _OUTSIDE_TORCH):
+        return
     given = [x for x in operands if x is not None]
     if _own.thread.composes or any(x.numel() == 0 for x in given):
         return

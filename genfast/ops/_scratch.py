@@ -112,6 +112,21 @@ def _attention_backward(dout, dlse, dq, dk, dv, dmask, dsinks, q, k, v, *rest):
     return q.new_empty(room, dtype=torch.float32)
 
 
+def _normalize_backward(grad, grad_sum, dx, dw, db, d_scale, d_shift, d_add, d_gate, *rest):
+    """Three sums of each channel over parts of at least 32 rows, of up to 512 in all; with a gate
+    two numbers a group too (a row, as gated calls are no group norms)."""
+    if dw is db is d_scale is d_shift is d_gate is None:
+        return None
+    scale, shift, gate, groups = *rest[4:6], *rest[7:9]
+    C = grad.shape[1 if groups else -1]
+    by_sample = groups or any(t is not None for t in (scale, shift, gate))
+    samples = grad.shape[0] if by_sample else 1
+    rows = grad.numel() // max(C, 1)
+    n = min(max(rows // max(samples, 1) // 32, 1), max(512 // max(samples, 1), 1))
+    room = samples * n * 3 * C + (0 if gate is None else 2 * rows)
+    return grad.new_empty(room, dtype=torch.float32)
+
+
 # Entry point -> its scratch from its arguments.
 ROOM = {
     "bernoulli_nll": _bernoulli_nll,
@@ -122,11 +137,12 @@ ROOM = {
     "attention_forward": _attention_forward,
     "attention_cached": _attention_cached,
     "attention_backward": _attention_backward,
+    "normalize_backward": _normalize_backward,
 }
 
 
 # Entry point -> the place of a tensor that always is one, where that is not the second.
-GIVEN = {"dynamic_threshold": 0, "attention_backward": 7}
+GIVEN = {"dynamic_threshold": 0, "attention_backward": 7, "normalize_backward": 0}
 
 
 def with_scratch(name: str, native):

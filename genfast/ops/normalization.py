@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from genfast.ops import _check, _road
-from genfast.ops._backend import kernels
+from genfast.ops._backend import kernels, norm_feature, under
 from genfast.ops._common import cast, composite_dtype, like, on_kernel, wide_dtype
-from genfast.ops._force import forced_reference
+from genfast.ops._force import forced_reference, may_compose
 from genfast.ops._road import (
     DIRECT,
     GRAD,
@@ -42,6 +42,10 @@ _TENSORS = (
     "Tensor? gate"
 )
 _REST = "int groups, bool rms, int act, float eps"
+
+
+def _feature(x, weight, bias, scale, shift, add, gate, groups, rms, act, eps) -> str:
+    return norm_feature(scale, shift, add, act)
 
 
 # ---- native calls ------------------------------------------------------------------------------
@@ -95,6 +99,7 @@ def _native_backward(g, g_sum, statistics, x, *rest, wants):
 def _composite(x, weight, bias, scale, shift, add, gate, groups, rms, act, eps):
     """y and the sum, if any."""
     tensors = (x, weight, bias, scale, shift, add, gate)
+    may_compose("normalize", *tensors)
     dtype = composite_dtype(*tensors)
     wide, *rest, add, gate = (None if t is None else t.to(dtype) for t in tensors)
     total = None
@@ -165,7 +170,7 @@ def _gradients(ctx, g, g_sum, first_order):
 
 def _backward_impl(g, g_sum, statistics, *inputs):
     tensors, rest = inputs[:7], inputs[7:]
-    if on_kernel("normalize_backward", g, g_sum, *tensors):
+    if on_kernel("normalize_backward", g, g_sum, *tensors, feature=_feature(*inputs)):
         wants = [t is not None for t in tensors[1:5]]
         found = _native_backward(g, g_sum, statistics, *inputs, wants=wants)
     else:
@@ -199,13 +204,15 @@ def _first_by_op(*args, wants):
 
 
 def _impl(x, *rest):
-    found = _native(x, *rest) if on_kernel("normalize", x, *rest[:6]) else None
+    takes = on_kernel("normalize", x, *rest[:6], feature=_feature(x, *rest))
+    found = _native(x, *rest) if takes else None
     if found is None:
-        # One memory order whatever the road, and never the input itself; the composite's backward
-        # needs no statistics.
+        # One memory order whatever the road, and never the input itself. The composite's backward
+        # needs no statistics; a kernel's would give NaN.
         y, total = _composite(x, *rest)
         total = None if total is None else torch.empty_like(x).copy_(total)
-        found = torch.empty_like(x).copy_(y), _statistics(x, *rest[6:8]).zero_(), total
+        statistics = _statistics(x, *rest[6:8]).fill_(torch.nan)
+        found = torch.empty_like(x).copy_(y), statistics, total
     y, statistics, total = found
     return y, statistics, x.new_empty(0) if total is None else total
 
@@ -292,9 +299,9 @@ def _norm(x, weight, bias, scale, shift, groups, rms, act, eps, add=None, gate=N
                     y, total = torch.empty_like(x), None if add is None else torch.empty_like(x)
                     if kernels.normalize(y, None, total, *args):
                         return y if add is None else (total, y)
-                elif on_kernel("normalize", *tensors):
-                    alone = scale is shift is add is gate is None and not groups
-                    if alone and act == "linear":
+                feature = _feature(*args)
+                if road == GRAD and on_kernel("normalize", *tensors, feature=feature):
+                    if feature == "plain normalize" and gate is None and not groups:
                         return _PlainNormalize.apply(x, weight, bias, rms, eps)
                     return _Normalize.apply(*args)
         except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError):
@@ -350,7 +357,7 @@ def _slow(x, weight, bias, scale, shift, groups, rms, act, eps, add, gate):
         forced_reference()
         or wide_dtype(*tensors) == torch.float64
         or transforming()
-        or not on_kernel("normalize", *tensors)
+        or not on_kernel("normalize", *tensors, feature=_feature(*tensors, *rest))
     ):
         y, total = _composite(*tensors, *rest)
         return y if add is None else (total, y)
@@ -384,17 +391,21 @@ def group_norm(
     shift: Tensor | None = None,
     act: str = "linear",
     eps: float = 1e-5,
+    backend: str | None = None,
 ) -> Tensor:
     """act((norm(x) weight + bias) (1 + scale) + shift), norm over each sample's groups of channels.
 
     x: (B, C, ...), float32, float16, bfloat16 (fp32 inside) or float64; contiguous or with the
     channels last, as the result is (otherwise it is copied). groups: divides C. weight, bias: (C,).
     scale, shift: (B, C), of a condition (AdaGN); a slice of a wider tensor is read in place. act:
-    "linear", "silu", "gelu" or "gelu_tanh". eps: added to the variance.
+    "linear", "silu", "gelu" or "gelu_tanh". eps: added to the variance. backend: one for this call
+    and its gradient, as `genfast.set_backend`.
     Returns a tensor like x. Differentiable in every tensor, any number of times; the same bits from
     any number of threads. Raises TypeError / ValueError naming the argument.
     Wu & He, "Group normalization", 2018; Dhariwal & Nichol 2021, section 3.1 (AdaGN).
     """
+    if backend is not None:
+        return under(group_norm, locals())
     _check.counts(groups=groups)
     return _norm(x, weight, bias, scale, shift, groups, False, act, eps)
 
@@ -410,6 +421,7 @@ def layer_norm(
     eps: float = 1e-5,
     add: Tensor | None = None,
     gate: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """act((norm(x) weight + bias) (1 + scale) + shift), norm over the last dimension.
 
@@ -419,6 +431,8 @@ def layer_norm(
     (sum, y) is returned; sum in x's dtype. gate: None for 1, or (B, C), of a condition.
     Ba et al., "Layer normalization", 2016; Peebles & Xie 2023, section 3.2 (adaLN, its gates).
     """
+    if backend is not None:
+        return under(layer_norm, locals())
     return _norm(x, weight, bias, scale, shift, 0, False, act, eps, add, gate)
 
 
@@ -432,10 +446,13 @@ def rms_norm(
     eps: float | None = None,
     add: Tensor | None = None,
     gate: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """act(x / sqrt(mean(x^2) + eps) weight (1 + scale) + shift), the mean over the last dimension.
 
     eps: None is torch.finfo(x.dtype).eps, as in PyTorch. The rest as in `layer_norm`.
     Zhang & Sennrich, "Root mean square layer normalization", 2019.
     """
+    if backend is not None:
+        return under(rms_norm, locals())
     return _norm(x, weight, None, scale, shift, 0, True, act, _eps(x, eps), add, gate)

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from genfast.ops import _check, _noise
-from genfast.ops._backend import kernels
+from genfast.ops._backend import kernels, under
 from genfast.ops._common import composite_dtype, like, on_kernel, wide_dtype
-from genfast.ops._force import forced_reference
+from genfast.ops._force import forced_reference, may_compose
 from genfast.ops._road import (
     DIRECT,
     GRAD,
@@ -103,6 +103,7 @@ def _noise_of(x, noise, seeds, rest, dtype):
 
 
 def _composite(x, b, noise, strength, seeds, *rest):
+    may_compose("bias_act", x, b, noise, strength)
     dtype = composite_dtype(x, b, noise)
     noise = _noise_of(x, noise, seeds, rest, dtype)
     y = reference.bias_act(
@@ -350,6 +351,7 @@ def bias_act(
     stream: int = 0,
     offset: int = 0,
     generator: torch.Generator | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """clamp(act(x + strength n + b) gain, -clamp, clamp) in one pass.
 
@@ -362,11 +364,14 @@ def bias_act(
     tensor that broadcasts to x with one channel, (B, 1, H, W), (1, 1, H, W), (H, W); else drawn in
     that shape from seed (int, int64 tensor of one or of B, None: torch's generator), stream and
     offset: `genfast.randn((B, 1, H, W), seed=seed, stream=stream)`, so that with a seed a sample
-    its noise is a function of that seed alone.
+    its noise is a function of that seed alone. backend: one for this call and its gradient, as
+    `genfast.set_backend`.
     Returns a tensor like x, strides too. Differentiable in x, b, noise and strength, any number of
     times; the backward draws the noise again. Raises TypeError / ValueError naming the argument.
     Karras et al. 2020, section 2 and appendix B (noise, bias, activation and gain).
     """
+    if backend is not None:
+        return under(bias_act, locals())
     found = ACTIVATIONS.get(act) if isinstance(act, str) else None
     if found is None:
         _check.choice("act", act, _NAMES)

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from genfast.ops import _check
-from genfast.ops._backend import kernels
+from genfast.ops._backend import kernels, under
 from genfast.ops._common import composite_dtype, on_kernel
-from genfast.ops._force import forced_reference
+from genfast.ops._force import forced_reference, may_compose
 from genfast.ops._road import (
     DIRECT,
     GRAD,
@@ -50,6 +50,7 @@ def _native_backward(g: Tensor, x: Tensor, act: int) -> Tensor:
 
 
 def _composite(x: Tensor, act: int) -> Tensor:
+    may_compose("gated_act", x)
     return reference.gated_act(x.to(composite_dtype(x)), act=_NAMES[act]).to(x.dtype)
 
 
@@ -109,16 +110,19 @@ class _GatedAct(Function):
         return _gradient(ctx, g, _native_backward), None
 
 
-def gated_act(x: Tensor, act: str = "sigmoid") -> Tensor:
+def gated_act(x: Tensor, act: str = "sigmoid", *, backend: str | None = None) -> Tensor:
     """act(gate) up, gate and up the first and the second half of x's last dimension.
 
     x: (..., 2 H), float32, float16, bfloat16 (fp32 inside) or float64; otherwise than contiguous it
     is copied. act: "sigmoid" (GLU), "swish" (SwiGLU), "gelu", "gelu_tanh" (GEGLU), "relu" (ReGLU)
-    or "linear" (bilinear). Returns (..., H), contiguous. Differentiable any number of times; the
+    or "linear" (bilinear). backend: one for this call and its gradient, as `genfast.set_backend`.
+    Returns (..., H), contiguous. Differentiable any number of times; the
     same bits from any number of threads. Raises TypeError / ValueError naming the argument.
     Dauphin et al., "Language modeling with gated convolutional networks", 2017; Shazeer, "GLU
     variants improve transformer", 2020.
     """
+    if backend is not None:
+        return under(gated_act, locals())
     if not is_compiling():
         try:
             road = gate(x)

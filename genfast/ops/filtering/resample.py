@@ -54,16 +54,32 @@ def setup_filter(
     return (f * gain ** (f.dim() / 2)).to(device)
 
 
-def filter2d(x: Tensor, f, padding=0, flip_filter: bool = False, gain: float = 1.0) -> Tensor:
+def filter2d(
+    x: Tensor,
+    f,
+    padding=0,
+    flip_filter: bool = False,
+    gain: float = 1.0,
+    *,
+    backend: str | None = None,
+) -> Tensor:
     """`upfirdn2d` that keeps the size of x (padding 0), (N, C, H, W)."""
     fw, fh = filter_size(f)
     left, right, top, bottom = _quad(padding)
     padding = (left + fw // 2, right + (fw - 1) // 2, top + fh // 2, bottom + (fh - 1) // 2)
-    return upfirdn2d(x, f, padding=padding, flip_filter=flip_filter, gain=gain)
+    options = dict(padding=padding, flip_filter=flip_filter, gain=gain, backend=backend)
+    return upfirdn2d(x, f, **options)
 
 
 def upsample2d(
-    x: Tensor, f, up=2, padding=0, flip_filter: bool = False, gain: float = 1.0
+    x: Tensor,
+    f,
+    up=2,
+    padding=0,
+    flip_filter: bool = False,
+    gain: float = 1.0,
+    *,
+    backend: str | None = None,
 ) -> Tensor:
     """(N, C, H, W) -> (N, C, H up, W up) (padding 0), of the same mean."""
     (up_x, up_y), (fw, fh) = _pair("up", up), filter_size(f)
@@ -75,11 +91,19 @@ def upsample2d(
     _check.number("gain", gain)
     if not isinstance(gain, Tensor):
         gain = gain * up_x * up_y
-    return upfirdn2d(x, f, up=up, padding=padding, flip_filter=flip_filter, gain=gain)
+    options = dict(padding=padding, flip_filter=flip_filter, gain=gain, backend=backend)
+    return upfirdn2d(x, f, up=up, **options)
 
 
 def downsample2d(
-    x: Tensor, f, down=2, padding=0, flip_filter: bool = False, gain: float = 1.0
+    x: Tensor,
+    f,
+    down=2,
+    padding=0,
+    flip_filter: bool = False,
+    gain: float = 1.0,
+    *,
+    backend: str | None = None,
 ) -> Tensor:
     """(N, C, H, W) -> (N, C, H / down, W / down) (padding 0)."""
     (down_x, down_y), (fw, fh) = _pair("down", down), filter_size(f)
@@ -88,4 +112,5 @@ def downsample2d(
         left + (fw - down_x + 1) // 2, right + (fw - down_x) // 2,
         top + (fh - down_y + 1) // 2, bottom + (fh - down_y) // 2,
     )  # fmt: skip
-    return upfirdn2d(x, f, down=down, padding=padding, flip_filter=flip_filter, gain=gain)
+    options = dict(padding=padding, flip_filter=flip_filter, gain=gain, backend=backend)
+    return upfirdn2d(x, f, down=down, **options)

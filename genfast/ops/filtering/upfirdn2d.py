@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from genfast.ops import _check
-from genfast.ops._backend import kernels
+from genfast.ops._backend import kernels, under
 from genfast.ops._common import on_kernel, wide_dtype
-from genfast.ops._force import forced_reference
+from genfast.ops._force import forced_reference, may_compose
 from genfast.ops._road import (
     DIRECT,
     GRAD,
@@ -59,6 +59,7 @@ def _native(x, f, up, down, padding, flip, gain):
 
 
 def _composite(x, f, up, down, padding, flip, gain):
+    may_compose("upfirdn2d", x, lacks="a gradient by f" if f.requires_grad else None)
     wide = wide_dtype(x)
     return reference.upfirdn2d(x.to(wide), f.to(wide), up, down, padding, flip, gain).to(x.dtype)
 
@@ -200,6 +201,7 @@ def upfirdn2d(
     padding=0,
     flip_filter: bool = False,
     gain: float = 1.0,
+    backend: str | None = None,
 ) -> Tensor:
     """Up-samples by zeros, pads, filters and down-samples images in one pass.
 
@@ -207,12 +209,15 @@ def upfirdn2d(
     the same along both axes, float32 (see `setup_filter`); None: no filter. up, down: an int or
     (along W, along H), >= 1: up - 1 zeros after each sample; every down-th is kept. padding: of the
     up-sampled image: an int, (W, H) or (left, right, top, bottom); negative crops. flip_filter:
-    False convolves, True correlates. gain: factor of the result.
+    False convolves, True correlates. gain: factor of the result. backend: one for this call and
+    its gradient, as `genfast.set_backend`.
     Returns (N, C, (H up + top + bottom - fh) // down + 1, ...), channels_last like x. A filter of
     rank one runs as two passes of one dimension. Differentiable in x any number of times, and in f.
     Raises TypeError / ValueError naming the argument. Karras et al. 2020, appendix B; NVlabs'
     torch_utils.ops.upfirdn2d, whose results these are.
     """
+    if backend is not None:
+        return under(upfirdn2d, locals())
     if (
         type(up) is int and type(down) is int and up >= 1 and down >= 1
         and type(flip_filter) is bool and type(gain) in (float, int) and isinstance(f, Tensor)
