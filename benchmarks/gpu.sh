@@ -88,6 +88,7 @@ if wanted calibrate && [ "$limit" -gt 10 ]; then
     'import sys; from genfast.cli import main; sys.exit(main(sys.argv[1:]))' \
     bench --calibrate --device cuda | tee "$work/table-calibrated.txt"
 fi
+if wanted calibrate; then for family in normalization filtering; do grid cuda "$family"; done; fi
 # Last, and with what is left: compiling some 60 kernels takes longer than their timing.
 if wanted triton-attention; then grid triton attention 240; fi
 

@@ -47,6 +47,16 @@ def per_sample(x, low=0.25, step=1 / 128):
     return torch.arange(x.shape[0], dtype=torch.float32, device=x.device) * step + low
 
 
+def rows_of(x):
+    """A number per sample and channel of the last dimension."""
+    return x.flatten(1)[:, : x.shape[-1]]
+
+
+def resampled(x):
+    taps = torch.full((4, 4), 1 / 16, device=x.device)
+    return genfast.upsample2d(x.reshape(1, 1, len(x), -1), taps)
+
+
 # name -> function of device tensors, in eager and differentiable form
 CALLS = {
     "randn_like": (1, lambda x: genfast.randn_like(x, seed=3, stream=2)),
@@ -63,12 +73,22 @@ CALLS = {
     "add_noise": (1, lambda x: genfast.add_noise(x, 0.6, 0.8, seed=3)),
     "add_noise_per_sample": (1, lambda x: genfast.add_noise(x, None, per_sample(x), seed=3)),
     "velocity": (2, lambda x, z: genfast.velocity(x, 0.6, 0.8, noise=z)),
+    "bias_act": (1, lambda x: genfast.bias_act(x, act="lrelu", strength=0.5, seed=3, clamp=2.0)),
+    "bias_act_swish": (
+        2,
+        lambda x, b: genfast.bias_act(x, b.flatten(1)[0, : x.shape[1]], act="swish"),
+    ),
+    "gated_act": (1, lambda x: genfast.gated_act(torch.cat([x, x], -1), "swish")),
 }
 CLOSE = {  # sums: another order of addition
     "reparameterize_kl": (2, lambda m, v: genfast.reparameterize(m, v, seed=5, return_kl=True)),
     "tanh_log_prob": (2, lambda m, v: genfast.tanh_normal(m, v, seed=5, return_log_prob=True)),
     "gumbel_softmax": (1, lambda x: genfast.gumbel_softmax(x, 0.5, seed=7)),
     "bernoulli_nll": (2, genfast.bernoulli_nll),
+    "upsample2d": (1, resampled),
+    "group_norm": (1, lambda x: genfast.group_norm(x, 1, act="silu")),
+    "layer_norm": (2, lambda x, s: genfast.layer_norm(x, scale=rows_of(s), act="gelu")),
+    "rms_norm": (2, lambda x, h: genfast.rms_norm(x, add=h, gate=rows_of(h))),
     "guide": (2, lambda c, u: genfast.guide(c, u, 5.0, method="rescale", rescale=0.7)),
     "denoising_loss": (
         2,
@@ -113,6 +133,11 @@ def test_sums_are_close_and_repeatable(name, shape):
         "relaxed_bernoulli",
         "reparameterize_kl",
         "bernoulli_nll",
+        "bias_act_swish",
+        "gated_act",
+        "group_norm",
+        "layer_norm",
+        "rms_norm",
         "diffusion_step",
         "add_noise_per_sample",
         "denoising_loss",
