@@ -91,7 +91,7 @@ def _compile(source: Path, folder: Path) -> tuple[str, Path]:
     architectures = TWINS.get(source.stem, ARCHITECTURES)
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
     # The flags of CMakeLists.txt.
-    fused = str(source.parent.name == "attention").lower()
+    fused = str(source.parent.name in ("attention", "normalization")).lower()
     flags = ["-std=c++17", "-O3", f"-fmad={fused}", "-diag-suppress=1675,20012,20208"]
     done = subprocess.run(
         [
