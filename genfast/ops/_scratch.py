@@ -127,6 +127,16 @@ def _normalize_backward(grad, grad_sum, dx, dw, db, d_scale, d_shift, d_add, d_g
     return grad.new_empty(room, dtype=torch.float32)
 
 
+def _bias_act_backward(grad, dz, db, d_strength, source, *rest):
+    """Sums of each channel over parts of the places, and of the strength: up to 640 blocks make
+    them, of 128 channels. Up to 4096 elements they are one launch."""
+    if db is d_strength is None or dz.numel() <= 4096:
+        return None
+    C = dz.shape[rest[9]]  # dim
+    room = min(640 * (min(C, 128) + 1), dz.numel() // 4)
+    return dz.new_empty(max(room, 2 * C), dtype=torch.float64)
+
+
 # Entry point -> its scratch from its arguments.
 ROOM = {
     "bernoulli_nll": _bernoulli_nll,
@@ -138,6 +148,7 @@ ROOM = {
     "attention_cached": _attention_cached,
     "attention_backward": _attention_backward,
     "normalize_backward": _normalize_backward,
+    "bias_act_backward": _bias_act_backward,
 }
 
 

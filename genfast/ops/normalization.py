@@ -84,12 +84,16 @@ def _of_gated(add, gate):
     return torch.empty_like(add), torch.empty(gate.shape, dtype=torch.float32, device=gate.device)
 
 
+def _ran(took: bool) -> None:
+    if not took:
+        raise RuntimeError("genfast: the backward kernel refused what the forward kernel took")
+
+
 def _native_backward(g, g_sum, statistics, x, *rest, wants):
     dx, gated = torch.empty_like(x), _of_gated(*rest[4:6])
     sums = _sums(x, wants, rest[6])
     g, g_sum = like(g, x), None if g_sum is None else like(g_sum, x)
-    if not kernels.normalize_backward(g, g_sum, dx, *sums, *gated, statistics, x, *rest):
-        raise RuntimeError("genfast: the backward kernel refused what the forward kernel took")
+    _ran(kernels.normalize_backward(g, g_sum, dx, *sums, *gated, statistics, x, *rest))
     return dx, *sums, *gated
 
 
@@ -257,8 +261,8 @@ class _Normalize(Function):
 
 
 class _PlainNormalize(Function):
-    """The GRAD road of a layer or RMS norm with its affine alone: 64 rows of 192 with gradients
-    took 47 us with eleven inputs, 42 with five."""
+    """The GRAD road of a layer or RMS norm with its affine alone: on Zen 4 a call and its gradient
+    cost the host 84 us by the general one's lists, 74 by these lines, 38 by PyTorch's node."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, rms, eps):
@@ -271,18 +275,22 @@ class _PlainNormalize(Function):
 
     @staticmethod
     def backward(ctx, g):
-        *tensors, statistics = ctx.saved_tensors
-        _, of_weight, of_bias, *_ = needs = ctx.needs_input_grad
+        x, weight, bias, statistics = ctx.saved_tensors
+        needs = of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
         if wants_graph() or not plain(g):
-            found = _by_reference((*tensors, *[None] * 4), ctx.rest[4:], g, None)
-        else:
-            wants = of_weight, of_bias, False, False
-            found = _native_backward(g, None, statistics, *tensors, *ctx.rest, wants=wants)
-        found = (
-            None if d is None or not need else cast(d, t)
-            for d, t, need in zip(found, tensors, needs, strict=False)
-        )
-        return *found, None, None
+            found = _by_reference((x, weight, bias, *[None] * 4), ctx.rest[4:], g, None)
+            return *(d if need else None for d, need in zip(found, needs, strict=False)), None, None
+        dx, dw, db = torch.empty_like(x), None, None
+        if of_weight:
+            dw = torch.empty_like(weight, dtype=torch.float32)
+        if of_bias:
+            db = torch.empty_like(bias, dtype=torch.float32)
+        _ran(kernels.normalize_backward(
+            like(g, x), None, dx, dw, db, None, None, None, None, statistics, x, weight, bias,
+            *ctx.rest,
+        ))  # fmt: skip
+        dw = dw if dw is None else cast(dw, weight)
+        return dx if of_x else None, dw, db if db is None else cast(db, bias), None, None
 
 
 # ---- the road ----------------------------------------------------------------------------------
