@@ -123,7 +123,8 @@ _HERE = str(Path(__file__).parent)
 @needs_child
 def test_kernels_under_address_sanitizer():
     """Every kernel again, with shared arrays and tensors that end where they end."""
-    files = [f"{_HERE}/test_{name}.py" for name in ("families", "diffusion", "attention", "simt")]
+    names = "families", "diffusion", "filtering", "normalization", "attention", "simt"
+    files = [f"{_HERE}/test_{name}.py" for name in names]
     # Side by side: the masks of attention take nearly as long as all the rest.
     parts = "masks", "not masks and not one_fault"
     build_simt("asan")  # once, before the two ask for it
