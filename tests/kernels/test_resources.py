@@ -238,11 +238,77 @@ def launch_attention():
     attention.attention_append(q, q, new, new, cache, cache, *place, turn, turn, True, False)
 
 
+def launch_filtering():
+    """Both memory orders, aligned and not: lrelu, and tanh, which takes the most registers."""
+    from genfast.kernels import filtering
+
+    last = {"memory_format": torch.channels_last}
+    image, odd = torch.empty(8, 64, 32, 32, dtype=torch.bfloat16), torch.empty(8, 63, 31, 31)
+    strength, total, seeds, noise = torch.ones(1), torch.empty(1), torch.arange(8), odd[:, :1]
+    for x in (image, image.contiguous(**last), odd, odd.contiguous(**last)):
+        b, db = x[0, :, 0, 0].contiguous(), torch.empty(x.shape[1])
+        for act in (2, 3):
+            drawn = (b, None, strength, seeds, 1, 0, 0, True, 1, act, 0.2, 1.0, 256.0)
+            filtering.bias_act(x, x, *drawn)
+            filtering.bias_act_backward(x, x, db, total, x, False, *drawn)
+    given = (b, noise.contiguous(), strength, None, 1, 0, 0, False, 1, 2, 0.2, 1.0, 256.0)
+    filtering.bias_act_backward(x, x, db, total, x, True, *given)
+    for x in (image, odd[..., 1:].contiguous()):
+        y = x[..., : x.shape[-1] // 2].contiguous()
+        for act in (9, 10):
+            filtering.gated_act(y, x, act)
+            filtering.gated_act_backward(y, x, x, act)
+    far, pad = 2**31, (2, 1, 2, 1)
+    for order in ({}, last):
+        x, twice, one = (
+            torch.empty(8, 64, n, n, dtype=torch.bfloat16).contiguous(**order) for n in (32, 64, 1)
+        )
+        for f in (torch.ones(4, 4), torch.ones(4)):
+            filtering.upfirdn2d(twice, x, f, 2, 2, 1, 1, *pad, False, 4.0)
+            filtering.upfirdn2d(x, x, f, 1, 1, 1, 1, *pad, False, 1.0)
+            filtering.upfirdn2d(one, x, f, 2, 2, far, far, *pad, False, 1.0)
+
+
+def norm(shape, dtype, rest, act, groups=0, order=None, rms=False):
+    """Forward and backward of one call with everything that it can have."""
+    from genfast.kernels import normalization
+
+    x, B, C = torch.empty(shape, dtype=dtype), shape[0], shape[1 if groups else -1]
+    x = x if order is None else x.contiguous(memory_format=order)
+    w, (scale, shift, gate) = torch.empty(C, dtype=rest), torch.empty(B, 3 * C).to(rest).chunk(3, 1)
+    add, gate = (None, None) if groups else (x, gate)
+    count = B * groups if groups else x.numel() // C
+    statistics, d, of = torch.empty(count * (2 - rms)), torch.empty(C), torch.empty(B, C)
+    given = (w, w, scale, shift, add, gate, groups, rms, act, 1e-5)
+    assert normalization.normalize(x, statistics, add, x, *given)
+    gated = (None, None) if groups else (x, of)
+    grads = (x, d, d, of, of, *gated)
+    assert normalization.normalize_backward(x, add, *grads, statistics, x, *given)
+
+
+def launch_normalization():
+    """Rows of all tiles, long rows, groups of both memory orders, whole and in parts; GELU, which
+    takes the most registers; rows off 8 elements."""
+    half, full, last = torch.bfloat16, torch.float32, torch.channels_last
+    for dtype, rest, columns in (
+        (full, full, (37, 4096, 8192)), (half, half, (768,)), (full, half, (2047, 4095, 9000)),
+    ):  # fmt: skip
+        for C in columns:
+            norm((2, 8, C), dtype, rest, 2)
+    norm((2, 8, 9000), half, half, 0, rms=True)
+    for order in (None, last):
+        norm((2, 320, 64, 64), full, full, 2, 32, order)
+        norm((1, 64, 256, 256), half, half, 2, 2, order)
+        norm((2, 64, 4, 4), full, full, 2, 32, order)
+
+
 FAMILIES = {
     "rng": launch_rng,
     "sampling": launch_sampling,
     "diffusion": launch_diffusion,
     "attention": launch_attention,
+    "filtering": launch_filtering,
+    "normalization": launch_normalization,
 }
 
 # Kernels whose results are no part of the noise contract and may fuse products and sums (those of
@@ -251,6 +317,14 @@ FUSED = {
     "guidance_weights_kernel",  # exp of "mag" in fp64
     "denoising_loss_kernel",  # the weight "p2": a power in fp64
     "loss_of_samples_kernel",
+    "gated_act_fwd_kernel",
+    "gated_act_bwd_kernel",
+    "upfirdn2d_kernel",
+    "normalize_fwd_kernel",
+    "normalize_groups_fwd_kernel",
+    "normalize_bwd_kernel",
+    "normalize_groups_bwd_kernel",
+    "normalize_sums_kernel",
 }
 _FRAME = "one value kept in memory around the calls of the division routine"
 _EDGE = "a few values at the limit of the registers"
