@@ -62,6 +62,23 @@ def fits_seeds(x: torch.Tensor, seeds: torch.Tensor | None, sample_dims: int) ->
     return fits and seeds.device == x.device
 
 
+def planes_of(x: torch.Tensor, dim: int) -> tuple[int, int, int, bool] | None:
+    """(outer, channels, inner, channels inside) of csrc/api/tensor.h, None for other memory."""
+    if not 0 <= dim < x.dim():
+        return None
+    outer, inner = math.prod(x.shape[:dim]), math.prod(x.shape[dim + 1 :])
+    channels = x.shape[dim]
+    if x.is_contiguous():
+        return outer, channels, inner, inner == 1 and channels > 1
+    return (outer, channels, inner, True) if x.movedim(dim, -1).is_contiguous() else None
+
+
+def same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.shape != b.shape or a.device != b.device:
+        return False
+    return all(n <= 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
+
+
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 

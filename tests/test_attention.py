@@ -229,6 +229,21 @@ def test_masked_rows_are_zero():
         assert (grads[1][1] == 0).all() and (grads[2][1] == 0).all()
 
 
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}, {"causal": True}], ids=str)
+@pytest.mark.parametrize("Sq", [1, 40])
+@pytest.mark.parametrize("place", range(3))
+def test_a_gpus_nan_is_not_lost(place, Sq, options):
+    """All its bits are set. In an exponent it became the largest number, and rows finite."""
+    tensors, found = inputs(1, 2, 2, Sq, Sq, 64), []
+    for nan in (0x7FFFFFFF, 0x7FC00000):
+        tensors[place].view(torch.int32)[0, 0, 0, 3] = nan
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        out = genfast.attention(*leaves, **options)
+        found.append([out, *torch.autograd.grad(out.sum(), leaves)])
+    assert found[0][0].isnan().any()
+    assert all(torch.equal(a.isnan(), b.isnan()) for a, b in zip(*found, strict=True))
+
+
 def test_lse_gradient():
     tensors = [x.requires_grad_() for x in inputs(1, 4, 2, 9, 13, 16)]
     wide = [x.detach().double().requires_grad_() for x in tensors]

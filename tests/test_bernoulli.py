@@ -46,6 +46,11 @@ def test_strides_and_extremes():
     far = torch.tensor([[1e4, -1e4], [1e4, -1e4]])
     assert genfast.bernoulli_nll(far, torch.tensor([[1.0, 0.0], [0.0, 1.0]])).tolist() == [0.0, 2e4]
     assert genfast.bernoulli_nll(torch.full((1, 2), float("nan")), torch.zeros(1, 2)).isnan().all()
+    of_gpu = torch.tensor([[0x7FFFFFFF, 0]], dtype=torch.int32).view(torch.float32).requires_grad_()
+    nll = genfast.bernoulli_nll(of_gpu, torch.zeros(1, 2))
+    assert nll.isnan().all() and torch.autograd.grad(nll, of_gpu)[0].isnan().tolist() == [
+        [True, False]
+    ]
     assert genfast.bernoulli_nll(logits[:0], x[:0]).shape == (0,)
     assert genfast.bernoulli_nll(logits[:, :0], x[:, :0]).tolist() == [0.0] * 6
 

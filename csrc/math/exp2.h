@@ -21,7 +21,9 @@ GENFAST_FN F exp2_nonpositive(F x) {
   p = fused_multiply_add(p, f, F{} + 0.24022242426872253f);
   p = fused_multiply_add(p, f, F{} + 0.6931470036506653f);
   p = fused_multiply_add(p, f, F{} + 1.0f);
-  return from_bits(bits(p) + (bits(z) << 23));
+  // Times 2^z, not z added to the exponent: of a NaN whose low bits are set, as a GPU's are, that
+  // would make a finite number.
+  return p * from_bits((bits(z) << 23) + 0x3F800000u);
 }
 
 }  // namespace genfast

@@ -14,14 +14,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import FLOATS, ceil_div, fits_seeds, launch, on_16_bytes
+from .._launch import FLOATS, ceil_div, fits_seeds, launch, on_16_bytes, planes_of, same_memory
+from ..gelu import gelu_of, gelu_slope, gelu_tanh_of, gelu_tanh_slope
 from ..rng import (
     NORMAL,
     SEED_INT,
     SEED_ONE,
     SEED_ROWS,
-    bits,
-    from_bits,
     log_of_parts,
     log_positive,
     multiple_of_8,
@@ -40,13 +39,9 @@ LINEAR, RELU, LRELU, TANH, SIGMOID, ELU, SELU, SOFTPLUS, SWISH, GELU, GELU_TANH 
     tl.constexpr(k) for k in range(ACTIVATIONS)
 )
 SELU_SCALE, SELU_SCALED_ALPHA = tl.constexpr(1.0507009873554805), tl.constexpr(1.7580993408473766)
-TWICE, CUBE = tl.constexpr(1.5957691216057308), tl.constexpr(0.044715)  # of the fast GELU
-THREE_CUBES = tl.constexpr(3 * 0.044715)
-LOG2_E = tl.constexpr(1.4426950408889634)
-INV_SQRT_2, INV_SQRT_2_PI = tl.constexpr(0.7071067811865475), tl.constexpr(0.3989422804014327)
 
 
-# ---- activations: the lines of csrc/math/filtering.h and csrc/math/gelu.h -----------------------
+# ---- activations: the lines of csrc/math/filtering.h ---------------------------------------------
 
 
 @triton.jit
@@ -69,44 +64,6 @@ def log1p_of(e):
 
 
 @triton.jit
-def exp2_of(x):
-    """2^x for x <= 126, 0 from -127 down: half the operations of exp_of, which goes further."""
-    c = tl.where(-127.0 > x, -127.0, x)
-    z = c + 12582912.0  # 1.5 * 2^23: the low bits are round(c)
-    f = c - (z - 12582912.0)
-    p = f * 0.001326465280726552 + 0.009671511128544807
-    p = p * f + 0.05550733953714371
-    p = p * f + 0.24022242426872253
-    p = p * f + 0.6931470036506653
-    p = p * f + 1.0
-    y = from_bits(bits(p) + (bits(z) << 23))
-    return tl.where(x == x, y, x)  # all bits of NVIDIA's NaN are set, and the sum would be finite
-
-
-@triton.jit
-def normality(z):
-    """P(N(0, 1) <= z) and e^(-z^2 / 2), by Abramowitz & Stegun 7.1.26."""
-    x = tl.where(z < 0.0, -z, z) * INV_SQRT_2
-    e = exp2_of(x * x * -LOG2_E)
-    t = tl.div_rn(1.0, x * 0.3275911 + 1.0)
-    p = t * 1.061405429 + -1.453152027
-    p = p * t + 1.421413741
-    p = p * t + -0.284496736
-    p = p * t + 0.254829592
-    upper = p * t * e * 0.5
-    return tl.where(z < 0.0, upper, 1.0 - upper), e
-
-
-@triton.jit
-def logistic(z):
-    """s = 1 / (1 + e^-z) and 1 - s without its cancellation; cut where e^-z were infinite."""
-    t = z * -LOG2_E
-    e = exp2_of(tl.where(126.0 < t, 126.0, t))
-    s = tl.div_rn(1.0, 1.0 + e)
-    return s, e * s
-
-
-@triton.jit
 def value_of(z, alpha, ACT: tl.constexpr):
     if ACT == RELU:
         return tl.where(z < 0.0, 0.0, z)
@@ -126,11 +83,9 @@ def value_of(z, alpha, ACT: tl.constexpr):
     elif ACT == SWISH:
         return z * sigmoid_of(z)
     elif ACT == GELU:
-        below, density = normality(z)
-        return z * below
+        return gelu_of(z, True)
     elif ACT == GELU_TANH:
-        s, rest = logistic(z * TWICE * (z * z * CUBE + 1.0))
-        return z * s
+        return gelu_tanh_of(z, True)
     else:
         return z
 
@@ -157,12 +112,9 @@ def slope_of(z, alpha, ACT: tl.constexpr):
         s = sigmoid_of(z)
         return s * (z * (1.0 - s) + 1.0)
     elif ACT == GELU:
-        below, density = normality(z)
-        return below + z * (density * INV_SQRT_2_PI)
+        return gelu_slope(z, True)
     elif ACT == GELU_TANH:
-        t = z * z
-        s, rest = logistic(z * TWICE * (t * CUBE + 1.0))
-        return s * (z * rest * (TWICE * (t * THREE_CUBES + 1.0)) + 1.0)
+        return gelu_tanh_slope(z, True)
     else:
         return tl.full(z.shape, 1.0, tl.float32)
 
@@ -369,22 +321,6 @@ def bias_act_bwd_kernel(
 
 
 # ---- launchers -----------------------------------------------------------------------------------
-
-
-def planes_of(x: torch.Tensor, dim: int) -> tuple[int, int, int, bool] | None:
-    """(outer, channels, inner, channels inside) of csrc/api/tensor.h, None for other memory."""
-    if not 0 <= dim < x.dim():
-        return None
-    outer, inner = math.prod(x.shape[:dim]), math.prod(x.shape[dim + 1 :])
-    channels = x.shape[dim]
-    if x.is_contiguous():
-        return outer, channels, inner, inner == 1 and channels > 1
-    return (outer, channels, inner, True) if x.movedim(dim, -1).is_contiguous() else None
-
-
-def same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
-    strides = zip(a.shape, a.stride(), b.stride(), strict=True) if a.shape == b.shape else ()
-    return a.shape == b.shape and all(n <= 1 or s == t for n, s, t in strides)
 
 
 # Programs of a noisy launch below which one does not take more than a tile: 132 SMs hold 16 each.

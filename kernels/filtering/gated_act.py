@@ -7,9 +7,9 @@ element of 16 bit, and even fused "swish" takes about 60.
 import triton
 import triton.language as tl
 
-from .._launch import FLOATS, ceil_div, launch, on_16_bytes
+from .._launch import FLOATS, ceil_div, launch, on_16_bytes, same_memory
 from ..rng import multiple_of_8, place, tile
-from .bias_act import ACTIVATIONS, same_memory, slope_of, value_of
+from .bias_act import ACTIVATIONS, slope_of, value_of
 
 
 @triton.jit(do_not_specialize=["rows", "half", "tiles"])

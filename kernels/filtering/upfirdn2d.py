@@ -11,9 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import FLOATS, ceil_div, launch, on_16_bytes
+from .._launch import FLOATS, ceil_div, launch, on_16_bytes, planes_of
 from ..rng import multiple_of_8
-from .bias_act import planes_of
 
 
 @triton.jit

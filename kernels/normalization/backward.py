@@ -10,30 +10,24 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import FLOATS, ceil_div, launch
+from .._launch import FLOATS, ceil_div, launch, same_memory
 from ..rng import multiple_of_8
 from .forward import (
     APPLY,
     GROUPS,
     LINEAR,
     MEASURE,
-    MOST_PARTS,
     STRIDES,
     WHOLE,
     act_slope,
     affine_of,
     along,
     condition_at,
-    group_grid,
     group_of,
     load_at,
     places_of,
-    planes_of,
-    row_tile,
-    same_memory,
-    strides_of,
-    vector_of,
 )
+from .layout import MOST_PARTS, group_grid, layout_of, row_tile, strides_of, vector_of
 
 
 @triton.jit
@@ -311,7 +305,7 @@ def normalize_backward(
     add, gate, groups, rms, act, eps, scratch=None,
 ) -> bool:  # fmt: skip
     """Arguments of the native entry point of this name (scratch is the CUDA kernel's)."""
-    p = planes_of(statistics, x, w, b, scale, shift, add, gate, groups, rms, act, eps)
+    p = layout_of(statistics, x, w, b, scale, shift, add, gate, groups, rms, act, eps)
     if p is None or any(t is None for t in (grad, dx, statistics)) or dx.dtype != x.dtype:
         return False
     if groups and grad_sum is not None:

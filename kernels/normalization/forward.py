@@ -7,75 +7,46 @@ Tensors: scale, shift and gate [samples, channels], statistics as csrc/api/norma
 `total` the native entry point's `sum`. Numbers: *_stride elements between rows of the conditions.
 """
 
-import math
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
-from .._launch import FLOATS, ceil_div, launch
+from .._launch import ceil_div, launch, same_memory
+from ..gelu import gelu_of, gelu_slope, gelu_tanh_of, gelu_tanh_slope, logistic
 from ..rng import multiple_of_8
+from .layout import ACTIVATIONS, MOST_PARTS, group_grid, layout_of, row_tile, strides_of
 
 # Values of the native enum NormActivation.
-LINEAR, SILU, GELU, GELU_TANH = (tl.constexpr(k) for k in range(4))
+LINEAR, SILU, GELU, GELU_TANH = (tl.constexpr(k) for k in range(ACTIVATIONS))
 # What a program does of a group, or of its part of one: all, or one of the two passes.
 WHOLE, MEASURE, APPLY = (tl.constexpr(k) for k in range(3))
-MOST_PARTS = tl.constexpr(64)
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-# ---- activations: csrc/math/gelu.h and csrc/math/normalization.h ---------------------------------
-
-
-@triton.jit
-def logistic(z):
-    """s = 1 / (1 + e^-z), and 1 - s without its cancellation; cut where e^-z would overflow."""
-    e = tl.exp2(tl.minimum(z * -LOG2_E, 126.0))
-    s = 1.0 / (1.0 + e)
-    return s, e * s
-
-
-@triton.jit
-def normality(z):
-    """P(N(0, 1) <= z) and e^(-z^2 / 2): Abramowitz & Stegun 7.1.26, absolute error <= 2e-7."""
-    x = tl.abs(z) * 0.70710678118654752
-    e = tl.exp2(x * x * -LOG2_E)
-    t = 1.0 / (x * 0.3275911 + 1.0)
-    p = t * 1.061405429 + -1.453152027
-    p = p * t + 1.421413741
-    p = p * t + -0.284496736
-    p = p * t + 0.254829592
-    upper = p * t * e * 0.5
-    return tl.where(z < 0.0, upper, 1.0 - upper), e
+# ---- activations: csrc/math/normalization.h ------------------------------------------------------
 
 
 @triton.jit
 def activated(z, ACT: tl.constexpr):
     if ACT == SILU:
-        s, rest = logistic(z)
-        z = z * s
+        s, rest = logistic(z, False)
+        return z * s
     elif ACT == GELU:
-        below, density = normality(z)
-        z = z * below
+        return gelu_of(z, False)
     elif ACT == GELU_TANH:
-        s, rest = logistic(z * 1.5957691216057308 * (z * z * 0.044715 + 1.0))
-        z = z * s
-    return z
+        return gelu_tanh_of(z, False)
+    else:
+        return z
 
 
 @triton.jit
 def act_slope(z, ACT: tl.constexpr):
     if ACT == SILU:
-        s, rest = logistic(z)
+        s, rest = logistic(z, False)
         return s * (z * rest + 1.0)
     elif ACT == GELU:
-        below, density = normality(z)
-        return below + z * (density * 0.39894228040143268)
+        return gelu_slope(z, False)
     else:
-        t = z * z
-        s, rest = logistic(z * 1.5957691216057308 * (t * 0.044715 + 1.0))
-        return s * (z * rest * (1.5957691216057308 * (t * 0.134145 + 1.0)) + 1.0)
+        return gelu_tanh_slope(z, False)
 
 
 # ---- what all kernels do -------------------------------------------------------------------------
@@ -323,128 +294,18 @@ def normalize_groups_fwd_kernel(
                 tl.store(y + o, b_y.to(y.dtype.element_ty), mask=m)
 
 
-# ---- launchers -----------------------------------------------------------------------------------
+# ---- launcher ------------------------------------------------------------------------------------
 
 # Columns of a row that lies in registers, 16 of a thread. Rows off 8 elements, where each has an
 # address of its own, would not fit the 128 registers of 16 warps.
 _ROW = {True: 8192, False: 4096}
-# Elements of a tile that walks over groups at 16 warps, 8 of a thread, 4 off 8 elements: twice as
-# many took up to 255 registers and spilled.
-_TILE = {True: 4096, False: 2048}
-# Programs that fill a GPU, and the fewest elements of a group's part: eight tiles take about as
-# long as it takes to start the second pass.
-_PROGRAMS, _PART = 512, 32768
-
-
-@dataclass
-class Planes:
-    """[outer][inner][channels] with `last`, else [outer][channels][inner]; groups: of a sample, 0
-    in layer and RMS norm. aligned: rows start a multiple of 8 behind their tensor's first."""
-
-    outer: int
-    channels: int
-    inner: int
-    last: bool
-    groups: int
-    aligned: bool
-
-    def count(self) -> int:
-        return self.outer * (self.groups or self.inner)
-
-    def of_long_rows(self) -> "Planes":
-        """Each row a group of one place."""
-        return Planes(self.count(), self.channels, 1, True, 1, self.aligned)
-
-
-def same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a.shape != b.shape or a.device != b.device:
-        return False
-    return all(n <= 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
-
-
-def vector_of(t: torch.Tensor | None, n: int, x: torch.Tensor) -> bool:
-    """t is None or n fp32 numbers side by side."""
-    if t is None:
-        return True
-    dense = t.dtype == torch.float32 and t.is_contiguous()
-    return dense and t.numel() == n and t.device == x.device
-
-
-def planes_of(
-    statistics, x, w, b, scale, shift, add, gate, groups, rms, act, eps
-) -> Planes | None:  # fmt: skip
-    """The layout of a call, or None where the kernels do not take it: `fill` of
-    csrc/bindings_normalization.cpp."""
-    conditions = [t for t in (scale, shift, gate) if t is not None]
-    given = [x, *(t for t in (w, b, add) if t is not None), *conditions]
-    if any(t.dtype not in FLOATS or t.device != x.device for t in given) or x.dim() < 1:
-        return None
-    if groups < 0 or (rms and groups) or not 0 <= act <= GELU_TANH.value:
-        return None
-    if not 0 <= eps < math.inf or (add is None and gate is not None):
-        return None
-    if groups:
-        if x.dim() < 2 or x.shape[1] % groups:
-            return None
-        outer, channels, inner = *x.shape[:2], math.prod(x.shape[2:])
-        dense = x.is_contiguous()
-        last = not dense or (inner == 1 and channels > 1)
-        if add is not None or not (dense or x.movedim(1, -1).is_contiguous()):
-            return None
-    else:
-        if not x.is_contiguous() or (x.dim() < 2 and conditions):
-            return None
-        outer, channels, last = x.shape[0] if x.dim() > 1 else 1, x.shape[-1], True
-        inner = math.prod(x.shape[1:-1])
-        if add is not None and not same_memory(add, x):
-            return None
-    if channels >= 2**31 or any(t.shape != (outer, channels) for t in conditions):
-        return None
-    if channels > 1 and any(t.stride(1) != 1 for t in conditions):
-        return None
-    if any(t is not None and (t.shape != (channels,) or not t.is_contiguous()) for t in (w, b)):
-        return None
-    dense = channels // max(groups, 1) if last else inner
-    aligned = dense % 8 == 0 and all(t.stride(0) % 8 == 0 for t in conditions)
-    p = Planes(outer, channels, inner, last, groups, aligned)
-    return p if vector_of(statistics, (1 if rms else 2) * p.count(), x) else None
-
-
-def row_tile(cols: int) -> tuple[int, int]:
-    """(BR, BC) with whole rows, at least 1024 elements: few sizes, as `rng.tile`."""
-    bc = next(bc for bc in (16, 64, 256, 1024, 2048, 4096, 8192) if cols <= bc)
-    return max(1024 // bc, 1), bc
-
-
-def strides_of(*conditions: torch.Tensor | None) -> tuple[int, ...]:
-    return tuple(0 if t is None else t.stride(0) for t in conditions)
-
-
-def group_grid(p: Planes, per_sample: int) -> tuple[int, tuple[int, ...], dict]:
-    """Parts of a group, the arguments GROUPS and the constants."""
-    width = p.channels // p.groups
-    rows, cols = (p.inner, width) if p.last else (width, p.inner)
-    size = _TILE[p.aligned] if rows * cols > 1024 else 1024
-
-    def padded(bc):
-        return ceil_div(cols, bc) * bc * ceil_div(rows, size // bc) * (size // bc)
-
-    bc = min((bc for bc in (size, 1024, 256, 64, 16) if bc <= size), key=padded)
-    br = size // bc
-    parts = min(_PROGRAMS // p.count(), rows * cols // _PART, MOST_PARTS.value)
-    step = br if p.last else bc  # a part is made of whole tiles
-    per_part = ceil_div(ceil_div(p.inner, max(parts, 1)), step) * step
-    parts = ceil_div(p.inner, per_part)
-    numbers = (p.groups, per_sample, width, p.inner, parts, per_part, p.count())
-    flags = {"LAST": p.last, "ALIGNED": p.aligned, "BR": br, "BC": bc}
-    return parts, numbers, {**flags, "num_warps": 16 if size > 1024 else 4}
 
 
 def normalize(
     y, statistics, total, x, w, b, scale, shift, add, gate, groups, rms, act, eps
 ) -> bool:  # fmt: skip
     """Arguments of the native entry point of this name."""
-    p = planes_of(statistics, x, w, b, scale, shift, add, gate, groups, rms, act, eps)
+    p = layout_of(statistics, x, w, b, scale, shift, add, gate, groups, rms, act, eps)
     if p is None or y is None or (total is None) != (add is None):
         return False
     if any(t is not None and (t.dtype != x.dtype or not same_memory(t, x)) for t in (y, total)):

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-KERNEL_TESTS = ["test_rng.py", "test_sampling.py", "test_diffusion.py", "test_attention.py"]
+FAMILIES = "rng", "sampling", "diffusion", "attention", "filtering", "normalization"
+KERNEL_TESTS = [f"test_{family}.py" for family in FAMILIES]
 
 if INTERPRETED:
     collect_ignore = ["test_resources.py", "test_interpreter.py"]

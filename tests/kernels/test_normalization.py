@@ -147,7 +147,7 @@ def test_16_bit(kernels, device, case, dtypes):
 
 @pytest.mark.parametrize("last", [False, True])
 def test_parts_of_groups(kernels, device, monkeypatch, last):
-    monkeypatch.setattr(kernels.forward, "_PART", 1024)
+    monkeypatch.setattr(kernels.layout, "_PART", 1024)
     shape = (1, 16, 30, 20) if last else (1, 2, 3, 3000)
     check(kernels, device, inputs(shape, 2, GROUP, last=last), (2, False, SILU, 1e-5))
 
@@ -161,7 +161,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_large_means_constants_and_overflow(kernels, device, monkeypatch, layout):
-    monkeypatch.setattr(kernels.forward, "_PART", 1024 if layout == "parts" else 2**20)
+    monkeypatch.setattr(kernels.layout, "_PART", 1024 if layout == "parts" else 2**20)
     shape, groups, last = LAYOUTS[layout]
 
     def y_of(x):
