@@ -8,6 +8,8 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.checkpoint import checkpoint
 
 import genfast
@@ -259,7 +261,7 @@ def test_norms_and_filters_are_pytorchs_on_a_gpu_until_they_are_timed(tmp_path, 
     monkeypatch.setitem(_backend._cuda_covers, "gpus", True)
     features = {call.feature: call.family for call in calibrate.CALLS}
     entries = {f: f.removeprefix("plain ") for f in features}
-    _backend.composes.cache_clear()
+    _backend._composes.cache_clear()
     assert all(_backend.composes(entry, f) for f, entry in entries.items())
     slow = {"plain normalize", "upfirdn2d"}
     ratio = lambda call, device: 0.5 if call.feature in slow else 2.0  # noqa: E731
@@ -269,26 +271,43 @@ def test_norms_and_filters_are_pytorchs_on_a_gpu_until_they_are_timed(tmp_path, 
     assert {r.backend for r in rows} == {"cpu", "reference"}
     rows = [r._replace(backend=r.backend.replace("cpu", "cuda")) for r in rows]
     calibrate.save(rows, calibrate.place(), "cuda")
-    _backend.composes.cache_clear()
+    _backend._composes.cache_clear()
     for feature, entry in entries.items():
         assert _backend.composes(entry, feature) == (feature in slow)
         for name in {entry, f"{entry}_backward"} & set(_backend._TRITON):
             on_gpu = _backend.has_kernels(torch.device("cuda", 0), name, feature)
             assert on_gpu == (feature not in slow)
-    _backend.composes.cache_clear()
+    _backend._composes.cache_clear()
 
 
 def test_pytorchs_calls_on_a_gpu_are_refused_by_the_kernels(monkeypatch):
     t = Tensors(monkeypatch, True)
     x, row = t.of(2, 4), t.of(2, 4)
     plain = functools.cache(lambda entry, feature: feature == "plain normalize")
-    monkeypatch.setattr(_backend, "composes", plain)
+    monkeypatch.setattr(_backend, "_composes", plain)
     norm, gradient = _backend._auto("normalize"), _backend._auto("normalize_backward")
     rest = (None, None, x, None, None)
     assert not norm(x, *rest, None, None, None, None, 0, False, 0, 1e-5) and not t.asked
     for modulation in ((row, None, None, None, 0, False, 0), (None, None, None, None, 0, False, 1)):
         assert norm(x, *rest, *modulation, 1e-5)
     assert gradient(x) and "reference" not in t.asked and len(t.asked) >= 3
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_a_graph_for_a_gpu_can_be_traced_without_one(backend):
+    """The choice is no break in it: by itself PyTorch's, by name one op."""
+    pytest.importorskip("triton")
+
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return genfast.gated_act(genfast.layer_norm(genfast.bias_act(x), act="silu"))
+
+    with FakeTensorMode(shape_env=ShapeEnv()), genfast.backend(backend):
+        x = torch.empty(2, 4, 8, 8, device="cuda")
+        graph = torch.export.export(Model(), (x,), strict=True).graph
+    ours = [str(n.target) for n in graph.nodes if str(n.target).startswith("genfast")]
+    names = "bias_act", "normalize", "gated_act"
+    assert ours == ([] if backend == "auto" else [f"genfast.{name}.default" for name in names])
 
 
 def test_a_gpu_is_asked_for_at_its_first_call(monkeypatch):

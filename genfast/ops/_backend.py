@@ -119,7 +119,7 @@ def _settle() -> None:
     )
     _allow_cuda()
     _functions.cache_clear()
-    composes.cache_clear()
+    _composes.cache_clear()
     _force.blocks.follow()
 
 
@@ -149,8 +149,7 @@ def _any(name: str):
 
 
 @functools.cache
-def composes(entry: str, feature: str) -> bool:
-    """`auto` leaves such a call on a GPU to PyTorch: asked with the first CUDA tensor at hand."""
+def _composes(entry: str, feature: str) -> bool:
     if _TRITON.get(entry) not in _COMPOSED:
         return False
     if _cuda_covers["gpus"] is None:
@@ -158,6 +157,16 @@ def composes(entry: str, feature: str) -> bool:
     usable = {"reference", *["triton"] * _HAVE_TRITON, *["cuda"] * bool(_cuda_covers["gpus"])}
     rows = table(gpu=True)
     return gpu_backend(rows, _TRITON[entry], feature, usable, arch("cuda")) == "reference"
+
+
+def composes(entry: str, feature: str) -> bool:
+    """`auto` leaves such a call on a GPU to PyTorch: asked with the first CUDA tensor at hand."""
+    return _composes(entry, feature)
+
+
+# What torch.compiler.assume_constant_result does, without the second that importing Dynamo takes:
+# it asks while it traces, instead of tracing how the table's file is read.
+composes._dynamo_marked_constant = True
 
 
 def _auto(name: str):
