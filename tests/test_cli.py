@@ -393,7 +393,7 @@ WRONG = {
     "json name": (["bench", "--json", "rows.txt"], "expected a file name in .json"),
     "json folder": (["bench", "--json", "no/such/rows.json"], "does not exist"),
     "json is a folder": (["bench", "--json", "FOLDER.json"], "expected a file, got the folder"),
-    "calibrate a family": (["bench", "rng", "--calibrate"], "--calibrate: measures attention"),
+    "calibrate a family": (["bench", "rng", "--calibrate"], "--calibrate: measures all"),
     "unknown model": (["train", "vea", "--data", "mnist5k", "--out", "."], "expected one of vae"),
     "unknown data": (["train", "vae", "--data", "mnist", "--out", "."], "expected one of mnist5k"),
     "learning rate": (

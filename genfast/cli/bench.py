@@ -68,7 +68,10 @@ def calibrate(args) -> int:
     check_device(args)
     unused = ("family", "quick", "only", "list", "json", "plot", "check")
     if more := [name for name in unused if getattr(args, name)]:
-        raise ValueError(f"--calibrate: measures what it chooses; leave {', '.join(more)} out")
+        raise ValueError(
+            f"--calibrate: measures all that the table chooses, got {', '.join(more)} too; leave "
+            "that out"
+        )
     rows, path = [], calibration.place()
     for row in calibration.calibrate(args.threads, args.device):
         rows.append(row)
