@@ -125,8 +125,8 @@ def test_kernels_under_address_sanitizer():
     """Every kernel again, with shared arrays and tensors that end where they end."""
     names = "families", "diffusion", "filtering", "normalization", "attention", "simt"
     files = [f"{_HERE}/test_{name}.py" for name in names]
-    # Side by side: the masks of attention take nearly as long as all the rest.
-    parts = "masks", "not masks and not one_fault"
+    # Side by side: the masks of attention and the filters take as long as all the rest.
+    parts = "masks or test_filtering", "not masks and not test_filtering and not one_fault"
     build_simt("asan")  # once, before the two ask for it
     with ThreadPoolExecutor(2) as pool:
         arguments = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, "-k")
