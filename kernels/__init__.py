@@ -1,1 +1,1 @@
-"""Triton kernels, one file per family; the portable GPU path."""
+"""Triton kernels, a file or folder per family; the portable GPU path."""

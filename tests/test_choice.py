@@ -280,6 +280,17 @@ def test_norms_and_filters_are_pytorchs_on_a_gpu_until_they_are_timed(tmp_path, 
     _backend._composes.cache_clear()
 
 
+@pytest.mark.parametrize("call", calibrate.CALLS, ids=lambda c: c.feature)
+def test_what_a_calibration_times_is_the_same_call(call, monkeypatch):
+    """Ours and PyTorch's, forward and backward, on tensors of the smallest shape."""
+    shape = call.shapes[0]
+    x, p = torch.randn(shape), torch.randn(4, shape[call.dim])
+    torch.testing.assert_close(call.ours(x, p), call.torch(x, p), rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(calibrate, "BUDGET_S", 1e-3)
+    genfast.set_backend("cpu")
+    assert calibrate._least_ratio(call._replace(shapes=(shape,)), "cpu") > 0
+
+
 def test_pytorchs_calls_on_a_gpu_are_refused_by_the_kernels(monkeypatch):
     t = Tensors(monkeypatch, True)
     x, row = t.of(2, 4), t.of(2, 4)

@@ -63,12 +63,11 @@ def filter2d(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """`upfirdn2d` that keeps the size of x (padding 0), (N, C, H, W)."""
+    """`upfirdn2d` that keeps the size of x (padding 0), (N, C, H, W); its other arguments."""
     fw, fh = filter_size(f)
     left, right, top, bottom = _quad(padding)
     padding = (left + fw // 2, right + (fw - 1) // 2, top + fh // 2, bottom + (fh - 1) // 2)
-    options = dict(padding=padding, flip_filter=flip_filter, gain=gain, backend=backend)
-    return upfirdn2d(x, f, **options)
+    return upfirdn2d(x, f, padding=padding, flip_filter=flip_filter, gain=gain, backend=backend)
 
 
 def upsample2d(
@@ -81,7 +80,7 @@ def upsample2d(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """(N, C, H, W) -> (N, C, H up, W up) (padding 0), of the same mean."""
+    """(N, C, H, W) -> (N, C, H up, W up) (padding 0), of the same mean; else as `upfirdn2d`."""
     (up_x, up_y), (fw, fh) = _pair("up", up), filter_size(f)
     left, right, top, bottom = _quad(padding)
     padding = (
@@ -91,8 +90,9 @@ def upsample2d(
     _check.number("gain", gain)
     if not isinstance(gain, Tensor):
         gain = gain * up_x * up_y
-    options = dict(padding=padding, flip_filter=flip_filter, gain=gain, backend=backend)
-    return upfirdn2d(x, f, up=up, **options)
+    return upfirdn2d(
+        x, f, up=up, padding=padding, flip_filter=flip_filter, gain=gain, backend=backend
+    )
 
 
 def downsample2d(
@@ -105,12 +105,13 @@ def downsample2d(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """(N, C, H, W) -> (N, C, H / down, W / down) (padding 0)."""
+    """(N, C, H, W) -> (N, C, H / down, W / down) (padding 0); else as `upfirdn2d`."""
     (down_x, down_y), (fw, fh) = _pair("down", down), filter_size(f)
     left, right, top, bottom = _quad(padding)
     padding = (
         left + (fw - down_x + 1) // 2, right + (fw - down_x) // 2,
         top + (fh - down_y + 1) // 2, bottom + (fh - down_y) // 2,
     )  # fmt: skip
-    options = dict(padding=padding, flip_filter=flip_filter, gain=gain, backend=backend)
-    return upfirdn2d(x, f, down=down, **options)
+    return upfirdn2d(
+        x, f, down=down, padding=padding, flip_filter=flip_filter, gain=gain, backend=backend
+    )
