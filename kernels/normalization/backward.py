@@ -243,9 +243,10 @@ def normalize_sums_kernel(
 
 # ---- launchers -----------------------------------------------------------------------------------
 
-# Columns of a row that lies in registers: 8 of a thread at up to 16 warps, each with up to three
-# sums; of rows off 8 elements, where each has an address of its own, 4096 spilled.
-_ROW = {True: 4096, False: 2048}
+# Elements of a thread, each with up to three sums; in rows off 8 elements each has its own address:
+# 8 spilled with Triton 3.6, and so did 4 of 16 warps. Columns of a row that lies in registers.
+_EACH = {True: 8, False: 4}
+_ROW = {True: 4096, False: 1024}
 # Programs that fill a GPU, and the fewest tiles of one that adds up: its row of partial sums, fp32
 # and read again, weighs as much as two rows of tensors.
 _PROGRAMS, _TILES = 512, 8
@@ -282,7 +283,7 @@ def _rows(tensors, strides, p, samples, kinds, codes, sums_alone):
         partial = tensors[5].new_empty((samples, parts, kinds, p.channels), dtype=torch.float32)
     args = (*tensors, partial, *strides, p.channels, rows, per_sample, parts, per_part, tiles)
     flags = {"K": kinds, "SUMS_ALONE": sums_alone, "ALIGNED": p.aligned, "BR": br, "BC": bc}
-    flags["num_warps"] = max(bc // 256, 4)
+    flags["num_warps"] = br * bc // (32 * _EACH[p.aligned])
     launch(normalize_bwd_kernel, samples * parts * tiles, tensors[5], *args, **codes, **flags)
     return partial
 

@@ -354,6 +354,11 @@ if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
         ("attention_rows_kernel", "sm_100"): (32, _OLDER),
         ("diffusion_step_bwd_kernel", "sm_100"): (8, _OLDER),
         ("guidance_weights_kernel", "sm_100"): (16, _OLDER),
+        ("bias_act_bwd_kernel", "sm_100"): (8, _OLDER),
+        ("normalize_bwd_kernel", "sm_100"): (16, _OLDER),
+        ("normalize_bwd_kernel", "sm_120"): (16, _OLDER),
+        ("normalize_groups_bwd_kernel", "sm_80"): (8, _OLDER),
+        ("normalize_groups_bwd_kernel", "sm_120"): (8, _OLDER),
     }
 
 
