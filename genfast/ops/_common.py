@@ -27,9 +27,10 @@ def on_kernel(name: str, x: Tensor, *others: Tensor | None, feature: str | None 
     share (the kernel refuses what does not). feature: as in has_kernels."""
     if x.dtype not in KERNEL_DTYPES:
         return False
-    return all(t is None or t.dtype in KERNEL_DTYPES for t in others) and has_kernels(
-        x.device, name, feature
-    )
+    for t in others:  # in a generator it takes 1 us more
+        if t is not None and t.dtype not in KERNEL_DTYPES:
+            return False
+    return has_kernels(x.device, name, feature)
 
 
 def cast(g: Tensor, x: Tensor) -> Tensor:

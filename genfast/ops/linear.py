@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 
 from genfast._native import _C, VECTOR_BITS
 from genfast.ops import _check
@@ -20,6 +19,7 @@ from genfast.ops._road import (
     DIRECT,
     GRAD,
     SLOW,
+    Node,
     cpu_gate,
     differentiable_backward,
     is_compiling,
@@ -86,7 +86,7 @@ def weight_gradient(
     return g.t() @ x if of_weight else None, g.sum(0) if of_bias else None
 
 
-class _Linear(Function):
+class _Linear(Node):
     @staticmethod
     def forward(ctx, x, weight, bias, relu):
         y = _forward(x, weight, bias, relu)

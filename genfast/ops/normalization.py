@@ -12,7 +12,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from genfast.ops import _check, _road
 from genfast.ops._backend import kernels, norm_feature, under
@@ -21,6 +20,7 @@ from genfast.ops._force import forced_reference, may_compose
 from genfast.ops._road import (
     DIRECT,
     GRAD,
+    Node,
     define,
     differentiable_backward,
     is_compiling,
@@ -33,7 +33,6 @@ from genfast.reference.normalization import ACTIVATIONS
 
 _CODES = {name: i for i, name in enumerate(ACTIVATIONS)}  # the native enum
 _NAMES = tuple(ACTIVATIONS)
-_LINEAR = _CODES["linear"]
 
 # Tensors x, weight, bias, scale, shift, add, gate; then groups (0: the last dimension's), rms, act,
 # eps.
@@ -66,14 +65,11 @@ def _native(x, *rest):
     return None
 
 
-def _sums(x, wants, groups):
+def _sums(of_channels, wants):
     """Memory of the gradients of weight, bias, scale and shift, fp32; None where none is wanted."""
-    C, kind = x.shape[1 if groups else -1], {"dtype": torch.float32, "device": x.device}
-    of_weight, of_bias, *of_samples = wants
     return [
-        torch.empty(C, **kind) if of_weight else None,
-        torch.empty(C, **kind) if of_bias else None,
-        *(torch.empty((len(x), C), **kind) if wanted else None for wanted in of_samples),
+        torch.empty_like(t, dtype=torch.float32) if wanted else None
+        for t, wanted in zip(of_channels, wants, strict=True)
     ]
 
 
@@ -81,7 +77,7 @@ def _of_gated(add, gate):
     """Memory of the gradients of a gated term, None of one without: of add, of gate in fp32."""
     if gate is None:
         return None, None
-    return torch.empty_like(add), torch.empty(gate.shape, dtype=torch.float32, device=gate.device)
+    return torch.empty_like(add), torch.empty_like(gate, dtype=torch.float32)
 
 
 def _ran(took: bool) -> None:
@@ -91,7 +87,7 @@ def _ran(took: bool) -> None:
 
 def _native_backward(g, g_sum, statistics, x, *rest, wants):
     dx, gated = torch.empty_like(x), _of_gated(*rest[4:6])
-    sums = _sums(x, wants, rest[6])
+    sums = _sums(rest[:4], wants)
     g, g_sum = like(g, x), None if g_sum is None else like(g_sum, x)
     _ran(kernels.normalize_backward(g, g_sum, dx, *sums, *gated, statistics, x, *rest))
     return dx, *sums, *gated
@@ -165,11 +161,11 @@ def _gradients(ctx, g, g_sum, first_order):
     dx, *others, d_add, d_gate = found
     if needs[5] and tensors[6] is None:
         d_add = dx
-    found = (
+    found = [
         None if d is None or not need else d if t is None else cast(d, t)
         for d, t, need in zip((dx, *others, d_add, d_gate), tensors, needs, strict=True)
-    )
-    return *found, *[None] * 4
+    ]
+    return *found, None, None, None, None
 
 
 def _backward_impl(g, g_sum, statistics, *inputs):
@@ -187,7 +183,7 @@ def _backward_impl(g, g_sum, statistics, *inputs):
 
 
 def _backward_fake(g, g_sum, statistics, x, *inputs):
-    found = *_sums(x, [t is not None for t in inputs[:4]], inputs[6]), *_of_gated(*inputs[4:6])
+    found = *_sums(inputs[:4], [t is not None for t in inputs[:4]]), *_of_gated(*inputs[4:6])
     empty = partial(g.new_empty, 0, dtype=torch.float32)
     return torch.empty_like(x), *(empty() if d is None else d for d in found)
 
@@ -244,7 +240,7 @@ _op = define(
 )
 
 
-class _Normalize(Function):
+class _Normalize(Node):
     @staticmethod
     def forward(ctx, *inputs):
         found = _native(*inputs)
@@ -260,14 +256,13 @@ class _Normalize(Function):
         return _gradients(ctx, g, g_sum, _native_backward)
 
 
-class _PlainNormalize(Function):
-    """The GRAD road of a layer or RMS norm with its affine alone: on Zen 4 a call and its gradient
-    cost the host 84 us by the general one's lists, 74 by these lines, 38 by PyTorch's node."""
+class _NormalizeAffine(Node):
+    """The same without a condition and a sum: in a small call the host's part is what counts."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, rms, eps):
-        y, statistics = torch.empty_like(x), _statistics(x, 0, rms)
-        ctx.rest = None, None, None, None, 0, rms, _LINEAR, eps
+    def forward(ctx, x, weight, bias, groups, rms, act, eps):
+        y, statistics = torch.empty_like(x), _statistics(x, groups, rms)
+        ctx.rest = None, None, None, None, groups, rms, act, eps
         if not kernels.normalize(y, statistics, None, x, weight, bias, *ctx.rest):
             raise TypeError("genfast: the kernel does not take these tensors")
         ctx.save_for_backward(x, weight, bias, statistics)
@@ -276,21 +271,22 @@ class _PlainNormalize(Function):
     @staticmethod
     def backward(ctx, g):
         x, weight, bias, statistics = ctx.saved_tensors
-        needs = of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
+        of_x, of_weight, of_bias, *_ = ctx.needs_input_grad
         if wants_graph() or not plain(g):
-            found = _by_reference((x, weight, bias, *[None] * 4), ctx.rest[4:], g, None)
-            return *(d if need else None for d, need in zip(found, needs, strict=False)), None, None
-        dx, dw, db = torch.empty_like(x), None, None
-        if of_weight:
-            dw = torch.empty_like(weight, dtype=torch.float32)
-        if of_bias:
-            db = torch.empty_like(bias, dtype=torch.float32)
-        _ran(kernels.normalize_backward(
-            like(g, x), None, dx, dw, db, None, None, None, None, statistics, x, weight, bias,
-            *ctx.rest,
-        ))  # fmt: skip
-        dw = dw if dw is None else cast(dw, weight)
-        return dx if of_x else None, dw, db if db is None else cast(db, bias), None, None
+            tensors = x, weight, bias, None, None, None, None
+            dx, dw, db, *_ = _by_reference(tensors, ctx.rest[4:], g, None)
+        else:
+            dx = torch.empty_like(x)
+            dw = torch.empty_like(weight, dtype=torch.float32) if of_weight else None
+            db = torch.empty_like(bias, dtype=torch.float32) if of_bias else None
+            _ran(kernels.normalize_backward(
+                like(g, x), None, dx, dw, db, None, None, None, None, statistics, x, weight, bias,
+                *ctx.rest,
+            ))  # fmt: skip
+        return (
+            dx if of_x else None, cast(dw, weight) if of_weight else None,
+            cast(db, bias) if of_bias else None, None, None, None, None,
+        )  # fmt: skip
 
 
 # ---- the road ----------------------------------------------------------------------------------
@@ -299,18 +295,17 @@ class _PlainNormalize(Function):
 def _norm(x, weight, bias, scale, shift, groups, rms, act, eps, add=None, gate=None):
     if not is_compiling():
         try:
-            tensors = (x, weight, bias, scale, shift, add, gate)
-            road = _road.gate(*tensors)
+            road = _road.gate(x, weight, bias, scale, shift, add, gate)
             if road and type(eps) is float:
-                args = (*tensors, groups, rms, _CODES[act], eps)
+                code = _CODES[act]
+                args = (x, weight, bias, scale, shift, add, gate, groups, rms, code, eps)
                 if road == DIRECT:
                     y, total = torch.empty_like(x), None if add is None else torch.empty_like(x)
                     if kernels.normalize(y, None, total, *args):
                         return y if add is None else (total, y)
-                feature = _feature(*args)
-                if road == GRAD and on_kernel("normalize", *tensors, feature=feature):
-                    if feature == "plain normalize" and gate is None and not groups:
-                        return _PlainNormalize.apply(x, weight, bias, rms, eps)
+                elif x.is_cpu or on_kernel("normalize", *args[:7], feature=_feature(*args)):
+                    if scale is shift is add is gate is None:
+                        return _NormalizeAffine.apply(x, weight, bias, groups, rms, code, eps)
                     return _Normalize.apply(*args)
         except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError):
             pass  # the checks below name the argument

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.nn.functional import pad
 
 from genfast.ops import _check, _noise
@@ -24,6 +23,7 @@ from genfast.ops._road import (
     DIRECT,
     GRAD,
     KERNEL_DTYPES,
+    Node,
     define,
     differentiable_backward,
     gate,
@@ -335,7 +335,7 @@ _op = define(
 )
 
 
-class _Attention(Function):
+class _Attention(Node):
     """The GRAD road: kernel forward, kernel backward; differentiable backward on request."""
 
     @staticmethod
@@ -352,7 +352,7 @@ class _Attention(Function):
         return _gradients(ctx, dout, dlse, _backward)
 
 
-class _PlainAttention(Function):
+class _PlainAttention(Node):
     """The GRAD road of a call without options but a mask that wants no gradient: of a short one,
     _Attention's 13 arguments and its second output are a fifth (100 of 480 us at 64 x 4 heads of 16
     queries)."""

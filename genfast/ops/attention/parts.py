@@ -11,10 +11,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from genfast.ops._force import forced_reference
-from genfast.ops._road import GRAD, cpu_gate, is_compiling, wants_graph
+from genfast.ops._road import GRAD, Node, cpu_gate, is_compiling, wants_graph
 
 
 def _views(x: Tensor, heads: Sequence[int]) -> tuple[Tensor, ...]:
@@ -46,7 +45,7 @@ def empty_like_parts(*parts: Tensor) -> tuple[Tensor, ...]:
     return _views(parts[0].new_empty(B, S, sum(heads), D), heads)
 
 
-class _Apart(Function):
+class _Apart(Node):
     @staticmethod
     def forward(ctx, x, heads):
         ctx.heads, ctx.shape = heads, x.shape

@@ -12,13 +12,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 
 from genfast._native import VECTOR_BITS
 from genfast.ops._backend import kernels
 from genfast.ops._road import (
     DIRECT,
     SLOW,
+    Node,
     cpu_gate,
     differentiable_backward,
     is_compiling,
@@ -89,7 +89,7 @@ def _native(x, weight, bias, term, projection, enlarged) -> Tensor | None:
     return y if kernels.conv2d(y, x, weight, bias, term, projection, enlarged, False) else None
 
 
-class _Convolve(Function):
+class _Convolve(Node):
     @staticmethod
     def forward(ctx, *inputs):
         y = _native(*inputs)

@@ -10,7 +10,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from genfast.ops import _check, _noise
 from genfast.ops._backend import kernels, under
@@ -18,6 +17,7 @@ from genfast.ops._force import forced_reference, may_compose
 from genfast.ops._road import (
     DIRECT,
     GRAD,
+    Node,
     define,
     differentiable_backward,
     gate,
@@ -109,7 +109,7 @@ _op = define(
 )
 
 
-class _Mix(Function):
+class _Mix(Node):
     @staticmethod
     def forward(ctx, *args):
         _save(ctx, args, None)

@@ -8,7 +8,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from genfast.ops import _check, _noise
 from genfast.ops._backend import kernels, under
@@ -16,6 +15,7 @@ from genfast.ops._force import forced_reference, may_compose
 from genfast.ops._road import (
     DIRECT,
     GRAD,
+    Node,
     define,
     differentiable_backward,
     gate,
@@ -168,7 +168,7 @@ def _op_backward(ctx, g_total, g_each):
 _op = define(f"denoising_loss({_SCHEMA}) -> (Tensor, Tensor)", _impl, _fake, _op_backward, _save)
 
 
-class _Loss(Function):
+class _Loss(Node):
     @staticmethod
     def forward(ctx, *args):
         _save(ctx, args, None)

@@ -10,7 +10,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from genfast.ops import _check, _noise
 from genfast.ops._backend import kernels, under
@@ -18,6 +17,7 @@ from genfast.ops._force import forced_reference, may_compose
 from genfast.ops._road import (
     DIRECT,
     GRAD,
+    Node,
     define,
     differentiable_backward,
     gate,
@@ -250,7 +250,7 @@ def _op_backward(ctx, *grads):
 _op = define(f"diffusion_step({_SCHEMA}) -> (Tensor, Tensor, Tensor)", _impl, _fake, _op_backward, _save)  # noqa: E501  # fmt: skip
 
 
-class _Step(Function):
+class _Step(Node):
     """The GRAD road: kernel forward, kernel backward; differentiable backward on request."""
 
     @staticmethod

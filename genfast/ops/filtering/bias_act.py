@@ -13,7 +13,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from genfast.ops import _check, _noise
 from genfast.ops._backend import kernels, under
@@ -22,6 +21,7 @@ from genfast.ops._force import forced_reference, may_compose
 from genfast.ops._road import (
     DIRECT,
     GRAD,
+    Node,
     define,
     differentiable_backward,
     gate,
@@ -123,7 +123,7 @@ def _composite_of(seeds, rest, places, *tensors):
 # ---- gradients ---------------------------------------------------------------------------------
 
 
-class _Slope(Function):
+class _Slope(Node):
     """grad -> dz at a fixed y: linear in grad, so its backward is itself."""
 
     @staticmethod
@@ -280,7 +280,7 @@ _op = define(
 )
 
 
-class _BiasAct(Function):
+class _BiasAct(Node):
     @staticmethod
     def forward(ctx, x, b, noise, strength, seeds, *rest):
         y = _native(x, b, noise, strength, seeds, *rest)
@@ -395,7 +395,9 @@ def bias_act(
                     y = _native(*args)
                     if y is not None:
                         return y
-                elif on_kernel("bias_act", x, b) and (s is None or s.dtype == torch.float32):
+                elif (x.is_cpu or on_kernel("bias_act", x, b)) and (
+                    s is None or s.dtype == torch.float32
+                ):
                     return _BiasAct.apply(*args)
         except (TypeError, ValueError, RuntimeError, AttributeError):
             pass  # the checks below name the argument

@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 
 from genfast.ops import _check
 from genfast.ops._backend import kernels
@@ -19,6 +18,7 @@ from genfast.ops._force import forced_reference
 from genfast.ops._road import (
     DIRECT,
     KERNEL_DTYPES,
+    Node,
     cpu_gate,
     differentiable_backward,
     is_compiling,
@@ -50,7 +50,7 @@ def _slope(g: Tensor, h: Tensor, b: Tensor | None, act: str, db: Tensor | None) 
     return g
 
 
-class _FeedForward(Function):
+class _FeedForward(Node):
     @staticmethod
     def forward(ctx, x, w1, b1, w2, b2, act):
         h = product(rows_of(x), w1)

@@ -9,7 +9,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from genfast.ops import _check
 from genfast.ops._backend import kernels, under
@@ -18,6 +17,7 @@ from genfast.ops._force import forced_reference, may_compose
 from genfast.ops._road import (
     DIRECT,
     GRAD,
+    Node,
     define,
     differentiable_backward,
     gate,
@@ -95,7 +95,7 @@ _op = define(
 )
 
 
-class _GatedAct(Function):
+class _GatedAct(Node):
     @staticmethod
     def forward(ctx, x, act):
         y = _native(x, act)
@@ -130,7 +130,7 @@ def gated_act(x: Tensor, act: str = "sigmoid", *, backend: str | None = None) ->
                 y = _native(x, _CODES[act])
                 if y is not None:
                     return y
-            elif road == GRAD and x.is_contiguous() and on_kernel("gated_act", x):
+            elif road == GRAD and x.is_contiguous() and (x.is_cpu or on_kernel("gated_act", x)):
                 return _GatedAct.apply(x, _CODES[act])
         except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError):
             pass  # the checks below name the argument

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from genfast.ops import _check
 from genfast.ops._backend import kernels, under
@@ -19,6 +18,7 @@ from genfast.ops._force import forced_reference, may_compose
 from genfast.ops._road import (
     DIRECT,
     GRAD,
+    Node,
     define,
     gate,
     is_compiling,
@@ -128,7 +128,7 @@ _op = define(
 )
 
 
-class _Upfirdn(Function):
+class _Upfirdn(Node):
     @staticmethod
     def forward(ctx, x, f, *rest):
         y = _native(x, f, *rest)
@@ -231,7 +231,7 @@ def upfirdn2d(
                 y = _native(*args)
                 if y is not None:
                     return y
-            elif road == GRAD and not f.requires_grad and on_kernel("upfirdn2d", x):
+            elif road == GRAD and not f.requires_grad and (x.is_cpu or on_kernel("upfirdn2d", x)):
                 return _Upfirdn.apply(*args)
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
             pass  # the checks below name the argument

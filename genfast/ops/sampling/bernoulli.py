@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from genfast.ops import _check
 from genfast.ops._backend import kernels, under
@@ -13,6 +12,7 @@ from genfast.ops._force import forced_reference, may_compose
 from genfast.ops._road import (
     DIRECT,
     GRAD,
+    Node,
     define,
     differentiable_backward,
     gate,
@@ -95,7 +95,7 @@ _op = define(
 )
 
 
-class _BernoulliNll(Function):
+class _BernoulliNll(Node):
     @staticmethod
     def forward(ctx, logits, x):
         nll = _native(logits, x)
@@ -127,7 +127,11 @@ def bernoulli_nll(logits: Tensor, x: Tensor, *, backend: str | None = None) -> T
                 nll = _native(logits, x)
                 if nll is not None:
                     return nll
-            elif road == GRAD and logits.shape == x.shape and on_kernel("bernoulli_nll", logits, x):
+            elif (
+                road == GRAD
+                and logits.shape == x.shape
+                and (x.is_cpu or on_kernel("bernoulli_nll", logits, x))
+            ):
                 return _BernoulliNll.apply(logits, x)
         except (TypeError, ValueError, RuntimeError, AttributeError):
             pass  # the checks below name the argument

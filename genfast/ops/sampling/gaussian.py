@@ -10,7 +10,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from genfast.ops import _check, _noise
 from genfast.ops._backend import has_kernels, kernels, under
@@ -19,6 +18,7 @@ from genfast.ops._road import (
     DIRECT,
     GRAD,
     KERNEL_DTYPES,
+    Node,
     define,
     differentiable_backward,
     gate,
@@ -225,7 +225,7 @@ _op = define(
 )
 
 
-class _Reparameterize(Function):
+class _Reparameterize(Node):
     """The GRAD road: kernel forward, kernel backward; differentiable backward on request."""
 
     @staticmethod
@@ -264,7 +264,7 @@ def _sample(mu, logvar, seed, stream, offset, generator, transform, side, reduct
                 and logvar.dtype in KERNEL_DTYPES
                 and mu.shape == logvar.shape
                 and mu.device == logvar.device
-                and has_kernels(mu.device)
+                and (mu.is_cpu or has_kernels(mu.device))
                 and (seeds is None or seeds.numel() == 1 or seeds.shape == mu.shape[:1])
                 and offset >= 0
             ):

@@ -9,7 +9,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from genfast.ops import _check, _noise
 from genfast.ops._backend import has_kernels, kernels, under
@@ -17,6 +16,7 @@ from genfast.ops._force import forced_reference, may_compose
 from genfast.ops._road import (
     DIRECT,
     KERNEL_DTYPES,
+    Node,
     define,
     differentiable_backward,
     gate,
@@ -142,7 +142,7 @@ def _register(name: str):
         op_save,
     )
 
-    class Road(Function):
+    class Road(Node):
         @staticmethod
         def forward(ctx, logits, tau, *rest):
             y = _native(name, logits, tau, *rest)
