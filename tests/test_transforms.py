@@ -154,6 +154,36 @@ def test_no_grad_and_inference_mode_agree():
 # ---- functorch --------------------------------------------------------------------------------
 
 
+OUTLIVING = {
+    **SMOOTH,
+    "layer_norm": lambda x, y, **_: genfast.layer_norm(x, y[0]),
+    "layer_norm of a sum": lambda x, y, **_: genfast.layer_norm(x, add=y)[1],
+    "bias_act": lambda x, y, **_: genfast.bias_act(x, y[0], act="lrelu"),
+    "gated_act": lambda x, y, **_: genfast.gated_act(torch.cat((x, y), 1)),
+    "bernoulli_nll": lambda x, y, **_: genfast.bernoulli_nll(x, y),
+    "attention": lambda x, y, **_: genfast.attention(*[t[None, None] for t in (x, y, x)]),
+    "linear": lambda x, y, **_: genfast.linear(x, y),
+}
+
+
+@pytest.mark.parametrize("name", OUTLIVING)
+def test_a_tensor_that_outlived_its_transform(name):
+    """It is of type Tensor and has no memory of its own."""
+    kept = []
+
+    def keep(t):
+        kept.append(t)
+        return t.sum()
+
+    x, y = inputs()
+    torch.func.grad(keep)(x)
+    found, expected = (
+        torch.autograd.grad(OUTLIVING[name](t, leaf, seed=3).sum(), leaf)[0]
+        for t, leaf in zip((kept[0], x), leaves(y, y), strict=True)
+    )
+    close(found, expected)
+
+
 @every
 def test_function_transforms(name):
     f = SMOOTH[name]

@@ -305,8 +305,8 @@ def _norm(x, weight, bias, scale, shift, groups, rms, act, eps, add=None, gate=N
                         return y if add is None else (total, y)
                 elif x.is_cpu or on_kernel("normalize", *args[:7], feature=_feature(*args)):
                     if scale is shift is add is gate is None:
-                        return _NormalizeAffine.apply(x, weight, bias, groups, rms, code, eps)
-                    return _Normalize.apply(*args)
+                        return _NormalizeAffine.quick(x, weight, bias, groups, rms, code, eps)
+                    return _Normalize.quick(*args)
         except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError):
             pass  # the checks below name the argument
     return _slow(x, weight, bias, scale, shift, groups, rms, act, eps, add, gate)

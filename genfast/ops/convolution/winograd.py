@@ -160,7 +160,7 @@ def convolved(x, weight, bias=None, term=None, projection=None, enlarged=False) 
         road = cpu_gate(x, weight, bias, term, projection)
         if road == SLOW or not takes(x, weight, enlarged, term is None):
             return None
-        call = _native if road == DIRECT else _Convolve.apply
+        call = _native if road == DIRECT else _Convolve.quick
         return call(x, weight, bias, term, projection, enlarged)
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
         return None  # PyTorch names the argument

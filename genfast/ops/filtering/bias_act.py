@@ -398,7 +398,7 @@ def bias_act(
                 elif (x.is_cpu or on_kernel("bias_act", x, b)) and (
                     s is None or s.dtype == torch.float32
                 ):
-                    return _BiasAct.apply(*args)
+                    return _BiasAct.quick(*args)
         except (TypeError, ValueError, RuntimeError, AttributeError):
             pass  # the checks below name the argument
     return _slow(x, b, noise, strength, seed, stream, offset, generator, dim, act, *numbers)

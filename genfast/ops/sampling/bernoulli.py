@@ -132,7 +132,7 @@ def bernoulli_nll(logits: Tensor, x: Tensor, *, backend: str | None = None) -> T
                 and logits.shape == x.shape
                 and (x.is_cpu or on_kernel("bernoulli_nll", logits, x))
             ):
-                return _BernoulliNll.apply(logits, x)
+                return _BernoulliNll.quick(logits, x)
         except (TypeError, ValueError, RuntimeError, AttributeError):
             pass  # the checks below name the argument
     _check.tensor("logits", logits)
