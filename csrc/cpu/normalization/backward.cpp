@@ -83,15 +83,6 @@ void of_parameters(const Call& call, int64_t samples, int64_t parts, const doubl
   });
 }
 
-// total += sums, which start again.
-void flush(float* sums, int64_t n, double* total) {
-  for (int64_t i = 0; i < n; ++i) total[i] += sums[i];
-  std::fill(sums, sums + n, 0.0f);
-}
-
-// Rows summed in fp32 before the sums in fp64 take them.
-constexpr int64_t kRowsSummed = 32;
-
 // Layer and RMS norm. summed: x was a sum. With an activation dz of a row waits in L1 for the row's
 // two means, else it is made again.
 template <class Act, bool summed>
@@ -185,7 +176,7 @@ void each_row(const Call& call) {
         wanted ? pass(r, std::true_type{}) : pass(r, std::false_type{});
       call.dx.write(first * C, rows * C, target);
       if (gated) call.d_add.write(first * C, rows * C, d_adds);
-      if ((unflushed += rows) < kRowsSummed) return;
+      if ((unflushed += rows) < kRowsInFloat) return;
       flush_all();
       unflushed = 0;
     });
@@ -206,7 +197,7 @@ void each_row(const Call& call) {
 // sums.
 struct OfGroup {
   double of_dz = 0, of_dzh = 0;  // the sums of a dz and a dz h
-  void add(float a, double s1, double s2) { of_dz += a * s1, of_dzh += a * s2; }
+  void add(double s1, double s2) { of_dz += s1, of_dzh += s2; }
   float u(float rstd, double count) const {
     return static_cast<float>(-of_dzh / count * rstd * rstd);
   }
@@ -214,93 +205,95 @@ struct OfGroup {
 };
 
 // Group norm, channels outside.
-template <class Act>
+template <class Act, class E>
 void each_run(const Call& call) {
+  using T = typename E::type;
   const NormalizeParams& p = call.p;
-  const int64_t G = p.groups, C = p.planes.channels, width = C / G, inner = p.planes.inner;
-  const int64_t run = width * inner, groups = p.planes.outer * G;
-  const int64_t per_task = std::max<int64_t>(1, 4 * kBlock / std::max<int64_t>(1, run));
-  const bool kept = call.dx.direct() && !std::is_same_v<Act, NoActivation>;
+  const Runs cut(p);
+  const int64_t C = cut.channels;
+  const int64_t step = E::value ? cut.inner : std::min(cut.inner, kBlock);
+  constexpr bool kept = std::is_same_v<E, InPlace<float>> && !std::is_same_v<Act, NoActivation>;
   const Held<double> sums(p.planes.outer * 2 * C);
-  parallel_for((groups + per_task - 1) / per_task, threads_for(p), [&](int64_t task) {
-    Sample sample(C);
-    const Floats held = call.x.buffer(kBlock), given = buffer_of_both(call, kBlock);
-    for (int64_t g = task * per_task; g < std::min(groups, (task + 1) * per_task); ++g) {
-      const int64_t n = g / G, first_channel = g % G * width;
-      double *s1 = sums + n * 2 * C, *s2 = s1 + C;
-      sample.load(call.affine, n);
-      const float mean = call.mean(g), rstd = call.rstd(g);
-      // body(i, lanes, dz, x - mean, dx) for the vectors of one channel
-      const auto channel = [&](int64_t c, bool again, auto&& body) {
-        const float k = rstd * sample.a[c], b = sample.b[c];
-        for (int64_t at = 0; at < inner; at += kBlock) {
-          const int64_t first = (n * C + c) * inner + at, count = std::min(kBlock, inner - at);
-          const float* q = call.x.read(first, count, held);
-          float* dx = call.dx.target(first, given);
-          const float* d = again && kept ? dx : call.grad.read(first, count, given);
-          const auto run = [&](auto ready) {
-            body(count, dx, [=](int64_t i, auto lanes) {
-              const f32v from = take(q + i, lanes, mean) - mean, g = take(d + i, lanes);
-              if constexpr (decltype(ready)::value) return f32p{g, from};
-              return f32p{times_slope<Act>(g, [&] { return from * k + b; }), from};
-            });
-          };
-          again&& kept ? run(std::true_type{}) : run(std::false_type{});
-          if (again) call.dx.write(first, count, dx);
-        }
-      };
-      OfGroup group;
-      for (int64_t c = first_channel; c < first_channel + width; ++c) {
-        s1[c] = s2[c] = 0;
-        channel(c, false, [&](int64_t count, float* dx, auto&& vectors) {
-          const f32p found = vector_sum<f32p>(count, [&](int64_t i, auto lanes) {
-            const f32p v = vectors(i, lanes);
-            if (kept) put(dx + i, v.a, lanes);
-            return f32p{v.a, v.a * v.b};
-          });
-          s1[c] += horizontal_sum(found.a);
-          s2[c] += static_cast<double>(horizontal_sum(found.b)) * rstd;
+  struct Scratch {
+    Floats a, b, scale, held, given;
+  };
+  const auto make = [&] {
+    const int64_t buffer = E::value ? 0 : kBlock;
+    return Scratch{Floats(cut.width), Floats(cut.width), Floats(cut.width), Floats(buffer),
+                   Floats(buffer)};
+  };
+  cut.each(threads_for(p), make, [&](int64_t g, int64_t n, int64_t channel, Scratch& of) {
+    double *s1 = sums + n * 2 * C + channel, *s2 = s1 + C;
+    call.affine.of(n, channel, cut.width, of.a, of.b, of.scale);
+    const float mean = call.mean(g), rstd = call.rstd(g);
+    // body(count, dx, vectors), where vectors(i, lanes) is dz and x - mean, for a channel
+    const auto each = [&](int64_t c, auto again, auto&& body) {
+      constexpr bool ready = kept && decltype(again)::value;
+      const float k = rstd * of.a[c], b = of.b[c];
+      for (int64_t at = 0; at < cut.inner; at += step) {
+        const int64_t first = g * cut.run + c * cut.inner + at;
+        const int64_t count = std::min(step, cut.inner - at);
+        const T* q = source<E>(call.x, first, count, of.held);
+        T* dx = target<E>(call.dx, first, of.given);
+        const T* d = ready ? dx : source<E>(call.grad, first, count, of.given);
+        body(count, dx, [=](int64_t i, auto lanes) {
+          const f32v from = take(q + i, lanes, mean) - mean, g = take(d + i, lanes);
+          if constexpr (ready) return f32p{g, from};
+          return f32p{times_slope<Act>(g, [&] { return from * k + b; }), from};
         });
-        group.add(sample.a[c], s1[c], s2[c]);
+        if (again) finish<E>(call.dx, first, count, dx);
       }
-      const float u = group.u(rstd, static_cast<double>(run));
-      const float v = group.v(rstd, static_cast<double>(run));
-      for (int64_t c = first_channel; c < first_channel + width; ++c)
-        channel(c, true, [&](int64_t count, float* dx, auto&& vectors) {
-          const float k = rstd * sample.a[c];
-          over(count, [&](int64_t i, auto lanes) {
-            const f32p of = vectors(i, lanes);
-            put(dx + i, of.a * k + (of.b * u + v), lanes);
-          });
+    };
+    OfGroup group;
+    for (int64_t c = 0; c < cut.width; ++c) {
+      double sum = 0, sum_h = 0;
+      each(c, std::false_type{}, [&](int64_t count, T* dx, auto&& vectors) {
+        const f32p found = vector_sum<f32p>(count, [&](int64_t i, auto lanes) {
+          const f32p v = vectors(i, lanes);
+          if constexpr (kept) put(dx + i, v.a, lanes);
+          return f32p{v.a, v.a * v.b};
         });
+        sum += horizontal_sum(found.a), sum_h += horizontal_sum(found.b);
+      });
+      sum_h *= rstd;
+      s1[c] = sum, s2[c] = sum_h;
+      group.add(of.a[c] * sum, of.a[c] * sum_h);
     }
+    const float u = group.u(rstd, static_cast<double>(cut.run));
+    const float v = group.v(rstd, static_cast<double>(cut.run));
+    for (int64_t c = 0; c < cut.width; ++c)
+      each(c, std::true_type{}, [&](int64_t count, T* dx, auto&& vectors) {
+        const float k = rstd * of.a[c];
+        over(count, [=](int64_t i, auto lanes) {
+          const f32p of = vectors(i, lanes);
+          put(dx + i, of.a * k + (of.b * u + v), lanes);
+        });
+      });
   });
   if (call.sums()) of_parameters(call, p.planes.outer, 1, sums);
 }
 
 // Group norm, channels inside.
-template <class Act>
+template <class Act, class E>
 void each_column(const Call& call) {
+  using T = typename E::type;
   const NormalizeParams& p = call.p;
   const Rows cut(p, true);
   const int64_t C = cut.channels, G = p.groups, width = C / G;
+  const int64_t summed = E::value ? std::max(kRowsSummed, 512 / C) : cut.per_block;
+  const int64_t applied = E::value ? rows_applied(p.x.numel) : cut.per_block;
   const double count = static_cast<double>(width) * cut.rows;
-  const bool kept = call.dx.direct() && !std::is_same_v<Act, NoActivation>;
-  const bool large = cut.parts > 1;  // as in the forward
+  constexpr bool kept = std::is_same_v<E, InPlace<float>> && !std::is_same_v<Act, NoActivation>;
   const Held<double> sums(cut.units() * 2 * C);
+  const Held<OfGroup> of_units(cut.units() * G);
   struct Scratch {  // k = rstd a
     Sample sample;
-    Floats mean, rstd, k, u, v, held, given;
+    Floats mean, rstd, k, u, v, s1, s2, held, given;
   };
   const auto make = [&] {
-    return Scratch{Sample(C),
-                   Floats(C),
-                   Floats(C),
-                   Floats(C),
-                   Floats(C),
-                   Floats(C),
-                   call.x.buffer(cut.buffer()),
-                   buffer_of_both(call, cut.buffer())};
+    const int64_t buffer = E::value ? 0 : cut.buffer();
+    return Scratch{Sample(C), Floats(C), Floats(C), Floats(C),      Floats(C),
+                   Floats(C), Floats(C), Floats(C), Floats(buffer), Floats(buffer)};
   };
   const auto load_sample = [&](int64_t n, Scratch& of) {
     if (of.sample.of == n) return;
@@ -313,40 +306,46 @@ void each_column(const Call& call) {
   };
   const auto slopes = [&](int64_t unit, Scratch& of) {
     load_sample(cut.sample(unit), of);
+    float *s1 = of.s1, *s2 = of.s2;
     double* own = sums + unit * 2 * C;
     std::fill_n(own, 2 * C, 0.0);
-    cut.blocks(unit, [&](int64_t first, int64_t rows) {
-      const float* q = call.x.read(first * C, rows * C, of.held);
-      const float* g = call.grad.read(first * C, rows * C, of.given);
-      float* dx = call.dx.target(first * C, of.given);
-      const int64_t end = (first + rows) * C;
-      const Ahead next_x(call.x, end), next_g(call.grad, end), next_dx(call.dx, end);
-      add_columns<f32p>(rows, C, own, [&](int64_t c, auto lanes) {
+    int64_t unflushed = 0;
+    cut.blocks(unit, summed, [&](int64_t first, int64_t rows) {
+      const T* q = source<E>(call.x, first * C, rows * C, of.held);
+      const T* g = source<E>(call.grad, first * C, rows * C, of.given);
+      T* dx = target<E>(call.dx, first * C, of.given);
+      add_columns(rows, C, s1, s2, [&](int64_t c, auto lanes) {
         const f32v m = load(of.mean + c), k = load(of.k + c), b = load(of.sample.b + c);
         return [=](int64_t r) {
           const int64_t i = r * C + c;
-          if (large) {
-            next_x.read(i), next_g.read(i);
-            if (kept) next_dx.write(i);
-          }
           const f32v from = take(q + i, lanes) - m;
           const f32v d = times_slope<Act>(take(g + i, lanes), [&] { return from * k + b; });
           if (kept) put(dx + i, d, lanes);
           return f32p{d, d * from};
         };
       });
+      if ((unflushed += rows) < kRowsInFloat) return;
+      flush(s1, C, own), flush(s2, C, own + C);
+      unflushed = 0;
     });
+    flush(s1, C, own), flush(s2, C, own + C);
     for (int64_t c = 0; c < C; ++c) own[C + c] *= of.rstd[c];
+    for (int64_t g = 0; g < G; ++g) {
+      const float* a = of.sample.a + g * width;
+      const double *sum = own + g * width, *sum_h = sum + C;
+      of_units[unit * G + g] = {sum_of(width, [=](int64_t i) { return a[i] * sum[i]; }),
+                                sum_of(width, [=](int64_t i) { return a[i] * sum_h[i]; })};
+    }
   };
   // Once a sample, as in the forward.
   const Held<OfGroup> found(p.planes.outer * G);
-  const auto conclude = [&](int64_t n, Scratch& of) {
-    load_sample(n, of);
-    std::fill_n(found + n * G, G, OfGroup{});
-    for (int64_t u = n * cut.parts; u < (n + 1) * cut.parts; ++u)
-      for (int64_t c = 0, g = n * G; c < C; c += width, ++g)
-        for (int64_t i = c; i < c + width; ++i)
-          found[g].add(of.sample.a[i], sums[u * 2 * C + i], sums[u * 2 * C + C + i]);
+  const auto conclude = [&](int64_t n) {
+    for (int64_t g = 0; g < G; ++g) {
+      OfGroup all;
+      for (int64_t u = n * cut.parts; u < (n + 1) * cut.parts; ++u)
+        all.add(of_units[u * G + g].of_dz, of_units[u * G + g].of_dzh);
+      found[n * G + g] = all;
+    }
   };
   const auto apply = [&](int64_t unit, Scratch& of) {
     const int64_t n = cut.sample(unit);
@@ -355,45 +354,25 @@ void each_column(const Call& call) {
       std::fill_n(of.u + c, width, found[g].u(of.rstd[c], count));
       std::fill_n(of.v + c, width, found[g].v(of.rstd[c], count));
     }
-    cut.blocks(unit, [&](int64_t first, int64_t rows) {
-      const float* q = call.x.read(first * C, rows * C, of.held);
-      float* dx = call.dx.target(first * C, of.given);
-      const float* d = kept ? dx : call.grad.read(first * C, rows * C, of.given);
-      const Ahead next_x(call.x, (first + rows) * C);
-      const Ahead next_d(kept ? call.dx : call.grad, (first + rows) * C);
+    cut.blocks(unit, applied, [&](int64_t first, int64_t rows) {
+      const T* q = source<E>(call.x, first * C, rows * C, of.held);
+      T* dx = target<E>(call.dx, first * C, of.given);
+      const T* d = kept ? dx : source<E>(call.grad, first * C, rows * C, of.given);
       const int64_t step = C, end = rows * C;  // by reference, each store could have changed them
-      const auto pass = [&](auto ready) {
-        over(C, [&, step, end, next_x, next_d](int64_t c, auto lanes) {
-          const f32v m = load(of.mean + c), k = load(of.k + c), b = load(of.sample.b + c);
-          const f32v u = load(of.u + c), v = load(of.v + c);
-          for (int64_t i = c; i < end; i += step) {
-            if (large) next_x.read(i), next_d.read(i);
-            const f32v from = take(q + i, lanes) - m;
-            f32v dz = take(d + i, lanes);
-            if constexpr (!decltype(ready)::value)
-              dz = times_slope<Act>(dz, [&] { return from * k + b; });
-            put(dx + i, dz * k + (from * u + v), lanes);
-          }
-        });
-      };
-      kept ? pass(std::true_type{}) : pass(std::false_type{});
-      call.dx.write(first * C, rows * C, dx);
+      over(C, [&, step, end](int64_t c, auto lanes) {
+        const f32v m = load(of.mean + c), k = load(of.k + c), b = load(of.sample.b + c);
+        const f32v u = load(of.u + c), v = load(of.v + c);
+        for (int64_t i = c; i < end; i += step) {
+          const f32v from = take(q + i, lanes) - m;
+          f32v dz = take(d + i, lanes);
+          if constexpr (!kept) dz = times_slope<Act>(dz, [&] { return from * k + b; });
+          put(dx + i, dz * k + (from * u + v), lanes);
+        }
+      });
+      finish<E>(call.dx, first * C, rows * C, dx);
     });
   };
-  if (cut.parts == 1) {
-    cut.each(threads_for(p), make, [&](int64_t unit, Scratch& of) {
-      slopes(unit, of);
-      conclude(unit, of);
-      apply(unit, of);
-    });
-  } else {
-    cut.each(threads_for(p), make, slopes);
-    parallel_for(cut.samples, threads_for(p), [&](int64_t n) {
-      auto scratch = make();
-      conclude(n, scratch);
-    });
-    cut.each(threads_for(p), make, apply);
-  }
+  cut.each_sample(threads_for(p), make, slopes, conclude, apply);
   if (call.sums()) of_parameters(call, cut.samples, cut.parts, sums);
 }
 
@@ -411,8 +390,10 @@ void normalize_backward(const NormalizeBackwardParams& q) {
     if (q.forward.groups == 0)
       return q.grad_sum.defined() || q.forward.gate.defined() ? each_row<Act, true>(call)
                                                               : each_row<Act, false>(call);
-    if (q.forward.planes.channels_inner) return each_column<Act>(call);
-    each_run<Act>(call);
+    with_elements({&q.forward.x, &q.grad, &q.dx}, [&](auto elements) {
+      using E = decltype(elements);
+      q.forward.planes.channels_inner ? each_column<Act, E>(call) : each_run<Act, E>(call);
+    });
   });
 }
 

@@ -7,6 +7,8 @@
 #include <cstring>
 #include <memory>
 #include <optional>
+#include <type_traits>
+#include <vector>
 
 #include "cpu/convert.h"
 #include "cpu/kernels.h"
@@ -135,6 +137,115 @@ GENFAST_FN void put(float* p, f32v v, Part part) {
 }
 #endif
 
+#if defined(__AVX2__)
+// Numbers of 16 bits that kernels widen in a register: through a buffer, group norms took 1.5 times
+// as long.
+struct Bf16 {
+  uint16_t bits;
+  static float wide(Bf16 x) { return f32_of_bf16(x.bits); }
+  static Bf16 narrow(float x) { return {bf16_of_f32(x)}; }
+};
+struct Fp16 {
+  uint16_t bits;
+  static float wide(Fp16 x) { return f32_of_f16(x.bits); }
+  static Fp16 narrow(float x) { return {f16_of_f32(x)}; }
+};
+#if defined(__AVX512F__)
+typedef __m256i Words;
+GENFAST_FN f32v widened(Words words, Bf16) {
+  return (f32v)_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16);
+}
+GENFAST_FN f32v widened(Words words, Fp16) { return (f32v)_mm512_cvtph_ps(words); }
+GENFAST_FN Words narrowed(f32v v, Bf16) { return bf16_of_f32((__m512)v); }
+GENFAST_FN Words narrowed(f32v v, Fp16) { return _mm512_cvtps_ph((__m512)v, 0); }
+#else
+typedef __m128i Words;
+GENFAST_FN f32v widened(Words words, Bf16) {
+  return (f32v)_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16);
+}
+GENFAST_FN f32v widened(Words words, Fp16) { return (f32v)_mm256_cvtph_ps(words); }
+GENFAST_FN Words narrowed(f32v v, Bf16) { return bf16_of_f32((__m256)v); }
+GENFAST_FN Words narrowed(f32v v, Fp16) { return _mm256_cvtps_ph((__m256)v, 0); }
+#endif
+template <class T>
+using IfWords = std::enable_if_t<sizeof(T) == 2, f32v>;
+template <class T>
+GENFAST_FN IfWords<T> take(const T* p, Whole, float = 0.0f) {
+  Words words;
+  __builtin_memcpy(&words, p, sizeof words);
+  return widened(words, T{});
+}
+template <class T>
+GENFAST_FN void put(T* p, IfWords<T> v, Whole) {
+  const Words words = narrowed(v, T{});
+  __builtin_memcpy(p, &words, sizeof words);
+}
+template <class T>
+GENFAST_FN IfWords<T> take(const T* p, Part part, float fill = 0.0f) {
+#if defined(__AVX512F__)
+  const Words words = _mm256_maskz_loadu_epi16(mask_of(part), p);
+  return (f32v)_mm512_mask_mov_ps((__m512)splat(fill), mask_of(part), (__m512)widened(words, T{}));
+#else
+  f32v v = splat(fill);
+  for (int i = 0; i < part.count; ++i) v[i] = T::wide(p[i]);
+  return v;
+#endif
+}
+template <class T>
+GENFAST_FN void put(T* p, IfWords<T> v, Part part) {
+#if defined(__AVX512F__)
+  _mm256_mask_storeu_epi16(p, mask_of(part), narrowed(v, T{}));
+#else
+  for (int i = 0; i < part.count; ++i) p[i] = T::narrow(v[i]);
+#endif
+}
+#endif
+
+// How a kernel meets the elements of its tensors: where they lie, or as fp32 in a buffer.
+template <class T>
+struct InPlace {
+  using type = T;
+  static constexpr bool value = true;
+};
+struct Buffered {
+  using type = float;
+  static constexpr bool value = false;
+};
+// fn(E{}) of what serves all that are given.
+template <class Fn>
+void with_elements(std::initializer_list<const TensorView*> tensors, Fn&& fn) {
+  const auto all = [&](Dtype d) {
+    for (const TensorView* t : tensors)
+      if (t->dtype != d) return false;
+    return true;
+  };
+  if (all(Dtype::f32)) return fn(InPlace<float>{});
+#if defined(__AVX2__)
+  if (all(Dtype::bf16)) return fn(InPlace<Bf16>{});
+  if (all(Dtype::f16)) return fn(InPlace<Fp16>{});
+#endif
+  fn(Buffered{});
+}
+// Elements to read, elements to write, and what follows their writing.
+template <class E>
+const typename E::type* source(const Dense& t, int64_t first, int64_t n, float* buffer) {
+  if constexpr (E::value)
+    return reinterpret_cast<const typename E::type*>(t.at(0)) + first;
+  else
+    return t.read(first, n, buffer);
+}
+template <class E>
+typename E::type* target(const Dense& t, int64_t first, float* buffer) {
+  if constexpr (E::value)
+    return reinterpret_cast<typename E::type*>(const_cast<char*>(t.at(0))) + first;
+  else
+    return t.target(first, buffer);
+}
+template <class E>
+void finish(const Dense& t, int64_t first, int64_t n, const typename E::type* from) {
+  if constexpr (!E::value) t.write(first, n, from);
+}
+
 // fn(i, lanes) for the vectors of [0, n).
 template <class Fn>
 GENFAST_FN void over(int64_t n, Fn&& fn) {
@@ -158,24 +269,6 @@ GENFAST_FN V vector_sum(int64_t n, Term&& term) {
   return (s0 + s1) + (s2 + s3);
 }
 
-GENFAST_FN void add_lanes(double* total, int64_t, int64_t c, int count, f32v v) {
-  typedef double Doubles __attribute__((vector_size(8 * W)));
-  if (count == W) {  // lane by lane, blocks of few rows took 1.5 times as long
-    Doubles sum;
-    __builtin_memcpy(&sum, total + c, sizeof sum);
-    sum += __builtin_convertvector(v, Doubles);
-    __builtin_memcpy(total + c, &sum, sizeof sum);
-    return;
-  }
-  float lane[W];
-  store(lane, v);
-  for (int k = 0; k < count; ++k) total[c + k] += lane[k];
-}
-GENFAST_FN void add_lanes(double* total, int64_t channels, int64_t c, int count, f32p v) {
-  add_lanes(total, channels, c, count, v.a);
-  add_lanes(total + channels, channels, c, count, v.b);
-}
-
 // The sum of term(r) over rows [0, rows), in four chains.
 template <class V, class Term>
 GENFAST_FN V row_sum(int64_t rows, Term&& term) {
@@ -187,13 +280,26 @@ GENFAST_FN V row_sum(int64_t rows, Term&& term) {
   return (s0 + s1) + (s2 + s3);
 }
 
-// total[c] += the sum of term(r) over rows [0, rows), term = column(c, lanes) of each vector of
-// columns; of a pair, its second lies behind.
-template <class V, class Column>
-GENFAST_FN void add_columns(int64_t rows, int64_t channels, double* total, Column&& column) {
+// s1[c] and s2[c], whole vectors, += the sums of both parts of term(r) over rows [0, rows), term =
+// column(c, lanes) of each vector of columns.
+template <class Column>
+GENFAST_FN void add_columns(int64_t rows, int64_t channels, float* s1, float* s2, Column&& column) {
   over(channels, [&](int64_t c, auto lanes) {
-    add_lanes(total, channels, c, lanes.count, row_sum<V>(rows, column(c, lanes)));
+    const f32p sum = row_sum<f32p>(rows, column(c, lanes));
+    store(s1 + c, load(s1 + c) + sum.a);
+    store(s2 + c, load(s2 + c) + sum.b);
   });
+}
+
+// The sum of term(i), double, over [0, n), in four chains.
+template <class Term>
+double sum_of(int64_t n, Term&& term) {
+  double s[4] = {};
+  int64_t i = 0;
+  for (; i + 4 <= n; i += 4)
+    for (int k = 0; k < 4; ++k) s[k] += term(i + k);
+  for (; i < n; ++i) s[0] += term(i);
+  return (s[0] + s[1]) + (s[2] + s[3]);
 }
 
 // ---- statistics -----------------------------------------------------------------------------
@@ -207,26 +313,43 @@ inline float rstd_of(double squares, double count, float eps) {
   return static_cast<float>(1.0 / std::sqrt(squares / count + eps) + (squares - squares));
 }
 
-// Of n numbers that read(first, count) hands out in blocks. The mean first, then the squares around
-// it: one pass over both would cancel where the mean is large.
+// The statistics of what was added so far: numbers with their own mean, and their squares around
+// it.
+struct Moments {
+  double count = 0, mean = 0, squares = 0;
+  void add(double n, double m, double s) {
+    const double d = m - mean, all = count + n;
+    squares += s + d * d * (count * n / all);
+    mean += d * (n / all);
+    count = all;
+  }
+  void add(const Moments& m) { add(m.count, m.mean, m.squares); }
+  Statistics statistics(float eps) const {
+    return {static_cast<float>(mean), rstd_of(squares, count, eps)};
+  }
+};
+
+// Of n numbers that read(first, count) hands out in blocks. A block lies in L1: its mean first,
+// then the squares around it, as one pass over both would cancel where the mean is large.
 template <class Read>
 GENFAST_FN Statistics statistics(int64_t n, bool rms, float eps, Read&& read) {
-  double total = 0, squares = 0;
-  const auto blocks = [&](double& sum, auto&& term) {
-    for (int64_t at = 0; at < n; at += kBlock) {
-      const int64_t count = std::min(kBlock, n - at);
-      const float* q = read(at, count);
-      sum += horizontal_sum(
-          vector_sum<f32v>(count, [&](int64_t i, auto lanes) { return term(q + i, lanes); }));
-    }
-  };
-  if (!rms) blocks(total, [](const float* q, auto lanes) { return take(q, lanes); });
-  const float mean = static_cast<float>(total / n);
-  blocks(squares, [&](const float* q, auto lanes) {
-    const f32v d = take(q, lanes, mean) - mean;
-    return d * d;
-  });
-  return {mean, rstd_of(squares, static_cast<double>(n), eps)};
+  Moments all;
+  for (int64_t at = 0; at < n; at += kBlock) {
+    const int64_t count = std::min(kBlock, n - at);
+    const auto* q = read(at, count);
+    double mean = 0;
+    if (!rms)
+      mean = static_cast<double>(horizontal_sum(vector_sum<f32v>(
+                 count, [=](int64_t i, auto lanes) { return take(q + i, lanes); }))) /
+             count;
+    const float k = static_cast<float>(mean);
+    const f32v squares = vector_sum<f32v>(count, [=](int64_t i, auto lanes) {
+      const f32v d = take(q + i, lanes, k) - k;
+      return d * d;
+    });
+    all.add(count, mean, horizontal_sum(squares));
+  }
+  return all.statistics(eps);
 }
 
 // ---- the affine -----------------------------------------------------------------------------
@@ -246,18 +369,21 @@ class Affine {
   }
   // A row belongs to one sample.
   bool by_sample() const { return scale_.defined() || shift_.defined() || gate_.defined(); }
+  int64_t channels() const { return channels_; }
   const float* w() const { return w_; }
   const float* b() const { return b_; }
 
-  void of(int64_t sample, float* a, float* b, float* scratch) const {
-    read(scale_, sample, scratch, 0.0f);
-    for (int64_t c = 0; c < channels_; ++c) {
-      a[c] = w_[c] * (1.0f + scratch[c]);
-      b[c] = b_[c] * (1.0f + scratch[c]);
+  // Of channels [first, first + n).
+  void of(int64_t sample, int64_t first, int64_t n, float* a, float* b, float* scratch) const {
+    const float *own_w = w_ + first, *own_b = b_ + first;
+    read(scale_, sample, scratch, 0.0f, first, n);
+    for (int64_t c = 0; c < n; ++c) {
+      a[c] = own_w[c] * (1.0f + scratch[c]);
+      b[c] = own_b[c] * (1.0f + scratch[c]);
     }
     if (!shift_.defined()) return;
-    read(shift_, sample, scratch, 0.0f);
-    for (int64_t c = 0; c < channels_; ++c) b[c] += scratch[c];
+    read(shift_, sample, scratch, 0.0f, first, n);
+    for (int64_t c = 0; c < n; ++c) b[c] += scratch[c];
   }
   void scale(int64_t sample, int64_t first, int64_t n, float* to) const {
     read(scale_, sample, to, 0.0f, first, n);
@@ -287,7 +413,7 @@ struct Sample {
   explicit Sample(int64_t channels) : a(channels), b(channels), gate(channels), scratch(channels) {}
   void load(const Affine& affine, int64_t sample) {
     if (sample == of) return;
-    affine.of(of = sample, a, b, scratch);
+    affine.of(of = sample, 0, affine.channels(), a, b, scratch);
     affine.gate(sample, gate);
   }
 };
@@ -297,13 +423,53 @@ struct Sample {
 // One thread where a second gains little: 32768 elements take about 10 us.
 inline int threads_for(const NormalizeParams& p) { return p.x.numel < 32768 ? 1 : p.threads; }
 
+// Threads, each with a scratch of make(): made for each task, it took a microsecond of the 15 that
+// 64 rows of 768 take.
+template <class Make>
+class Team {
+ public:
+  Team(int threads, int64_t most_tasks, Make make)
+      : threads_(threads),
+        count_(workers(threads, most_tasks)),
+        make_(make),
+        slots_(new Slot[count_]) {}
+  int64_t size() const { return count_; }
+  // Calls body(task, scratch) for task in [0, tasks).
+  template <class Body>
+  void run(int64_t tasks, Body&& body) const {
+    parallel_for(tasks, threads_, [&](int64_t task) {
+      int i = 0;
+      while (slots_[i].busy.exchange(true, std::memory_order_acquire)) i = (i + 1) % count_;
+      Slot& slot = slots_[i];
+      if (!slot.scratch) slot.scratch.emplace(make_());
+      body(task, *slot.scratch);
+      slot.busy.store(false, std::memory_order_release);
+    });
+  }
+
+ private:
+  struct Slot {
+    std::optional<std::invoke_result_t<Make>> scratch;
+    std::atomic<bool> busy{false};
+  };
+  int threads_, count_;
+  Make make_;
+  std::unique_ptr<Slot[]> slots_;
+};
+
+// Rows side by side of a group norm with channels inside, where no buffer bounds them: of the first
+// pass, which sums columns; of the second, which from memory is fastest as one stream ((4, 640, 32,
+// 32), backward: 757 us, four rows 866), from caches not ((4, 1280, 16, 16): 468 and 364).
+constexpr int64_t kRowsSummed = 16;
+inline int64_t rows_applied(int64_t elements) { return elements < (1 << 21) ? 4 : 1; }
+
 // [outer][inner][channels] as `samples` of `rows` rows. Few or large samples are cut into parts, of
 // small ones a task takes several. Parts cost a pass of memory for each step of a group norm, so 16
 // samples of up to 1 MiB, which lie in a second-level cache, stay whole. Each begins with lines
 // that nothing asked for: a microsecond.
 struct Rows {
   int64_t samples, rows, channels, parts, per_part, per_block, per_task;
-  explicit Rows(const NormalizeParams& p, bool by_sample) {
+  Rows(const NormalizeParams& p, bool by_sample) {
     channels = std::max<int64_t>(1, p.planes.channels);
     samples = by_sample ? p.planes.outer : 1;
     rows = by_sample ? p.planes.inner : p.planes.outer * p.planes.inner;
@@ -322,35 +488,79 @@ struct Rows {
   }
   int64_t buffer() const { return std::max(kBlock, per_block * channels); }
 
-  // Calls body(unit, scratch) for every unit, with a scratch of make() for each thread: made for
-  // each task, it took a microsecond of the 15 that 64 rows of 768 take.
+  // Calls body(unit, scratch) for every unit.
   template <class Make, class Body>
   void each(int threads, Make&& make, Body&& body) const {
-    struct Slot {
-      std::optional<decltype(make())> scratch;
-      std::atomic<bool> busy{false};
-    };
     const int64_t tasks = (units() + per_task - 1) / per_task;
-    const int count = workers(threads, tasks);
-    const std::unique_ptr<Slot[]> slots(new Slot[count]);
-    parallel_for(tasks, threads, [&](int64_t task) {
-      int i = 0;
-      while (slots[i].busy.exchange(true, std::memory_order_acquire)) i = (i + 1) % count;
-      Slot& slot = slots[i];
-      if (!slot.scratch) slot.scratch.emplace(make());
+    Team<Make>(threads, tasks, make).run(tasks, [&](int64_t task, auto& scratch) {
       for (int64_t u = task * per_task; u < std::min(units(), (task + 1) * per_task); ++u)
-        body(u, *slot.scratch);
-      slot.busy.store(false, std::memory_order_release);
+        body(u, scratch);
     });
+  }
+  // first(unit, scratch) for the units of a sample, between(sample), then second(unit, scratch): of
+  // whole samples at once, or of as many as keep the threads busy, whose second pass finds in a
+  // cache what the first has read.
+  template <class Make, class First, class Between, class Second>
+  void each_sample(int threads, Make&& make, First&& first, Between&& between,
+                   Second&& second) const {
+    if (parts == 1)
+      return each(threads, make, [&](int64_t unit, auto& scratch) {
+        first(unit, scratch);
+        between(unit);
+        second(unit, scratch);
+      });
+    const Team<Make> team(threads, units(), make);
+    const int64_t at_once = std::max<int64_t>(1, 2 * team.size() / parts);
+    for (int64_t n = 0; n < samples; n += at_once) {
+      const int64_t here = std::min(at_once, samples - n), begin = n * parts;
+      team.run(here * parts, [&](int64_t i, auto& scratch) { first(begin + i, scratch); });
+      parallel_for(here, threads, [&](int64_t i) { between(n + i); });
+      team.run(here * parts, [&](int64_t i, auto& scratch) { second(begin + i, scratch); });
+    }
   }
   // Calls run(first row in the whole tensor, rows) for the blocks of a unit.
   template <class Run>
   void blocks(int64_t unit, Run&& run) const {
+    blocks(unit, per_block, run);
+  }
+  template <class Run>
+  void blocks(int64_t unit, int64_t block, Run&& run) const {
     const int64_t begin = unit % parts * per_part, end = std::min(rows, begin + per_part);
-    for (int64_t r = begin; r < end; r += per_block)
-      run(sample(unit) * rows + r, std::min(per_block, end - r));
+    for (int64_t r = begin; r < end; r += block)
+      run(sample(unit) * rows + r, std::min(block, end - r));
   }
 };
+
+// Channels outside: groups that are runs of memory.
+struct Runs {
+  int64_t groups, channels, width, inner, run, count;  // groups of a sample, and of all
+  explicit Runs(const NormalizeParams& p)
+      : groups(p.groups),
+        channels(p.planes.channels),
+        width(channels / groups),
+        inner(p.planes.inner),
+        run(width * inner),
+        count(p.planes.outer * groups) {}
+  // Calls body(group, its sample, its first channel, scratch) for every group.
+  template <class Make, class Body>
+  void each(int threads, Make&& make, Body&& body) const {
+    const int64_t per_task = std::max<int64_t>(1, 4 * kBlock / std::max<int64_t>(1, run));
+    const int64_t tasks = (count + per_task - 1) / per_task;
+    Team<Make>(threads, tasks, make).run(tasks, [&](int64_t task, auto& scratch) {
+      for (int64_t g = task * per_task; g < std::min(count, (task + 1) * per_task); ++g)
+        body(g, g / groups, g % groups * width, scratch);
+    });
+  }
+};
+
+// total += sums, which start again.
+inline void flush(float* sums, int64_t n, double* total) {
+  for (int64_t i = 0; i < n; ++i) total[i] += sums[i];
+  std::fill(sums, sums + n, 0.0f);
+}
+
+// Rows summed in fp32 before the sums in fp64 take them.
+constexpr int64_t kRowsInFloat = 32;
 
 }  // namespace
 }  // namespace genfast::cpu

@@ -75,104 +75,114 @@ void each_row(const Call& call) {
 }
 
 // Group norm, channels outside: a group is a run of memory.
-template <class Act>
+template <class Act, class E>
 void each_run(const Call& call) {
+  using T = typename E::type;
   const NormalizeParams& p = call.p;
-  const int64_t G = p.groups, C = p.planes.channels, width = C / G, inner = p.planes.inner;
-  const int64_t run = width * inner, groups = p.planes.outer * G;
-  const int64_t per_task = std::max<int64_t>(1, 4 * kBlock / std::max<int64_t>(1, run));
-  parallel_for((groups + per_task - 1) / per_task, threads_for(p), [&](int64_t task) {
-    Sample sample(C);
-    const Floats buffer = call.x.buffer(kBlock);
-    for (int64_t g = task * per_task; g < std::min(groups, (task + 1) * per_task); ++g) {
-      sample.load(call.affine, g / G);
-      const Statistics s = statistics(run, p.rms, p.eps, [&](int64_t at, int64_t n) {
-        return call.x.read(g * run + at, n, buffer);
-      });
-      call.keep(g, s);
-      for (int64_t j = 0; j < width; ++j) {
-        const int64_t c = g % G * width + j;
-        const float k = s.rstd * sample.a[c], b = sample.b[c];
-        for (int64_t at = 0; at < inner; at += kBlock) {
-          const int64_t first = g * run + j * inner + at, n = std::min(kBlock, inner - at);
-          const float* q = call.x.read(first, n, buffer);
-          float* y = call.y.target(first, buffer);
-          over(n, [&](int64_t i, auto lanes) {
-            put(y + i, Act::value((take(q + i, lanes) - s.mean) * k + b), lanes);
-          });
-          call.y.write(first, n, y);
-        }
+  const Runs cut(p);
+  const int64_t step = E::value ? cut.inner : std::min(cut.inner, kBlock);
+  struct Scratch {
+    Floats a, b, scale, buffer;
+  };
+  const auto make = [&] {
+    const int64_t C = cut.width;
+    return Scratch{Floats(C), Floats(C), Floats(C), Floats(E::value ? 0 : kBlock)};
+  };
+  cut.each(threads_for(p), make, [&](int64_t g, int64_t n, int64_t channel, Scratch& of) {
+    call.affine.of(n, channel, cut.width, of.a, of.b, of.scale);
+    const Statistics s = statistics(cut.run, p.rms, p.eps, [&](int64_t at, int64_t count) {
+      return source<E>(call.x, g * cut.run + at, count, of.buffer);
+    });
+    call.keep(g, s);
+    for (int64_t c = 0; c < cut.width; ++c) {
+      const float k = s.rstd * of.a[c], b = of.b[c], mean = s.mean;
+      for (int64_t at = 0; at < cut.inner; at += step) {
+        const int64_t first = g * cut.run + c * cut.inner + at,
+                      count = std::min(step, cut.inner - at);
+        const T* q = source<E>(call.x, first, count, of.buffer);
+        T* y = target<E>(call.y, first, of.buffer);
+        over(count, [=](int64_t i, auto lanes) {
+          put(y + i, Act::value((take(q + i, lanes) - mean) * k + b), lanes);
+        });
+        finish<E>(call.y, first, count, y);
       }
     }
   });
 }
 
-// Group norm, channels inside. One pass sums x - k and its square of every channel, k the channel's
-// mean over the first block of rows; a second applies. With n rows to a block and N in all,
-// (k - mean)^2 <= variance N / n, so what cancels is log2(N / n) bits at worst.
-template <class Act>
+// Group norm, channels inside. One pass sums x - k and its square, k the group's mean over the
+// first block of rows; a second applies. With n rows to a block and N in all, (k - mean)^2 <=
+// variance N / n, so what cancels is log2(N / n) bits at worst.
+template <class Act, class E>
 void each_column(const Call& call) {
+  using T = typename E::type;
   const NormalizeParams& p = call.p;
   const Rows cut(p, true);
   const int64_t C = cut.channels, G = p.groups, width = C / G;
-  // Lines of the next block are asked for, which twelve rows side by side hide from the processor:
-  // (4, 320, 64, 64) took 1.6 ms without, 0.75 with; backward 3.1 and 1.8.
-  const bool large = cut.parts > 1;
-  const Held<double> sums(2 * cut.units() * C);  // [units][2][C]
-  const Held<float> pivots(cut.units() * C);
+  const int64_t summed = E::value ? std::max(kRowsSummed, 512 / C) : cut.per_block;
+  const int64_t applied = E::value ? rows_applied(p.x.numel) : cut.per_block;
+  const Held<Moments> moments(cut.units() * G);
   struct Scratch {
     Sample sample;
-    Floats mean, buffer;
+    Floats mean, s1, s2, buffer;
+    std::vector<double> total;  // [2][C]
   };
-  const auto make = [&] { return Scratch{Sample(C), Floats(C), call.x.buffer(cut.buffer())}; };
+  const auto make = [&] {
+    return Scratch{Sample(C),
+                   Floats(C),
+                   Floats(C),
+                   Floats(C),
+                   Floats(E::value ? 0 : cut.buffer()),
+                   std::vector<double>(2 * C)};
+  };
   const auto measure = [&](int64_t unit, Scratch& of) {
-    float* pivot = pivots + unit * C;
-    double* own = sums + unit * 2 * C;
-    std::fill_n(own, 2 * C, 0.0);
+    float *pivot = of.mean, *s1 = of.s1, *s2 = of.s2;
+    double* total = of.total.data();
+    std::fill_n(total, 2 * C, 0.0);
+    int64_t unflushed = 0;
     bool known = false;
-    cut.blocks(unit, [&](int64_t first, int64_t rows) {
-      const float* q = call.x.read(first * C, rows * C, of.buffer);
-      if (!known)
+    cut.blocks(unit, summed, [&](int64_t first, int64_t rows) {
+      const T* q = source<E>(call.x, first * C, rows * C, of.buffer);
+      if (!known) {
         over(C, [=](int64_t c, auto lanes) {
-          const f32v sum =
-              row_sum<f32v>(rows, [=](int64_t r) { return take(q + r * C + c, lanes); });
-          put(pivot + c, sum * (1.0f / rows), lanes);
+          store(s1 + c, row_sum<f32v>(rows, [=](int64_t r) { return take(q + r * C + c, lanes); }));
         });
-      known = true;
-      const Ahead next(call.x, (first + rows) * C);
-      add_columns<f32p>(rows, C, own, [=](int64_t c, auto lanes) {
-        const f32v k = take(pivot + c, lanes);
+        for (int64_t c = 0; c < C; c += width) {
+          const double sum = sum_of(width, [=](int64_t i) { return s1[c + i]; });
+          std::fill_n(pivot + c, width, static_cast<float>(sum / (rows * width)));
+        }
+        std::fill_n(s1, C, 0.0f), std::fill_n(s2, C, 0.0f);
+        known = true;
+      }
+      add_columns(rows, C, s1, s2, [=](int64_t c, auto lanes) {
+        const f32v k = load(pivot + c);
         return [=](int64_t r) {
-          if (large) next.read(r * C + c);
           const f32v d = take(q + r * C + c, lanes) - k;
           return f32p{d, d * d};
         };
       });
+      if ((unflushed += rows) < kRowsInFloat) return;
+      flush(s1, C, total), flush(s2, C, total + C);
+      unflushed = 0;
     });
-  };
-  // From sums around the pivots k: sum (x - mean)^2 = sum (x - k)^2 - 2 d sum (x - k) + n d^2,
-  // d = mean - k.
-  const auto of_group = [&](int64_t n, int64_t g) {
-    const auto each = [&](auto&& body) {
-      for (int64_t u = n * cut.parts; u < (n + 1) * cut.parts; ++u)
-        for (int64_t c = g * width; c < (g + 1) * width; ++c)
-          body(static_cast<double>(cut.rows_of(u)), static_cast<double>(pivots[u * C + c]),
-               sums[u * 2 * C + c], sums[u * 2 * C + C + c]);
-    };
-    const double count = static_cast<double>(width) * cut.rows;
-    double mean = 0, squares = 0;
-    each([&](double rows, double k, double s, double) { mean += rows * k + s; });
-    mean /= count;
-    each([&](double rows, double k, double s, double s2) {
-      const double d = mean - k;
-      squares += s2 - d * (2 * s - rows * d);
-    });
-    return Statistics{static_cast<float>(mean), rstd_of(std::max(squares, 0.0), count, p.eps)};
+    flush(s1, C, total), flush(s2, C, total + C);
+    const double count = static_cast<double>(width) * cut.rows_of(unit);
+    for (int64_t g = 0; g < G; ++g) {
+      const double* of_group = total + g * width;
+      const double s = sum_of(width, [=](int64_t i) { return of_group[i]; }) / count;
+      const double squares = sum_of(width, [=](int64_t i) { return of_group[C + i]; });
+      moments[unit * G + g] = {count, pivot[g * width] + s, std::max(0.0, squares - s * s * count)};
+    }
   };
   // Once a sample: made again for each of its parts, they took as long as the passes.
   const Held<Statistics> found(p.planes.outer * G);
   const auto conclude = [&](int64_t n) {
-    for (int64_t g = n * G; g < (n + 1) * G; ++g) call.keep(g, found[g] = of_group(n, g % G));
+    for (int64_t g = 0; g < G; ++g) {
+      Moments all;
+      for (int64_t u = n * cut.parts; u < (n + 1) * cut.parts; ++u)
+        if (cut.rows_of(u) > 0) all.add(moments[u * G + g]);
+      call.keep(n * G + g, found[n * G + g] = all.statistics(p.eps));
+    }
   };
   const auto apply = [&](int64_t unit, Scratch& of) {
     const int64_t n = cut.sample(unit);
@@ -183,30 +193,20 @@ void each_column(const Call& call) {
       for (int64_t c = g * width; c < (g + 1) * width; ++c) a[c] *= s.rstd, mean[c] = s.mean;
     }
     of.sample.of = -1;  // a now holds more
-    cut.blocks(unit, [&](int64_t first, int64_t rows) {
-      const float* q = call.x.read(first * C, rows * C, of.buffer);
-      float* y = call.y.target(first * C, of.buffer);
-      const Ahead next_x(call.x, (first + rows) * C), next_y(call.y, (first + rows) * C);
+    cut.blocks(unit, applied, [&](int64_t first, int64_t rows) {
+      const T* q = source<E>(call.x, first * C, rows * C, of.buffer);
+      T* y = target<E>(call.y, first * C, of.buffer);
       const int64_t step = C, end = rows * C;  // by reference, each store could have changed them
       over(C, [=](int64_t c, auto lanes) {
         const f32v k = load(a + c), shift = load(b + c), m = load(mean + c);
         for (int64_t i = c; i < end; i += step) {
-          if (large) next_x.read(i), next_y.write(i);
           put(y + i, Act::value((take(q + i, lanes) - m) * k + shift), lanes);
         }
       });
-      call.y.write(first * C, rows * C, y);
+      finish<E>(call.y, first * C, rows * C, y);
     });
   };
-  if (cut.parts == 1)
-    return cut.each(threads_for(p), make, [&](int64_t unit, Scratch& of) {
-      measure(unit, of);
-      conclude(unit);
-      apply(unit, of);
-    });
-  cut.each(threads_for(p), make, measure);
-  parallel_for(cut.samples, threads_for(p), [&](int64_t n) { conclude(n); });
-  cut.each(threads_for(p), make, apply);
+  cut.each_sample(threads_for(p), make, measure, conclude, apply);
 }
 
 }  // namespace
@@ -219,8 +219,10 @@ void normalize(const NormalizeParams& p) {
   with_activation(p.act, [&](auto act) {
     using Act = decltype(act);
     if (p.groups == 0) return each_row<Act>(call);
-    if (p.planes.channels_inner) return each_column<Act>(call);
-    each_run<Act>(call);
+    with_elements({&p.x, &p.y}, [&](auto elements) {
+      using E = decltype(elements);
+      p.planes.channels_inner ? each_column<Act, E>(call) : each_run<Act, E>(call);
+    });
   });
 }
 
