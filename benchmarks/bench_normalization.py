@@ -3,7 +3,8 @@ compiled: the norm, (1 + scale) y + shift of a condition, the activation; and th
 it, both of whose results are used.
 
 Shapes of the project's models: a U-Net's levels, channels outside and inside (nhwc), the DiT's and
-the ViT's tokens, T5's; and the first level of a latent U-Net of 64 x 64.
+the ViT's tokens, T5's; and the first and the third level of a latent U-Net of 64 x 64, plain in
+front of its attention.
 """
 
 from __future__ import annotations
@@ -74,6 +75,9 @@ KINDS = (
     ("group_norm", (32, 64, 7, 7), 16, "silu", True, (" nhwc",), torch.float32),
     ("group_norm", (4, 320, 64, 64), 32, "silu", False, FORMATS, torch.float32),
     ("group_norm", (4, 320, 64, 64), 32, "silu", False, (" nhwc",), torch.bfloat16),
+    ("group_norm", (4, 320, 64, 64), 32, "linear", False, FORMATS, torch.float32),
+    ("group_norm", (4, 320, 64, 64), 32, "linear", False, FORMATS, torch.bfloat16),
+    ("group_norm", (4, 1280, 16, 16), 32, "linear", False, FORMATS, torch.float32),
     ("layer_norm", (32, 196, 96), 0, "linear", True, ("",), torch.float32),
     ("layer_norm", (8, 197, 192), 0, "linear", False, ("",), torch.float32),
     ("layer_norm", (8, 1024, 768), 0, "linear", False, ("",), torch.float32),

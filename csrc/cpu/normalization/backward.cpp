@@ -32,11 +32,6 @@ struct Call {
   }
 };
 
-// For grad and dx: one of them may be of 16 bits alone.
-Floats buffer_of_both(const Call& call, int64_t n) {
-  return Floats(call.grad.direct() && call.dx.direct() ? 0 : n);
-}
-
 // grad act'(z) of one vector; grad itself without an activation.
 template <class Act, class Z>
 GENFAST_FN f32v times_slope(f32v grad, Z&& z) {
@@ -85,8 +80,9 @@ void of_parameters(const Call& call, int64_t samples, int64_t parts, const doubl
 
 // Layer and RMS norm. summed: x was a sum. With an activation dz of a row waits in L1 for the row's
 // two means, else it is made again.
-template <class Act, bool summed>
+template <class Act, bool summed, class E>
 void each_row(const Call& call) {
+  using T = typename E::type;
   constexpr bool plain = std::is_same_v<Act, NoActivation>;
   const NormalizeParams& p = call.p;
   const Rows cut(p, call.affine.by_sample());
@@ -99,14 +95,15 @@ void each_row(const Call& call) {
     Floats held, given, waiting, s1, s2, joins, added, s3;
   };
   const auto make = [&] {
+    const auto buffer = [&](bool direct) { return Floats(E::value || direct ? 0 : cut.buffer()); };
     return Scratch{Sample(C),
-                   call.x.buffer(cut.buffer()),
-                   buffer_of_both(call, cut.buffer()),
+                   buffer(call.x.direct()),
+                   buffer(call.grad.direct() && call.dx.direct()),
                    Floats(plain ? 0 : C),
                    Floats(C),
                    Floats(C),
-                   call.grad_sum.buffer(cut.buffer()),
-                   Floats(call.add.direct() && call.d_add.direct() ? 0 : cut.buffer()),
+                   buffer(call.grad_sum.direct()),
+                   buffer(call.add.direct() && call.d_add.direct()),
                    Floats(C)};
   };
   cut.each(threads_for(p), make, [&](int64_t unit, Scratch& of) {
@@ -122,25 +119,25 @@ void each_row(const Call& call) {
     };
     int64_t unflushed = 0;
     cut.blocks(unit, [&](int64_t first, int64_t rows) {
-      const float* block = call.x.read(first * C, rows * C, of.held);
-      const float* grads = call.grad.read(first * C, rows * C, of.given);
-      float* target = call.dx.target(first * C, of.given);
-      const float *joins = nullptr, *adds = nullptr;
-      float* d_adds = nullptr;
-      if (joined) joins = call.grad_sum.read(first * C, rows * C, of.joins);
+      const T* block = source<E>(call.x, first * C, rows * C, of.held);
+      const T* grads = source<E>(call.grad, first * C, rows * C, of.given);
+      T* results = target<E>(call.dx, first * C, of.given);
+      const T *joins = nullptr, *adds = nullptr;
+      T* d_adds = nullptr;
+      if (joined) joins = source<E>(call.grad_sum, first * C, rows * C, of.joins);
       if (gated) {
-        adds = call.add.read(first * C, rows * C, of.added);
-        d_adds = call.d_add.target(first * C, of.added);
+        adds = source<E>(call.add, first * C, rows * C, of.added);
+        d_adds = target<E>(call.d_add, first * C, of.added);
       }
       // Lines to come: of the next row, or of the next block, which is widened as a whole.
-      const int64_t next = first + (call.x.direct() ? 1 : rows);
+      const int64_t next = first + (E::value || call.x.direct() ? 1 : rows);
       const Ahead next_x(call.x, next * C), next_grad(call.grad, next * C);
       const Ahead next_dx(call.dx, next * C);
       // One row after another: two at a time, whose sums over columns are read and written once,
       // were no faster from caches and 10 % slower from memory.
       const auto pass = [&](int64_t r, auto keep) {
-        const float *q = block + r * C, *g = grads + r * C;
-        float* dx = target + r * C;
+        const T *q = block + r * C, *g = grads + r * C;
+        T* dx = results + r * C;
         const float mean = call.mean(first + r), rstd = call.rstd(first + r);
         const f32p found = vector_sum<f32p>(C, [&](int64_t c, auto lanes) {
           next_x.read(r * C + c), next_grad.read(r * C + c), next_dx.write(r * C + c);
@@ -174,8 +171,8 @@ void each_row(const Call& call) {
       };
       for (int64_t r = 0; r < rows; ++r)
         wanted ? pass(r, std::true_type{}) : pass(r, std::false_type{});
-      call.dx.write(first * C, rows * C, target);
-      if (gated) call.d_add.write(first * C, rows * C, d_adds);
+      finish<E>(call.dx, first * C, rows * C, results);
+      if (gated) finish<E>(call.d_add, first * C, rows * C, d_adds);
       if ((unflushed += rows) < kRowsInFloat) return;
       flush_all();
       unflushed = 0;
@@ -387,9 +384,18 @@ void normalize_backward(const NormalizeBackwardParams& q) {
     if (t->defined()) advise_huge_pages(t->data, t->numel * dtype_bytes(t->dtype));
   with_activation(q.forward.act, [&](auto act) {
     using Act = decltype(act);
-    if (q.forward.groups == 0)
-      return q.grad_sum.defined() || q.forward.gate.defined() ? each_row<Act, true>(call)
-                                                              : each_row<Act, false>(call);
+    if (q.forward.groups == 0) {
+      const auto rows = [&](auto elements) {
+        using E = decltype(elements);
+        q.grad_sum.defined() || q.forward.gate.defined() ? each_row<Act, true, E>(call)
+                                                         : each_row<Act, false, E>(call);
+      };
+      if constexpr (std::is_same_v<Act, NoActivation>)
+        return with_words({&q.forward.x, &q.grad, &q.dx, &q.grad_sum, &q.forward.add, &q.d_add},
+                          rows);
+      else
+        return rows(Buffered{});
+    }
     with_elements({&q.forward.x, &q.grad, &q.dx}, [&](auto elements) {
       using E = decltype(elements);
       q.forward.planes.channels_inner ? each_column<Act, E>(call) : each_run<Act, E>(call);

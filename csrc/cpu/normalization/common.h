@@ -62,7 +62,6 @@ class Dense {
   bool direct() const { return dtype_ == Dtype::f32; }
   const char* at(int64_t i) const { return base_ + i * size_; }
   int size() const { return size_; }
-  Floats buffer(int64_t n) const { return Floats(direct() ? 0 : n); }  // for read and target
   const float* read(int64_t first, int64_t n, float* buffer) const {
     if (direct()) return reinterpret_cast<const float*>(base_) + first;
     to_f32(base_ + first * size_, dtype_, static_cast<int>(n), buffer);
@@ -211,20 +210,23 @@ struct Buffered {
   using type = float;
   static constexpr bool value = false;
 };
-// fn(E{}) of what serves all that are given.
+inline bool all_of(std::initializer_list<const TensorView*> tensors, Dtype d) {
+  return std::all_of(tensors.begin(), tensors.end(),
+                     [=](const TensorView* t) { return !t->defined() || t->dtype == d; });
+}
+// fn(E{}) of what serves all that are given; fp32 tensors are also buffers of themselves.
 template <class Fn>
-void with_elements(std::initializer_list<const TensorView*> tensors, Fn&& fn) {
-  const auto all = [&](Dtype d) {
-    for (const TensorView* t : tensors)
-      if (t->dtype != d) return false;
-    return true;
-  };
-  if (all(Dtype::f32)) return fn(InPlace<float>{});
+void with_words(std::initializer_list<const TensorView*> tensors, Fn&& fn) {
 #if defined(__AVX2__)
-  if (all(Dtype::bf16)) return fn(InPlace<Bf16>{});
-  if (all(Dtype::f16)) return fn(InPlace<Fp16>{});
+  if (all_of(tensors, Dtype::bf16)) return fn(InPlace<Bf16>{});
+  if (all_of(tensors, Dtype::f16)) return fn(InPlace<Fp16>{});
 #endif
   fn(Buffered{});
+}
+template <class Fn>
+void with_elements(std::initializer_list<const TensorView*> tensors, Fn&& fn) {
+  if (all_of(tensors, Dtype::f32)) return fn(InPlace<float>{});
+  with_words(tensors, fn);
 }
 // Elements to read, elements to write, and what follows their writing.
 template <class E>
@@ -474,7 +476,8 @@ struct Rows {
     samples = by_sample ? p.planes.outer : 1;
     rows = by_sample ? p.planes.inner : p.planes.outer * p.planes.inner;
     const int64_t most = std::max<int64_t>(1, 64 / samples);
-    const int64_t least = (samples < 16 ? 16 : 64) * kBlock;
+    const int64_t large = (samples < 16 ? 16 : 64) * kBlock;
+    const int64_t least = p.groups ? large : std::clamp(rows * channels / 4, 4 * kBlock, large);
     parts = std::clamp<int64_t>(rows * channels / least, 1, most);
     per_part = (rows + parts - 1) / parts;
     per_block = std::max<int64_t>(1, kBlock / channels);

@@ -17,59 +17,63 @@ struct Call {
     p.rstd()[group] = s.rstd;
   }
   // x + gate add of n elements, whole rows, rounded as `sum` is. buffer: may hold x.
-  const float* summed(int64_t first, int64_t n, const float* x, const float* gate, float* buffer,
-                      float* added) const {
-    const float* h = add.read(first, n, added);
-    float* s = sum.target(first, buffer);
+  template <class E, class T = typename E::type>
+  const T* summed(int64_t first, int64_t n, const T* x, const float* gate, float* buffer,
+                  float* added) const {
+    const T* h = source<E>(add, first, n, added);
+    T* s = target<E>(sum, first, buffer);
     for (int64_t at = 0; at < n; at += p.planes.channels)
       over(p.planes.channels, [=](int64_t c, auto lanes) {
         put(s + at + c, take(x + at + c, lanes) + load(gate + c) * take(h + at + c, lanes), lanes);
       });
-    sum.write(first, n, s);
-    return sum.read(first, n, buffer);
+    finish<E>(sum, first, n, s);
+    return source<E>(sum, first, n, buffer);
   }
 };
 
 // Layer and RMS norm: a row is a group.
-template <class Act>
+template <class Act, class E>
 void each_row(const Call& call) {
+  using T = typename E::type;
   const NormalizeParams& p = call.p;
   const Rows cut(p, call.affine.by_sample());
   const int64_t C = cut.channels;
-  const bool in_place = call.x.direct() && !p.add.defined();
+  const bool row_by_row = (E::value || call.x.direct()) && !p.add.defined();
+  const bool widened = !E::value && !call.y.direct();
   struct Scratch {
     Sample sample;
     Floats buffer, added;
   };
   const auto make = [&] {
-    return Scratch{Sample(C), call.x.buffer(cut.buffer()), call.add.buffer(cut.buffer())};
+    return Scratch{Sample(C), Floats(E::value ? 0 : cut.buffer()),
+                   Floats(E::value || call.add.direct() ? 0 : cut.buffer())};
   };
   cut.each(threads_for(p), make, [&](int64_t unit, Scratch& of) {
     of.sample.load(call.affine, cut.sample(unit));
     const float *a = of.sample.a, *b = of.sample.b;
     cut.blocks(unit, [&](int64_t first, int64_t rows) {
-      const float* block = call.x.read(first * C, rows * C, of.buffer);
+      const T* block = source<E>(call.x, first * C, rows * C, of.buffer);
       if (p.add.defined())
-        block = call.summed(first * C, rows * C, block, of.sample.gate, of.buffer, of.added);
-      float* target = call.y.target(first * C, of.buffer);
+        block = call.summed<E>(first * C, rows * C, block, of.sample.gate, of.buffer, of.added);
+      T* results = target<E>(call.y, first * C, of.buffer);
       // Lines to come: two rows on (7 % of the time from memory), or of the next block, which is
       // widened or summed as a whole.
-      const Ahead next(call.x, (first + (in_place ? 2 : rows)) * C);
+      const Ahead next(call.x, (first + (row_by_row ? 2 : rows)) * C);
       const Ahead next_y(call.y, (first + rows) * C);
       for (int64_t r = 0; r < rows; ++r) {
-        const float* q = block + r * C;
-        float* y = target + r * C;
+        const T* q = block + r * C;
+        T* y = results + r * C;
         const Statistics s =
             statistics(C, p.rms, p.eps, [&](int64_t at, int64_t) { return q + at; });
         call.keep(first + r, s);
         over(C, [&](int64_t c, auto lanes) {
           next.read(r * C + c);
-          if (!call.y.direct()) next_y.write(r * C + c);
+          if (widened) next_y.write(r * C + c);
           const f32v h = (take(q + c, lanes) - s.mean) * s.rstd;
           put(y + c, Act::value(h * load(a + c) + load(b + c)), lanes);
         });
       }
-      call.y.write(first * C, rows * C, target);
+      finish<E>(call.y, first * C, rows * C, results);
     });
   });
 }
@@ -218,7 +222,13 @@ void normalize(const NormalizeParams& p) {
     if (t->defined()) advise_huge_pages(t->data, t->numel * dtype_bytes(t->dtype));
   with_activation(p.act, [&](auto act) {
     using Act = decltype(act);
-    if (p.groups == 0) return each_row<Act>(call);
+    if (p.groups == 0) {
+      if constexpr (std::is_same_v<Act, NoActivation>)
+        return with_words({&p.x, &p.y, &p.add, &p.sum},
+                          [&](auto elements) { each_row<Act, decltype(elements)>(call); });
+      else
+        return each_row<Act, Buffered>(call);  // where the activation is what takes the time
+    }
     with_elements({&p.x, &p.y}, [&](auto elements) {
       using E = decltype(elements);
       p.planes.channels_inner ? each_column<Act, E>(call) : each_run<Act, E>(call);
