@@ -101,6 +101,12 @@ def plain(*grads: torch.Tensor | None) -> bool:
     return True
 
 
+def ran(took: bool) -> None:
+    """Of a backward kernel: no other road is left."""
+    if not took:
+        raise RuntimeError("genfast: the backward kernel refused what the forward kernel took")
+
+
 def wants_graph() -> bool:
     """Inside a backward: is a differentiable backward asked for (create_graph=True)?"""
     if not torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():

@@ -25,6 +25,7 @@ from genfast.ops._road import (
     differentiable_backward,
     is_compiling,
     plain,
+    ran,
     transforming,
     wants_graph,
 )
@@ -80,16 +81,11 @@ def _of_gated(add, gate):
     return torch.empty_like(add), torch.empty_like(gate, dtype=torch.float32)
 
 
-def _ran(took: bool) -> None:
-    if not took:
-        raise RuntimeError("genfast: the backward kernel refused what the forward kernel took")
-
-
 def _native_backward(g, g_sum, statistics, x, *rest, wants):
     dx, gated = torch.empty_like(x), _of_gated(*rest[4:6])
     sums = _sums(rest[:4], wants)
     g, g_sum = like(g, x), None if g_sum is None else like(g_sum, x)
-    _ran(kernels.normalize_backward(g, g_sum, dx, *sums, *gated, statistics, x, *rest))
+    ran(kernels.normalize_backward(g, g_sum, dx, *sums, *gated, statistics, x, *rest))
     return dx, *sums, *gated
 
 
@@ -279,7 +275,7 @@ class _NormalizeAffine(Node):
             dx = torch.empty_like(x)
             dw = torch.empty_like(weight, dtype=torch.float32) if of_weight else None
             db = torch.empty_like(bias, dtype=torch.float32) if of_bias else None
-            _ran(kernels.normalize_backward(
+            ran(kernels.normalize_backward(
                 like(g, x), None, dx, dw, db, None, None, None, None, statistics, x, weight, bias,
                 *ctx.rest,
             ))  # fmt: skip

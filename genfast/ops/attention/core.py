@@ -29,6 +29,7 @@ from genfast.ops._road import (
     gate,
     is_compiling,
     plain,
+    ran,
     transforming,
     wants_graph,
 )
@@ -131,6 +132,13 @@ def plain_training(q, k, v, mask, causal: bool, scale, grouped: bool) -> Tensor 
     return _PlainAttention.quick(q, k, v, mask, 0 if causal else -1, scale)
 
 
+def _without_options(q, k, mask, o: Options) -> bool:
+    """But a scale, causal with equal ends, and a mask that wants no gradient."""
+    given = o.softcap or o.dropout_p or (o.bottom_right and q.shape[2] != k.shape[2])
+    fixed = mask is None or (_plain_mask(q, mask) and not mask.requires_grad)
+    return fixed and not given and o.left == -1 and o.right in (-1, 0)
+
+
 def _plain_mask(q, mask) -> bool:
     return mask is None or (mask.dim() >= 2 and mask.dtype in (torch.bool, q.dtype, _FLOAT))
 
@@ -146,11 +154,10 @@ def _backward(dout, dlse, q, k, v, out, lse, mask, alibi, sinks, packed, options
     dq, dk, dv = (_unit(x) for x in empty_like_parts(q, k, v))
     dmask = mask.new_empty(mask.shape, dtype=_FLOAT) if wants[0] else None
     dsinks = torch.empty_like(sinks) if wants[1] else None
-    if not kernels.attention_backward(
+    ran(kernels.attention_backward(
         dout, dlse, dq, dk, dv, dmask, dsinks, q, k, v, out, lse, mask, *packed, alibi, sinks,
         *options,
-    ):  # fmt: skip
-        raise RuntimeError("genfast: the backward kernel refused what the forward kernel took")
+    ))  # fmt: skip
     return dq, dk, dv, dmask if dmask is None else dmask.to(mask.dtype), dsinks
 
 
@@ -372,13 +379,14 @@ class _PlainAttention(Node):
         q, k, v, mask, out, lse = ctx.saved_tensors
         right, scale = ctx.options
         if wants_graph() or not plain(dout):
-            found = _composite_gradients(q, k, v, right == 0, scale, dout, mask)
-        else:
-            options = Options(scale=scale, right=right)
-            found = _backward(
-                dout, None, q, k, v, out, lse, mask, None, None, DENSE, options, (False, False)
-            )
-        return *found[:3], None, None, None
+            found = _composite_gradients(q, k, v, right == 0, scale, dout, mask)[:3]
+        else:  # `_backward` by its last line: its arguments are a tenth of a short call
+            found = empty_like_parts(q, k, v)
+            ran(kernels.attention_backward(
+                _unit(dout), None, *found, None, None, q, k, v, out, lse, mask, None, None, 0, 0,
+                None, None, 0, None, 0, scale, 0.0, -1, right, False, 0.0,
+            ))  # fmt: skip
+        return *found, None, None, None
 
 
 def _composite_gradients(q, k, v, causal, scale, dout, mask=None):
@@ -438,6 +446,9 @@ def attend(q, k, v, mask, alibi, sinks, packed: Packed, options: Options, want_l
                     if given is not None:
                         return by_torch.differentiable(q, k, v, _TWICE, **given), None
                 if _fits(q, k, v, mask, alibi, sinks, packed):
+                    if by_torch_too and _without_options(q, k, mask, options):
+                        args = (q, k, v, mask, options.right, options.scale)
+                        return _PlainAttention.apply(*args), None
                     return _Attention.apply(q, k, v, mask, alibi, sinks, *packed, *options)
             except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
                 validate(q, k, v, mask, alibi, sinks, packed, options)

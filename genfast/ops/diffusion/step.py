@@ -23,6 +23,7 @@ from genfast.ops._road import (
     gate,
     is_compiling,
     plain,
+    ran,
     readable,
     transforming,
     wants_graph,
@@ -75,11 +76,10 @@ def _native(args, outs=None):
 def _native_backward(grads, args, wanted):
     """Gradients of the tensors of `_NATIVE` (None where not wanted), by the kernel."""
     found = [torch.empty_like(args[i]) if w else None for i, w in zip(_NATIVE, wanted, strict=True)]
-    if not kernels.diffusion_step_backward(
+    ran(kernels.diffusion_step_backward(
         tuple(grads), args[0], _models(args), args[4], args[5], args[6], args[20], args[15],
         args[16], found[0], tuple(found[1:4]), tuple(found[4:10]), found[10],
-    ):  # fmt: skip
-        raise RuntimeError("genfast: the backward kernel refused what the forward kernel took")
+    ))  # fmt: skip
     return found
 
 

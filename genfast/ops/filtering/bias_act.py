@@ -16,7 +16,7 @@ from torch import Tensor
 
 from genfast.ops import _check, _noise
 from genfast.ops._backend import kernels, under
-from genfast.ops._common import composite_dtype, like, on_kernel, wide_dtype
+from genfast.ops._common import cast, composite_dtype, like, on_kernel, wide_dtype
 from genfast.ops._force import forced_reference, may_compose
 from genfast.ops._road import (
     DIRECT,
@@ -27,6 +27,7 @@ from genfast.ops._road import (
     gate,
     is_compiling,
     plain,
+    ran,
     readable,
     transforming,
     wants_graph,
@@ -76,13 +77,14 @@ def _native_backward(g, source, from_y, b, noise, strength, seeds, *rest, sums=(
     dz = torch.empty_like(source)
     db = d_strength = None
     if sums[0]:
-        db = source.new_empty(source.shape[rest[4]], dtype=torch.float32)
+        db = torch.empty_like(b, dtype=torch.float32)
     if sums[1]:
-        d_strength = source.new_empty((), dtype=torch.float32)
-    if not kernels.bias_act_backward(
-        like(g, source), dz, db, d_strength, source, from_y, b, noise, strength, seeds, *rest
-    ):
-        raise RuntimeError("genfast: the backward kernel refused what the forward kernel took")
+        d_strength = torch.empty((), dtype=torch.float32, device=source.device)
+    ran(
+        kernels.bias_act_backward(
+            like(g, source), dz, db, d_strength, source, from_y, b, noise, strength, seeds, *rest
+        )
+    )
     return dz, db, d_strength
 
 
@@ -192,7 +194,11 @@ def _gradients(ctx, g, first_order):
     found = [dz if needs[0] else None, db if needs[1] else None, d_noise,
              d_strength if needs[3] else None]  # fmt: skip
     return [
-        None if d is None else d if t is None else d.to(t.dtype).reshape(t.shape)
+        None
+        if d is None
+        else d
+        if t is None
+        else cast(d if d.shape == t.shape else d.view(t.shape), t)
         for d, t in zip(found, tensors, strict=True)
     ]
 

@@ -23,6 +23,7 @@ from genfast.ops._road import (
     gate,
     is_compiling,
     plain,
+    ran,
     transforming,
     wants_graph,
 )
@@ -44,8 +45,7 @@ def _native(x: Tensor, act: int) -> Tensor | None:
 
 def _native_backward(g: Tensor, x: Tensor, act: int) -> Tensor:
     dx = torch.empty_like(x)
-    if not kernels.gated_act_backward(g.to(x.dtype).contiguous(), dx, x, act):
-        raise RuntimeError("genfast: the backward kernel refused what the forward kernel took")
+    ran(kernels.gated_act_backward(g.to(x.dtype).contiguous(), dx, x, act))
     return dx
 
 

@@ -18,6 +18,7 @@ from genfast.ops._road import (
     gate,
     is_compiling,
     plain,
+    ran,
     transforming,
     wants_graph,
 )
@@ -43,8 +44,7 @@ def _impl(logits, x):
 def _native_backward(g, logits, x, of_logits, of_x):
     d_logits = torch.empty_like(logits) if of_logits else None
     d_x = torch.empty_like(x) if of_x else None
-    if not kernels.bernoulli_nll_backward(g.contiguous(), d_logits, d_x, logits, x):
-        raise RuntimeError("genfast: the backward kernel refused what the forward kernel took")
+    ran(kernels.bernoulli_nll_backward(g.contiguous(), d_logits, d_x, logits, x))
     return d_logits, d_x
 
 

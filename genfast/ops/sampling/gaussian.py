@@ -24,6 +24,7 @@ from genfast.ops._road import (
     gate,
     is_compiling,
     plain,
+    ran,
     transforming,
     wants_graph,
 )
@@ -98,22 +99,23 @@ def _backward(
     d_mu, d_logvar = torch.empty_like(mu), torch.empty_like(logvar)
     if grad_side is not None:
         grad_side = grad_side.to(torch.float32).contiguous()
-    if not kernels.reparameterize_backward(
-        grad_y,
-        grad_side,
-        mu,
-        logvar,
-        d_mu,
-        d_logvar,
-        seed,
-        seeds,
-        stream,
-        offset,
-        transform,
-        side,
-        _scale(mu.shape, reduction),
-    ):
-        raise RuntimeError("genfast: the backward kernel refused what the forward kernel took")
+    ran(
+        kernels.reparameterize_backward(
+            grad_y,
+            grad_side,
+            mu,
+            logvar,
+            d_mu,
+            d_logvar,
+            seed,
+            seeds,
+            stream,
+            offset,
+            transform,
+            side,
+            _scale(mu.shape, reduction),
+        )
+    )
     return d_mu, d_logvar
 
 

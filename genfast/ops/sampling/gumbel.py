@@ -22,6 +22,7 @@ from genfast.ops._road import (
     gate,
     is_compiling,
     plain,
+    ran,
     transforming,
     wants_graph,
 )
@@ -69,8 +70,7 @@ def _native(name, logits, tau, seed, seeds, stream, offset, hard):
 
 def _native_backward(name, grad, y, logits, tau, seed, seeds, stream, offset):
     d_logits = torch.empty_like(logits)
-    if not FAMILY[name][1](grad, y, logits, tau, d_logits, seed, seeds, stream, offset):
-        raise RuntimeError("genfast: the backward kernel refused what the forward kernel took")
+    ran(FAMILY[name][1](grad, y, logits, tau, d_logits, seed, seeds, stream, offset))
     return d_logits
 
 
