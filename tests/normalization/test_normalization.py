@@ -139,6 +139,17 @@ def test_squares_beyond_fp32_are_nan(kind):
         assert KINDS[kind][0](laid, None, None, None, None).isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("shape", [(2, 8, 4, 8), (2, 8, 200, 120)])  # whole samples, parts of them
+def test_what_is_not_finite_stays_in_its_group(shape, bad, dtype):
+    x = randn(*shape, dtype=dtype)
+    x[1, 3, -1, 2] = bad
+    for laid in (x, x.contiguous(memory_format=torch.channels_last)):
+        lost = genfast.group_norm(laid, 4).isnan()
+        assert lost[1, 2:4].all() and lost.sum() == x[1, 2:4].numel()
+
+
 def test_a_bias_without_a_weight():
     """PyTorch's group norm has no gradient there, which the reference's is made of."""
     found = []

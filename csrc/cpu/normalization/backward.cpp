@@ -208,7 +208,6 @@ void each_run(const Call& call) {
   const NormalizeParams& p = call.p;
   const Runs cut(p);
   const int64_t C = cut.channels;
-  const int64_t step = E::value ? cut.inner : std::min(cut.inner, kBlock);
   constexpr bool kept = std::is_same_v<E, InPlace<float>> && !std::is_same_v<Act, NoActivation>;
   const Held<double> sums(p.planes.outer * 2 * C);
   struct Scratch {
@@ -227,9 +226,9 @@ void each_run(const Call& call) {
     const auto each = [&](int64_t c, auto again, auto&& body) {
       constexpr bool ready = kept && decltype(again)::value;
       const float k = rstd * of.a[c], b = of.b[c];
-      for (int64_t at = 0; at < cut.inner; at += step) {
+      for (int64_t at = 0; at < cut.inner; at += kBlock) {
         const int64_t first = g * cut.run + c * cut.inner + at;
-        const int64_t count = std::min(step, cut.inner - at);
+        const int64_t count = std::min(kBlock, cut.inner - at);
         const T* q = source<E>(call.x, first, count, of.held);
         T* dx = target<E>(call.dx, first, of.given);
         const T* d = ready ? dx : source<E>(call.grad, first, count, of.given);

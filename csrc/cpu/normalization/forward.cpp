@@ -84,7 +84,6 @@ void each_run(const Call& call) {
   using T = typename E::type;
   const NormalizeParams& p = call.p;
   const Runs cut(p);
-  const int64_t step = E::value ? cut.inner : std::min(cut.inner, kBlock);
   struct Scratch {
     Floats a, b, scale, buffer;
   };
@@ -100,9 +99,9 @@ void each_run(const Call& call) {
     call.keep(g, s);
     for (int64_t c = 0; c < cut.width; ++c) {
       const float k = s.rstd * of.a[c], b = of.b[c], mean = s.mean;
-      for (int64_t at = 0; at < cut.inner; at += step) {
+      for (int64_t at = 0; at < cut.inner; at += kBlock) {
         const int64_t first = g * cut.run + c * cut.inner + at,
-                      count = std::min(step, cut.inner - at);
+                      count = std::min(kBlock, cut.inner - at);
         const T* q = source<E>(call.x, first, count, of.buffer);
         T* y = target<E>(call.y, first, of.buffer);
         over(count, [=](int64_t i, auto lanes) {
@@ -175,7 +174,7 @@ void each_column(const Call& call) {
       const double* of_group = total + g * width;
       const double s = sum_of(width, [=](int64_t i) { return of_group[i]; }) / count;
       const double squares = sum_of(width, [=](int64_t i) { return of_group[C + i]; });
-      moments[unit * G + g] = {count, pivot[g * width] + s, std::max(0.0, squares - s * s * count)};
+      moments[unit * G + g] = {count, pivot[g * width] + s, std::max(squares - s * s * count, 0.0)};
     }
   };
   // Once a sample: made again for each of its parts, they took as long as the passes.
