@@ -94,6 +94,22 @@ def test_shapes_and_memory_orders(name, act):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_a_bias_alone_is_pytorchs_sum(dim, dtype):
+    """As far as that has no other result: not of two dtypes, nor with a gain, nor on demand."""
+    order = torch.channels_last if dim == 1 else torch.contiguous_format
+    x = randn(6, 5, 3, 4, dtype=dtype).contiguous(memory_format=order).requires_grad_()
+    b = randn(x.shape[dim], seed=2, dtype=dtype).requires_grad_()
+    y, kernels = genfast.bias_act(x, b, dim=dim), genfast.bias_act(x, b, dim=dim, backend="cpu")
+    assert torch.equal(y, kernels) and y.stride() == x.stride()
+    others = [genfast.bias_act(x, b, dim=dim, gain=2.0), genfast.bias_act(x, b.double(), dim=dim)]
+    sums = ["Add" in type(t.grad_fn).__name__ for t in (y, kernels, *others)]
+    assert sums == [True, False, False, False] and all(t.dtype == dtype for t in others)
+    with pytest.raises(TypeError, match="alpha"):
+        genfast.bias_act(x, b, dim=dim, alpha="0.2")
+
+
 def test_threads_change_no_bit():
     shape, dim = SHAPES["threads"]
     x, b = randn(*shape), randn(shape[dim], seed=2)
