@@ -276,8 +276,8 @@ void each_column(const Call& call) {
   const NormalizeParams& p = call.p;
   const Rows cut(p, true);
   const int64_t C = cut.channels, G = p.groups, width = C / G;
-  const int64_t summed = E::value ? std::max(kRowsSummed, 512 / C) : cut.per_block;
-  const int64_t applied = E::value ? rows_applied(p.x.numel) : cut.per_block;
+  const int64_t summed = E::value ? rows_summed(C) : cut.per_block;
+  const int64_t applied = E::value ? rows_applied(C, p.x.numel) : cut.per_block;
   const double count = static_cast<double>(width) * cut.rows;
   constexpr bool kept = std::is_same_v<E, InPlace<float>> && !std::is_same_v<Act, NoActivation>;
   const Held<double> sums(cut.units() * 2 * C);

@@ -320,6 +320,10 @@ inline float rstd_of(double squares, double count, float eps) {
 struct Moments {
   double count = 0, mean = 0, squares = 0;
   void add(double n, double m, double s) {
+    if (count == 0) {  // without the divisions, 8 % of rows of 96
+      *this = {n, m, s};
+      return;
+    }
     const double d = m - mean, all = count + n;
     squares += s + d * d * (count * n / all);
     mean += d * (n / all);
@@ -462,8 +466,12 @@ class Team {
 // Rows side by side of a group norm with channels inside, where no buffer bounds them: of the first
 // pass, which sums columns; of the second, which from memory is fastest as one stream ((4, 640, 32,
 // 32), backward: 757 us, four rows 866), from caches not ((4, 1280, 16, 16): 468 and 364).
-constexpr int64_t kRowsSummed = 16;
-inline int64_t rows_applied(int64_t elements) { return elements < (1 << 21) ? 4 : 1; }
+// Of few channels more, so that a block is worth its start.
+inline int64_t rows_summed(int64_t channels) { return std::max<int64_t>(16, 2048 / channels); }
+inline int64_t rows_applied(int64_t channels, int64_t elements) {
+  return elements < (1 << 21) ? std::max<int64_t>(4, 2048 / channels)
+                              : std::max<int64_t>(1, 512 / channels);
+}
 
 // [outer][inner][channels] as `samples` of `rows` rows. Few or large samples are cut into parts, of
 // small ones a task takes several. Parts cost a pass of memory for each step of a group norm, so 16
