@@ -81,11 +81,9 @@ def _native_backward(g, source, from_y, b, noise, strength, seeds, *rest, sums=(
         db = torch.empty_like(b, dtype=torch.float32)
     if sums[1]:
         d_strength = torch.empty((), dtype=torch.float32, device=source.device)
-    ran(
-        kernels.bias_act_backward(
-            like(g, source), dz, db, d_strength, source, from_y, b, noise, strength, seeds, *rest
-        )
-    )
+    ran(kernels.bias_act_backward(
+        like(g, source), dz, db, d_strength, source, from_y, b, noise, strength, seeds, *rest
+    ))  # fmt: skip
     return dz, db, d_strength
 
 
@@ -195,13 +193,14 @@ def _gradients(ctx, g, first_order):
     found = [dz if needs[0] else None, db if needs[1] else None, d_noise,
              d_strength if needs[3] else None]  # fmt: skip
     return [
-        None
-        if d is None
-        else d
-        if t is None
-        else cast(d if d.shape == t.shape else d.view(t.shape), t)
-        for d, t in zip(found, tensors, strict=True)
+        d if d is None or t is None else _like(d, t) for d, t in zip(found, tensors, strict=True)
     ]
+
+
+def _like(d: Tensor, t: Tensor) -> Tensor:
+    """d as the gradient of t: of a strength that is no scalar it has another shape."""
+    d = cast(d, t)
+    return d if d.shape == t.shape else d.view(t.shape)
 
 
 def _save(ctx, inputs, output):

@@ -99,23 +99,10 @@ def _backward(
     d_mu, d_logvar = torch.empty_like(mu), torch.empty_like(logvar)
     if grad_side is not None:
         grad_side = grad_side.to(torch.float32).contiguous()
-    ran(
-        kernels.reparameterize_backward(
-            grad_y,
-            grad_side,
-            mu,
-            logvar,
-            d_mu,
-            d_logvar,
-            seed,
-            seeds,
-            stream,
-            offset,
-            transform,
-            side,
-            _scale(mu.shape, reduction),
-        )
-    )
+    ran(kernels.reparameterize_backward(
+        grad_y, grad_side, mu, logvar, d_mu, d_logvar, seed, seeds, stream, offset, transform, side,
+        _scale(mu.shape, reduction),
+    ))  # fmt: skip
     return d_mu, d_logvar
 
 
