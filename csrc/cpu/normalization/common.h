@@ -319,17 +319,16 @@ inline float rstd_of(double squares, double count, float eps) {
 // it.
 struct Moments {
   double count = 0, mean = 0, squares = 0;
-  void add(double n, double m, double s) {
+  void add(const Moments& m) {
     if (count == 0) {  // without the divisions, 8 % of rows of 96
-      *this = {n, m, s};
+      *this = m;
       return;
     }
-    const double d = m - mean, all = count + n;
-    squares += s + d * d * (count * n / all);
-    mean += d * (n / all);
+    const double d = m.mean - mean, all = count + m.count;
+    squares += m.squares + d * d * (count * m.count / all);
+    mean += d * (m.count / all);
     count = all;
   }
-  void add(const Moments& m) { add(m.count, m.mean, m.squares); }
   Statistics statistics(float eps) const {
     return {static_cast<float>(mean), rstd_of(squares, count, eps)};
   }
@@ -353,7 +352,7 @@ GENFAST_FN Statistics statistics(int64_t n, bool rms, float eps, Read&& read) {
       const f32v d = take(q + i, lanes, k) - k;
       return d * d;
     });
-    all.add(count, mean, horizontal_sum(squares));
+    all.add({static_cast<double>(count), mean, horizontal_sum(squares)});
   }
   return all.statistics(eps);
 }
