@@ -28,7 +28,7 @@ from genfast.models.hybrid.process import NOISE, STEPS, TILE, TIME
 from genfast.models.transformer.blocks import Residual
 from genfast.schedulers.plan import CLIP as CLAMP
 from genfast.train import captions, checkpoint, loop, provenance
-from genfast.train.recipes import RECIPES
+from genfast.train.recipes import RECIPES, load_trained
 from genfast.train.settings import Settings
 
 SEED, B = 5, 6
@@ -515,8 +515,8 @@ def test_generate_needs_one_folder(runs, tmp_path, capsys):
     assert generated(capsys, "--from", alone, "--out", tmp_path / "a.png") == (0, "")
     facts = provenance.read(tmp_path / "a.png")
     assert facts["model"] == "latent-diffusion" and facts["options"]["guidance"] == 1.5
-    model, _ = checkpoint.load(alone)
-    stage, _ = checkpoint.load(runs["ae"])
+    model, _ = load_trained(alone)
+    stage, _ = load_trained(runs["ae"])
     for key, value in stage.state_dict().items():
         assert torch.equal(model.autoencoder.state_dict()[key], value)
     assert not any(p.requires_grad for p in model.autoencoder.parameters())
@@ -547,7 +547,7 @@ def test_steps_are_by_default_no_more_than_the_schedule_has(runs, tmp_path, caps
     for name, options in wanted.items():
         (tmp_path / name).mkdir()
         recipe, data = saved(name, tmp_path / name, **options)
-        model, about = checkpoint.load(tmp_path / name)
+        model, about = load_trained(tmp_path / name)
         assert len(model.plan()) == options["timesteps"]
         files = recipe.finish(model, data, 0, tmp_path)
         assert files == ([] if name == "prior" else ["samples.png"])
@@ -579,7 +579,7 @@ def test_diffusion_guided_from_the_command_line(runs, tmp_path, capsys):
     code, said = generated(capsys, *args, *prompt)
     assert code == 2 and "--prompt: expected --clip DIR" in said
     code, said = generated(capsys, *args, "--clip", runs["ae"])
-    assert code == 2 and "--clip: expected the folder of a trained clip, got one of auto" in said
+    assert code == 2 and "expected a trained clip, got one of autoencoder" in said
 
 
 def checkpoint_images(path):

@@ -20,7 +20,7 @@ from genfast import _files
 from genfast.models import VAE
 from genfast.models._seeds import sample_seeds
 from genfast.train import checkpoint, data, loop, plot, state
-from genfast.train.recipes import RECIPES
+from genfast.train.recipes import RECIPES, load_trained
 from genfast.train.settings import SCHEDULES, Settings, read_config
 
 SEED = 11
@@ -115,7 +115,7 @@ def test_early_stopping_keeps_the_best_epoch(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "evaluate", lambda *_: next(losses))
     _, summary = run(tmp_path, epochs=30, patience=2)
     assert summary["best_epoch"] == 2 and summary["epochs"] == 4
-    assert checkpoint.load(tmp_path)[1]["epoch"] == 2
+    assert load_trained(tmp_path)[1]["epoch"] == 2
 
 
 @pytest.mark.parametrize("where", ["first step", "later"])
@@ -142,7 +142,7 @@ def test_a_nan_loss_stops_and_keeps_the_checkpoint(tmp_path, where):
         kept = (tmp_path / "kept").read_bytes()
         assert state.about(tmp_path)["progress"]["step"] == 3  # resumable from before
     assert (tmp_path / checkpoint.CHECKPOINT).read_bytes() == kept
-    assert all(x.isfinite().all() for x in checkpoint.load(tmp_path)[0].state_dict().values())
+    assert all(x.isfinite().all() for x in load_trained(tmp_path)[0].state_dict().values())
 
 
 def test_the_average_of_the_weights_is_what_is_kept(tmp_path):
@@ -157,7 +157,7 @@ def test_the_average_of_the_weights_is_what_is_kept(tmp_path):
     for i, weight in enumerate(steps):
         want = torch.lerp(want, weight, 1 - min(0.5, (1 + i) / (10 + i)))
     torch.testing.assert_close(shown, want)
-    assert torch.equal(checkpoint.load(tmp_path)[0].fc1.weight, shown)
+    assert torch.equal(load_trained(tmp_path)[0].fc1.weight, shown)
 
 
 def test_mixed_precision_trains_and_keeps_fp32_weights(tmp_path):
@@ -371,7 +371,7 @@ def test_two_gloo_processes_train_as_one(tmp_path):
     )  # fmt: skip
     assert found.returncode == 0, found.stderr[-3000:]
     one, _ = run(tmp_path / "one", epochs=2, batch_size=33, ema=0.9)
-    two, about = checkpoint.load(tmp_path / "two")
+    two, about = load_trained(tmp_path / "two")
     for k, v in one.state_dict().items():
         torch.testing.assert_close(two.state_dict()[k], v, rtol=1e-4, atol=1e-6, msg=k)
     logs = [loop.records(tmp_path / f / loop.LOG) for f in ("one", "two")]
@@ -461,7 +461,7 @@ def test_config_files(tmp_path):
 def test_checkpoint_round_trip(tmp_path):
     vae = fresh()
     path = checkpoint.save(tmp_path, "vae", vae, {"shape": [1, 6, 6]})
-    loaded, about = checkpoint.load(tmp_path)
+    loaded, about = load_trained(tmp_path)
     assert about["config"] == {"x_dim": 36, "h_dim": 24, "z_dim": 5, "beta": 1.0} and about[
         "shape"
     ] == [1, 6, 6]
@@ -508,19 +508,21 @@ def test_bad_checkpoints_are_refused(tmp_path):
 
     path = tmp_path / checkpoint.CHECKPOINT
     with pytest.raises(checkpoint.BadCheckpoint, match="as `genfast train` writes it"):
-        checkpoint.load(tmp_path)
+        load_trained(tmp_path)
     path.write_bytes(b"not a checkpoint")
     with pytest.raises(checkpoint.BadCheckpoint, match="not a readable safetensors file"):
-        checkpoint.load(tmp_path)
+        load_trained(tmp_path)
     save_file({"x": torch.ones(1)}, path)
     with pytest.raises(checkpoint.BadCheckpoint, match="not a genfast checkpoint"):
-        checkpoint.load(tmp_path)
+        load_trained(tmp_path)
     save_file({"x": torch.ones(1)}, path, {"genfast": "{"})
     with pytest.raises(checkpoint.BadCheckpoint, match="its genfast metadata is no JSON"):
-        checkpoint.load(tmp_path)
+        load_trained(tmp_path)
     checkpoint.save(tmp_path, "gqn", fresh(), {})
-    with pytest.raises(checkpoint.BadCheckpoint, match="expected one of vae.*, got 'gqn'"):
-        checkpoint.load(tmp_path)
+    with pytest.raises(
+        checkpoint.BadCheckpoint, match="expected a trained vae or .*, got one of gqn"
+    ):
+        load_trained(tmp_path)
     model = fresh()
     weights = model.state_dict()
     for config, message in (
@@ -532,7 +534,7 @@ def test_bad_checkpoints_are_refused(tmp_path):
         about = {"format": checkpoint.FORMAT, "model": "vae", "config": config}
         _files.write_tensors(path, weights, about)
         with pytest.raises(checkpoint.BadCheckpoint, match=message):
-            checkpoint.load(tmp_path)
+            load_trained(tmp_path)
 
 
 def test_mnist5k_is_real_and_its_split_is_fixed():

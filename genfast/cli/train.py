@@ -111,6 +111,7 @@ def resume(args) -> None:
     from genfast.train import state
 
     about = state.about(args.out)
+    one_of("model", about.get("model"), RECIPES)
     if absent := [key for key in ("data", "options") if key not in about]:
         raise ValueError(
             f"--resume: {args.out} names no {' and no '.join(absent)}; it goes on by "

@@ -8,6 +8,7 @@ differentiable backward goes through the reference.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
@@ -324,7 +325,8 @@ def _slow(x, weight, bias, scale, shift, groups, rms, act, eps, add, gate):
     if groups:
         if groups < 1 or C % groups:
             raise ValueError(
-                f"groups: expected a divisor of the {C} channels (dimension 1 of x), got {groups}"
+                f"groups: expected a divisor of the {C} channels (dimension 1 of x), such as "
+                f"{math.gcd(C, groups)}, got {groups}"
             )
     for name, t, shape in (
         ("weight", weight, (C,)), ("bias", bias, (C,)),

@@ -124,7 +124,9 @@ def _draw(
         _check.tensor("out", out, _INTEGERS if integers else _check.FLOATS)
         _check.output(out, size or out.shape, dtype)
         if device is not None and out.device != torch.device(device):
-            raise ValueError(f"out: expected it on {device}, got {out.device}")
+            raise ValueError(
+                f"out: expected it on {device}, got {out.device}; leave device away or match it"
+            )
         size, dtype, device = out.shape, out.dtype, out.device
     if dtype is None:
         dtype = torch.int64 if integers else torch.get_default_dtype()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from genfast._extras import need
 from genfast._files import write_tensors
-from genfast.train.recipes import RECIPES
 
 CHECKPOINT = "model.safetensors"
 FORMAT = 1
@@ -49,26 +48,22 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
         raise BadCheckpoint(f"{path}: its genfast metadata is no JSON ({error})") from None
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise BadCheckpoint(f"{path}: not a genfast checkpoint of format {FORMAT}")
-    if about.get("model") not in RECIPES:
-        known = ", ".join(RECIPES)
-        raise BadCheckpoint(f"{path}: model: expected one of {known}, got {about.get('model')!r}")
     return tensors, about
 
 
-def load(folder: Path) -> tuple[nn.Module, dict]:
-    """The model in eval mode, and what `save` was told; BadCheckpoint otherwise."""
-    path = folder / CHECKPOINT
-    if not path.is_file():
-        raise BadCheckpoint(
-            f"{folder}: expected a folder that holds {CHECKPOINT}, as `genfast train` writes it"
-        )
+def load(folder: Path, models: Mapping[str, type[nn.Module]]) -> tuple[nn.Module, dict]:
+    """The model in eval mode, and what `save` was told; BadCheckpoint where the folder holds none
+    of models (name -> class)."""
+    path = _path(folder)
     tensors, about = read(path)
-    config = about.get("config")
+    name, config = about.get("model"), about.get("config")
+    if name not in models:
+        raise BadCheckpoint(f"{path}: expected a trained {' or '.join(models)}, got one of {name}")
     try:
-        model = RECIPES[about["model"]].model(**config)
+        model = models[name](**config)
     except (TypeError, ValueError) as error:
         raise BadCheckpoint(
-            f"{path}: config: expected that of a {about['model']}, got {config} ({error})"
+            f"{path}: config: expected that of a {name}, got {config} ({error})"
         ) from None
     try:
         model.load_state_dict(tensors)
@@ -78,17 +73,26 @@ def load(folder: Path) -> tuple[nn.Module, dict]:
     return model.eval(), about
 
 
+def _path(folder: Path) -> Path:
+    path = folder / CHECKPOINT
+    if not path.is_file():
+        raise BadCheckpoint(
+            f"{folder}: expected a folder that holds {CHECKPOINT}, as `genfast train` writes it"
+        )
+    return path
+
+
 def check_kept(folder: Path, name: str, model: nn.Module) -> None:
     """BadCheckpoint where the folder holds the checkpoint of another model: a resumed run ends with
     it."""
-    _, about = load(folder)
-    got, want = ((n, json.loads(json.dumps(c))) for n, c in (
-        (about["model"], about["config"]), (name, model.config)))  # fmt: skip
-    if got != want:
+    path = _path(folder)
+    about, want = read(path)[1], json.loads(json.dumps(facts(name, model)))
+    if any(about.get(key) != value for key, value in want.items()):
         raise BadCheckpoint(
-            f"{folder / CHECKPOINT}: expected the best epoch of the run that {folder} resumes, a "
-            f"{name}, got another run's {got[0]}; start again without --resume"
+            f"{path}: expected the best epoch of the run that {folder} resumes, a {name}, got "
+            f"another run's {about.get('model')}; start again without --resume"
         )
+    load(folder, {name: type(model)})
 
 
 def digest(path: Path) -> str:

@@ -288,7 +288,7 @@ def _train(name, recipe, model, data, s, out, notes, show, resume, processes) ->
     together(table)
     if not progress.best_epoch:
         raise Diverged(f"the validation {recipe.best} was never finite; try a smaller lr")
-    best, _ = checkpoint.load(out)
+    best, _ = checkpoint.load(out, {name: type(model)})
     model.load_state_dict(best.state_dict())
     test = validate(recipe, model, data, data.test, s.seed, processes)
     return {

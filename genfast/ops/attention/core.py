@@ -509,12 +509,13 @@ def check_operands(letters: dict[str, str], operands: dict[str, Tensor]) -> None
             if n != known:
                 raise ValueError(
                     f"{name}: expected {letters[name]} with {letter} = {known} as in {owner}, "
-                    f"got shape {tuple(x.shape)}"
+                    f"got shape {tuple(x.shape)}; reshape or transpose it"
                 )
     Hq, Hkv = sizes["Hq"][0], sizes["Hkv"][0]
     if Hq % max(Hkv, 1) != 0 or (Hkv == 0 and Hq > 0):
         raise ValueError(
-            f"q: expected its heads to be a multiple of the {Hkv} key/value heads, got {Hq}"
+            f"q: expected its heads to be a multiple of the {Hkv} key/value heads, got {Hq}; "
+            "repeat heads of k and v"
         )
 
 
@@ -526,7 +527,9 @@ def check_options(B, Hq, alibi, sinks, options: Options) -> None:
         fits = x.dim() == 1 or (batched and x.dim() == 2 and x.shape[0] == B)
         if not fits or x.shape[-1] != Hq:
             shapes = f"(Hq,) = ({Hq},)" + (f" or (B, Hq) = ({B}, {Hq})" if batched else "")
-            raise ValueError(f"{name}: expected shape {shapes}, got {tuple(x.shape)}")
+            raise ValueError(
+                f"{name}: expected shape {shapes}, got {tuple(x.shape)}; give one number a head"
+            )
     if is_compiling():  # dynamic shapes make symbols of these numbers
         return
     if options.scale is not None:
@@ -548,7 +551,7 @@ def check_mask(mask: Tensor | None, full: tuple[int, ...], name: str = "mask") -
     if not broadcasts(mask, full):
         raise ValueError(
             f"{name}: expected a shape that broadcasts to (B, Hq, Sq, Sk) = {full}, "
-            f"got {tuple(mask.shape)}"
+            f"got {tuple(mask.shape)}; give it size 1 where it is the same for all"
         )
 
 
@@ -577,7 +580,9 @@ def windows(causal: bool, window) -> tuple[int, int]:
             return -1, 0 if causal else -1
         left, right = window
     except (TypeError, ValueError):
-        raise ValueError(f"window: expected (left, right), got {window!r}") from None
+        raise ValueError(
+            f"window: expected (left, right), got {window!r}; -1 is a side without a bound"
+        ) from None
     left, right = (-1 if x is None else x for x in (left, right))
     _check.integer("window", left)
     _check.integer("window", right)

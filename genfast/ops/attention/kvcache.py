@@ -130,7 +130,8 @@ def _validate(
             raise ValueError("cache_batch_idx: has no meaning beside block_table; pass only one")
     elif batch_idx is None and k_cache.shape[0] < B:
         raise ValueError(
-            f"k_cache: expected at least one entry per batch row ({B}), got {k_cache.shape[0]}"
+            f"k_cache: expected at least one entry per batch row ({B}), got {k_cache.shape[0]}; "
+            "allocate more, or pass block_table"
         )
     if (cos is None) != (sin is None):
         raise ValueError("rotary_cos, rotary_sin: expected both, or neither")
@@ -159,7 +160,8 @@ def _check_positions(cos, lengths, leftpad, turned: int) -> None:
     last = int((lengths if leftpad is None else lengths - leftpad).max()) + turned
     if last > cos.shape[0]:
         raise ValueError(
-            f"rotary_cos: expected at least {last} positions (rows), got shape {tuple(cos.shape)}"
+            f"rotary_cos: expected at least {last} positions (rows), got shape {tuple(cos.shape)}; "
+            "make a longer table"
         )
 
 
@@ -170,14 +172,14 @@ def _check_rows(k_cache, k, lengths, batch_idx, leftpad, block_table) -> None:
     if lengths.numel() and (int(lengths.min()) < 0 or int(lengths.max()) + added > capacity):
         raise ValueError(
             f"cache_seqlens: expected 0 <= length, and length + {added} new rows <= the capacity "
-            f"of {capacity}, got {lengths.tolist()}"
+            f"of {capacity}, got {lengths.tolist()}; allocate a longer cache"
         )
     if block_table is not None:
         used = torch.arange(block_table.shape[1]) * page < (lengths + added)[:, None]
         if bool((used & ((block_table < 0) | (block_table >= k_cache.shape[0]))).any()):
             raise ValueError(
                 f"block_table: expected pages below {k_cache.shape[0]} for the rows in use, "
-                f"got {block_table.tolist()}"
+                f"got {block_table.tolist()}; allocate more pages"
             )
     if leftpad is not None and bool(((leftpad < 0) | (leftpad > lengths)).any()):
         raise ValueError(

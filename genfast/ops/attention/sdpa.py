@@ -67,7 +67,7 @@ def _heads(query, key, value, enable_gqa):
         if not Hk or not Hv or Hq % Hk or Hq % Hv:
             raise ValueError(
                 f"enable_gqa: expected query's heads to be a multiple of key's and value's, "
-                f"got {Hq}, {Hk} and {Hv}"
+                f"got {Hq}, {Hk} and {Hv}; repeat heads of key and value"
             )
         if Hk != Hv:
             key, value = (x.repeat_interleave(Hq // x.shape[-3], -3) for x in (key, value))
@@ -96,7 +96,7 @@ def _general(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_g
     except RuntimeError:
         got = ", ".join(str(tuple(x.shape[:-3])) for x in (query, key, value))
         raise ValueError(
-            f"query, key, value: expected batch dimensions that broadcast, got {got}"
+            f"query, key, value: expected batch dimensions that broadcast, got {got}; expand them"
         ) from None
     q, k, v = (x.expand(*batch, *x.shape[-3:]).flatten(0, -4) for x in (query, key, value))
     if attn_mask is not None:

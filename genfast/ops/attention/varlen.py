@@ -43,7 +43,7 @@ def _longest(name: str, cu: Tensor, total: int, given: int | None) -> int:
     if int(cu[0]) < 0 or int(cu[-1]) > total or bool((lengths < 0).any()):
         raise ValueError(
             f"{name}: expected entries that rise from >= 0 to <= {total} packed rows, "
-            f"got {cu.tolist()}"
+            f"got {cu.tolist()}; begin with 0 and add the lengths up"
         )
     longest = int(lengths.max()) if lengths.numel() else 0
     if given is None:

@@ -209,7 +209,7 @@ def step_log_prob(
         if not bool((used[..., _Z_COLUMN] != 0).all()):
             raise ValueError(
                 "row: expected rows that add noise, got one whose standard deviation is 0: its "
-                "outcome has no density"
+                "outcome has no density; take a plan that adds noise, such as ddpm_plan"
             )
     wide = _common.wide_dtype(*args[:4], *args[7:14]) == torch.float64
     learned = [

@@ -365,10 +365,15 @@ def _shaped(name, t, x, channels=1):
     shape = list(x.shape)
     if channels == 2:
         if len(shape) < 2:
-            raise ValueError(f"x: a learned variance needs channels in dim 1, got {tuple(shape)}")
+            raise ValueError(
+                f"x: a learned variance needs channels in dim 1, got {tuple(shape)}; add a batch "
+                "dimension with x[None]"
+            )
         shape[1] *= 2
     if list(t.shape) != shape:
-        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(t.shape)}")
+        raise ValueError(
+            f"{name}: expected shape {tuple(shape)}, got {tuple(t.shape)}; reshape or expand it"
+        )
 
 
 def _index(row, table, x) -> tuple[int, Tensor | None]:
@@ -452,7 +457,10 @@ def pack(
         )
     _check.tensor("table", table)
     if table.dim() != 2 or table.shape[1] != COLUMNS or table.shape[0] == 0:
-        raise ValueError(f"table: expected shape (R, {COLUMNS}), got {tuple(table.shape)}")
+        raise ValueError(
+            f"table: expected shape (R, {COLUMNS}), got {tuple(table.shape)}; "
+            "use torch.tensor(plan.table, dtype=torch.float32)"
+        )
     if not isinstance(history, (tuple, list)) or len(history) > HISTORY:
         raise ValueError(
             f"history: expected a tuple of at most {HISTORY} tensors, got "

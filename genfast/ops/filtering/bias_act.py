@@ -446,7 +446,7 @@ def _slow(x, b, noise, strength, seed, stream, offset, generator, dim, act, alph
         if b.dim() != 1 or b.shape[0] != x.shape[dim]:
             raise ValueError(
                 f"b: expected shape ({x.shape[dim]},), one number a channel (dimension {dim} of "
-                f"x), got {tuple(b.shape)}"
+                f"x), got {tuple(b.shape)}; reshape it, or name the channels by dim="
             )
     draws = noise is None and strength is not None
     if not draws and (seed is not None or generator is not None):

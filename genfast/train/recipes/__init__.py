@@ -1,5 +1,10 @@
-"""`RECIPES`: the table behind `genfast train NAME`."""
+"""`RECIPES`: the table behind `genfast train NAME`, and what it has trained."""
 
+from pathlib import Path
+
+from torch import nn
+
+from genfast.train import checkpoint
 from genfast.train.recipe import Batch, Option, Part, Player, Recipe, Split
 from genfast.train.recipes.autoencoder import AutoencoderRecipe
 from genfast.train.recipes.clip import CLIPRecipe
@@ -28,4 +33,11 @@ RECIPES: dict[str, Recipe] = {
     "prior": PriorRecipe(),
 }
 
-__all__ = ["RECIPES", "Batch", "Option", "Part", "Player", "Recipe", "Split"]
+
+def load_trained(folder: Path) -> tuple[nn.Module, dict]:
+    """The model in a folder that `genfast train` wrote, in eval mode, and the facts kept with it;
+    BadCheckpoint otherwise."""
+    return checkpoint.load(folder, {name: recipe.model for name, recipe in RECIPES.items()})
+
+
+__all__ = ["RECIPES", "Batch", "Option", "Part", "Player", "Recipe", "Split", "load_trained"]

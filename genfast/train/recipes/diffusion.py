@@ -105,7 +105,7 @@ class DiffusionRecipe(ImageRecipe):
                 raise ValueError("--prompt: expected --clip DIR beside it, the clip that reads it")
             return {}
         ids = captions.wanted(options["prompt"], about.get("captions", about.get("data", "")))
-        clip = part("--clip", options["clip"], CLIP, "clip")
+        clip = part("--clip", options["clip"], {"clip": CLIP})
         return {"guide": CLIPGuide(clip, ids), "guide_scale": options["clip_scale"]}
 
     def given(self, model: Diffusion, x: Tensor, seed: int, start: int = 0) -> tuple[Tensor, ...]:

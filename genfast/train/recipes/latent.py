@@ -20,6 +20,7 @@ from genfast.train.recipes.images import ImageRecipe
 from genfast.train.recipes.parts import at_most, labels_of, part
 
 _CLIP = Option("", "folder of a trained clip, for conditions text and image")
+DECODERS = {"latent-diffusion": LatentDiffusion, "dit": DiTDiffusion}  # that can draw for a prior
 
 
 class DiTRecipe(ImageRecipe):
@@ -62,7 +63,7 @@ class DiTRecipe(ImageRecipe):
         if condition in ("text", "image"):
             if condition == "text":
                 captions.table(about.get("captions", "one without"))
-            parts = parts | {"clip": part("--clip-from", folder, CLIP, "clip")}
+            parts = parts | {"clip": part("--clip-from", folder, {"clip": CLIP})}
             clip = parts["clip"].config
         elif folder:
             raise ValueError(f"--clip-from: expected none for condition {condition!r}")
@@ -138,7 +139,7 @@ class LatentDiffusionRecipe(DiTRecipe):
 
     def build(self, about: dict, options: dict) -> LatentDiffusion:
         o = dict(options)
-        stage = part("--autoencoder", o.pop("autoencoder"), KLAutoencoder, "autoencoder")
+        stage = part("--autoencoder", o.pop("autoencoder"), {"autoencoder": KLAutoencoder})
         if list(stage.shape) != list(about["shape"]):
             raise ValueError(f"--autoencoder: expected one of {about['shape']} images, got "
                              f"{list(stage.shape)}")  # fmt: skip
@@ -169,7 +170,7 @@ class PriorRecipe(DiTRecipe):
 
     def build(self, about: dict, options: dict) -> DiffusionPrior:
         o = dict(options)
-        clip = part("--clip-from", o.pop("clip_from"), CLIP, "clip")
+        clip = part("--clip-from", o.pop("clip_from"), {"clip": CLIP})
         return DiffusionPrior(
             clip.config, T=o.pop("timesteps"), schedule=o.pop("noise_schedule"), **o
         ).adopt(clip)
@@ -186,7 +187,7 @@ class PriorRecipe(DiTRecipe):
         return at_most(model.T, found, "prior_steps")
 
     def decoder(self, options: dict) -> DiTDiffusion:
-        return part("--decoder", options["decoder"], DiTDiffusion, "latent-diffusion")
+        return part("--decoder", options["decoder"], DECODERS)
 
     def embeddings(self, model: DiffusionPrior, about, count, seed, start, options) -> Tensor:
         o = options

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from genfast.train import checkpoint
 
-def part(option: str, folder: str, kind: type[nn.Module], name: str) -> nn.Module:
-    """The trained model in a folder that an option names; ValueError where it is another."""
-    from genfast.train import checkpoint
 
+def part(option: str, folder: str, models: Mapping[str, type[nn.Module]]) -> nn.Module:
+    """The trained model in a folder that an option names; ValueError where it is none of models
+    (name -> class)."""
+    names = " or ".join(models)
     if not folder:
-        raise ValueError(f"{option}: expected the folder of a trained {name}, got none; train one "
-                         f"with `genfast train {name} … --out DIR`")  # fmt: skip
-    model, about = checkpoint.load(Path(folder))
-    if not isinstance(model, kind):
-        raise ValueError(f"{option}: expected the folder of a trained {name}, got one of "
-                         f"{about['model']}: {folder}")  # fmt: skip
-    return model
+        raise ValueError(f"{option}: expected the folder of a trained {names}, got none; train one "
+                         f"with `genfast train {next(iter(models))} … --out DIR`")  # fmt: skip
+    try:
+        return checkpoint.load(Path(folder), models)[0]
+    except checkpoint.BadCheckpoint as error:
+        raise ValueError(f"{option}: {error}") from None
 
 
 def at_most(T: int, defaults: dict, name: str) -> dict:
