@@ -82,7 +82,7 @@ def _fused_rivals(leaves, grad, options):
     return found
 
 
-def _dense(B, Hq, Hkv, Sq, Sk, D, dtype, causal, backward, bottom_right, device):
+def _dense(B, Hq, Hkv, Sq, Sk, D, dtype, causal, backward, device):
     q, k, v = (
         _randn(i, (B, H, S, D), dtype, device)
         for i, (H, S) in enumerate([(Hq, Sq), (Hkv, Sk), (Hkv, Sk)])
@@ -124,7 +124,7 @@ def _case(name, B, Hq, Sq, D, *, Hkv=None, Sk=None, dtype=F32, causal=False, bac
         "attention",
         name,
         (B, Hq, Sq, D) if Sq == Sk else (B, Hq, Sq, Sk, D),
-        partial(_dense, B, Hq, Hkv, Sq, Sk, D, dtype, causal, backward, False),
+        partial(_dense, B, Hq, Hkv, Sq, Sk, D, dtype, causal, backward),
         dtype=dtype,
         bytes=size,
         flops=flops,

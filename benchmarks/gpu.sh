@@ -28,10 +28,9 @@ command -v nvcc >/dev/null || PATH=$PATH:/usr/local/cuda/bin
 read -r name capability driver < <(nvidia-smi --query-gpu=name,compute_cap,driver_version \
   --format=csv,noheader | head -1 | tr ' ' '_' | sed 's/,_/ /g')
 [ -n "${capability:-}" ] || { echo "no NVIDIA GPU answers nvidia-smi" >&2; exit 2; }
-arch=${capability/./}
-[ "$arch" = 90 ] && arch=90a
-[ "$arch" = 100 ] && arch=100f
-[ "$arch" = 120 ] && arch=120f
+archs=$("$python" -c "import runpy
+print(runpy.run_path('genfast/_archs.py')['best'](tuple(map(int, '$capability'.split('.')))))")
+arch=${archs%-real}
 slug=$(echo "$name" | tr 'A-Z_' 'a-z-')
 echo "== $name, sm_$arch, driver $driver, commit $commit"
 
@@ -40,7 +39,7 @@ if [ -n "${SITE:-}" ]; then
   ln -s "$site" "$work/site"
 else
   echo "== build"
-  GENFAST_CUDA=ON GENFAST_CUDA_ARCHS=$arch-real timeout 240 "$python" -m pip install -q \
+  GENFAST_CUDA=ON GENFAST_CUDA_ARCHS=$archs timeout 240 "$python" -m pip install -q \
     --no-build-isolation --no-deps --no-index --target "$work/site" \
     --config-settings=build-dir="$work/build" . || exit 1
 fi

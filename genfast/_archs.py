@@ -31,6 +31,10 @@ def covers(architectures: str, capability: tuple[int, int]) -> bool:
     return False
 
 
-def remedy(capability: tuple[int, int]) -> str:
-    """What to build with."""
-    return f"GENFAST_CUDA_ARCHS={capability[0]}{capability[1]}-real"
+# Kernels of warpgroups are in 90a alone; a family's code runs on all of its chips.
+_WHOLE = {9: "90a-real", 10: "100f-real", 12: "120f-real"}
+
+
+def best(capability: tuple[int, int]) -> str:
+    """What GENFAST_CUDA_ARCHS is set to for a GPU."""
+    return _WHOLE.get(capability[0], f"{capability[0]}{capability[1]}-real")

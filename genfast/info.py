@@ -12,7 +12,7 @@ import torch
 
 import genfast
 import genfast.kernels
-from genfast._archs import covers, remedy
+from genfast._archs import best, covers
 from genfast._extras import EXTRAS, installed
 from genfast._native import _C
 from genfast.ops import _choice
@@ -84,7 +84,7 @@ def _cuda(build: dict) -> Usable:
         names = ", ".join(f"sm_{major}{minor}" for major, minor in lacking)
         why = (
             f"built for {build['cuda_archs']}, without code for {names}; rebuild with "
-            f"{remedy(lacking[0])}"
+            f"GENFAST_CUDA_ARCHS={best(lacking[0])}"
         )
         return Usable("cuda", False, why)
     return Usable("cuda", True, f"architectures {build['cuda_archs']}; {', '.join(gpus)}")

@@ -714,6 +714,10 @@ WRONG = {
     "sdpa mask": (lambda: S(q4, q4, q4, torch.ones(5, 4)), ValueError, "attn_mask: expected"),
     "sdpa int mask": (lambda: S(q4, q4, q4, torch.ones(5, 5).int()), TypeError, "attn_mask"),
     "sdpa 1-D": (lambda: S(q4[0, 0, 0], q4[0, 0, 0], q4[0, 0, 0]), ValueError, "at least 2"),
+    "sdpa no query": (lambda: S(None, q4, q4), TypeError, "query: expected a torch.Tensor"),
+    "sdpa no key": (lambda: S(q4, None, q4), TypeError, "key: expected a torch.Tensor"),
+    "sdpa text": (lambda: S(q4, q4, q4, "causal"), TypeError, "attn_mask: expected a torch.Tensor"),
+    "sdpa sparse": (lambda: S(q4.to_sparse(), q4, q4), TypeError, "query: expected a dense"),
     "sdpa length": (lambda: S(q4, q4, q4[:, :, :3]), ValueError, "value: expected key's length"),
 }  # fmt: skip
 

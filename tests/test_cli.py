@@ -4,16 +4,18 @@ import ctypes
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from datetime import datetime, timezone
+from pathlib import Path
 
 import pytest
 import torch
 
 import genfast
 from genfast import cli
-from genfast._archs import covers
+from genfast._archs import best, covers
 from genfast.benchmarks import harness, report
 from genfast.cli import bench
 from genfast.info import collect
@@ -42,6 +44,11 @@ def case(**work) -> harness.Case:
     x = torch.ones(100)
     given = {"ours": x.exp, "rivals": {"eager": x.exp}, "proof": lambda: None, **work}
     return harness.Case("rng", "made up", (100,), lambda _: harness.Work(**given), bytes=800)
+
+
+def test_the_readme_names_what_is_public():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert [name for name in genfast.__all__ if not re.search(rf"\b{name}\b", readme)] == []
 
 
 # ---- info ----------------------------------------------------------------------------------------
@@ -102,6 +109,12 @@ def test_info_says_why_not_and_what_to_do(monkeypatch):
 def test_which_gpus_a_build_covers(architectures, runs_on, not_on):
     assert all(covers(architectures, c) for c in runs_on)
     assert not any(covers(architectures, c) for c in not_on)
+
+
+def test_what_a_gpu_is_built_for_covers_it():
+    for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1)):
+        assert covers(best(capability), capability)
+    assert best((9, 0)) == "90a-real"  # without the a there are no warpgroups
 
 
 BUILD = {

@@ -14,9 +14,9 @@
 
 namespace genfast::cpu {
 
-#define GENFAST_LEVEL(name)   \
-  namespace name {            \
-  extern const Kernels table; \
+#define GENFAST_LEVEL(name) \
+  namespace name {          \
+  const Kernels& table();   \
   }
 GENFAST_FOR_EACH_ISA(GENFAST_LEVEL)
 #undef GENFAST_LEVEL
@@ -25,7 +25,7 @@ namespace {
 
 struct Level {
   const char* name;
-  const Kernels* kernels;
+  const Kernels& (*table)();
 };
 
 constexpr int kMaxLevels = 8;
@@ -34,10 +34,11 @@ struct Levels {
   Level usable[kMaxLevels] = {};
   const char* names[kMaxLevels + 1] = {};
   int chosen = 0;
+  const Kernels* kernels = nullptr;
 
   Levels() {
     const Level built[] = {
-#define GENFAST_LEVEL(name) {#name, &name::table},
+#define GENFAST_LEVEL(name) {#name, name::table},
         GENFAST_FOR_EACH_ISA(GENFAST_LEVEL)
 #undef GENFAST_LEVEL
     };
@@ -50,6 +51,7 @@ struct Levels {
     if (const char* wanted = std::getenv("GENFAST_ISA"))
       for (int i = 0; i < count; ++i)
         if (std::strcmp(wanted, names[i]) == 0) chosen = i;
+    kernels = &usable[chosen].table();  // code of the level, so of no other
   }
 };
 
@@ -60,7 +62,7 @@ const Levels& levels() {
 
 }  // namespace
 
-const Kernels& kernels() { return *levels().usable[levels().chosen].kernels; }
+const Kernels& kernels() { return *levels().kernels; }
 const char* isa_name() { return levels().names[levels().chosen]; }
 const char* const* isa_usable() { return levels().names; }
 

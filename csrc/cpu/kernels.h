@@ -55,7 +55,7 @@ const char* const* isa_usable();
 }  // namespace genfast::cpu
 
 namespace genfast::cpu::v4 {
-extern const Kernels table;  // levels amx and bf16 stand on it
+const Kernels& table();  // levels amx and bf16 stand on it
 }
 
 // Every kernel file is compiled once per level with GENFAST_ISA = base, v2, v3 or v4.
@@ -92,6 +92,6 @@ void linear(const LinearParams&);
 void linear_weight(const LinearWeightParams&);
 double fma_limit(const LimitParams&);
 double read_limit(const LimitParams&);
-extern const Kernels table;
+const Kernels& table();
 }  // namespace genfast::cpu::GENFAST_ISA
 #endif

@@ -15,21 +15,25 @@ bool fits(const AttentionParams& p) { return p.dtype == Dtype::bf16 && p.out_dty
 void attention_forward(const AttentionParams& p) {
   const Forward<VectorUnit> f(p);
   const bool matrix = fits(p) && !f.in_place && f.longest_k >= kMatrixKeys;
-  return matrix ? forward<MatrixUnit>(p) : v4::table.attention_forward(p);
+  return matrix ? forward<MatrixUnit>(p) : v4::table().attention_forward(p);
 }
 
 // A mask's gradient needs the fp32 dS.
 void attention_backward(const AttentionGradParams& g) {
   const bool matrix =
       fits(g.p) && g.dmask.data == nullptr && Backward<VectorUnit>(g).longest_k >= kMatrixKeys;
-  return matrix ? backward<MatrixUnit>(g) : v4::table.attention_backward(g);
+  return matrix ? backward<MatrixUnit>(g) : v4::table().attention_backward(g);
 }
 
-extern const Kernels table = [] {
-  Kernels kernels = v4::table;
-  kernels.attention_forward = attention_forward;
-  kernels.attention_backward = attention_backward;
+// Made when the level is chosen: at load, code of this level would run on any processor.
+const Kernels& table() {
+  static const Kernels kernels = [] {
+    Kernels made = v4::table();
+    made.attention_forward = attention_forward;
+    made.attention_backward = attention_backward;
+    return made;
+  }();
   return kernels;
-}();
+}
 
 }  // namespace genfast::cpu::GENFAST_ISA

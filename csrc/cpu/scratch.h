@@ -2,8 +2,8 @@
 #pragma once
 #include <atomic>
 #include <cstdint>
-#include <cstdlib>
-#include <new>
+#include <memory>
+#include <vector>
 
 namespace genfast::cpu {
 
@@ -48,6 +48,19 @@ class Memory {
  private:
   char* data_;
 };
+
+// std::vector for kernel files. The linker keeps one copy of an ordinary one's functions for all
+// levels, whose instructions a lesser processor may not have: through an allocator of this file's
+// own they are this file's own.
+template <class T>
+struct OwnCode : std::allocator<T> {
+  template <class U>
+  struct rebind {
+    using other = OwnCode<U>;
+  };
+};
+template <class T>
+using Vector = std::vector<T, OwnCode<T>>;
 
 class Slots {
  public:

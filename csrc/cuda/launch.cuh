@@ -43,10 +43,10 @@ inline const char* error_text(cudaError_t error, int device) {
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   std::snprintf(text, sizeof text,
-                "genfast was built without code for this GPU (sm_%d%d); rebuild with "
-                "GENFAST_CUDA_ARCHS=%d%d-real, or use genfast.set_backend(\"auto\"), which takes "
-                "the Triton kernels or PyTorch here",
-                major, minor, major, minor);
+                "genfast was built without code for this GPU (sm_%d%d); rebuild with the "
+                "GENFAST_CUDA_ARCHS that `genfast info` names, or use genfast.set_backend(\"auto\"), "
+                "which takes the Triton kernels or PyTorch here",
+                major, minor);
   return text;
 }
 

@@ -4,9 +4,10 @@ returns, on any device genfast serves; flash-attn itself is not needed.
     from genfast.integrations.flash_attn import flash_attn_func
 
 Layouts: (B, S, H, D), packed (total, H, D), cu_seqlens int32. causal and window_size have their
-diagonal at the bottom right. Differences: float32 and any head dimension up to 512 work too, the
-backward is always deterministic (`deterministic` changes nothing), softcap and dropout combine, and
-dropout's noise comes from genfast's contract, seeded by torch's generator.
+diagonal at the bottom right. Differences: float32 and any head dimension up to 512 work too,
+softcap and dropout combine, dropout's noise comes from genfast's contract, seeded by torch's
+generator, and `deterministic` changes nothing: the backward gives the same bits every time, but in
+16 bits on sm_90, where `torch.use_deterministic_algorithms(True)` asks for that.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def _unpacked(name: str, x: Tensor, layout: str) -> tuple[Tensor, ...]:
     return x.unbind(-3)
 
 
-def _s_dmask(q, k, lse, options: dict, dropout_p, seed) -> Tensor | None:
+def _s_dmask(q, k, options: dict, dropout_p, seed) -> Tensor | None:
     """Attention weights (B, Hq, Sq, Sk) in q's dtype, negative where dropped: for tests, O(S^2).
 
     flash-attn returns it only beside dropout; its columns are rounded up to a multiple of 128
@@ -118,7 +119,7 @@ def flash_attn_func(
     out = _bhsd(out)
     if not return_attn_probs:
         return out
-    return out, lse, _s_dmask(q, k, lse, options, dropout_p, seed)
+    return out, lse, _s_dmask(q, k, options, dropout_p, seed)
 
 
 def flash_attn_kvpacked_func(

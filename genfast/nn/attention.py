@@ -12,7 +12,7 @@ from genfast.ops.linear import linear
 _INF = float("-inf")
 
 
-def _hidden(mask: Tensor | None, name: str, dtype: torch.dtype) -> Tensor | None:
+def _hidden(mask: Tensor | None, name: str) -> Tensor | None:
     if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
         raise TypeError(f"{name}: expected a bool or floating point mask, got {mask.dtype}")
     return mask
@@ -149,8 +149,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         """(mask in this module's convention, (B|1, H|1, L|1, S), or None; causal)."""
         B, H, L, _ = q.shape
         S = k.shape[2]
-        padding = _hidden(key_padding_mask, "key_padding_mask", q.dtype)
-        hidden = _hidden(attn_mask, "attn_mask", q.dtype)
+        padding = _hidden(key_padding_mask, "key_padding_mask")
+        hidden = _hidden(attn_mask, "attn_mask")
         # With a mask beside it is_causal is a hint that the mask is the causal one.
         causal = is_causal and (hidden is None or not need_weights)
         if causal:

@@ -96,10 +96,10 @@ def number(
 def integer(name: str, value: Any, *, low: int | None = None, high: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
         raise TypeError(f"{name}: expected an int, got {describe(value)}")
-    if (low is not None and value < low) or (high is not None and value > high):
-        bounds = f">= {low}" if high is None else f"<= {high}" if low is None else (
-            f"in [{low}, {high}]")  # fmt: skip
-        raise ValueError(f"{name}: expected an int {bounds}, got {value!r}")
+    if low is not None and value < low:
+        raise ValueError(f"{name}: expected an int >= {low}, got {value!r}")
+    if high is not None and value > high:
+        raise ValueError(f"{name}: expected an int <= {high}, got {value!r}")
 
 
 def counts(**values: Any) -> None:

@@ -101,6 +101,13 @@ def plain(*grads: torch.Tensor | None) -> bool:
     return True
 
 
+def taken(found):
+    """What a node's forward kernel gave; where it refused, the call goes the slow road."""
+    if found is None:
+        raise TypeError("genfast: the kernel does not take these tensors")
+    return found
+
+
 def ran(took: bool) -> None:
     """Of a backward kernel: no other road is left."""
     if not took:

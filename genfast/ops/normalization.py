@@ -27,6 +27,7 @@ from genfast.ops._road import (
     is_compiling,
     plain,
     ran,
+    taken,
     transforming,
     wants_graph,
 )
@@ -240,9 +241,7 @@ _op = define(
 class _Normalize(Node):
     @staticmethod
     def forward(ctx, *inputs):
-        found = _native(*inputs)
-        if found is None:
-            raise TypeError("genfast: the kernel does not take these tensors")
+        found = taken(_native(*inputs))
         _save(ctx, inputs, found)
         y, _, total = found
         return y if total is None else (total, y)
@@ -260,8 +259,7 @@ class _NormalizeAffine(Node):
     def forward(ctx, x, weight, bias, groups, rms, act, eps):
         y, statistics = torch.empty_like(x), _statistics(x, groups, rms)
         ctx.rest = None, None, None, None, groups, rms, act, eps
-        if not kernels.normalize(y, statistics, None, x, weight, bias, *ctx.rest):
-            raise TypeError("genfast: the kernel does not take these tensors")
+        taken(kernels.normalize(y, statistics, None, x, weight, bias, *ctx.rest) or None)
         ctx.save_for_backward(x, weight, bias, statistics)
         return y
 

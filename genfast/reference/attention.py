@@ -97,10 +97,6 @@ def attention(
     return out.reshape(B, Hq, Sq, Dv).to(q.dtype), lse
 
 
-def _of_batch(slopes: torch.Tensor | None, b: int) -> torch.Tensor | None:
-    return slopes if slopes is None or slopes.dim() == 1 else slopes[b]
-
-
 def attention_varlen(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -34,7 +34,6 @@ from genfast.train.state import Progress
 
 SHUFFLE, EVALUATION = 1 << 32, 2 << 32
 LOG = "log.jsonl"
-DEVICES = ("auto", "cpu")
 
 
 class Diverged(RuntimeError):

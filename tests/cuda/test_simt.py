@@ -65,7 +65,8 @@ def test_a_gpu_without_code_is_named(cuda):
     call = cuda.library.simt_error_text
     call.restype = ctypes.c_char_p
     text = call(209).decode()
-    assert "sm_80" in text and "GENFAST_CUDA_ARCHS=80-real" in text and "auto" in text
+    for part in ("sm_80", "GENFAST_CUDA_ARCHS", "genfast info", "auto"):
+        assert part in text
     assert call(0) is None
 
 

@@ -52,6 +52,11 @@ def test_far_arguments_stay_finite():
         torch.testing.assert_close(y, reference.gated_act(x, act=act))
 
 
+def test_silu_is_swish():
+    x = randn(3, 8)
+    assert torch.equal(genfast.gated_act(x, "silu"), genfast.gated_act(x, "swish"))
+
+
 def test_threads_change_no_bit():
     x, found = randn(*SHAPES["threads"]), []
     for threads in (1, 2, 3):

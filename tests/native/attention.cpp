@@ -15,7 +15,7 @@ using namespace genfast::test;
 using Matrix = std::vector<std::vector<double>>;
 using Places = std::vector<std::pair<int64_t, int64_t>>;  // (batch entry or page, row)
 
-const cpu::Kernels& kernels() { return cpu::GENFAST_ISA::table; }
+const cpu::Kernels& kernels() { return cpu::GENFAST_ISA::table(); }
 
 // Below, at and beside whole vectors, whole panels, and the 64 of a summed block.
 constexpr int64_t kDims[] = {1,  2,  3,  5,  7,  8,  9,  12,  15,  16,  17,  24,  31,  32, 33,

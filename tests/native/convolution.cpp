@@ -7,7 +7,7 @@ namespace {
 using namespace genfast;
 using namespace genfast::test;
 
-const cpu::Kernels& kernels() { return cpu::GENFAST_ISA::table; }
+const cpu::Kernels& kernels() { return cpu::GENFAST_ISA::table(); }
 
 // (B, channels, height, width) with the channels inside: exactly its bytes.
 Tensor image(int64_t B, int64_t channels, int64_t height, int64_t width) {

@@ -14,7 +14,7 @@ using genfast::test::same_bits;
 using genfast::test::Tensor;
 using genfast::test::values;
 
-const cpu::Kernels& kernels() { return cpu::GENFAST_ISA::table; }
+const cpu::Kernels& kernels() { return cpu::GENFAST_ISA::table(); }
 
 // Random123's kat_vectors for philox4x32 with 10 rounds: the lane code itself, all three.
 void known_answers() {

@@ -7,7 +7,7 @@ namespace {
 using namespace genfast;
 using namespace genfast::test;
 
-const cpu::Kernels& kernels() { return cpu::GENFAST_ISA::table; }
+const cpu::Kernels& kernels() { return cpu::GENFAST_ISA::table(); }
 
 void gradients(Pick& pick, int64_t M, int64_t K, int64_t N) {
   const auto layout = [&] { return pick.of({Layout::dense, Layout::padded}); };

@@ -10,7 +10,7 @@ using namespace genfast;
 using namespace genfast::test;
 using Shape = std::vector<int64_t>;
 
-const cpu::Kernels& kernels() { return cpu::GENFAST_ISA::table; }
+const cpu::Kernels& kernels() { return cpu::GENFAST_ISA::table(); }
 
 Dtype any_float(Pick& pick) { return pick.of({Dtype::f32, Dtype::f32, Dtype::f16, Dtype::bf16}); }
 

@@ -10,11 +10,10 @@
 // buffer, then along the row; any other goes along the row once per row of the filter.
 #include <algorithm>
 #include <cmath>
-#include <memory>
-#include <vector>
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "cpu/scratch.h"
 #include "cpu/stage.h"
 
 namespace genfast::cpu::GENFAST_ISA {
@@ -30,7 +29,7 @@ struct Tap {
 struct Axis {
   int64_t in, out, up, down;
   int64_t split, woven;  // phases that hold something: of a row, and of the output (two for up = 2)
-  std::vector<std::vector<Tap>> phases;
+  Vector<Vector<Tap>> phases;
 
   Axis(int64_t in, int64_t out, int64_t up, int64_t down, int64_t before, const float* f, int64_t n)
       : in(in),
@@ -57,7 +56,7 @@ struct Axis {
 struct Filter {
   int64_t fh, fw;
   bool separable;
-  std::vector<float> column, row;  // row: of rank one, else fh rows
+  Vector<float> column, row;  // row: of rank one, else fh rows
 
   explicit Filter(const UpfirdnParams& p) {
     const float* f = static_cast<const float*>(p.f.data);
@@ -73,7 +72,7 @@ struct Filter {
       }
       return;
     }
-    std::vector<double> k(n);
+    Vector<double> k(n);
     for (int64_t i = 0; i < n; ++i) k[i] = f[p.flip ? i : n - 1 - i];
     int64_t peak = 0;
     for (int64_t i = 0; i < n; ++i)
@@ -129,7 +128,7 @@ void sums(const Source* s, int64_t terms, int64_t n, bool first, float* to) {
 int64_t rounded(int64_t n) { return (n + W - 1) / W * W + W; }
 
 struct Buffer {
-  std::vector<float> data;
+  Vector<float> data;
   float* get(int64_t n) {
     if (static_cast<int64_t>(data.size()) < n) data.resize(n);
     return data.data();
@@ -150,7 +149,7 @@ void narrowed(const float* from, int64_t n, char* to, Dtype d) {
 // What one task works with: rows in fp32 that may be read past their end.
 class Rows {
  public:
-  Rows(const UpfirdnParams& p, const Filter& f, const Axis& y, const std::vector<Axis>& x,
+  Rows(const UpfirdnParams& p, const Filter& f, const Axis& y, const Vector<Axis>& x,
        int64_t pixel)
       : f_(f), y_(y), x_(x), pixel_(pixel), columns_(x[0]) {
     size_ = dtype_bytes(p.x.dtype), dtype_ = p.x.dtype, before_ = p.before[0];
@@ -297,12 +296,12 @@ class Rows {
 
   struct Copy {
     const char* from = nullptr;
-    std::vector<float> data;
+    Vector<float> data;
   };
 
   const Filter& f_;
   const Axis& y_;
-  const std::vector<Axis>& x_;
+  const Vector<Axis>& x_;
   int64_t pixel_;  // floats side by side that belong to one place: 1, or the channels
   const Axis& columns_;
   int64_t width_ = 0, lead_ = 0, reach_ = 0, stride_ = 0, woven_stride_ = 0;
@@ -310,8 +309,8 @@ class Rows {
   int size_ = 4;
   Dtype dtype_;
   const char* end_;
-  std::vector<Source> terms_, line_;
-  std::vector<Copy> copies_;
+  Vector<Source> terms_, line_;
+  Vector<Copy> copies_;
   Buffer column_, phases_, woven_, out_;
 };
 
@@ -418,9 +417,9 @@ class Planes {
     }
 
     const Planes& s_;
-    std::vector<float> in_, middle_, out_;
-    std::vector<Source> line_;
-    std::vector<float> row_;
+    Vector<float> in_, middle_, out_;
+    Vector<Source> line_;
+    Vector<float> row_;
   };
 
  private:
@@ -451,7 +450,7 @@ void upfirdn2d(const UpfirdnParams& p) {
   const int64_t images = p.x.shape[0], channels = p.x.shape[1];
   const int64_t H = p.x.shape[2], Wd = p.x.shape[3], OH = p.y.shape[2], OW = p.y.shape[3];
   const Axis y(H, OH, p.up[0], p.down[0], p.before[0], f.column.data(), f.fh);
-  std::vector<Axis> x;
+  Vector<Axis> x;
   for (int64_t k = 0; k < (f.separable ? 1 : f.fh); ++k)
     x.emplace_back(Wd, OW, p.up[1], p.down[1], p.before[1], f.row.data() + k * f.fw, f.fw);
   advise_huge_pages(p.y.data, p.y.numel * dtype_bytes(p.y.dtype));

@@ -8,7 +8,6 @@
 #include <memory>
 #include <optional>
 #include <type_traits>
-#include <vector>
 
 #include "cpu/convert.h"
 #include "cpu/kernels.h"

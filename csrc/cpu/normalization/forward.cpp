@@ -128,7 +128,7 @@ void each_column(const Call& call) {
   struct Scratch {
     Sample sample;
     Floats mean, s1, s2, buffer;
-    std::vector<double> total;  // [2][C]
+    Vector<double> total;  // [2][C]
   };
   const auto make = [&] {
     return Scratch{Sample(C),
@@ -136,7 +136,7 @@ void each_column(const Call& call) {
                    Floats(C),
                    Floats(C),
                    Floats(E::value ? 0 : cut.buffer()),
-                   std::vector<double>(2 * C)};
+                   Vector<double>(2 * C)};
   };
   const auto measure = [&](int64_t unit, Scratch& of) {
     float *pivot = of.mean, *s1 = of.s1, *s2 = of.s2;

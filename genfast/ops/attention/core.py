@@ -30,6 +30,7 @@ from genfast.ops._road import (
     is_compiling,
     plain,
     ran,
+    taken,
     transforming,
     wants_graph,
 )
@@ -348,9 +349,7 @@ class _Attention(Node):
     @staticmethod
     def forward(ctx, q, k, v, mask, alibi, sinks, *args):
         packed, options = _of_args(args)
-        found = _forward(q, k, v, mask, alibi, sinks, packed, options)
-        if found is None:
-            raise TypeError("genfast: the kernel does not take these tensors")
+        found = taken(_forward(q, k, v, mask, alibi, sinks, packed, options))
         _save(ctx, (q, k, v, mask, alibi, sinks, *args), found)
         return found
 
@@ -367,9 +366,7 @@ class _PlainAttention(Node):
     @staticmethod
     def forward(ctx, q, k, v, mask, right, scale):
         lse = _empty_lse(q, _FLOAT)
-        out = _plain(q, k, v, lse, mask, right, scale)
-        if out is None:
-            raise TypeError("genfast: the kernel does not take these tensors")
+        out = taken(_plain(q, k, v, lse, mask, right, scale))
         ctx.save_for_backward(q, k, v, mask, out, lse)
         ctx.options = right, scale
         return out

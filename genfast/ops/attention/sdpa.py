@@ -140,22 +140,20 @@ def scaled_dot_product_attention(
     dimensions in memory. A row that sees no key gives 0. Where PyTorch's kernel was measured to be
     faster it is what runs. Raises TypeError / ValueError naming the argument.
     """
-    if (
-        not dropout_p
-        and not is_compiling()
-        and (road := gate(query, key, value, attn_mask))
-        and query.dim() == key.dim() == 4
-        and (enable_gqa or query.shape[1] == key.shape[1])
-        and not autocasting(query)
-        and (scale is None or (type(scale) is float and math.isfinite(scale)))
-    ):
+    if not dropout_p and not is_compiling() and (road := gate(query, key, value, attn_mask)):
         fast = plain_forward if road == DIRECT else plain_training
         try:
-            out = fast(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+            if (
+                query.dim() == key.dim() == 4
+                and (enable_gqa or query.shape[1] == key.shape[1])
+                and not autocasting(query)
+                and (scale is None or (type(scale) is float and math.isfinite(scale)))
+            ):
+                out = fast(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+                if out is not None:
+                    return out
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
-            out = None  # the checks below name the argument
-        if out is not None:
-            return out
+            pass  # the checks below name the argument
     plain = (
         isinstance(query, Tensor)
         and isinstance(key, Tensor)
@@ -170,11 +168,13 @@ def scaled_dot_product_attention(
         same = B == Bk == value.shape[0] and Hk == value.shape[1] and S == value.shape[2]
         grouped = Hq == Hk or Hk == 1 or (enable_gqa and Hk and Hq % Hk == 0)
         known = attn_mask is None or (
-            attn_mask.dim() >= 2
+            isinstance(attn_mask, Tensor)
+            and attn_mask.dim() >= 2
             and attn_mask.dtype in (torch.bool, query.dtype, _FLOAT)
             and broadcasts(attn_mask, (B, Hq, query.shape[2], S))
         )
-        known = known and query.dtype in _check.FLOATS
+        dense = query.layout is key.layout is value.layout is torch.strided
+        known = known and dense and query.dtype in _check.FLOATS
         if same and grouped and known and E == Ek and query.dtype is key.dtype is value.dtype:
             return _attend(query, key, value, attn_mask, dropout_p, is_causal, scale)
     elif isinstance(query, Tensor) and autocasting(query):

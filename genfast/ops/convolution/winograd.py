@@ -24,6 +24,7 @@ from genfast.ops._road import (
     is_compiling,
     plain,
     ran,
+    taken,
     wants_graph,
 )
 from genfast.reference import convolution as reference
@@ -93,9 +94,7 @@ def _native(x, weight, bias, term, projection, enlarged) -> Tensor | None:
 class _Convolve(Node):
     @staticmethod
     def forward(ctx, *inputs):
-        y = _native(*inputs)
-        if y is None:
-            raise TypeError("genfast: the kernel does not take these tensors")
+        y = taken(_native(*inputs))
         x, weight, _, term, projection, ctx.enlarged = inputs
         ctx.save_for_backward(x, weight, *((None, None) if projection is None else inputs[3:5]))
         return y

@@ -22,6 +22,7 @@ from genfast.ops._road import (
     is_compiling,
     plain,
     ran,
+    taken,
     transforming,
     wants_graph,
 )
@@ -178,9 +179,7 @@ class _Loss(Node):
         ctx.d_output = None
         if args[-1] and output.dtype == torch.float32 and ctx.needs_input_grad[0]:
             ctx.d_output = torch.empty_like(output)
-        found = _native(*args, ctx.d_output)
-        if found is None:
-            raise TypeError("genfast: the kernel does not take these tensors")
+        found = taken(_native(*args, ctx.d_output))
         return found
 
     @staticmethod

@@ -25,6 +25,7 @@ from genfast.ops._road import (
     plain,
     ran,
     readable,
+    taken,
     transforming,
     wants_graph,
 )
@@ -256,9 +257,7 @@ class _Step(Node):
     @staticmethod
     def forward(ctx, *args):
         _save(ctx, args, None)
-        outs = _native(args)
-        if outs is None:
-            raise TypeError("genfast: the kernel does not take these tensors")
+        outs = taken(_native(args))
         return outs
 
     @staticmethod

@@ -30,6 +30,7 @@ from genfast.ops._road import (
     plain,
     ran,
     readable,
+    taken,
     transforming,
     wants_graph,
 )
@@ -289,9 +290,7 @@ _op = define(
 class _BiasAct(Node):
     @staticmethod
     def forward(ctx, x, b, noise, strength, seeds, *rest):
-        y = _native(x, b, noise, strength, seeds, *rest)
-        if y is None:
-            raise TypeError("genfast: the kernel does not take these tensors")
+        y = taken(_native(x, b, noise, strength, seeds, *rest))
         _save(ctx, (x, b, noise, strength, seeds, *rest), y)
         return y
 

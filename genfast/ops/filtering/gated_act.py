@@ -24,6 +24,7 @@ from genfast.ops._road import (
     is_compiling,
     plain,
     ran,
+    taken,
     transforming,
     wants_graph,
 )
@@ -32,6 +33,7 @@ from genfast.reference.filtering import ACTIVATIONS, GATES
 
 _NAMES = tuple(ACTIVATIONS)
 _CODES = {name: i for i, name in enumerate(_NAMES) if name in GATES}  # the native enum
+_CODES["silu"] = _CODES["swish"]  # as PyTorch and `layer_norm` call it
 
 
 def _empty(x: Tensor) -> Tensor:
@@ -98,9 +100,7 @@ _op = define(
 class _GatedAct(Node):
     @staticmethod
     def forward(ctx, x, act):
-        y = _native(x, act)
-        if y is None:
-            raise TypeError("genfast: the kernel does not take this tensor")
+        y = taken(_native(x, act))
         ctx.save_for_backward(x)
         ctx.act = act
         return y
@@ -114,9 +114,9 @@ def gated_act(x: Tensor, act: str = "sigmoid", *, backend: str | None = None) ->
     """act(gate) up, gate and up the first and the second half of x's last dimension.
 
     x: (..., 2 H), float32, float16, bfloat16 (fp32 inside) or float64; otherwise than contiguous it
-    is copied. act: "sigmoid" (GLU), "swish" (SwiGLU), "gelu", "gelu_tanh" (GEGLU), "relu" (ReGLU)
-    or "linear" (bilinear). backend: one for this call and its gradient, as `genfast.set_backend`.
-    Returns (..., H), contiguous. Differentiable any number of times; the
+    is copied. act: "sigmoid" (GLU), "swish" or "silu" (SwiGLU), "gelu", "gelu_tanh" (GEGLU), "relu"
+    (ReGLU) or "linear" (bilinear). backend: one for this call and its gradient, as
+    `genfast.set_backend`. Returns (..., H), contiguous. Differentiable any number of times; the
     same bits from any number of threads. Raises TypeError / ValueError naming the argument.
     Dauphin et al., "Language modeling with gated convolutional networks", 2017; Shazeer, "GLU
     variants improve transformer", 2020.
@@ -135,7 +135,7 @@ def gated_act(x: Tensor, act: str = "sigmoid", *, backend: str | None = None) ->
         except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError):
             pass  # the checks below name the argument
     _check.tensor("x", x)
-    _check.choice("act", act, GATES)
+    _check.choice("act", act, _CODES)
     if x.dim() < 1 or x.shape[-1] % 2:
         raise ValueError(
             f"x: expected (..., 2 H), an even last dimension, got shape {tuple(x.shape)}; put gate "

@@ -23,6 +23,7 @@ from genfast.ops._road import (
     gate,
     is_compiling,
     plain,
+    taken,
     transforming,
     wants_graph,
 )
@@ -131,9 +132,7 @@ _op = define(
 class _Upfirdn(Node):
     @staticmethod
     def forward(ctx, x, f, *rest):
-        y = _native(x, f, *rest)
-        if y is None:
-            raise TypeError("genfast: the kernel does not take these tensors")
+        y = taken(_native(x, f, *rest))
         _save(ctx, (x, f, *rest), y)
         return y
 

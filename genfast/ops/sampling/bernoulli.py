@@ -19,6 +19,7 @@ from genfast.ops._road import (
     is_compiling,
     plain,
     ran,
+    taken,
     transforming,
     wants_graph,
 )
@@ -98,9 +99,7 @@ _op = define(
 class _BernoulliNll(Node):
     @staticmethod
     def forward(ctx, logits, x):
-        nll = _native(logits, x)
-        if nll is None:
-            raise TypeError("genfast: the kernel does not take these tensors")
+        nll = taken(_native(logits, x))
         ctx.save_for_backward(logits, x)
         return nll
 

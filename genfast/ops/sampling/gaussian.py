@@ -25,6 +25,7 @@ from genfast.ops._road import (
     is_compiling,
     plain,
     ran,
+    taken,
     transforming,
     wants_graph,
 )
@@ -220,9 +221,7 @@ class _Reparameterize(Node):
     @staticmethod
     def forward(ctx, mu, logvar, seed, seeds, *rest):
         _save(ctx, (mu, logvar, seed, seeds, *rest), None)
-        found = _forward(mu, logvar, seed, seeds, *rest)
-        if found is None:
-            raise TypeError("genfast: the kernel does not take these tensors")
+        found = taken(_forward(mu, logvar, seed, seeds, *rest))
         return found
 
     @staticmethod
