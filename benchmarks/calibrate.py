@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 
 import genfast
+from genfast._archs import covers
 from genfast._files import alone, write_atomic
 from genfast._native import _C
 from genfast.benchmarks.harness import measure
@@ -202,7 +203,8 @@ def calibrate(threads: int = 2, device: str = "cpu") -> Iterator[Row]:
     rows = _choice.ATTENTION_BY_TORCH[device == "cuda"]
     ours, arch, how = "cpu", ANY, f"{threads} threads"  # save() says of which machine
     if device == "cuda":
-        ours = "cuda" if _C.build_info()["cuda"] else "triton"
+        built, gpu = _C.build_info()["cuda_archs"], torch.cuda.get_device_capability(0)
+        ours = "cuda" if covers(built, gpu) else "triton"
         arch, how = _choice.arch(device), "the host's part included"
     before, known = torch.get_num_threads(), dict(rows)
     torch.set_num_threads(threads)

@@ -85,7 +85,7 @@ limit=$(least 60 "$(left)")
 if wanted calibrate && [ "$limit" -gt 10 ]; then
   GENFAST_CHOICES="$work/choices.json" timeout "$limit" "$python" -c \
     'import sys; from genfast.cli import main; sys.exit(main(sys.argv[1:]))' \
-    bench --calibrate --device cuda | tee "$work/table-calibrated.txt"
+    bench --calibrate --device cuda | tee "$work/table-calibrated.txt" || failed=1
 fi
 if wanted calibrate; then for family in normalization filtering; do grid cuda "$family"; done; fi
 # Last, and with what is left: compiling some 60 kernels takes longer than their timing.

@@ -38,7 +38,9 @@ AttentionStats stats_of(const TensorView& t) {
   return {data, 0, t.strides[0], t.strides[1]};
 }
 
-bool indices(const TensorView& t, int64_t n) { return vector_of(t, Dtype::i32, n); }
+bool indices(const TensorView& t, int64_t n) {
+  return !t.defined() || (t.ndim == 1 && vector_of(t, Dtype::i32, n));
+}
 const int32_t* integers_of(const TensorView& t) { return static_cast<const int32_t*>(t.data); }
 
 // A mask of up to four dimensions, aligned at the last; each is 1 or that of (B, Hq, Sq, Sk).
@@ -293,6 +295,8 @@ struct Cache {
         (block_table.ndim != 2 || block_table.shape[0] != B || block_table.dtype != Dtype::i32 ||
          (block_table.shape[1] > 1 && block_table.strides[1] != 1) || k.shape[2] < 1))
       return false;
+    // Without indices row b is entry b. Python says so, on a GPU too, where nothing would clamp it.
+    if (!block_table.defined() && !batch_idx.defined() && k.shape[0] < B) return false;
     return indices(lengths, B) && indices(leftpad, B) && indices(batch_idx, B);
   }
 
@@ -316,8 +320,8 @@ struct Cache {
           refuse("cache_leftpad" + at + ": expected 0 <= padding <= cache_seqlens, " +
                  std::to_string(n) + ", got " + std::to_string(pad));
       }
-      if (batch_idx.defined() || !block_table.defined()) {
-        const int64_t entry = batch_idx.defined() ? integers_of(batch_idx)[b] : b;
+      if (batch_idx.defined()) {
+        const int64_t entry = integers_of(batch_idx)[b];
         if (entry < 0 || entry >= k.shape[0])
           refuse("cache_batch_idx" + at + ": expected an entry of the cache of " +
                  std::to_string(k.shape[0]) + ", got " + std::to_string(entry));

@@ -28,6 +28,7 @@ class TensorArgument : public TensorView {
 
  private:
   bool fill(const dl::Tensor& t);
+  bool find_stream(const dl::Tensor& t, const dl::ExchangeApi* api);
   dl::ManagedVersioned* managed_ = nullptr;
 };
 
@@ -117,6 +118,15 @@ inline bool TensorArgument::fill(const dl::Tensor& t) {
   return data != nullptr || numel == 0;
 }
 
+// torch's current stream, on which the kernels run, whoever made the tensor.
+inline bool TensorArgument::find_stream(const dl::Tensor& t, const dl::ExchangeApi* api) {
+  if (t.device.type != 2 || api == nullptr || api->current_stream == nullptr ||
+      api->current_stream(2, device, &stream) == 0)
+    return true;
+  PyErr_Clear();
+  return false;
+}
+
 inline bool TensorArgument::read(PyObject* object) {
   if (const dl::ExchangeApi* api = exchange_api(Py_TYPE(object))) {
     dl::Tensor t;
@@ -124,13 +134,7 @@ inline bool TensorArgument::read(PyObject* object) {
       PyErr_Clear();
       return false;
     }
-    if (!fill(t)) return false;
-    if (t.device.type == 2 && api->current_stream != nullptr &&
-        api->current_stream(2, device, &stream) != 0) {
-      PyErr_Clear();
-      return false;
-    }
-    return true;
+    return fill(t) && find_stream(t, api);
   }
   // Other producers (numpy, cupy, jax, tensor subclasses with their own protocol).
   PyObject* method = PyObject_GetAttrString(object, "__dlpack__");
@@ -153,7 +157,9 @@ inline bool TensorArgument::read(PyObject* object) {
     managed_ =
         static_cast<dl::ManagedVersioned*>(PyCapsule_GetPointer(capsule, "dltensor_versioned"));
     PyCapsule_SetName(capsule, "used_dltensor_versioned");
-    ok = managed_->version.major == 1 && fill(managed_->tensor);
+    const detail::TypeCache& cache = detail::type_cache();
+    ok = managed_->version.major == 1 && fill(managed_->tensor) &&
+         find_stream(managed_->tensor, cache.count > 0 ? cache.api[0] : nullptr);
   }
   Py_DECREF(capsule);
   return ok;

@@ -8,6 +8,10 @@ import re
 _ARCH = re.compile(r"(\d+)(\d)([af]?)(?:-(real|virtual))?$")
 
 
+# The kernels want conversions of two 16-bit numbers and asynchronous copies.
+LEAST = (8, 0)
+
+
 def covers(architectures: str, capability: tuple[int, int]) -> bool:
     """A GPU of this compute capability runs one of these, e.g. "80-real 90a-real 90-virtual".
 

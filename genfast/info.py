@@ -12,7 +12,7 @@ import torch
 
 import genfast
 import genfast.kernels
-from genfast._archs import best, covers
+from genfast._archs import LEAST, best, covers
 from genfast._extras import EXTRAS, installed
 from genfast._native import _C
 from genfast.ops import _choice
@@ -80,6 +80,9 @@ def _cuda(build: dict) -> Usable:
     if not gpus:
         return Usable("cuda", False, _no_gpu())
     lacking = [c for c in _capabilities() if not covers(build["cuda_archs"], c)]
+    if lacking and lacking[0] < LEAST:
+        major, minor = lacking[0]
+        return Usable("cuda", False, f"no kernels for sm_{major}{minor}: they want sm_80 or newer")
     if lacking:
         names = ", ".join(f"sm_{major}{minor}" for major, minor in lacking)
         why = (

@@ -360,14 +360,15 @@ def test_varlen(options, dtype):
                                    atol=1.6e-2 if dtype != torch.float32 else 1e-5)  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_varlen_of_no_sequences_has_a_graph(backend):
-    q = torch.randn(0, 4, 8, requires_grad=True)
+def test_varlen_of_no_sequences_has_a_graph(backend, dtype):
+    q, sinks = torch.randn(0, 4, 8, dtype=dtype).requires_grad_(), R((4,)).requires_grad_()
     none = torch.zeros(1, dtype=torch.int32)
     with genfast.backend(backend):
-        out = genfast.attention_varlen(q, q, q, none, none)
-    (grad,) = torch.autograd.grad(out.sum(), q)
-    assert out.shape == grad.shape == q.shape
+        out = genfast.attention_varlen(q, q, q, none, none, sinks=sinks)
+    grad, d_sinks = torch.autograd.grad(out.sum(), (q, sinks))
+    assert out.shape == grad.shape == q.shape and not d_sinks.any()
 
 
 # ---- key/value cache ----------------------------------------------------------------------------
@@ -424,6 +425,18 @@ def test_a_rotation_of_no_dimensions():
         for c, turn in zip(caches, (none, {}), strict=True)
     )
     assert torch.equal(got, want) and torch.equal(*caches)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_autograd_sees_what_is_appended(backend):
+    """A cache that an earlier call saved for its gradient is another one now."""
+    cache, new = torch.randn(1, 2, 8, 4), torch.randn(1, 2, 1, 4)
+    q = torch.randn(1, 2, 1, 4, requires_grad=True)
+    out = genfast.attention(q, cache, cache.clone())
+    with genfast.backend(backend):
+        genfast.attention_with_kvcache(new, cache, cache.clone(), new, new, cache_seqlens=0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -653,6 +666,7 @@ def test_double_backward():
 
 q4, k4 = torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 7, 8)
 i32 = torch.tensor([0, 3, 5], dtype=torch.int32)
+WRAPS = torch.tensor([0, 2**31 - 1, -2, 0, 5], dtype=torch.int32)  # differences beyond int32
 q3 = torch.zeros(5, 2, 8)
 c4 = torch.zeros(2, 2, 16, 8)
 n2 = torch.tensor([3, 15], dtype=torch.int32)
@@ -684,6 +698,8 @@ WRONG = {
     "cu dtype": (lambda: V(q3, q3, q3, i32.long(), i32), TypeError, "cu_seqlens_q: expected"),
     "cu falls": (lambda: V(q3, q3, q3, i32, i32.flip(0)), ValueError, "cu_seqlens_k: expected"),
     "cu end": (lambda: V(q3, q3, q3, i32 + 1, i32), ValueError, "cu_seqlens_q: expected"),
+    "cu wraps": (lambda: V(q3.double(), q3.double(), q3.double(), WRAPS, WRAPS), ValueError,
+                 "cu_seqlens_q: expected entries that rise"),
     "cu count": (lambda: V(q3, q3, q3, i32, i32[:2]), ValueError, "cu_seqlens_k: expected"),
     "max": (lambda: V(q3, q3, q3, i32, i32, 1, 3), ValueError, "max_seqlen_q: expected"),
     "max str": (lambda: V(q3, q3, q3, i32, i32, 3, "3"), TypeError, "max_seqlen_k: "),
@@ -710,6 +726,11 @@ WRONG = {
                  "rotary_cos, rotary_sin"),
     "short cos": (lambda: C(q4, c4, c4, cache_seqlens=n2, rotary_cos=torch.ones(9, 4),
                             rotary_sin=torch.ones(9, 4)), ValueError, "rotary_cos: expected"),
+    "few entries": (lambda: C(q4, c4[:1], c4[:1], cache_seqlens=1), ValueError,
+                    "k_cache: expected at least one entry per batch row"),
+    "rotary flag": (lambda: C(q4, c4, c4, rotary_interleaved="x"), TypeError,
+                    "rotary_interleaved: expected a bool"),
+    "huge scale": (lambda: A(q4, q4, q4, scale=10**400), ValueError, "scale: expected a finite"),
     "sdpa heads": (lambda: S(q4, k4, k4), ValueError, "enable_gqa=True"),
     "sdpa mask": (lambda: S(q4, q4, q4, torch.ones(5, 4)), ValueError, "attn_mask: expected"),
     "sdpa int mask": (lambda: S(q4, q4, q4, torch.ones(5, 5).int()), TypeError, "attn_mask"),

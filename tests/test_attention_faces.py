@@ -141,6 +141,20 @@ def test_mha_dropout():
     assert torch.equal(module(x, x, x)[0], module(x, x, x)[0])
 
 
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("option", ["add_bias_kv", "add_zero_attn"])
+def test_mha_rows_behind_the_keys_are_seen_beside_padding(option, need_weights):
+    theirs = nn.MultiheadAttention(E, H, batch_first=True, **{option: True})
+    ours = gnn.MultiheadAttention(E, H, batch_first=True, **{option: True})
+    ours.load_state_dict(theirs.state_dict())
+    x, padding = torch.randn(N, L, E), torch.zeros(N, L, dtype=torch.bool)
+    padding[:, -1] = True
+    options = {"key_padding_mask": padding, "need_weights": need_weights, "is_causal": True}
+    options["attn_mask"] = torch.ones(L, L, dtype=torch.bool).triu(1)
+    want, got = (m(x, x, x, **options)[0] for m in (theirs, ours))
+    torch.testing.assert_close(got, want, **CLOSE)
+
+
 def test_mha_messages():
     module = gnn.MultiheadAttention(E, H)
     x = torch.zeros(L, N, E)

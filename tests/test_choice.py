@@ -240,6 +240,7 @@ def test_a_gpu_has_rows_and_a_table_of_its_own(tmp_path, monkeypatch, gpu):
     rows = list(calibrate.calibrate(device="cuda"))
     assert known == _choice.ATTENTION_BY_TORCH[True]
     assert {(r.device, r.arch) for r in rows} == {("cuda", "sm_89")}
+    assert {r.backend for r in rows} == {"triton", "torch"}  # no CUDA code for it is built here
     of_cpu = Row("attention", "cpu", ANY, "float32", "decode", 123, "torch", "measured")
     calibrate.save([of_cpu], calibrate.place())
     calibrate.save(rows, calibrate.place(), "cuda")

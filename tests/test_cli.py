@@ -93,6 +93,8 @@ def test_info_says_why_not_and_what_to_do(monkeypatch):
     cuda = collect()["backends"][1]
     assert not cuda["usable"] and "without code for sm_86; rebuild with" in cuda["why"]
     assert cuda["why"].endswith("GENFAST_CUDA_ARCHS=86-real")
+    monkeypatch.setattr("genfast.info._capabilities", lambda: [(7, 5)])
+    assert collect()["backends"][1]["why"] == "no kernels for sm_75: they want sm_80 or newer"
 
 
 @pytest.mark.parametrize(

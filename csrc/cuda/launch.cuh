@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstdio>
+#include <mutex>
 
 #include "api/tensor.h"
 
@@ -42,11 +43,12 @@ inline const char* error_text(cudaError_t error, int device) {
   int major = 0, minor = 0;
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  std::snprintf(text, sizeof text,
-                "genfast was built without code for this GPU (sm_%d%d); rebuild with the "
-                "GENFAST_CUDA_ARCHS that `genfast info` names, or use genfast.set_backend(\"auto\"), "
-                "which takes the Triton kernels or PyTorch here",
-                major, minor);
+  std::snprintf(
+      text, sizeof text,
+      "genfast was built without code for this GPU (sm_%d%d); rebuild with the "
+      "GENFAST_CUDA_ARCHS that `genfast info` names, or use genfast.set_backend(\"auto\"), "
+      "which takes the Triton kernels or PyTorch here",
+      major, minor);
   return text;
 }
 
@@ -68,6 +70,11 @@ inline int multiprocessors(int device) {
   return n > 0 ? n : 1;
 }
 
+inline std::mutex& shared_sizes() {
+  static std::mutex mutex;
+  return mutex;
+}
+
 // Returns null or an error text. `on` gives device and stream; no synchronisation.
 template <class... P, class... A>
 const char* launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, const TensorView& on,
@@ -75,10 +82,14 @@ const char* launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, c
   DeviceGuard guard(on.device);
   cudaError_t error = cudaSuccess;
   // More than 48 KiB with the kernel's static arrays (at most 24 KiB) needs a word per kernel and
-  // device; it is cheap.
-  if (shared > 24 * 1024)
+  // device; it is cheap. The word is the kernel's, not the launch's: until it is launched no other
+  // thread says another size.
+  std::unique_lock<std::mutex> alone;
+  if (shared > 24 * 1024) {
+    alone = std::unique_lock<std::mutex>(shared_sizes());
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(shared));
+  }
   if (error == cudaSuccess) {
     cudaLaunchConfig_t config{};
     config.gridDim = grid;

@@ -151,8 +151,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         S = k.shape[2]
         padding = _hidden(key_padding_mask, "key_padding_mask")
         hidden = _hidden(attn_mask, "attn_mask")
-        # With a mask beside it is_causal is a hint that the mask is the causal one.
-        causal = is_causal and (hidden is None or not need_weights)
+        # With a mask beside it is_causal is a hint that the mask is the causal one; rows behind the
+        # keys are seen through a mask alone, which torch keeps where there is padding.
+        extended = self.bias_k is not None or self.add_zero_attn
+        kept = need_weights or (extended and padding is not None)
+        causal = is_causal and (hidden is None or not kept)
         if causal:
             hidden = None
         if hidden is not None:

@@ -73,6 +73,13 @@ def choice(name: str, value: Any, table: Iterable) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, table))}, got {value!r}")
 
 
+def _finite(value: Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int beyond every float
+        return False
+
+
 def number(
     name: str, value: Any, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False
 ) -> None:
@@ -86,7 +93,7 @@ def number(
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
     fits = (value > low if open_low else value >= low) and value <= high
-    if not (math.isfinite(value) and fits):
+    if not (fits and _finite(value)):
         bounds = [f"{'>' if open_low else '>='} {low}"] if low > -math.inf else []
         bounds += [f"<= {high}"] if high < math.inf else []
         expected = " ".join(["a finite number", ", ".join(bounds)]).rstrip()

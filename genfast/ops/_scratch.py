@@ -101,7 +101,12 @@ def _attention_backward(dout, dlse, dq, dk, dv, dmask, dsinks, q, k, v, *rest):
         batch, heads, length = q.shape[:3]
     else:
         batch, heads, length = cu_q.numel() - 1, q.shape[1], max_q
-        for grad in (dq, dk, dv):
+    # What no block writes: rows of no sequence, and all where there is no block.
+    unwritten = () if cu_q is None else (dq, dk, dv)
+    if batch * heads == 0:
+        unwritten = (dq, dk, dv, dmask, dsinks)
+    for grad in unwritten:
+        if grad is not None:
             grad.zero_()
     room = 2 * batch * heads * length  # of each row: its LSE and sum(out dout)
     width = max(q.shape[-1], v.shape[-1])

@@ -130,7 +130,8 @@ def attention_varlen(
         outs.append(out[0].transpose(0, 1))
         lses.append(lse[0])
     if not lses:
-        graph = 0 * (q.sum() + k.sum() + v.sum())  # of nothing: zeros that have a gradient
+        given = [q, k, v, alibi_slopes, options.get("sinks")]
+        graph = 0 * sum(x.sum() for x in given if x is not None)  # zeros that have a gradient
         return outs[0] + graph, q.new_zeros(q.shape[1], 0) + graph
     return torch.cat(outs), torch.cat(lses, dim=1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -138,6 +139,9 @@ class Call:
             return None
         if not softcap >= 0 or not 0 <= dropout_p <= 1:
             return None
+        backend, arch = target(q.device)
+        if backend == "cuda" and arch < 80:  # 64 KiB of shared memory: heads of 80 do not fit
+            return None
         if packed:
             if mask is not None or cu_k is None or cu_k.numel() != cu_q.numel():
                 return None
@@ -192,7 +196,7 @@ class Call:
             "SEEDS": int(seeds is not None),
             "WHOLE": dropout_p > 0 and Sk % 4 == 0,
             "ALIGNED": D % 8 == 0 and Dv % 8 == 0 and all(aligned(x) for x in (q, k, v)),
-            "PRECISION": precision(q.dtype),
+            "PRECISION": precision(q),
             "BD": max(triton.next_power_of_2(D), 16),
             "BV": max(triton.next_power_of_2(Dv), 16),
         }
@@ -202,19 +206,27 @@ class Call:
         )  # fmt: skip
 
 
-def target() -> tuple[str, int]:
+@functools.cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def target(device: torch.device) -> tuple[str, int]:
     """("cuda", compute capability) or ("hip", 0) of the GPU that will run; ("", 0) without one."""
     try:
         found = triton.runtime.driver.active.get_current_target()
     except RuntimeError:  # the interpreter needs no driver
         return "", 0
+    if found.backend == "cuda" and device.type == "cuda":  # not that of another current GPU
+        return "cuda", _capability(device)
     return found.backend, found.arch if isinstance(found.arch, int) else 0
 
 
-def precision(dtype: torch.dtype) -> str:
+def precision(x: torch.Tensor) -> str:
     """fp32 operands: three tf32 products on NVIDIA (about 22 bits; plain fp32 has no tensor core
     there), fp32 matrix instructions on AMD."""
-    return "tf32x3" if dtype == torch.float32 and target()[0] == "cuda" else "ieee"
+    return "tf32x3" if x.dtype == torch.float32 and target(x.device)[0] == "cuda" else "ieee"
 
 
 # kind, bytes of an element -> widest head (a power of two) -> (BM, BN, warps, stages): the largest
@@ -273,7 +285,7 @@ HOPPER_CONFIGS = {
 
 def tables(c: Call) -> tuple[dict, ...]:
     """Of the GPU that will run; the first with an entry decides."""
-    backend, arch = target()
+    backend, arch = target(c.q.device)
     if backend == "hip":
         return AMD_CONFIGS, CONFIGS
     # Packed sequences have no descriptors: at 256 their addresses spilled 816 bytes there.
@@ -281,9 +293,9 @@ def tables(c: Call) -> tuple[dict, ...]:
     return (HOPPER_CONFIGS, CONFIGS) if arch == 90 and not wide else (CONFIGS,)
 
 
-def has_tma() -> bool:
+def has_tma(device: torch.device) -> bool:
     """Blocks are copied by the tensor memory accelerator: no address is computed in the loop."""
-    backend, arch = target()
+    backend, arch = target(device)
     return backend == "cuda" and arch >= 90
 
 
@@ -291,7 +303,9 @@ def descriptors(c: Call, bn: int) -> tuple[TensorDescriptor, TensorDescriptor] |
     """Of k and v, in blocks of bn rows of a head; None where the accelerator is no help: packed
     sequences (it would read the next one's rows), fp32, heads over 256, addresses off 16 bytes."""
     flags = c.flags
-    if not has_tma() or c.packed or c.Sk == 0 or c.q.element_size() != 2 or not flags["ALIGNED"]:
+    if not (has_tma(c.q.device) and flags["ALIGNED"] and c.q.element_size() == 2):
+        return None
+    if c.packed or c.Sk == 0:
         return None
     if max(flags["BD"], flags["BV"]) > 256:
         return None

@@ -291,6 +291,16 @@ def test_rows_that_see_nothing_by_warpgroups(hopper):
     test_rows_that_see_nothing(F16)
 
 
+@pytest.mark.parametrize("B, Hq", [(0, 2), (1, 0)])
+def test_gradients_of_no_row_are_zeros(B, Hq):
+    """No block writes them, and their memory is not new."""
+    q, k = torch.randn(B, Hq, 4, 16), torch.randn(B, 1, 4, 16)
+    mask, sinks = torch.randn(1, Hq, 4, 4), torch.randn(Hq)
+    grads = [torch.full_like(x, torch.nan) for x in (q, k, k, mask, sinks)]
+    ROOM["attention_backward"](q, None, *grads, q, k, k, mask, None, sinks, None, None, None)
+    assert all((grad == 0).all() for grad in grads)
+
+
 CACHES = [
     # paged, rotary, options, dtype, splits
     (False, None, {}, F32, 1),

@@ -257,6 +257,10 @@ def attention_with_kvcache(
         return under(attention_with_kvcache, locals())
     left, right = windows(causal, window)
     scale = as_scale(scale)
+    if not isinstance(rotary_interleaved, bool):
+        raise TypeError(
+            f"rotary_interleaved: expected a bool, got {_check.describe(rotary_interleaved)}"
+        )
     for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         _check.tensor(name, x)
     if not isinstance(cache_seqlens, Tensor):
@@ -271,11 +275,14 @@ def attention_with_kvcache(
         if not both and _takes(q, k_cache, v_cache, alibi_slopes, sinks, scale, softcap):
             found = _native(q, k_cache, v_cache, *args, return_lse)
         if found is not None:
+            if k is not None and not k_cache.is_inference():
+                torch.autograd.graph.increment_version((k_cache, v_cache))  # as of any overwrite
             return found if return_lse else found[0]
     _validate(q, k_cache, v_cache, *args)
     given = k_cache, v_cache
     q, k, v, *caches = (
-        x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, *given)
+        x if x is None else x.resolve_neg() if x.stride(-1) == 1 else x.contiguous()
+        for x in (q, k, v, *given)
     )
     alibi, sinks = (
         x if x is None else x.to(torch.float32).contiguous() for x in (alibi_slopes, sinks)

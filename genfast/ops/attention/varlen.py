@@ -39,7 +39,7 @@ def _longest(name: str, cu: Tensor, total: int, given: int | None) -> int:
     """Checks the values (read on the CPU only: no device synchronisation elsewhere)."""
     if not readable(cu):
         return total if given is None else given
-    lengths = cu.diff()
+    lengths = cu.long().diff()  # int32 could wrap
     if int(cu[0]) < 0 or int(cu[-1]) > total or bool((lengths < 0).any()):
         raise ValueError(
             f"{name}: expected entries that rise from >= 0 to <= {total} packed rows, "
