@@ -324,6 +324,8 @@ CASES = [
     _case("cross", 2, 8, 4096, 40, Sk=77, target=1.6),
     _case("cross", 2, 8, 4096, 40, Sk=77, dtype=BF16, target=1.6),
     _case("cross", 2, 8, 1024, 64, Sk=77, backward=True),
+    _case("tiny", 1, 1, 16, 32, target=1.0),
+    _case("tiny", 1, 1, 16, 32, backward=True, target=1.0),
     _case("short", 64, 4, 16, 32, target=3.0),
     _case("short", 64, 4, 16, 32, dtype=BF16, target=3.0),
     _case("short", 64, 4, 16, 32, backward=True),

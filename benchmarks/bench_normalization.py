@@ -78,6 +78,7 @@ KINDS = (
     ("group_norm", (4, 320, 64, 64), 32, "linear", False, FORMATS, torch.float32),
     ("group_norm", (4, 320, 64, 64), 32, "linear", False, FORMATS, torch.bfloat16),
     ("group_norm", (4, 1280, 16, 16), 32, "linear", False, FORMATS, torch.float32),
+    ("layer_norm", (16, 768), 0, "linear", False, ("",), torch.float32),
     ("layer_norm", (32, 196, 96), 0, "linear", True, ("",), torch.float32),
     ("layer_norm", (8, 197, 192), 0, "linear", False, ("",), torch.float32),
     ("layer_norm", (8, 1024, 768), 0, "linear", False, ("",), torch.float32),
