@@ -80,17 +80,20 @@ def _swap_functional(model) -> list[Undo]:
 
 
 class _Route:  # a class with a name: a model with these hooks can be pickled
-    """Calls that have begun and not ended: torch runs no hook after a KeyboardInterrupt."""
+    """Calls that have begun and not ended: torch runs no hook after a KeyboardInterrupt. Under
+    torch.compile the hooks do nothing: the lock would break the graph. They ask dynamo, whose
+    answer is the trace's: `is_compiling` is the process's, and may turn between the two."""
 
     def __init__(self):
         self.begun = 0
 
     def enter(self, *_) -> None:
-        torch_sdpa.enable()
-        self.begun += 1
+        if not torch.compiler.is_dynamo_compiling():
+            torch_sdpa.enable()
+            self.begun += 1
 
     def leave(self, *_) -> None:
-        if self.begun:
+        if not torch.compiler.is_dynamo_compiling() and self.begun:
             self.begun -= 1
             torch_sdpa.disable()
 
@@ -132,7 +135,9 @@ def accelerate(model: Model) -> Model:
     torch.nn's Linear, Conv2d, MultiheadAttention and Transformer layers take the forward of
     genfast.nn's classes of the same names, Hugging Face models
     attn_implementation="genfast", other calls of F.scaled_dot_product_attention are rerouted while
-    the model runs. Schedulers take the class of the same name of genfast.integrations.diffusers.
+    the model runs, except under torch.compile, where they stay PyTorch's: there call
+    genfast.integrations.torch_sdpa.enable() before the model is compiled. Schedulers take the class
+    of the same name of genfast.integrations.diffusers.
     TypeError for anything else, TorchScript included.
 
     A copy of the model (copy.deepcopy, pickle, torch.save) stays switched over and cannot be

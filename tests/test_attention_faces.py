@@ -450,6 +450,42 @@ def test_accelerate_and_restore():
         genfast.accelerate(torch.jit.script(torch.nn.Linear(2, 2)))
 
 
+def test_an_accelerated_model_compiles_to_one_graph():
+    x = torch.randn(N, L, E)
+    layers = genfast.accelerate(nn.Sequential(nn.Linear(E, E), nn.ReLU(), nn.Linear(E, E)))
+    got = torch.compile(layers, fullgraph=True, backend="eager")(x)
+    torch.testing.assert_close(got, layers(x), **CLOSE)
+
+    class Calls(nn.Module):
+        def forward(self, x):
+            return F.scaled_dot_product_attention(x, x, x)
+
+    class Breaks(Calls):
+        def forward(self, x):
+            torch._dynamo.graph_break()
+            return super().forward(x)
+
+    for model, whole in ((Calls(), True), (Breaks(), False)):
+        want = model(x)
+        compiled = torch.compile(genfast.accelerate(model), fullgraph=whole, backend="eager")
+        torch.testing.assert_close(compiled(x), want, **CLOSE)
+        assert not torch_sdpa.is_enabled()
+    with torch_sdpa.enabled():  # traced as it stands there
+        compiled = torch.compile(Calls(), fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x), want, **CLOSE)
+
+
+def test_one_thread_compiles_while_others_run():
+    model, x = genfast.accelerate(nn.Sequential(nn.Linear(E, E))), torch.randn(N, L, E)
+    compiled = torch.compile(model, backend="eager")
+    threads = [
+        threading.Thread(target=lambda f=f: [f(x) for _ in range(200)])
+        for f in (model, compiled, model, compiled)
+    ]
+    [t.start() for t in threads], [t.join() for t in threads]
+    assert not torch_sdpa.is_enabled()
+
+
 def test_an_accelerated_model_can_be_forgotten():
     model = genfast.accelerate(Block())
     seen = weakref.ref(model)

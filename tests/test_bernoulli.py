@@ -45,6 +45,8 @@ def test_strides_and_extremes():
     torch.testing.assert_close(genfast.bernoulli_nll(logits.T.contiguous().T, x), want)
     far = torch.tensor([[1e4, -1e4], [1e4, -1e4]])
     assert genfast.bernoulli_nll(far, torch.tensor([[1.0, 0.0], [0.0, 1.0]])).tolist() == [0.0, 2e4]
+    never = torch.tensor([[float("inf")]] * 2)  # e^-inf of x = 0, and of a half
+    assert genfast.bernoulli_nll(never, torch.tensor([[0.0], [0.5]])).tolist() == [float("inf")] * 2
     assert genfast.bernoulli_nll(torch.full((1, 2), float("nan")), torch.zeros(1, 2)).isnan().all()
     of_gpu = torch.tensor([[0x7FFFFFFF, 0]], dtype=torch.int32).view(torch.float32).requires_grad_()
     nll = genfast.bernoulli_nll(of_gpu, torch.zeros(1, 2))

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.nn.utils import prune
 
 import genfast
 from genfast.models import Diffusion, UNet
@@ -289,6 +290,46 @@ def test_a_replaced_embedding_layer_is_the_one_that_runs():
     block.emb = old
     assert not torch.equal(plain, replaced)
     torch.testing.assert_close(net(x, t), replaced)
+
+
+def of_layers(*names):
+    """A net whose paths all matter, its input, and these layers of its first block on the way up,
+    which changes the number of channels."""
+    net, x = UNet(1, 1, (8,), 1, ()), (torch.randn(2, 1, 8, 8), torch.tensor([3, 9]))
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return net, x, [getattr(net.up[0][0], name) for name in names]
+
+
+@pytest.mark.parametrize("how", ["hook", "hook, accelerated", "forward"])
+def test_what_was_put_into_a_layer_runs(how):
+    """Hooks, and a forward of its own, as offloading has it."""
+    net, x, layers = of_layers("conv2", "skip", "emb")
+    layers.append(net.middle[0].skip)  # nn.Identity
+    want, seen = net(*x), []
+    for layer in layers:
+        if how == "forward":
+            layer.forward = lambda x, m=layer, own=layer.forward: seen.append(m) or own(x)
+        else:
+            layer.register_forward_hook(lambda m, *_: seen.append(m))
+    got = (genfast.accelerate(net) if "accelerated" in how else net)(*x)
+    assert set(seen) == set(layers) and len(seen) == len(layers)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["conv1", "conv2", "skip", "emb"])
+def test_weights_that_are_made_before_a_call_are_made(name):
+    net, x, (layer,) = of_layers(name)
+    prune.custom_from_mask(layer, "weight", torch.rand_like(layer.weight) > 0.5)
+    for _ in range(2):
+        net(*x).square().mean().backward()
+    net, x, (layer,) = of_layers(name)
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        torch.nn.utils.weight_norm(layer)
+    before = net(*x)
+    with torch.no_grad():
+        layer.weight_g.mul_(3)
+    assert not torch.allclose(net(*x), before)
 
 
 # ---- learning ------------------------------------------------------------------------------------

@@ -196,6 +196,21 @@ def test_the_recipe_moves_all_of_its_model():
     Settings(**recipe.settings)
 
 
+def test_sixteen_bits(x):
+    """Under autocast the means stay fp32; a converted model runs in its own type."""
+    model = tiny(path_every=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.g_loss(seed=SEEDS).backward()
+        model.d_loss(x, seed=SEEDS).backward()
+        assert model.sample(2, SEED, psi=0.5).shape == (2, *SHAPE)
+    assert model.G.mapping.w_avg.dtype == model.path_mean.dtype == torch.float32
+    assert model.G.mapping.w_avg.any() and model.path_mean > 0
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        model = tiny().to(dtype)
+        assert model.g_loss(seed=SEEDS).dtype == model.d_loss(x.to(dtype), seed=SEEDS).dtype
+        assert model.sample(2, SEED, psi=0.5).dtype == dtype
+
+
 def test_from_the_command_line(tmp_path, capsys):
     """Train, generate in two batch sizes, truncate, evaluate."""
     out = tmp_path / "run"

@@ -389,6 +389,7 @@ def test_greedy_eos_and_lengths():
         (lambda m: ViT(8, 3, 1, 2), ValueError, "patch: expected a divisor of image = 8, got 3"),
         (lambda m: ViT(8, 4, 1, 2)(torch.zeros(1, 3, 8, 8)), ValueError, r"\(B, 1, 8, 8\)"),
         (lambda m: T5(97, 48, 1, heads=4).generate(ids(1, 3), 4, beams=0), ValueError, "beams"),
+        (lambda m: T5(97, 48, 1, heads=4).generate(ids(1, 3), -3), ValueError, "tokens: expected"),
         (
             lambda m: T5(97, 48, 1, heads=4).generate(ids(1, 3), 4, length_penalty=float("nan")),
             ValueError, "length_penalty: expected a finite number, got",
@@ -479,6 +480,12 @@ def test_feed_forward_calls_a_layer_that_is_more_than_one(hook):
         return
     m(x.requires_grad_()).sum().backward()
     assert seen
+
+
+def test_an_untied_head_is_called():
+    model = GPT(97, 48, 1, heads=4, tied=False)
+    model.head.register_forward_hook(lambda *_: torch.zeros(1))
+    assert torch.equal(model(ids(1, 3)), torch.zeros(1))
 
 
 @pytest.mark.parametrize("pre_norm", [True, False])

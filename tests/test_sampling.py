@@ -296,6 +296,19 @@ def test_masked_logits():
     ]
 
 
+@pytest.mark.parametrize("road", ["auto", "reference"])
+@pytest.mark.parametrize("name", RELAXED)
+def test_tau_beyond_fp32(name, road):
+    """Counts as its largest number; refused where it has no reciprocal."""
+    function, x = getattr(genfast, name), torch.tensor([[1.0, 2.0, -math.inf]])
+    with genfast.backend(road):
+        assert function(x, 1e300, seed=1).tolist() == [[0.5, 0.5, 0.0]]
+        assert torch.equal(function(x, 1e300, True, seed=1), function(x, 1.0, True, seed=1))
+        for tau in (1e-40, 1e-300):
+            with pytest.raises(ValueError, match=f"tau: expected at least 1.2e-38.*got {tau}"):
+                function(x, tau, seed=1)
+
+
 # ---- categorical and tokens -------------------------------------------------------------------
 
 

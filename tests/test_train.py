@@ -396,6 +396,25 @@ def test_a_state_that_is_none_is_named(tmp_path):
             run(tmp_path, resume=True, ema=0.9)
 
 
+def test_a_damaged_state_is_not_resumed(tmp_path):
+    """Whole as a file, but not what was written: a missing moment would start anew from 0."""
+    run(tmp_path, epochs=1)
+    path = tmp_path / state.STATE
+    tensors, about = checkpoint.read(path)
+    first = "optimizer.fc1.weight.exp_avg"
+    for damaged in (
+        {k: x for k, x in tensors.items() if k != first},
+        {k: x for k, x in tensors.items() if not k.startswith("optimizer.fc1.weight.")},
+        {k.replace("exp_avg", "mean"): x for k, x in tensors.items()},
+        {**tensors, first: tensors[first][:1]},
+    ):
+        _files.write_tensors(path, damaged, about)
+        with pytest.raises(checkpoint.BadCheckpoint, match="other names or shapes"):
+            run(tmp_path, resume=True)
+    _files.write_tensors(path, tensors, about)
+    run(tmp_path, resume=True)
+
+
 # ---- settings ------------------------------------------------------------------------------------
 
 
@@ -532,6 +551,19 @@ def test_bad_checkpoints_are_refused(tmp_path):
         ({**model.config, "z_dim": 3}, "not the weights of its config"),
     ):
         about = {"format": checkpoint.FORMAT, "model": "vae", "config": config}
+        _files.write_tensors(path, weights, about)
+        with pytest.raises(checkpoint.BadCheckpoint, match=message):
+            load_trained(tmp_path)
+    for name, value, message in (
+        ("model", ["vae"], "not a genfast checkpoint"), ("model", {}, "not a genfast checkpoint"),
+        ("config", {**model.config, "x_dim": 10**30}, "config: expected that of a vae"),
+        ("shape", "abc", "shape: expected that of a vae.*got 'abc'"),
+        ("shape", [1, 2.5, 3], "shape: expected"), ("data", ["digits"], "data: expected"),
+        ("options", [1], "options: expected"), ("options", {"z_dim": "5"}, "options: expected"),
+        ("options", {"widths": "8"}, "options: expected that of a vae.*widths"),
+        ("settings", {"epochs": None}, "settings: expected"),
+    ):  # fmt: skip
+        about = checkpoint.facts("vae", model) | {name: value}
         _files.write_tensors(path, weights, about)
         with pytest.raises(checkpoint.BadCheckpoint, match=message):
             load_trained(tmp_path)

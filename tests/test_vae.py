@@ -126,6 +126,17 @@ def test_bad_input_names_what_was_expected(vae, call):
         call(vae)
 
 
+@pytest.mark.parametrize("make", [lambda: VAE(96, 24, 5), lambda: ConvVAE((1, 8, 12), 4, 5)],
+                         ids=["VAE", "ConvVAE"])  # fmt: skip
+def test_no_samples(make):
+    model, x = make(), torch.rand(0, 1, 8, 12)
+    logits, kl = model(x)
+    assert logits.shape == (0, *model.x_shape) and kl.shape == model.elbo(x).shape == (0,)
+    assert model.bound(x, 2).shape == (0,) and model.reconstruct(x).shape == logits.shape
+    with pytest.raises(ValueError, match="x: expected .* 96 values a sample, got shape"):
+        model(torch.rand(0, 95))
+
+
 # ---- convolutional, beta, bounds -----------------------------------------------------------------
 
 

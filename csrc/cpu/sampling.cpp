@@ -498,9 +498,7 @@ void bernoulli_nll(const BernoulliNllParams& p) {
     Chunk l_buffer, x_buffer;
     const float *l = logits.load(first, n, l_buffer), *t = x.load(first, n, x_buffer);
     for (int i = n; i < ((n + kStep - 1) & -kStep); ++i) l_buffer.data[i] = -1e30f;  // adds 0
-    const auto term = [=](int i) {
-      return softplus_fused<f32v>(load(l + i)) - load(t + i) * load(l + i);
-    };
+    const auto term = [=](int i) { return genfast::bernoulli_nll<f32v>(load(l + i), load(t + i)); };
     f32v s0{}, s1{};
     for (int i = 0; i < n; i += kStep) s0 += term(i), s1 += term(i + W);
     nll[row] += horizontal_sum(s0 + s1);

@@ -24,7 +24,7 @@ struct Likelihood {
     load(x, g.index, g.low, g.high, t);
 #pragma unroll
     for (int i = 0; i < kGroup; ++i)
-      if (i >= g.low && i < g.high) total += softplus_fused<float>(l[i]) - t[i] * l[i];
+      if (i >= g.low && i < g.high) total += genfast::bernoulli_nll<float>(l[i], t[i]);
     return total;
   }
 };

@@ -136,7 +136,8 @@ GENFAST_FN void guidance_weights(Guidance method, const GuidanceSums& s, double 
       const bool first = s.cc >= s.uu;  // two forms of it; one is not close to zero
       const double p = first ? top - s.uu : s.cu, q = first ? s.cu : top - s.cc;
       const double vv = (p * p * s.cc + q * q * s.uu) + 2 * p * q * s.cu;
-      const double r = (p * s.cu + q * s.uu) / vv;
+      // vv = 0: orthogonal of one length, c itself is such a vector; or both are zero
+      const double r = (p * s.cu + q * s.uu) / (vv > 0 ? vv : 1.0);
       w[0] += w[1] * r * p;
       w[1] *= r * q;
       return;

@@ -47,11 +47,12 @@ GENFAST_FN F softplus_of(F x) {
   return maximum(x, F{}) + log_positive<F>(1.0f + e);
 }
 
-// ln(1 + e^l) and the logistic function of a likelihood: no noise, so these may fuse and need not
-// be the same bits everywhere. ln(1 + e) = 2 artanh(e / (2 + e)) by its odd series, the next term
-// of which is 1e-8 at e = 1: absolute error <= 2e-7.
+// ln(1 + e^l) - x l, the -ln p(x | l) of a likelihood: no noise, so it may fuse and need not be the
+// same bits everywhere. max(l, 0) - x l is one product, so that l = inf, x = 0 is no inf - 0 inf.
+// The rest is ln(1 + e) = 2 artanh(e / (2 + e)) by its odd series, the next term of which is 1e-8
+// at e = 1: absolute error <= 2e-7.
 template <class F>
-GENFAST_FN F softplus_fused(F l) {
+GENFAST_FN F bernoulli_nll(F l, F x) {
   const F e = exp2_nonpositive<F>(minimum(l, -l) * kLog2e), s = e * reciprocal(2.0f + e), t = s * s;
   F p = fused_multiply_add(F{} + 0.15384615384615385f, t, F{} + 0.18181818181818182f);
   p = fused_multiply_add(p, t, F{} + 0.2222222222222222f);
@@ -59,7 +60,7 @@ GENFAST_FN F softplus_fused(F l) {
   p = fused_multiply_add(p, t, F{} + 0.4f);
   p = fused_multiply_add(p, t, F{} + 0.6666666666666666f);
   p = fused_multiply_add(p, t, F{} + 2.0f);
-  return fused_multiply_add(s, p, maximum(l, F{}));
+  return fused_multiply_add(s, p, (select(l > 0.0f, F{} + 1.0f, F{}) - x) * l);
 }
 
 // z = mu + sigma eps with sigma = e^(logvar / 2).

@@ -1,12 +1,14 @@
 """The `genfast` command: info, bench, train, generate, evaluate, inspect.
 
 Exit codes: 0 done; 1 a proof or a run failed; 2 wrong input or a missing package, with a message
-that says what to do. Each subcommand is one module with `add(subparsers)`, which sets `run`.
+that says what to do; 130 interrupted; 141 the reader of the output has left. Each subcommand is one
+module with `add(subparsers)`, which sets `run`.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -37,7 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command in STEPPING:
         keep_freed_memory()
     try:
-        return args.run(args) or 0
+        code = args.run(args) or 0
+        sys.stdout.flush()  # here, where a pipe that `head` has closed can be caught
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 141
     except (MissingExtra, ValueError, OSError) as error:
         print(f"genfast {args.command}: {error}", file=sys.stderr)
         return 2

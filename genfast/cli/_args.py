@@ -14,8 +14,18 @@ if TYPE_CHECKING:
 MOST_THREADS = 1024
 
 
+def integer(text: str) -> int:
+    """One that torch takes."""
+    value = int(text.strip()[:40])  # of more digits than 4300 Python makes another error
+    if not -(2**63) <= value < 2**63:
+        raise argparse.ArgumentTypeError(
+            f"expected an int in [-2**63, 2**63), got {text[:40]!r}{'...' * (len(text) > 40)}"
+        )
+    return value
+
+
 def positive(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
+    value = integer(text) if text.isdecimal() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected an int >= 1, got {text!r}")
     return value
@@ -29,7 +39,7 @@ def threads(text: str) -> int:
 
 
 def seed(text: str) -> int:
-    value = int(text) if text.isdecimal() else -1
+    value = int(text[:40]) if text.isdecimal() else -1
     if not 0 <= value < 2**63:
         raise argparse.ArgumentTypeError(f"expected an int in [0, 2**63), got {text!r}")
     return value
@@ -83,7 +93,7 @@ def add_options(parser, tables: dict[str, dict[str, Option]]) -> None:
     for name, models in users.items():
         option = tables[models[0]][name]
         own = type(option.default)
-        kind = {str: utf8, type(None): utf8}.get(own, own)
+        kind = {str: utf8, type(None): utf8, int: integer}.get(own, own)
         defaults = ", ".join(dict.fromkeys(str(tables[m][name].default) for m in models))
         whose = f"{', '.join(models)}: " if models != [""] else ""
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}

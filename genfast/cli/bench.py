@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 
 from genfast._extras import need
@@ -40,9 +41,10 @@ def run(args) -> int:
     if args.only:
         chosen = [case for case in cases if args.only in case.id]
         if not chosen:
+            near = difflib.get_close_matches(args.only, [case.id for case in cases], 3, 0.0)
             raise ValueError(
-                f"--only: no case id contains {args.only!r}; the ids are: "
-                f"{', '.join(case.id for case in cases)}"
+                f"--only: none of {len(cases)} case ids contains {args.only!r}; the closest are "
+                f"{', '.join(near)}; --list prints all"
             )
         cases = chosen
     if args.list:

@@ -9,9 +9,9 @@ from dataclasses import fields
 from pathlib import Path
 
 from genfast._extras import need
-from genfast.cli._args import add_options, chosen, flag, folder, one_of, threads
+from genfast.cli._args import add_options, chosen, flag, folder, integer, one_of, threads
 from genfast.train.recipe import Option
-from genfast.train.recipes import RECIPES
+from genfast.train.recipes import RECIPES, check_facts
 from genfast.train.settings import CHOICES, Settings, read_config
 
 SETTINGS = {f.name: Option(f.default, f.metadata["help"]) for f in fields(Settings)}
@@ -84,7 +84,7 @@ def typed(action: argparse.Action, value):
     try:
         return action.type(text) if action.type else text
     except ValueError:
-        kind = {int: "a whole number", float: "a number"}.get(action.type, "another value")
+        kind = {integer: "a whole number", float: "a number"}.get(action.type, "another value")
         raise ValueError(f"expected {kind}, got {value!r}") from None
 
 
@@ -111,8 +111,9 @@ def resume(args) -> None:
     from genfast.train import state
 
     about = state.about(args.out)
-    one_of("model", about.get("model"), RECIPES)
-    if absent := [key for key in ("data", "options") if key not in about]:
+    one_of("model", about["model"], RECIPES)
+    check_facts(args.out / state.STATE, about)
+    if absent := [key for key in ("data", "options", "settings") if key not in about]:
         raise ValueError(
             f"--resume: {args.out} names no {' and no '.join(absent)}; it goes on by "
             "`genfast.train.loop.train(..., resume=True)`, which began it"

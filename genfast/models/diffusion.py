@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genfast import schedulers
+from genfast.models._bare import CONV, LINEAR, bare
 from genfast.models._seeds import in_tiles, sample_seeds
 from genfast.nn.convolution import Conv2d
 from genfast.nn.linear import Linear
@@ -66,7 +67,9 @@ class ResBlock(nn.Module):
         h = self.conv1(self.norm1(x))
         h = self.dropout(self.norm2(h, *e.chunk(2, 1)))  # scale and shift
         conv, skip = self.conv2, self.skip
-        projection = (skip.weight, skip.bias) if isinstance(skip, nn.Conv2d) else ()
+        if not (bare(conv, CONV) and bare(skip, (*CONV, nn.Identity))):
+            return conv(h) + skip(x)
+        projection = () if isinstance(skip, nn.Identity) else (skip.weight, skip.bias)
         return residual_conv2d(h, x, conv.weight, conv.bias, *projection)
 
 
@@ -207,7 +210,7 @@ class UNet(nn.Module):
         took 50 us, 2.4 of the 92 ms of four sampling steps."""
         levels = (*self.down, self.middle, *self.up)
         embs = [m.emb for layers in levels for m in layers if isinstance(m, ResBlock)]
-        if any(type(m) not in (Linear, nn.Linear) for m in embs):  # replaced, by LoRA for example
+        if not all(bare(m, LINEAR) for m in embs):
             return [m(e) for m in embs]
         weight, bias = (torch.cat([getattr(m, n) for m in embs]) for n in ("weight", "bias"))
         return linear(e, weight, bias).split([m.out_features for m in embs], 1)

@@ -128,7 +128,8 @@ class Mapping(nn.Module):
         self.register_buffer("w_avg", torch.zeros(w_dim))  # of training: the centre of truncation
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.layers(z * (z.square().mean(1, keepdim=True) + 1e-8).rsqrt())
+        w = self.layers(z * (z.square().mean(1, keepdim=True) + 1e-8).rsqrt())
+        return w.to(self.w_avg.dtype)  # of autocast's 16 bit, in which a mean would stand still
 
 
 class Synthesis(nn.Module):

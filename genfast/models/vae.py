@@ -43,7 +43,7 @@ class GaussianVAE(nn.Module):
 
     def _shaped(self, x: Tensor) -> Tensor:
         """(B, ...) with x_shape's number of values a sample -> (B, *x_shape)."""
-        if x.dim() < 2 or x[0].numel() != math.prod(self.x_shape):
+        if x.dim() < 2 or math.prod(x.shape[1:]) != math.prod(self.x_shape):
             raise ValueError(
                 f"x: expected (B, ...) with {math.prod(self.x_shape)} values a sample, got shape "
                 f"{tuple(x.shape)}; resize the images or build the model for this size"

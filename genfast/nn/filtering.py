@@ -47,6 +47,13 @@ class _Resample2d(nn.Module):
         self.factor = factor
         self.register_buffer("f", setup_filter(taps), persistent=False)
 
+    def _apply(self, fn, recurse: bool = True):
+        """The taps move with the module and stay float32, as `upfirdn2d` takes them."""
+        f = self.f
+        super()._apply(fn, recurse)
+        self.f = self.f.to(f.dtype) if f.is_meta else f.to(self.f.device)  # not a rounded one
+        return self
+
     def extra_repr(self) -> str:
         return f"factor={self.factor}"
 

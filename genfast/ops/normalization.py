@@ -356,6 +356,7 @@ def _slow(x, weight, bias, scale, shift, groups, rms, act, eps, add, gate):
         forced_reference()
         or wide_dtype(*tensors) == torch.float64
         or transforming()
+        or not (is_compiling() or x.numel())  # contiguous with any strides, which no kernel takes
         or not on_kernel("normalize", *tensors, feature=_feature(*tensors, *rest))
     ):
         y, total = _composite(*tensors, *rest)

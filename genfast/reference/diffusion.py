@@ -56,7 +56,7 @@ def diffusion_step(x, m, coef, *, history=(), noise=None, threshold=None, varian
     x0 = _column(coef, D_X, x) * x_ + _column(coef, D_M, x) * m_
     x0 = torch.minimum(torch.maximum(x0, -_column(coef, CLIP, x)), _column(coef, CLIP, x))
     if threshold is not None:
-        s = threshold.to(dtype).reshape(-1, *(1,) * (x.ndim - 1))
+        s = threshold.to(dtype).reshape((-1, *(1,) * (x.ndim - 1))[: x.ndim])
         x0 = torch.minimum(torch.maximum(x0, -s), s) / s
     sources = [x_, m_, x0, *(None if h is None else h.to(dtype) for h in history)]
     sources += [None] * (9 - len(sources)) + [z]
@@ -180,7 +180,8 @@ def tcfg(cond, uncond, scale, *, original=False):
     first = cc >= uu
     p, q = torch.where(first, top - uu, cu), torch.where(first, cu, top - cc)
     v = p * cond + q * uncond
-    uncond = _dot(uncond, v) / _dot(v, v) * v
+    vv = _dot(v, v)  # 0: orthogonal of one length, cond itself is such a vector; or both are 0
+    uncond = _dot(uncond, v) / torch.where(vv > 0, vv, 1.0) * v
     return cfg(cond, uncond, scale, original=original)
 
 
@@ -229,7 +230,8 @@ def guidance_weights(cond, uncond, scale, *, method, original, options, average=
         top = (cc + uu) / 2 + torch.sqrt(((cc - uu) / 2) ** 2 + cu**2)
         first = cc >= uu
         p, q = torch.where(first, top - uu, cu), torch.where(first, cu, top - cc)
-        r = (p * cu + q * uu) / (p * p * cc + q * q * uu + 2 * p * q * cu)
+        vv = p * p * cc + q * q * uu + 2 * p * q * cu
+        r = (p * cu + q * uu) / torch.where(vv > 0, vv, 1.0)
         w_c, w_u = w_c + w_u * r * p, w_u * r * q
     return torch.stack([w_c, w_u], -1)
 

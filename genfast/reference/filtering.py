@@ -116,12 +116,12 @@ def upfirdn2d(
     x = F.pad(x, [0, up_x - 1, 0, 0, 0, up_y - 1]).reshape(N, C, H * up_y, W * up_x)
     x = F.pad(x, [max(n, 0) for n in padding])
     x = F.pad(x, [min(n, 0) for n in padding])  # crops, of the padding too
-    f = (f * gain ** (f.dim() / 2)).to(x.dtype)
     if not flip_filter:
         f = f.flip(list(range(f.dim())))
+    scaled, f = (f * gain).to(x.dtype), f.to(x.dtype)
     if f.dim() == 2:
-        x = F.conv2d(x, f.expand(C, 1, *f.shape), groups=C)
-    else:
-        x = F.conv2d(x, f.reshape(1, 1, -1, 1).expand(C, 1, -1, 1), groups=C)
+        x = F.conv2d(x, scaled.expand(C, 1, *f.shape), groups=C)
+    else:  # all of gain in one pass: a negative one has no root
+        x = F.conv2d(x, scaled.reshape(1, 1, -1, 1).expand(C, 1, -1, 1), groups=C)
         x = F.conv2d(x, f.reshape(1, 1, 1, -1).expand(C, 1, 1, -1), groups=C)
     return x[:, :, ::down_y, ::down_x]

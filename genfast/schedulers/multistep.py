@@ -43,9 +43,9 @@ def deis_plan(
     begin: int = 0,
 ) -> SolverPlan:
     """DEIS, Adams-Bashforth in log rho, rho = sigma / alpha (Zhang & Chen 2023, tAB-DEIS): the eps
-    history is extrapolated as a
-    polynomial in lambda and integrated exactly: x_next = (alpha_t/alpha_s) x - sigma_t h sum_k w_k
-        eps_k."""
+    history is extrapolated as a polynomial in lambda and integrated exactly:
+    x_next = (alpha_t/alpha_s) x - sigma_t h sum_k w_k eps_k, eps = (x - alpha x0) / sigma.
+    """
     grid = dpm_grid(grid)
     if positive("order", order) > 3:
         raise ValueError(f"order: expected 1, 2 or 3, got {order}")
@@ -53,7 +53,8 @@ def deis_plan(
     N = len(grid)
     plan = PlanBuilder("deis", clip=clip, threshold=threshold)
     for i in rows_from(begin, N):
-        x0, eps = convert(grid.kind, prediction, a[i], s[i])
+        x0, _ = convert(grid.kind, prediction, a[i], s[i])
+        eps = (X - a[i] * x0) / s[i]  # as diffusers: on a flow grid a v model's own is another
         E0, D = history_entry(plan, x0, eps, False, a[i], s[i])
         p = min(order, i - begin + 1)
         if lower_order_final and N < 15:

@@ -196,9 +196,9 @@ def step_batch(
         raise ValueError(
             f"m: expected {x.shape[0]} samples for {len(states)} requests, got {m.shape[0]}"
         )
-    table = torch.cat(
-        [p.table_on(x.device)[s.row : s.row + 1] for p, s in zip(plans, states, strict=True)]
-    )
+    wide = torch.promote_types(x.dtype, torch.float32)  # as `step`: nothing is rounded to 16 bit
+    tables = [p.table_on(x.device, wide) for p in plans]
+    table = torch.cat([t[s.row : s.row + 1] for t, s in zip(tables, states, strict=True)])
     index = torch.repeat_interleave(
         torch.arange(len(states), device=x.device), torch.tensor(sizes, device=x.device)
     )
@@ -217,12 +217,13 @@ def step_batch(
         history.append(torch.cat(parts))
     noise = None
     if any(r.needs_noise for r in rows):
-        noise = torch.empty_like(x)
-        at = 0
-        for size, row, state, seed in zip(sizes, rows, states, seeds, strict=True):
+        noise = torch.empty_like(x, dtype=wide)
+        parts = noise.split(sizes)
+        for part, row, state, seed in zip(parts, rows, states, seeds, strict=True):
             if row.needs_noise:
-                randn(seed=seed, stream=stream + state.row, out=noise[at : at + size])
-            at += size
+                randn(seed=seed, stream=stream + state.row, out=part)
+            else:
+                part.zero_()  # its coefficient is 0, and 0 times what was there may be NaN
     outputs = max(r.outputs_denoised if denoised else r.outputs for r in rows)
     outs = diffusion_step(
         x, m, table, index, history=tuple(history), noise=noise, outputs=outputs

@@ -379,7 +379,7 @@ def sigma_grid(
                 f"steps: expected descending timesteps in [0, {T - 1}], got {list(np.ravel(t))[:8]}"
             )
     if interpolation == "log_linear":
-        sigmas = np.exp(np.linspace(np.log(table[-1]), np.log(table[0]), N + 1))[:N]
+        sigmas = np.exp(np.linspace(np.log(table[-1]), np.log(table[0]), N + 1))
     else:
         choice("interpolation", interpolation, {"linear": 0, "log_linear": 0})
         sigmas = np.interp(t, np.arange(T), table)
@@ -393,11 +393,12 @@ def sigma_grid(
         sigmas = choice("kind", kind, SIGMA_KINDS)(hi, lo, N)
         t = sigma_to_t(sigmas, table)
         t = np.round(t) if round_t else t
+    sigmas = sigmas[:N]  # the last one of log_linear is where its last step goes
     return SigmaGrid(
         t,
         np.append(sigmas, _final(final, sigmas, table[0])),
         table=_frozen(table),
-        init_noise_sigma=_init_noise(sigmas.max(), spacing),
+        init_noise_sigma=init_noise(sigmas.max(), spacing),
     )
 
 
@@ -406,8 +407,10 @@ def _final(final, sigmas, sigma_min):
     return choice("final", final, ends) if isinstance(final, str) else float(final)
 
 
-def _init_noise(sigma_max, spacing) -> float:
-    # "leading" starts below the sigma_max of training, where x still has unit-variance data in it
+def init_noise(sigma_max, spacing) -> float:
+    """Standard deviation of the first x. "leading" starts below the sigma_max of training, where x
+    still has unit-variance data in it.
+    """
     return float(np.sqrt(sigma_max**2 + 1) if spacing == "leading" else sigma_max)
 
 

@@ -44,9 +44,10 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise BadCheckpoint(f"{path}: not a readable safetensors file ({error})") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise BadCheckpoint(f"{path}: its genfast metadata is no JSON ({error})") from None
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
+    known = isinstance(about, dict) and about.get("format") == FORMAT
+    if not known or not isinstance(about.get("model"), str):
         raise BadCheckpoint(f"{path}: not a genfast checkpoint of format {FORMAT}")
     return tensors, about
 
@@ -56,12 +57,12 @@ def load(folder: Path, models: Mapping[str, type[nn.Module]]) -> tuple[nn.Module
     of models (name -> class)."""
     path = _path(folder)
     tensors, about = read(path)
-    name, config = about.get("model"), about.get("config")
+    name, config = about["model"], about.get("config")
     if name not in models:
         raise BadCheckpoint(f"{path}: expected a trained {' or '.join(models)}, got one of {name}")
     try:
         model = models[name](**config)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # whatever a constructor makes of another's arguments
         raise BadCheckpoint(
             f"{path}: config: expected that of a {name}, got {config} ({error})"
         ) from None
@@ -90,7 +91,7 @@ def check_kept(folder: Path, name: str, model: nn.Module) -> None:
     if any(about.get(key) != value for key, value in want.items()):
         raise BadCheckpoint(
             f"{path}: expected the best epoch of the run that {folder} resumes, a {name}, got "
-            f"another run's {about.get('model')}; start again without --resume"
+            f"another run's {about['model']}; start again without --resume"
         )
     load(folder, {name: type(model)})
 

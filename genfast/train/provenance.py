@@ -45,7 +45,7 @@ def read(path: Path) -> dict:
         raise NoProvenance(f"{path}: {'a folder' if path.is_dir() else 'no such file'}")
     try:
         found = json.loads(readers[path.suffix.lower()](path) or "null")
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise NoProvenance(f"{path}: its genfast metadata is no JSON ({error})") from None
     if not isinstance(found, dict) or "model" not in found:
         raise NoProvenance(f"{path}: says nothing of genfast; `genfast generate` writes it in")

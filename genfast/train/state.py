@@ -7,6 +7,7 @@ the optimizers' moments, and where the run stands. Tensors: `model.NAME`, `ema.N
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -51,7 +52,15 @@ def save(
     tensors |= {f"ema.{name}": x for name, x in ema.items()}
     for name, p, state in _states(model, optimizers):
         tensors |= {f"optimizer.{name}.{key}": x for key, x in state.get(p, {}).items()}
-    write_tensors(folder / STATE, tensors, {**about, "progress": asdict(progress)})
+    more = {"progress": asdict(progress), "tensors": _digest(tensors)}
+    write_tensors(folder / STATE, tensors, {**about, **more})
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """Of names, types and shapes. A parameter that has not moved yet has no moments, so that only
+    the file itself can say whether one is missing."""
+    seen = sorted((name, str(x.dtype), *x.shape) for name, x in tensors.items())
+    return hashlib.sha256(repr(seen).encode()).hexdigest()
 
 
 def _states(model: nn.Module, optimizers: Sequence[Optimizer]):
@@ -85,6 +94,8 @@ def restore(
 
     averages = part("ema.")
     try:
+        if facts["tensors"] != _digest(tensors):
+            raise KeyError("tensors: other names or shapes than were written")
         model.load_state_dict(part("model."))
         progress = Progress(**facts["progress"])
         if averages.keys() != ema.keys():

@@ -124,7 +124,9 @@ def guidance_weights_kernel(
             top = (cc + uu) / 2.0 + tl.sqrt(half * half + cu * cu)
             p = tl.where(cc >= uu, top - uu, cu)  # two forms of it; one is not close to zero
             q = tl.where(cc >= uu, cu, top - cc)
-            r = (p * cu + q * uu) / ((p * p * cc + q * q * uu) + 2.0 * p * q * cu)
+            vv = (p * p * cc + q * q * uu) + 2.0 * p * q * cu
+            # vv = 0: orthogonal of one length, c itself is such a vector; or both are zero
+            r = (p * cu + q * uu) / tl.where(vv > 0.0, vv, vv * 0.0 + 1.0)
             w_c, w_u = w_c + w_u * r * p, w_u * r * q
     p_w = weights + i_b * WIDTH
     tl.store(p_w, w_c.to(tl.float32))

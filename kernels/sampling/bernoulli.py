@@ -34,7 +34,9 @@ def bernoulli_nll_fwd_kernel(
     b_l = tl.load(logits + (o_row * logits_stride + first) + o_col, mask=m, other=0.0)
     b_x = tl.load(x + (o_row * x_stride + first) + o_col, mask=m, other=0.0).to(tl.float32)
     b_l = b_l.to(tl.float32)
-    b_sum = tl.sum(tl.where(m, softplus_of(b_l) - b_x * b_l, 0.0), axis=1)  # [BR]
+    # max(l, 0) - x l as one product: l = inf, x = 0 is no inf - 0 inf
+    b_nll = softplus_of(-tl.abs(b_l)) + tl.where(b_l > 0.0, 1.0 - b_x, -b_x) * b_l
+    b_sum = tl.sum(tl.where(m, b_nll, 0.0), axis=1)  # [BR]
     o_nll = tl.reshape(o_row, [BR])
     tl.store(nll + o_nll * tiles + first // BC, b_sum, mask=o_nll < rows)
 

@@ -83,6 +83,21 @@ def test_apg_has_no_direction_at_a_cond_of_zeros():
         torch.testing.assert_close(w, genfast.guidance_weights(c, u, 2.0, **kw))
 
 
+@pytest.mark.parametrize("original", [False, True])
+def test_tcfg_without_a_first_singular_vector(original):
+    """Both all zero, or orthogonal and of one length: as where cond is that vector."""
+    c = torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 2.0]])
+    u = torch.tensor([[0.0, 0.0], [0.0, 1.0], [2.0, -2.0]])
+    want = (4.0 if original else 3.0) * c
+    for road in ("auto", "reference"):
+        with genfast.backend(road):
+            assert torch.equal(genfast.guide(c, u, 3.0, method="tcfg", original=original), want)
+            w = genfast.guidance_weights(c, u, 3.0, method="tcfg", original=original)
+            assert w.tolist() == [[4.0 if original else 3.0, 0.0]] * 3
+    c[0, 0] = math.nan
+    assert genfast.guide(c, u, 3.0, method="tcfg").isnan().any(1).tolist() == [True, False, False]
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_weights_are_exact_and_independent_of_the_batch(name):
     c, u = pair(torch.float32, (5, 3, 40, 41))

@@ -1,5 +1,8 @@
 """Plans executed by the kernels: the loop, its states, batches of requests. About 5 s."""
 
+import math
+from functools import partial
+
 import pytest
 import torch
 
@@ -137,12 +140,16 @@ def test_callback_gets_the_estimate():
     assert len(seen) == 5 and all(d is not None and d.shape == (1, 3, 4) for d in seen)
 
 
-def test_requests_share_a_batch():
-    """Different plans at different rows: bit for bit what each gives alone."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_requests_share_a_batch(dtype, monkeypatch):
+    """Different plans at different rows: bit for bit what each gives alone, whatever was in the
+    memory of the noise that some of them do not draw.
+    """
+    monkeypatch.setattr(torch, "empty_like", partial(torch.full_like, fill_value=math.nan))
     names = ["ddim", "dpm", "unipc", "euler", "dpm sde"]
     plans = [PLANS[n](4 + k) for k, n in enumerate(names)]
     sizes = [1, 2, 1, 1, 1]
-    starts = [genfast.randn(n, 3, 40, seed=k) for k, n in enumerate(sizes)]
+    starts = [genfast.randn(n, 3, 40, seed=k, dtype=dtype) for k, n in enumerate(sizes)]
     seeds = [11, 12, 13, 14, 15]
     alone = [S.SolverState.start(p, x) for p, x in zip(plans, starts, strict=True)]
     for k in range(len(plans)):  # staggered

@@ -328,6 +328,13 @@ def test_threshold():
         x.double(), m.double(), table[1].double(), threshold=s.double(), n_out=1
     )[0]  # noqa: E501
     judge(got, truth, truth.abs() + 2)
+    for dtype in (torch.float32, torch.float64):  # one sample without a dimension
+        x, m = torch.tensor(2.0, dtype=dtype), torch.tensor(1.0, dtype=dtype)
+        got = [
+            genfast.diffusion_step(x, m, table, 1, threshold=torch.ones(1), backend=b)
+            for b in ("auto", "reference")
+        ]
+        assert all(g.shape == () and torch.allclose(g, got[0]) for g in got)
 
 
 # ---- gradients -----------------------------------------------------------------------------------
@@ -664,6 +671,12 @@ BAD = [
         ValueError,
         "out:",
         lambda: genfast.diffusion_step(X, X, T, outputs=2, out=X),
+    ),  # noqa: E501
+    (
+        "one out twice",
+        ValueError,
+        "out: expected 2 different tensors",
+        lambda: genfast.diffusion_step(X, X, T, outputs=2, out=(X, X)),
     ),  # noqa: E501
     ("mask alone", ValueError, "mask, known:", lambda: genfast.diffusion_step(X, X, T, mask=X)),
     (

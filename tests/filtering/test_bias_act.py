@@ -189,6 +189,16 @@ def test_gradcheck_in_fp64(act):
     assert gradgradcheck(f, (x, b, s))
 
 
+@pytest.mark.parametrize("act", ["linear", "relu", "swish"])
+@pytest.mark.parametrize("shape", [(3,), (0,), (1,)])
+def test_a_differentiable_gradient_of_channels_alone(shape, act):
+    x, b = (randn(*shape, seed=i).requires_grad_() for i in (1, 2))
+    y = genfast.bias_act(x, b, dim=0, act=act)
+    want = torch.autograd.grad(y, (x, b), torch.ones_like(y), retain_graph=True)
+    got = torch.autograd.grad(y, (x, b), torch.ones_like(y), create_graph=True)
+    torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("clamp", [None, 0.9])
 def test_second_and_third_order_of_the_kernel(act, clamp):

@@ -196,6 +196,31 @@ def test_opcheck():
 # ---- helpers -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_negative_gain(backend, dtype):
+    """Of (n,) taps too, on every road."""
+    x, f = torch.ones(1, 1, 4, 4, dtype=dtype), torch.ones(3)
+    options = {"padding": 1, "gain": -1.0, "backend": backend}
+    assert genfast.upfirdn2d(x, f, **options)[0, 0, 1, 1] == -9
+    assert genfast.upfirdn2d(x, f.clone().requires_grad_(), **options)[0, 0, 1, 1] == -9
+    assert torch.vmap(lambda x: genfast.upfirdn2d(x, f, **options))(x[None])[0, 0, 0, 1, 1] == -9
+    assert genfast.filter2d(x, f, gain=-1.0, backend=backend)[0, 0, 1, 1] == -9
+    assert genfast.upsample2d(x, f, gain=-1.0, backend=backend).min() == -16
+
+
+def test_modules_keep_their_taps_in_fp32():
+    taps = [0.1, 0.7, 0.2]  # none of which 16 bits hold
+    for kind, of in (("Upsample2d", genfast.upsample2d), ("Downsample2d", genfast.downsample2d)):
+        module, f = getattr(genfast.nn, kind)(2, taps), genfast.setup_filter(taps)
+        for dtype in (*DTYPES, torch.float64):
+            x = randn(1, 2, 8, 8).to(dtype)
+            assert torch.equal(module.to(dtype)(x), of(x, f)) and torch.equal(module.f, f)
+        f = module.to("meta").f
+        assert f.is_meta and f.dtype == torch.float32
+        assert module.to_empty(device="cpu").f.dtype == torch.float32
+
+
 def test_setup_filter():
     f = genfast.setup_filter([1, 3, 3, 1])
     assert f.shape == (4, 4) and f.dtype == torch.float32

@@ -275,6 +275,81 @@ def test_output_and_state_dtypes(name):
                 assert getattr(a, key) is a[key]
 
 
+@pytest.mark.parametrize("dtypes", [*itertools.product([torch.float32, torch.bfloat16], repeat=2)])
+@pytest.mark.parametrize(
+    "name, config, set_kw",
+    [  # the estimate of x0 is x itself, or the model output itself
+        ("DDIMInverse", dict(clip_sample=False), dict(num_inference_steps=5)),
+        ("LCM", dict(clip_sample=False), dict(timesteps=[999, 0])),
+        ("DDIM", dict(clip_sample=False, prediction_type="sample"), dict(num_inference_steps=5)),
+        ("HeunDiscrete", dict(prediction_type="sample"), dict(num_inference_steps=5)),
+    ],
+)
+def test_estimates_that_are_an_input(name, config, set_kw, dtypes):
+    mine, theirs = (started(make(name, config, lib), None, set_kw) for lib in (dropin, diffusers))
+    for t in mine.timesteps[:3]:
+        x, m = (torch.randn(1, 3, 4, 4, dtype=d) for d in dtypes)
+        a, b = (
+            s.step(m, t, x, **({"generator": torch.manual_seed(1)} if name in STOCHASTIC else {}))
+            for s in (mine, theirs)
+        )
+        assert mine.genfast_fallback is None
+        for key in b.keys():
+            close(a[key], b[key], 2e-5 if set(dtypes) == {torch.float32} else 0.02)
+
+
+@pytest.mark.parametrize(
+    "name, config",
+    [
+        ("DEISMultistep", dict(use_flow_sigmas=True, prediction_type="v_prediction")),
+        (
+            "UniPCMultistep",
+            dict(predict_x0=False, thresholding=True, final_sigmas_type="sigma_min"),
+        ),
+        ("EulerDiscrete", dict(interpolation_type="log_linear", use_karras_sigmas=True)),
+    ],
+)
+def test_options_together(name, config):
+    mine = make(name, config)
+    close(run(mine), run(make(name, config, diffusers)), 1e-4)  # DEIS's own fp32: 3e-5
+    assert mine.genfast_fallback is None
+
+
+SDE = [
+    dict(algorithm_type="sde-dpmsolver++", prediction_type=p, final_sigmas_type="sigma_min")
+    for p in ("epsilon", "sample")
+]
+EPS_SDE = dict(SDE[0], algorithm_type="sde-dpmsolver")
+#: where the options decide what the noise is like
+DRAWS = [
+    *((n, {}, {}) for n in ("DDPM", "KDPM2AncestralDiscrete", "LCM", "TCD", "FlowMatchLCM")),
+    ("DDPM", dict(variance_type="learned_range"), {}),
+    ("DDIM", {}, dict(eta=1.0)),
+    ("EulerDiscrete", {}, dict(s_churn=1.0)),
+    *(("DPMSolverMultistep", c, {}) for c in (*SDE, EPS_SDE)),
+    *(("DPMSolverSinglestep", c, {}) for c in SDE),
+    ("EDMDPMSolverMultistep", dict(algorithm_type="sde-dpmsolver++"), {}),
+    ("FlowMatchEulerDiscrete", dict(stochastic_sampling=True), {}),
+]
+
+
+@pytest.mark.parametrize("batches", [(2, 1), (1, 2)], ids=str)
+@pytest.mark.parametrize("name, config, step_kw", DRAWS)
+def test_noise_where_sample_and_model_output_broadcast(name, config, step_kw, batches):
+    outs, channels = [], 6 if "variance_type" in config else 3
+    for library in (dropin, diffusers):
+        s, g = started(make(name, config, library), 4), torch.Generator().manual_seed(3)
+        torch.manual_seed(0)
+        for t in s.timesteps[:2]:
+            x = torch.randn(batches[0], 3, 4, 4)
+            m = torch.randn(batches[1], channels, 4, 4)
+            outs.append(s.step(m, t, x, generator=g, **step_kw).prev_sample)
+        outs.append(g.get_state())
+    for a, b in zip(outs[:2], outs[3:5], strict=True):
+        close(a, b)
+    assert torch.equal(outs[2], outs[5])
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_begin_index_and_repeated_steps(name):
     """Started in the middle (image to image), then a step with a timestep again."""

@@ -95,6 +95,19 @@ def test_shapes_and_outputs_in_use(given, name, use):
                 torch.testing.assert_close(a / scale, (e / scale).float(), rtol=3e-5, atol=3e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("grad", [False, True])
+def test_no_samples_of_any_strides(kind, grad):
+    """torch calls every empty tensor contiguous."""
+    x, add = (torch.randn(0, 1, 4)[..., ::2].requires_grad_(grad) for _ in range(2))
+    for given in ({}, {"add": add}, {"add": add, "gate": torch.randn(0, 2, requires_grad=grad)}):
+        found = KINDS[kind](x, **given)
+        for y in found if given else (found,):
+            assert y.shape == x.shape and y.requires_grad == grad
+            if grad:
+                assert torch.autograd.grad(y.sum(), x, retain_graph=True)[0].shape == x.shape
+
+
 def test_no_grad_is_the_same_and_writes_no_input():
     tensors = inputs((4, 70, 130), NAMES)
     before = {name: t.clone() for name, t in tensors.items()}

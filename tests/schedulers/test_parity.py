@@ -115,6 +115,21 @@ PARITY = {
 }
 
 
+def check_parity(name, config, n, set_kw, step_kw):
+    scheduler, calls = run_peer(name, config, n, set_kw, step_kw)
+    options = {
+        k: np.asarray(v) if k in ("sigmas", "timesteps") else v
+        for k, v in {**set_kw, **step_kw}.items()
+    }
+    plan = plan_from_config(f"{name}Scheduler", config, n, **options)
+    case = f"{name} {config} N={n} {set_kw} {step_kw}"
+    assert np.abs(plan.timesteps - scheduler.timesteps.numpy()).max() < 1e-9, case
+    start = float(getattr(scheduler, "init_noise_sigma", 1.0))
+    assert abs(plan.init_noise_sigma / start - 1) < 1e-9, case
+    errors = run_plan(plan, calls)
+    assert errors.max() < PARITY.get(name, 1e-12), f"{case}: next, second, scale {errors}"
+
+
 @pytest.mark.parametrize("name", [*FILES, *BROWNIAN])
 def test_parity_with_diffusers_in_float64(name, float64):
     """Next sample, second output, input scale, timesteps and number of noise draws over a
@@ -123,19 +138,38 @@ def test_parity_with_diffusers_in_float64(name, float64):
     pytest.importorskip("diffusers", exc_type=ImportError).logging.set_verbosity_error()
     mine = [c for c in itertools.chain(extra_cases(), cases()) if c[0] == name]
     checked = 0
-    for _, config, n, set_kw, step_kw in pairwise(mine):
-        scheduler, calls = run_peer(name, config, n, set_kw, step_kw)
-        options = {
-            k: np.asarray(v) if k in ("sigmas", "timesteps") else v
-            for k, v in {**set_kw, **step_kw}.items()
-        }
-        plan = plan_from_config(f"{name}Scheduler", config, n, **options)
-        case = f"{name} {config} N={n} {set_kw} {step_kw}"
-        assert np.abs(plan.timesteps - scheduler.timesteps.numpy()).max() < 1e-9, case
-        errors = run_plan(plan, calls)
-        assert errors.max() < PARITY.get(name, 1e-12), f"{case}: next, second, scale {errors}"
+    for case in pairwise(mine):
+        check_parity(*case)
         checked += 1
     assert checked >= len(mine) / 20
+
+
+LOG_LINEAR = dict(interpolation_type="log_linear", timestep_spacing="leading")
+KINDS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+CONTINUOUS = dict(prediction_type="v_prediction", timestep_type="continuous")
+#: beyond the grid: pairs of options that feed the same numbers
+TOGETHER = [
+    *(
+        ("EulerDiscrete", {**LOG_LINEAR, kind: True, "final_sigmas_type": final}, 5, {}, churn)
+        for kind, final, churn in zip(
+            KINDS, ("zero", "sigma_min", "zero"), ({}, {}, dict(s_churn=1.0)), strict=True
+        )
+    ),
+    ("EulerDiscrete", LOG_LINEAR, None, dict(timesteps=[999, 500, 3]), dict(s_churn=1.0)),
+    ("EulerDiscrete", LOG_LINEAR, None, dict(sigmas=[14.0, 5.0, 1.0, 0.0]), {}),
+    ("EulerDiscrete", CONTINUOUS, None, dict(sigmas=[14.0, 5.0, 1.0, 0.0]), {}),
+    ("UniPCMultistep", dict(predict_x0=False, thresholding=True), 5, {}, {}),
+    *(
+        ("DEISMultistep", dict(use_flow_sigmas=True, prediction_type=pred), 6, {}, {})
+        for pred in ("epsilon", "sample", "v_prediction")
+    ),
+]
+
+
+@pytest.mark.parametrize("case", TOGETHER, ids=lambda c: " ".join(map(str, c)))
+def test_options_together(case, float64):
+    pytest.importorskip("diffusers", exc_type=ImportError).logging.set_verbosity_error()
+    check_parity(*case)
 
 
 @pytest.mark.parametrize("name", FILES)

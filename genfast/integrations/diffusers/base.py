@@ -14,7 +14,7 @@ from genfast.schedulers.from_config import plan_from_config
 from genfast.schedulers.plan import symbolic
 from genfast.schedulers.schedules import SigmaGrid
 
-from .rows import FROM_M, FROM_X, FROM_Z, Row, compile_row, rows_of, step
+from .rows import FROM_M, FROM_X, FROM_Z, Row, compile_row, resolve, rows_of, step
 
 __all__ = [
     "FROM_M",
@@ -26,6 +26,7 @@ __all__ = [
     "compile_row",
     "integer",
     "record",
+    "resolve",
     "step",
 ]
 
@@ -239,6 +240,11 @@ def is_integer(timestep) -> bool:
     """What diffusers' sigma schedulers refuse as a timestep."""
     kind = timestep.__class__
     return kind is int or (kind is torch.Tensor and timestep.dtype in _INTEGERS)
+
+
+def shape_of_sum(x, m):
+    """Of x + m; torch.broadcast_shapes takes 14 us."""
+    return x.shape if x.shape == m.shape else torch.broadcast_shapes(x.shape, m.shape)
 
 
 def mix(x, noise, a, s):

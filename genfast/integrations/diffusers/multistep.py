@@ -27,6 +27,7 @@ from genfast.schedulers.euler import lms_coefficients
 from genfast.schedulers.plan import Lin, X, sym
 
 from .base import (
+    FROM_M,
     PREV,
     PREV_X0,
     AlphaForward,
@@ -34,6 +35,8 @@ from .base import (
     LambdaForward,
     compile_row,
     record,
+    resolve,
+    shape_of_sum,
     step,
 )
 from .sigma import ScaledInput
@@ -61,6 +64,13 @@ def _places(row):
 def _in_dtype(outs, saved, dtype):
     """outs with the next sample and the corrected one in the dtype diffusers casts them to."""
     return tuple([o.to(dtype) if i in (0, saved) else o for i, o in enumerate(outs)])
+
+
+def _stored_like(row, x, m):
+    """(shape, dtype) of the model output as it is stored, which the peer's noise follows."""
+    if row.saves[0] == FROM_M:
+        return m.shape, m.dtype
+    return shape_of_sum(x, m), torch.promote_types(x.dtype, m.dtype)
 
 
 class _History(Dropin):
@@ -136,15 +146,15 @@ class _History(Dropin):
             model_output = model_output[:, :3]
         if row.draws:
             if z is None:
-                dtype = dtype or torch.promote_types(sample.dtype, model_output.dtype)
-                shape = model_output.shape
+                shape, own = _stored_like(row, sample, model_output)
+                dtype = dtype or own
                 z, seed = self._genfast_noise(row, sample, shape, dtype, generator, seed)
             else:
                 z, seed = z if row.noisy else None, None
         outs = step(row, sample, model_output, held, z, False, seed, i)
         del outputs[0]
         at = row.saves[0]
-        outputs.append(outs[at] if at >= 0 else model_output)
+        outputs.append(resolve(at, outs, sample, model_output))
         if n < order:
             self.lower_order_nums = n + 1
         self._step_index = i + 1
@@ -272,13 +282,12 @@ class DPMSolverSinglestepScheduler(
             model_output = model_output[:, :3]
         z = None
         if row.draws:
-            dtype = torch.promote_types(sample.dtype, model_output.dtype)
-            shape = model_output.shape
+            shape, dtype = _stored_like(row, sample, model_output)
             z, seed = self._genfast_noise(row, sample, shape, dtype, generator, seed)
         outs = step(row, sample, model_output, held, z, False, seed, i)
         del outputs[0]
         at = row.saves[0]
-        outputs.append(outs[at] if at >= 0 else model_output)
+        outputs.append(resolve(at, outs, sample, model_output))
         if p == 1:
             self.sample = sample
         self._step_index = i + 1
@@ -303,10 +312,7 @@ class UniPCMultistepScheduler(
         return dict(super()._genfast_data(), **own)
 
     def _genfast_config(self):
-        found = dict(predict_x0=self.predict_x0, disable_corrector=tuple(self.disable_corrector))
-        if not self.predict_x0:
-            found["thresholding"] = False  # diffusers thresholds only x0
-        return found
+        return dict(predict_x0=self.predict_x0, disable_corrector=tuple(self.disable_corrector))
 
     def _genfast_order(self, e, i, n):
         """this_order of step i with n past outputs."""
@@ -362,12 +368,12 @@ class UniPCMultistepScheduler(
             outs = _in_dtype(outs, row.saves[1], last.dtype if corrects else sample.dtype)
         del outputs[0]
         output, saved = row.saves
-        outputs.append(outs[output] if output >= 0 else model_output)
+        outputs.append(resolve(output, outs, sample, model_output))
         times = self.timestep_list
         del times[0]
         times.append(timestep)
         self.this_order = row.note[1][0]
-        self.last_sample = outs[saved] if saved >= 0 else sample
+        self.last_sample = resolve(saved, outs, sample, model_output)
         if n < order:
             self.lower_order_nums = n + 1
         self._step_index = i + 1
@@ -460,10 +466,10 @@ class SASolverScheduler(AlphaForward, _History, scheduling_sasolver.SASolverSche
             outs = _in_dtype(outs, row.saves[1], last.dtype if corrects else sample.dtype)
         output, saved, _ = row.saves
         del outputs[0], times[0]
-        outputs.append(outs[output] if output >= 0 else model_output)
+        outputs.append(resolve(output, outs, sample, model_output))
         times.append(timestep)
         self.this_predictor_order, self.this_corrector_order = row.note[1][0]
-        self.last_sample = outs[saved] if saved >= 0 else sample
+        self.last_sample = resolve(saved, outs, sample, model_output)
         self.last_noise = z
         if n < len(outputs):
             self.lower_order_nums = n + 1
@@ -510,7 +516,7 @@ class LMSDiscreteScheduler(ScaledInput, Dropin, scheduling_lms_discrete.LMSDiscr
         if kept > order:
             del past[0]
         self._step_index = i + 1
-        found = outs[0], outs[row.denoised] if row.denoised >= 0 else model_output
+        found = outs[0], resolve(row.denoised, outs, sample, model_output)
         kind = scheduling_lms_discrete.LMSDiscreteSchedulerOutput
         return record(kind, PREV_X0, found) if return_dict else found
 

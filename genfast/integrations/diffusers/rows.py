@@ -36,7 +36,8 @@ class Row:
 
     table: (1, 36) float32; exact: (36,) float64. n_out: 1..3 tensors are computed.
     reads: names of the history entries H1, H2, ... in this order.
-    prev, denoised, saves: index of an output or FROM_*; saves is one per name given to `compile`.
+    prev, denoised, saves: places, an index of an output or FROM_* (see `resolve`); saves is one per
+        form given to `compile_row`.
     draws: the peer draws noise here; noisy: it has a nonzero coefficient.
     note: whatever else the solver's step needs (an order, a scale).
     """
@@ -101,7 +102,8 @@ def compile_row(
     outs.append(prev)
     row.prev = 0
     row.saves = tuple(place(f, refer) for f in saves)
-    row.denoised = None if denoised is None else place(denoised)
+    # diffusers returns m itself for a predicted sample, and computes every other estimate
+    row.denoised = None if denoised is None else place(denoised, "m")
     if len(outs) > 3:
         raise ValueError(f"a row has at most 3 outputs, this one needs {len(outs)}")
     exact = np.zeros(COLUMNS)
@@ -156,6 +158,11 @@ def step(row: Row, x, m, held=(), z=None, upcast=False, seed=None, stream=0):
         like = x if x.dtype == torch.float64 else x.to(torch.float32)
         z = randn_like(like, seed=seed, stream=stream)
     return _composite(row, x, m, held, z, upcast)
+
+
+def resolve(code, outs, x, m):
+    """The tensor of a place of a row: an output of `step`, or x or m as it came."""
+    return outs[code] if code >= 0 else (x, m)[~code]
 
 
 _REFUSED = ()

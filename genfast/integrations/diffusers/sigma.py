@@ -30,6 +30,8 @@ from .base import (
     is_integer,
     mix,
     record,
+    resolve,
+    shape_of_sum,
     step,
 )
 
@@ -63,10 +65,11 @@ class ByIndex(Dropin):
     _genfast_merge = True
 
     def _genfast_single(
-        self, model_output, timestep, sample, generator, seed, options=(), upcast=False, dtype=None
-    ):
+        self, model_output, timestep, sample, generator, seed, options=(), upcast=False, dtype=None,
+        shape=None,
+    ):  # fmt: skip
         """(row, outputs) of one step, the step index moved on; (None, None): diffusers' own code
-        must run."""
+        must run. dtype, shape: of the noise, by default the model output's."""
         e = self._genfast_now()
         if not self._genfast_takes(sample, model_output):
             return None, None
@@ -85,7 +88,7 @@ class ByIndex(Dropin):
         z = None
         if row.draws:
             dtype = dtype or model_output.dtype
-            shape = model_output.shape
+            shape = model_output.shape if shape is None else shape
             z, seed = self._genfast_noise(row, sample, shape, dtype, generator, seed)
         outs = step(row, sample, model_output, (), z, upcast, seed, i)
         self._step_index = i + 1
@@ -184,7 +187,7 @@ class EulerDiscreteScheduler(
                 generator,
                 return_dict,
             )
-        found = outs[0], outs[row.denoised] if row.denoised >= 0 else model_output
+        found = outs[0], resolve(row.denoised, outs, sample, model_output)
         kind = scheduling_euler_discrete.EulerDiscreteSchedulerOutput
         return record(kind, PREV_X0, found) if return_dict else found
 
@@ -218,7 +221,7 @@ class EulerAncestralDiscreteScheduler(
             )
         if row is None:
             return super().step(model_output, timestep, sample, generator, return_dict)
-        found = outs[0], outs[row.denoised]
+        found = outs[0], resolve(row.denoised, outs, sample, model_output)
         kind = scheduling_euler_ancestral_discrete.EulerAncestralDiscreteSchedulerOutput
         return record(kind, PREV_X0, found) if return_dict else found
 
@@ -274,7 +277,7 @@ class EDMEulerScheduler(ScaledInput, UpcastByIndex, scheduling_edm_euler.EDMEule
                 return_dict,
                 pred_original_sample,
             )
-        found = outs[0], outs[row.denoised]
+        found = outs[0], resolve(row.denoised, outs, sample, model_output)
         kind = scheduling_edm_euler.EDMEulerSchedulerOutput
         return record(kind, PREV_X0, found) if return_dict else found
 
@@ -367,7 +370,7 @@ class LCMScheduler(_Distilled, scheduling_lcm.LCMScheduler):
             )
         if row is None:
             return super().step(model_output, timestep, sample, generator, return_dict)
-        found = outs[0], outs[row.denoised]
+        found = outs[0], resolve(row.denoised, outs, sample, model_output)
         kind, names = scheduling_lcm.LCMSchedulerOutput, ("prev_sample", "denoised")
         return record(kind, names, found) if return_dict else found
 
@@ -402,7 +405,7 @@ class TCDScheduler(_Distilled, scheduling_tcd.TCDScheduler):
             )
         if row is None:
             return super().step(model_output, timestep, sample, eta, generator, return_dict)
-        found = outs[0], outs[row.denoised]
+        found = outs[0], resolve(row.denoised, outs, sample, model_output)
         kind, names = scheduling_tcd.TCDSchedulerOutput, ("prev_sample", "pred_noised_sample")
         return record(kind, names, found) if return_dict else found
 
@@ -473,6 +476,7 @@ class FlowMatchEulerDiscreteScheduler(
                     (),
                     True,
                     torch.float32,
+                    sample.shape,
                 )
         if outs is None:
             if per_token_timesteps is not None:
@@ -501,8 +505,9 @@ class FlowMatchLCMScheduler(_Flow, scheduling_flow_match_lcm.FlowMatchLCMSchedul
             if self._init_size is None or self._step_index is None:
                 self._init_size = model_output.size()[2:]
             dtype = torch.promote_types(model_output.dtype, torch.float32)  # x0's
+            shape = shape_of_sum(sample, model_output)
             row, outs = self._genfast_single(
-                model_output, timestep, sample, generator, seed, (), True, dtype
+                model_output, timestep, sample, generator, seed, (), True, dtype, shape
             )
         if row is None:
             if resized:

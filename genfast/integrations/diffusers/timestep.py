@@ -10,7 +10,7 @@ from genfast.schedulers.from_config import plan_from_config
 from genfast.schedulers.plan import symbolic
 from genfast.schedulers.schedules import AlphaGrid, NoiseSchedule
 
-from .base import PREV_X0, AlphaVelocity, Dropin, compile_row, integer, record, step
+from .base import PREV_X0, AlphaVelocity, Dropin, compile_row, integer, record, resolve, step
 
 _NO_INDEX = frozenset((float, torch.float32, torch.float64, torch.float16, torch.bfloat16))
 
@@ -134,10 +134,11 @@ class DDPMScheduler(AlphaVelocity, _ByTimestep, scheduling_ddpm.DDPMScheduler):
             return super().step(model_output, timestep, sample, generator, return_dict)
         z = None
         if row.draws or seed is not None:
-            shape, dtype = sample.shape, model_output.dtype
+            shape, dtype = model_output.shape, model_output.dtype
+            shape = (shape[0], sample.shape[1], *shape[2:])  # without the variance's channels
             z, seed = self._genfast_noise(row, sample, shape, dtype, generator, seed)
         outs = step(row, sample, model_output, (), z, False, seed, e.extra.get(t, t))
-        found = outs[0], outs[row.denoised] if row.denoised >= 0 else model_output
+        found = outs[0], resolve(row.denoised, outs, sample, model_output)
         kind = scheduling_ddpm.DDPMSchedulerOutput
         return record(kind, PREV_X0, found) if return_dict else found
 
@@ -195,7 +196,7 @@ class DDIMScheduler(AlphaVelocity, _ByTimestep, scheduling_ddim.DDIMScheduler):
             else:
                 z, seed = variance_noise if row.noisy else None, None
         outs = step(row, sample, model_output, (), z, False, seed, e.extra.get(t, t))
-        found = outs[0], outs[row.denoised] if row.denoised >= 0 else model_output
+        found = outs[0], resolve(row.denoised, outs, sample, model_output)
         kind = scheduling_ddim.DDIMSchedulerOutput
         return record(kind, PREV_X0, found) if return_dict else found
 
@@ -225,6 +226,6 @@ class DDIMInverseScheduler(_ByTimestep, scheduling_ddim_inverse.DDIMInverseSched
                 self._genfast_why(e, t, "set_timesteps was not called")
             return super().step(model_output, timestep, sample, return_dict)
         outs = step(row, sample, model_output)
-        found = outs[0], outs[row.denoised] if row.denoised >= 0 else model_output
+        found = outs[0], resolve(row.denoised, outs, sample, model_output)
         kind = scheduling_ddim_inverse.DDIMSchedulerOutput
         return record(kind, PREV_X0, found) if return_dict else found

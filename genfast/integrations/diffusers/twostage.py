@@ -21,7 +21,18 @@ from genfast.schedulers.convert import ve
 from genfast.schedulers.euler import churn
 from genfast.schedulers.plan import X0, M, X, Z, sym
 
-from .base import PREV, PREV_X0, Dropin, SigmaForward, compile_row, is_integer, mix, record, step
+from .base import (
+    PREV,
+    PREV_X0,
+    Dropin,
+    SigmaForward,
+    compile_row,
+    is_integer,
+    mix,
+    record,
+    resolve,
+    step,
+)
 from .sigma import ScaledInput, _churn
 
 _NO_CHURN = dict(s_churn=0.0, s_tmin=0.0, s_tmax=math.inf, s_noise=1.0)
@@ -97,7 +108,7 @@ class HeunDiscreteScheduler(ScaledInput, _TwoStage, scheduling_heun_discrete.Heu
             outs = step(row, sample, model_output, tuple([named[n] for n in row.reads]))
             self.prev_derivative = self.dt = self.sample = None
         self._step_index = i + 1
-        found = outs[0], outs[row.denoised] if row.denoised >= 0 else model_output
+        found = outs[0], resolve(row.denoised, outs, sample, model_output)
         kind = scheduling_heun_discrete.HeunDiscreteSchedulerOutput
         return record(kind, PREV_X0, found) if return_dict else found
 
@@ -161,7 +172,7 @@ class KDPM2DiscreteScheduler(_KDPM2, scheduling_k_dpm_2_discrete.KDPM2DiscreteSc
             outs = step(row, sample, model_output, (saved,))
             self.sample = None
         self._step_index = i + 1
-        found = outs[0], outs[row.denoised]
+        found = outs[0], resolve(row.denoised, outs, sample, model_output)
         kind = scheduling_k_dpm_2_discrete.KDPM2DiscreteSchedulerOutput
         return record(kind, PREV_X0, found) if return_dict else found
 
@@ -195,7 +206,7 @@ class KDPM2AncestralDiscreteScheduler(
             outs = step(row, sample, model_output, (saved,), z, False, seed, i)
             self.sample = None
         self._step_index = i + 1
-        found = outs[0], outs[row.denoised]
+        found = outs[0], resolve(row.denoised, outs, sample, model_output)
         kind = scheduling_k_dpm_2_ancestral_discrete.KDPM2AncestralDiscreteSchedulerOutput
         return record(kind, PREV_X0, found) if return_dict else found
 

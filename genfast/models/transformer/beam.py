@@ -28,9 +28,6 @@ def beam_search(
     each beam; parents: which row each beam continues, None at the start. A source is done when
     `beams` sequences have ended and none that runs can still beat the worst of them at its length.
     """
-    for name, value, least in (("beams", beams, 1), ("tokens", tokens, 1)):
-        if value < least:
-            raise ValueError(f"{name}: expected an int >= {least}, got {value}")
     _check.number("length_penalty", length_penalty)
     device = first.device
     rows = torch.arange(sources, device=device)[:, None] * beams

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genfast.models._bare import LINEAR, bare
 from genfast.models.transformer.cache import LayerCache
 from genfast.nn.linear import Linear
 from genfast.nn.normalization import LayerNorm, RMSNorm
@@ -100,18 +101,10 @@ class FeedForward(nn.Module):
         self.down = Linear(hidden, d, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.act is None or not (_bare(self.up) and _bare(self.down)):
+        if self.act is None or not (bare(self.up, LINEAR) and bare(self.down, LINEAR)):
             return self.down(self.f(self.up(x)))
         up, down = self.up, self.down
         return feed_forward(x, up.weight, up.bias, down.weight, down.bias, act=self.act)
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def _bare(layer: nn.Module) -> bool:
-    """A linear layer and nothing else: no wrapper, and no hooks, which see the whole layer."""
-    return type(layer) in (Linear, nn.Linear) and not any(getattr(layer, hooks) for hooks in _HOOKS)
 
 
 class Rotary:

@@ -88,8 +88,8 @@ class GPT(nn.Module):
         return self.logits(x)
 
     def logits(self, x: Tensor) -> Tensor:
-        head = self.embed if self.head is None else self.head
-        return linear(self.norm(x), head.weight)
+        h = self.norm(x)
+        return linear(h, self.embed.weight) if self.head is None else self.head(h)
 
     def nll(self, ids: Tensor) -> Tensor:
         """-ln p(ids[b, s] | ids[b, :s]) for s >= 1, (B, S - 1), nats. ids (B, S) int64."""

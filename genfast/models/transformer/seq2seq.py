@@ -207,6 +207,7 @@ class T5(nn.Module):
         """The target of each source (B, S): greedy, or the best of a beam search; (T_b,) int64 with
         T_b <= tokens, ending in eos when it came. See `beam.beam_search`.
         """
+        _check.counts(tokens=tokens, beams=beams)
         memory, seen = self.encode(ids, seen), self._seen(ids, seen)
         n = len(ids)
         # Every beam of a source shares its memory: the rows of a source lie side by side.

@@ -334,7 +334,7 @@ def diffusion_step(
                 outs = out if out is None or type(out) is tuple else (out,)
                 if outs is None:
                     outs = tuple([torch.empty_like(x) for _ in range(outputs)])
-                elif len(outs) != outputs or gate(*outs) != DIRECT:
+                elif len({*map(id, outs)}) != outputs or gate(*outs) != DIRECT:
                     outs = ()
                 code = VARIANCE[variance]
                 extras = (code, *[None] * 7) if code else None
@@ -538,6 +538,11 @@ def _slow(x, *rest):
         for o in outs_given:
             _check.tensor("out", o)
             _check.output(o, x.shape, None)
+        if len({*map(id, outs_given)}) != outputs:
+            raise ValueError(
+                f"out: expected {outputs} different tensors, got one of them twice; pass a tensor "
+                "of its own for every output"
+            )
         if needs:
             raise ValueError(
                 "out: expected no gradient to be wanted, got inputs that require grad; "

@@ -154,7 +154,7 @@ def _of_sums(dz, b, noise, strength, seeds, rest, needs):
     dim, wide = rest[4], dz.to(wide_dtype(dz))
     db = d_noise = d_strength = None
     if needs[1]:
-        db = wide.sum([i for i in range(dz.dim()) if i != dim])
+        db = wide.sum_to_size(reference.over_channels(b, wide, dim).shape).view(-1)
     if needs[2]:
         d_noise = (strength * wide).sum_to_size(noise.shape)
     if needs[3]:

@@ -5,6 +5,7 @@ Saved for backward: the logits and the seed, and the soft sample unless it is ha
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
@@ -159,6 +160,9 @@ def _register(name: str):
 
 _REGISTERED = {name: _register(name) for name in FAMILY}
 _TAU_CACHE: dict[float, Tensor] = {}
+# The kernels divide by tau in fp32: a smaller one has no reciprocal there, a larger one counts as
+# the largest.
+_TAU_MIN, _TAU_MAX = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 def _tau_tensor(tau: float) -> Tensor:
@@ -169,13 +173,18 @@ def _tau_tensor(tau: float) -> Tensor:
         if len(_TAU_CACHE) >= 64:  # an annealed temperature: keep the dictionary small
             _TAU_CACHE.clear()
         with torch.inference_mode(False), torch.no_grad():
-            found = _TAU_CACHE[tau] = torch.tensor(float(tau), device="cpu")
+            found = _TAU_CACHE[tau] = torch.tensor(min(tau, _TAU_MAX), device="cpu")
     return found
 
 
 def _relax(name, logits, tau, hard, seed, stream, offset, generator):
     op, road_function = _REGISTERED[name]
-    if not is_compiling() and type(tau) is float and type(hard) is bool and 0 < tau < float("inf"):
+    if (
+        not is_compiling()
+        and type(tau) is float
+        and type(hard) is bool
+        and _TAU_MIN <= tau < math.inf
+    ):
         road = gate(logits)
         if (
             road
@@ -199,8 +208,7 @@ def _relax(name, logits, tau, hard, seed, stream, offset, generator):
     if isinstance(tau, Tensor):
         tau = tau.reshape(())
     else:  # never the cache: a mode or transform in force would leak into it
-        tau = min(float(tau), torch.finfo(torch.float32).max)
-        tau = torch.full((), tau, dtype=torch.float32, device=logits.device)
+        tau = torch.full((), min(float(tau), _TAU_MAX), dtype=torch.float32, device=logits.device)
     if tau.requires_grad and torch.is_grad_enabled():
         may_compose(name, logits, lacks="a gradient by tau")
     if logits.dtype == torch.float64 or forced_reference() or transforming():
@@ -211,6 +219,8 @@ def _relax(name, logits, tau, hard, seed, stream, offset, generator):
 def _validate(name, logits, tau, hard, seed, stream, offset, generator):
     _check.tensor("logits", logits)
     _check.number("tau", tau, low=0.0, open_low=True)
+    if not isinstance(tau, Tensor) and tau < _TAU_MIN:
+        raise ValueError(f"tau: expected at least {_TAU_MIN:.2g}, fp32 divides by it, got {tau!r}")
     if not isinstance(hard, int):
         raise TypeError(f"hard: expected a bool, got {_check.describe(hard)}")
     if isinstance(tau, Tensor):
@@ -235,10 +245,10 @@ def gumbel_softmax(
 ) -> Tensor:
     """softmax((logits + g) / tau) along dim, g ~ Gumbel(0, 1); hard: one-hot, straight-through.
 
-    logits: (..., V, ...), float32, float16, bfloat16 (fp32 inside) or float64. tau > 0: a float, or
-    a 0-dim tensor (whose value is not checked, and which gets a gradient). Noise elements are
-    counted in the logical order of logits.movedim(dim, -1). backend: one for this call and its
-    gradient, as `genfast.set_backend`. Returns the dtype of logits.
+    logits: (..., V, ...), float32, float16, bfloat16 (fp32 inside) or float64. tau: a float of at
+    least 1.2e-38, or a 0-dim tensor (whose value is not checked, and which gets a gradient). Noise
+    elements are counted in the logical order of logits.movedim(dim, -1). backend: one for this call
+    and its gradient, as `genfast.set_backend`. Returns the dtype of logits.
     Raises TypeError / ValueError naming the argument. Jang et al. 2017; Maddison et al. 2017.
     """
     if backend is not None:

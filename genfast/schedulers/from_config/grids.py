@@ -16,6 +16,7 @@ from ..schedules import (
     edm_grid,
     flow_grid,
     flow_sigma_grid,
+    init_noise,
     noise_schedule,
     sigma_grid,
     sigma_to_t,
@@ -71,19 +72,23 @@ def by_sigma(c, steps, schedule, o, **kw):
         return o["grid"]
     if "sigmas" in o:  # Euler only: given sigmas, the last one included
         s = np.asarray(o["sigmas"], np.float64)
-        return SigmaGrid(
-            sigma_to_t(s[:-1], schedule.sigmas), s, table=schedule.sigmas, init_noise_sigma=s.max()
+        grid = SigmaGrid(
+            sigma_to_t(s[:-1], schedule.sigmas),
+            s,
+            table=schedule.sigmas,
+            init_noise_sigma=init_noise(s.max(), c["timestep_spacing"]),
         )
-    grid = sigma_grid(
-        steps,
-        schedule,
-        spacing=c["timestep_spacing"],
-        offset=c["steps_offset"],
-        kind=kind_of(c),
-        sigma_min=c.get("sigma_min"),
-        sigma_max=c.get("sigma_max"),
-        **kw,
-    )
+    else:
+        grid = sigma_grid(
+            steps,
+            schedule,
+            spacing=c["timestep_spacing"],
+            offset=c["steps_offset"],
+            kind=kind_of(c),
+            sigma_min=c.get("sigma_min"),
+            sigma_max=c.get("sigma_max"),
+            **kw,
+        )
     if c.get("timestep_type") == "continuous" and c["prediction_type"] == "v_prediction":
         s = grid.sigmas[:-1]
         grid = SigmaGrid(
@@ -92,11 +97,16 @@ def by_sigma(c, steps, schedule, o, **kw):
     return grid
 
 
+def ends_in_table(c, o):
+    """Euler's N + 1 log-linear sigmas, kept as they are: the last step goes to the smallest of
+    training, and the final sigma of the config, one more in the peer's list, is never reached.
+    """
+    return c["interpolation_type"] == "log_linear" and kind_of(c) is None and "sigmas" not in o
+
+
 def euler(c, steps, schedule, o):
-    if c["interpolation_type"] == "log_linear" and "sigmas" not in o:
-        # the peer's table has one sigma more than steps: it ends at the smallest of training
-        return by_sigma(c, steps, schedule, o, interpolation="log_linear", final="sigma_min")
-    return by_sigma(c, steps, schedule, o, final=c["final_sigmas_type"])
+    final = "sigma_min" if ends_in_table(c, o) else c["final_sigmas_type"]
+    return by_sigma(c, steps, schedule, o, interpolation=c["interpolation_type"], final=final)
 
 
 def by_lambda(c, steps, schedule, o, *, final=None, round_t=True, floor_t=True, spacing=None):

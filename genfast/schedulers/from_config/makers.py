@@ -76,11 +76,11 @@ def _ddim_inverse(c, steps, sch, o):
 
 
 def _euler(c, steps, sch, o):
-    log_linear = c["interpolation_type"] == "log_linear" and "sigmas" not in o
+    grid = grids.euler(c, steps, sch, o)
     return euler.euler_plan(
-        grids.euler(c, steps, sch, o),
+        grid,
         **_pred(c),
-        churn_steps=steps + 1 if log_linear else None,
+        churn_steps=len(grid) + grids.ends_in_table(c, o),  # one less than the peer's sigmas
         **_pick(o, *CHURN, "begin"),
     )
 
@@ -181,6 +181,7 @@ def _deis(c, steps, sch, o):
 
 
 def _unipc(c, steps, sch, o):
+    c = c if c["predict_x0"] else {**c, "thresholding": False}  # the peer thresholds only x0
     return multistep.unipc_plan(
         grids.unipc(c, steps, sch, o),
         **_dpm_common(c, o),

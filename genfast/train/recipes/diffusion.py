@@ -24,9 +24,12 @@ DRAWS = 8  # whose mean stands for the posterior's in `judge_completion`
 def numbers(name: str, text: str) -> list[int]:
     """ "16,32,64" -> [16, 32, 64]; "" -> []."""
     try:
-        return [int(part) for part in text.split(",") if part.strip()]
+        found = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise ValueError(f"{name}: expected whole numbers such as 16,32,64, got {text!r}") from None
+        found = [2**63]
+    if any(abs(n) >= 2**63 for n in found):  # more than torch takes
+        raise ValueError(f"{name}: expected whole numbers such as 16,32,64, got {text!r}")
+    return found
 
 
 class DiffusionRecipe(ImageRecipe):

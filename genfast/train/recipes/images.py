@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from genfast._files import write_tensors
 from genfast.metrics import images as metrics
 from genfast.train import data, images
+from genfast.train.checkpoint import BadCheckpoint
 from genfast.train.recipe import Recipe, Split
 
 
@@ -24,7 +26,13 @@ class ImageRecipe(Recipe):
     def write(self, samples: list, out: Path | None, about: dict, provenance: dict) -> str:
         if out is None:
             return ""
-        pixels = torch.cat(samples).view(-1, *about["shape"])
+        pixels, shape = torch.cat(samples), about.get("shape")
+        if shape is None or math.prod(shape) != pixels[0].numel():
+            raise BadCheckpoint(
+                f"shape: expected that of the model's images, {pixels[0].numel()} values, among "
+                f"the facts of its checkpoint, got {shape}"
+            )
+        pixels = pixels.view(-1, *shape)
         if out.suffix == self.suffix:
             images.save_png(out, images.grid(pixels), provenance)
         else:
