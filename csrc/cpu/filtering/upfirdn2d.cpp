@@ -149,8 +149,7 @@ void narrowed(const float* from, int64_t n, char* to, Dtype d) {
 // What one task works with: rows in fp32 that may be read past their end.
 class Rows {
  public:
-  Rows(const UpfirdnParams& p, const Filter& f, const Axis& y, const Vector<Axis>& x,
-       int64_t pixel)
+  Rows(const UpfirdnParams& p, const Filter& f, const Axis& y, const Vector<Axis>& x, int64_t pixel)
       : f_(f), y_(y), x_(x), pixel_(pixel), columns_(x[0]) {
     size_ = dtype_bytes(p.x.dtype), dtype_ = p.x.dtype, before_ = p.before[0];
     end_ = static_cast<const char*>(p.x.data) + p.x.numel * size_;

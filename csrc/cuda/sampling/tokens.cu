@@ -8,7 +8,7 @@
 
 namespace genfast::cuda {
 
-const char* categorical_plain(const CategoricalParams& p);  // sampling.cu
+const char* categorical_plain(const CategoricalParams& p);  // gumbel.cu
 
 namespace {
 
