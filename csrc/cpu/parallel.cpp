@@ -5,7 +5,6 @@
 #include <sys/mman.h>
 
 #include <condition_variable>
-#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>

@@ -8,7 +8,6 @@
 // Of an image that is enlarged by nearest, rows of d are a b b c, and the third row of B^T d is
 // b - b: 9 products do.
 #pragma once
-#include <algorithm>
 
 #include "cpu/convolution/image.h"
 #include "cpu/kernels.h"

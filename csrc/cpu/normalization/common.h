@@ -215,7 +215,7 @@ inline bool all_of(std::initializer_list<const TensorView*> tensors, Dtype d) {
 }
 // fn(E{}) of what serves all that are given; fp32 tensors are also buffers of themselves.
 template <class Fn>
-void with_words(std::initializer_list<const TensorView*> tensors, Fn&& fn) {
+void with_words([[maybe_unused]] std::initializer_list<const TensorView*> tensors, Fn&& fn) {
 #if defined(__AVX2__)
   if (all_of(tensors, Dtype::bf16)) return fn(InPlace<Bf16>{});
   if (all_of(tensors, Dtype::f16)) return fn(InPlace<Fp16>{});
