@@ -179,8 +179,7 @@ class _Loss(Node):
         ctx.d_output = None
         if args[-1] and output.dtype == torch.float32 and ctx.needs_input_grad[0]:
             ctx.d_output = torch.empty_like(output)
-        found = taken(_native(*args, ctx.d_output))
-        return found
+        return taken(_native(*args, ctx.d_output))
 
     @staticmethod
     def backward(ctx, g_total, g_each):

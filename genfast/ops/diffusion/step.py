@@ -257,8 +257,7 @@ class _Step(Node):
     @staticmethod
     def forward(ctx, *args):
         _save(ctx, args, None)
-        outs = taken(_native(args))
-        return outs
+        return taken(_native(args))
 
     @staticmethod
     def backward(ctx, *grads):

@@ -221,8 +221,7 @@ class _Reparameterize(Node):
     @staticmethod
     def forward(ctx, mu, logvar, seed, seeds, *rest):
         _save(ctx, (mu, logvar, seed, seeds, *rest), None)
-        found = taken(_forward(mu, logvar, seed, seeds, *rest))
-        return found
+        return taken(_forward(mu, logvar, seed, seeds, *rest))
 
     @staticmethod
     def backward(ctx, grad_y, grad_side):
