@@ -55,6 +55,15 @@ def _swap_back(seen, own) -> None:
         module.__class__ = own
 
 
+def _implementations(config, of: Callable[[str | None], str | None]):
+    """of(attn_implementation) of a config and its sub-configs, as `set_attn_implementation` takes
+    them."""
+    parts = {name: getattr(config, name) for name in config.sub_configs}
+    found = {name: _implementations(c, of) for name, c in parts.items() if c is not None}
+    own = of(config._attn_implementation)
+    return {"": own, **found} if found else own
+
+
 def _swap_transformers(model) -> list[Undo]:
     """Hugging Face models: attn_implementation, where it was "sdpa" or "eager"."""
     library = sys.modules.get("transformers")
@@ -62,11 +71,13 @@ def _swap_transformers(model) -> list[Undo]:
         return []
     from genfast.integrations import transformers as door
 
-    before = model.config._attn_implementation
-    if before not in ("sdpa", "eager", None) or not getattr(model, "_supports_sdpa", False):
+    ours = dict.fromkeys(("sdpa", "eager", None), door.NAME)
+    before = _implementations(model.config, lambda name: name)
+    wanted = _implementations(model.config, lambda name: ours.get(name, name))
+    if wanted == before or not getattr(model, "_supports_sdpa", False):
         return []
     door.register()
-    model.set_attn_implementation(door.NAME)
+    model.set_attn_implementation(wanted)
     seen = weakref.ref(model)
     return [lambda: seen().set_attn_implementation(before)]
 

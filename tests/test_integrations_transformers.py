@@ -72,6 +72,71 @@ def test_same_outputs_and_gradients(name, padded):
         torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-5)
 
 
+def built(kind, config):
+    """A model of random weights that are not small."""
+    torch.manual_seed(0)
+    model = kind._from_config(config, attn_implementation="sdpa").eval()
+    for p in model.parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5)
+    return model
+
+
+def both(model, call):
+    """call(model) by genfast and by "sdpa"."""
+    with torch.no_grad():
+        want = call(model)
+        model.set_attn_implementation("genfast")
+        return call(model), want
+
+
+def test_keys_of_an_indexer():
+    """DeepSeek V3.2 hands them over, but to "sdpa" as a mask of its own."""
+    config = transformers.DeepseekV32Config(
+        vocab_size=97, hidden_size=64, intermediate_size=48, moe_intermediate_size=16, head_dim=8,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, n_routed_experts=4,
+        num_experts_per_tok=2, n_group=1, topk_group=1, q_lora_rank=32, kv_lora_rank=16,
+        qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=12, index_topk=4, index_n_heads=2,
+        index_head_dim=16, first_k_dense_replace=1,
+    )  # fmt: skip
+    model, inputs = built(transformers.DeepseekV32ForCausalLM, config), batch()
+    got, want = both(model, lambda m: m(**inputs, use_cache=False).logits)
+    seen = inputs["attention_mask"].bool()
+    torch.testing.assert_close(got[seen], want[seen], rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_share_keys_drop_queries():
+    """Gemma 4 computes the kept rows alone, and tells where they are by the mask."""
+    config = transformers.Gemma4TextConfig(
+        vocab_size=97, vocab_size_per_layer_input=97, hidden_size_per_layer_input=8,
+        hidden_size=64, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, global_head_dim=32, sliding_window=64,
+        num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2,
+    )  # fmt: skip
+    model, ids = built(transformers.Gemma4ForCausalLM, config), torch.randint(3, 97, (2, 20))
+
+    def call(m):
+        cache = transformers.StaticCache(config=m.config, max_cache_len=40)
+        kept = m(ids, use_cache=False, logits_to_keep=3).logits
+        return kept, m(ids, past_key_values=cache, logits_to_keep=1).logits
+
+    for got, want in zip(*both(model, call), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_what_the_kernels_would_not_see_is_refused():
+    config = transformers.MPNetConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4,
+    )  # fmt: skip
+    model = transformers.MPNetModel._from_config(config, attn_implementation="genfast")
+    with pytest.raises(ValueError, match="got a mpnet; load it with attn_implementation='eager'"):
+        model(**batch())
+    q = torch.zeros(1, 2, 3, 8)
+    with pytest.raises(ValueError, match="sinks: expected one a head"):
+        door.genfast_attention_forward(None, q, q, q, None, sinks=torch.zeros(1, 2, 3, 1))
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
 def test_greedy_tokens(name):
     """The same tokens with and without the key/value cache, and as PyTorch's attention gives."""
@@ -120,6 +185,22 @@ def test_accelerate():
     torch.testing.assert_close(model(**inputs).logits, want, rtol=1e-4, atol=1e-5)
     genfast.restore(model)
     assert model.config._attn_implementation == before
+
+
+def test_accelerate_keeps_each_parts_choice():
+    shared = {"hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 1}
+    shared["num_attention_heads"] = 4
+    config = transformers.CLIPConfig(
+        text_config={**shared, "vocab_size": 97},
+        vision_config={**shared, "image_size": 32, "patch_size": 8},
+    )
+    chosen = {"text_config": "eager", "vision_config": "sdpa", "": "sdpa"}
+    model = transformers.CLIPModel._from_config(config, attn_implementation=chosen)
+    parts = [model.config, model.config.text_config, model.config.vision_config]
+    genfast.accelerate(model)
+    assert [c._attn_implementation for c in parts] == ["genfast"] * 3
+    genfast.restore(model)
+    assert [c._attn_implementation for c in parts] == ["sdpa", "eager", "sdpa"]
 
 
 def test_sentence_embeddings():

@@ -500,3 +500,45 @@ def test_a_trace_sees_what_the_kernel_would_compute(name):
         x = x.contiguous(memory_format=torch.channels_last)
     traced = torch.jit.trace(call, (x,))
     torch.testing.assert_close(traced(2 * x + 1), call(2 * x + 1), rtol=1e-4, atol=1e-4)
+
+
+# ---- what changes between calls ----------------------------------------------------------------
+
+# f(x, s) of x (3, 4, 8) and a number.
+OF_A_NUMBER = {
+    "guide": lambda x, s: genfast.guide(x, 2 * x, s),
+    "add_noise": lambda x, s: genfast.add_noise(x, s, 1 - s, seed=1),
+    "denoising_loss": lambda x, s: genfast.denoising_loss(x, x, s, 0.8, seed=1),
+    "scale_model_input": genfast.scale_model_input,
+    "dynamic_threshold": genfast.dynamic_threshold,
+    "gumbel_softmax": lambda x, s: genfast.gumbel_softmax(x, s, seed=1),
+    "relaxed_bernoulli": lambda x, s: genfast.relaxed_bernoulli(x, s, seed=1),
+    "sample_tokens": lambda x, s: genfast.sample_tokens(x, s, top_p=s, seed=1).float(),
+    "bias_act": lambda x, s: genfast.bias_act(x, gain=s, strength=s, seed=1),
+    "layer_norm": lambda x, s: genfast.layer_norm(x, eps=s),
+}
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["numbers", "sizes"])
+@pytest.mark.parametrize("name", OF_A_NUMBER)
+def test_what_changes_breaks_no_graph(name, dynamic):
+    f = OF_A_NUMBER[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(f, fullgraph=True, dynamic=dynamic, backend="eager")
+    for n, s in ((3, 0.25), (3, 0.5), (3, 0.75), (5, 0.75)):
+        x = torch.randn(n, 4, 8)
+        close(compiled(x, s), f(x, s))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [genfast.nn.LayerNorm(8), genfast.nn.RMSNorm(8), genfast.nn.GroupNorm(2, 4)],
+    ids=lambda module: type(module).__name__,
+)
+def test_export_of_any_batch(module):
+    batch = torch.export.Dim("batch", min=2, max=64)
+    guided = torch.nn.Module()
+    guided.forward = lambda x: genfast.guide(module(x), x, 3.0)
+    made = torch.export.export(guided, (torch.randn(3, 4, 8),), dynamic_shapes=({0: batch},))
+    x = torch.randn(7, 4, 8)
+    close(made.module()(x), guided(x))

@@ -6,10 +6,13 @@
 
 Masks are built by transformers' own sdpa mask builder (bool, or none where the model is plainly
 causal or bidirectional). Grouped heads, softcap and attention sinks go to the kernel as they are:
-keys and values are never repeated.
+keys and values are never repeated. A model that does not call transformers' attention interface
+(Bloom, MPNet) raises ValueError at its first mask: transformers itself asks no name but its own.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 
@@ -22,7 +25,22 @@ def _with_bias(mask, bias):
     """One additive mask out of a mask (bool or float, or None) and a position bias."""
     if mask is None:
         return bias
-    return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
+    return torch.where(mask, bias, -torch.inf) if mask.dtype == torch.bool else bias + mask
+
+
+def _of_keys(indices, S: int):
+    """Keys that an indexer chose (B, L, n) as a mask (B, 1, L, S)."""
+    seen = torch.zeros(*indices.shape[:2], S, dtype=torch.bool, device=indices.device)
+    return seen.scatter_(-1, indices.long(), True)[:, None]
+
+
+def _of_blocks(module, indices, mask, query, S: int, positions):
+    """The model's own mask of the blocks of keys that its indexer chose."""
+    L = query.shape[2]
+    if positions is None:
+        positions = torch.arange(S - L, S, device=query.device)
+    positions = positions.reshape(-1, L).expand(len(query), -1)
+    return module.indexer.build_block_mask(indices, mask, S, query.dtype, query.device, positions)
 
 
 def genfast_attention_forward(
@@ -38,24 +56,42 @@ def genfast_attention_forward(
     s_aux=None,
     position_bias=None,
     cache=None,
+    indices=None,
+    block_indices=None,
+    sinks=None,
     **kwargs,
 ):
     """transformers' attention interface: query (B, Hq, L, D), key and value (B, Hkv, S, D).
 
-    Returns ((B, L, Hq, D), None): like "sdpa" it has no attention weights to return.
+    indices, block_indices: keys, or blocks of them, that a query's indexer chose; the others are
+    hidden. Returns ((B, L, Hq, D), None): like "sdpa" it has no attention weights to return.
     """
+    if sinks is not None:
+        raise ValueError(
+            'sinks: expected one a head (s_aux), got one a query; use attn_implementation="eager"'
+        )
     if cache is not None and hasattr(cache, "update"):  # paged cache of continuous batching
         key, value = cache.update(
             key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs
         )
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
+    if block_indices is not None:
+        attention_mask = _of_blocks(
+            module, block_indices, attention_mask, query, key.shape[2], kwargs.get("position_ids")
+        )
     # Without a mask transformers means: causal from the top left, or one query that sees all.
     causal = bool(is_causal) and attention_mask is None and query.shape[2] > 1
     if attention_mask is not None and attention_mask.shape[-1] != key.shape[2]:
         attention_mask = attention_mask[..., : key.shape[2]]
     if position_bias is not None:
         attention_mask = _with_bias(attention_mask, position_bias)
+    if indices is not None:
+        chosen = _of_keys(indices, key.shape[2])
+        if attention_mask is None or attention_mask.dtype == torch.bool:
+            attention_mask = chosen if attention_mask is None else attention_mask & chosen
+        else:
+            attention_mask = _with_bias(chosen, attention_mask)
     out = attention(
         query,
         key,
@@ -70,10 +106,40 @@ def genfast_attention_forward(
     return out.transpose(1, 2).contiguous(), None
 
 
+@functools.cache
+def _calls_the_interface(config: type) -> bool:
+    """The model class of a config's; True of a part of a model and of code that is not theirs."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    try:
+        found = MODEL_MAPPING[config]
+    except KeyError:
+        return True
+    classes = found if isinstance(found, tuple) else (found,)
+    return any(c._can_set_attn_implementation() for c in classes)
+
+
+def genfast_mask(*args, config=None, **kwargs):
+    """transformers' sdpa mask of a model with this config."""
+    from transformers.masking_utils import sdpa_mask
+
+    if config is not None and not torch.compiler.is_compiling():
+        if not _calls_the_interface(type(config)):
+            raise ValueError(
+                f"attn_implementation: expected a model that calls transformers' attention "
+                f"interface, got a {config.model_type}; load it with attn_implementation='eager'"
+            )
+    if getattr(config, "num_kv_shared_layers", 0):
+        # Gemma 4 drops queries before these layers, and without a mask forgets where they were;
+        # it refrains for "sdpa", by that name.
+        kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    return sdpa_mask(*args, config=config, **kwargs)
+
+
 def register() -> None:
     """Makes attn_implementation="genfast" known to transformers; calling it again is harmless."""
     from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from transformers.masking_utils import AttentionMaskInterface
 
     AttentionInterface.register(NAME, genfast_attention_forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, genfast_mask)

@@ -5,6 +5,7 @@ to do. The fast roads never run them: the native side answers "not handled" and 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_DIMS = 12  # of the native tensor view
+_MOST = sys.float_info.max
 
 
 def describe(x: Any) -> str:
@@ -73,13 +75,6 @@ def choice(name: str, value: Any, table: Iterable) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, table))}, got {value!r}")
 
 
-def _finite(value: Real) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an int beyond every float
-        return False
-
-
 def number(
     name: str, value: Any, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False
 ) -> None:
@@ -93,7 +88,8 @@ def number(
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
     fits = (value > low if open_low else value >= low) and value <= high
-    if not (fits and _finite(value)):
+    # Comparisons, which dynamo has for a symbol too; of an int beyond every float they are exact.
+    if not (fits and -_MOST <= value <= _MOST):
         bounds = [f"{'>' if open_low else '>='} {low}"] if low > -math.inf else []
         bounds += [f"<= {high}"] if high < math.inf else []
         expected = " ".join(["a finite number", ", ".join(bounds)]).rstrip()

@@ -328,8 +328,8 @@ def _slow(x, weight, bias, scale, shift, groups, rms, act, eps, add, gate):
             )
     for name, t, shape in (
         ("weight", weight, (C,)), ("bias", bias, (C,)),
-        ("scale", scale, (len(x), C)), ("shift", shift, (len(x), C)),
-        ("gate", gate, (len(x), C)),
+        ("scale", scale, (x.shape[0], C)), ("shift", shift, (x.shape[0], C)),
+        ("gate", gate, (x.shape[0], C)),
     ):  # fmt: skip
         if t is None:
             continue

@@ -100,7 +100,9 @@ def weight_tensor(weights, count: int, x: Tensor) -> Tensor | None:
         _check.tensor("weights", weights)
         _check.same_device(x=x, weights=weights)
         batch = x.shape[0] if x.dim() else 1
-        if tuple(weights.shape) not in ((count,), (batch, count)):
+        # Of as many dimensions: to compare a batch with `count` would specialise an export.
+        want = (count,) if weights.dim() == 1 else (batch, count)
+        if tuple(weights.shape) != want:
             raise ValueError(
                 f"weights: expected shape ({count},) or ({batch}, {count}), got "
                 f"{tuple(weights.shape)}"

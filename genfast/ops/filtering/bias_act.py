@@ -308,7 +308,7 @@ def _strength(strength, device, kept: bool = True) -> Tensor | None:
     """fp32 of one element. 1 is kept, on plain roads only: it costs 2 us to make."""
     if isinstance(strength, Tensor):
         return strength
-    if not math.isfinite(strength):
+    if not -math.inf < strength < math.inf:  # which dynamo has for a symbol too
         _check.number("strength", strength)
     if kept and strength == 1 and device.type == "cpu":
         if device not in _ONE:
