@@ -21,11 +21,13 @@ from genfast.ops.attention import attention
 NAME = "genfast"
 
 
-def _with_bias(mask, bias):
-    """One additive mask out of a mask (bool or float, or None) and a position bias."""
-    if mask is None:
-        return bias
-    return torch.where(mask, bias, -torch.inf) if mask.dtype == torch.bool else bias + mask
+def _both(a, b):
+    """Two masks, bool (true = seen), added or None, as one."""
+    if a is None or b is None:
+        return b if a is None else a
+    if a.dtype == torch.bool:
+        return a & b if b.dtype == torch.bool else torch.where(a, b, -torch.inf)
+    return torch.where(b, a, -torch.inf) if b.dtype == torch.bool else a + b
 
 
 def _of_keys(indices, S: int):
@@ -84,14 +86,9 @@ def genfast_attention_forward(
     causal = bool(is_causal) and attention_mask is None and query.shape[2] > 1
     if attention_mask is not None and attention_mask.shape[-1] != key.shape[2]:
         attention_mask = attention_mask[..., : key.shape[2]]
-    if position_bias is not None:
-        attention_mask = _with_bias(attention_mask, position_bias)
+    attention_mask = _both(attention_mask, position_bias)
     if indices is not None:
-        chosen = _of_keys(indices, key.shape[2])
-        if attention_mask is None or attention_mask.dtype == torch.bool:
-            attention_mask = chosen if attention_mask is None else attention_mask & chosen
-        else:
-            attention_mask = _with_bias(chosen, attention_mask)
+        attention_mask = _both(attention_mask, _of_keys(indices, key.shape[2]))
     out = attention(
         query,
         key,
@@ -126,7 +123,7 @@ def genfast_mask(*args, config=None, **kwargs):
     if config is not None and not torch.compiler.is_compiling():
         if not _calls_the_interface(type(config)):
             raise ValueError(
-                f"attn_implementation: expected a model that calls transformers' attention "
+                "attn_implementation: expected a model that calls transformers' attention "
                 f"interface, got a {config.model_type}; load it with attn_implementation='eager'"
             )
     if getattr(config, "num_kv_shared_layers", 0):

@@ -25,10 +25,9 @@ def numbers(name: str, text: str) -> list[int]:
     """ "16,32,64" -> [16, 32, 64]; "" -> []."""
     try:
         found = [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        found = [2**63]
-    if any(abs(n) >= 2**63 for n in found):  # more than torch takes
-        raise ValueError(f"{name}: expected whole numbers such as 16,32,64, got {text!r}")
+        torch.tensor(found, dtype=torch.int64)  # no more than torch takes
+    except (ValueError, RuntimeError, OverflowError):
+        raise ValueError(f"{name}: expected whole numbers such as 16,32,64, got {text!r}") from None
     return found
 
 
