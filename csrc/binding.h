@@ -109,6 +109,8 @@ inline bool dense_floats(const TensorView& t) {
 struct NoiseArgument {
   uint64_t seed, stream;
   int64_t offset;
+  NoiseArgument(py::handle s, py::handle st, py::handle o)
+      : NoiseArgument(s, st, static_cast<int64_t>(word("offset", o))) {}
   NoiseArgument(py::handle s, py::handle st, int64_t o)
       : seed(word("seed", s)), stream(word("stream", st)), offset(o) {
     // The bound leaves room for offset + element in 63 bits.

@@ -30,7 +30,7 @@ PyMethodDef g_gates[] = {
 };
 
 bool random(TensorArgument& out, int distribution, py::handle seed, TensorArgument& seeds,
-            py::handle stream, int64_t offset, int64_t low, uint64_t range) {
+            py::handle stream, py::handle offset, int64_t low, uint64_t range) {
   if (!given({&out}) || !same_device({&out, &seeds})) return false;
   if (distribution < 0 || distribution > static_cast<int>(Distribution::bits)) return false;
   RandomParams p;
@@ -67,7 +67,7 @@ bool parts_fit(const TensorView& scratch, int64_t rows) {
 
 bool reparameterize(TensorArgument& mu, TensorArgument& logvar, TensorArgument& y,
                     TensorArgument& side, py::handle seed, TensorArgument& seeds, py::handle stream,
-                    int64_t offset, int transform, int side_kind, float side_scale,
+                    py::handle offset, int transform, int side_kind, float side_scale,
                     TensorArgument& scratch) {
   if (!given({&mu, &logvar}) || !known(transform, side_kind) ||
       !same_device({&mu, &logvar, &y, &side, &scratch, &seeds}) || !floats({&mu, &logvar, &y}) ||
@@ -121,7 +121,7 @@ bool bernoulli_nll_backward(TensorArgument& grad, TensorArgument& d_logits, Tens
 bool reparameterize_backward(TensorArgument& grad_y, TensorArgument& grad_side, TensorArgument& mu,
                              TensorArgument& logvar, TensorArgument& d_mu, TensorArgument& d_logvar,
                              py::handle seed, TensorArgument& seeds, py::handle stream,
-                             int64_t offset, int transform, int side_kind, float side_scale) {
+                             py::handle offset, int transform, int side_kind, float side_scale) {
   if (!given({&mu, &logvar, &d_mu, &d_logvar}) || !known(transform, side_kind) ||
       !same_device({&grad_y, &grad_side, &mu, &logvar, &d_mu, &d_logvar, &seeds}) ||
       !floats({&grad_y, &mu, &logvar, &d_mu, &d_logvar}) ||
@@ -149,7 +149,7 @@ bool is_tau(const TensorView& tau, const TensorView& beside) {
 }
 
 bool gumbel_softmax(TensorArgument& logits, TensorArgument& y, TensorArgument& tau, py::handle seed,
-                    TensorArgument& seeds, py::handle stream, int64_t offset, bool hard) {
+                    TensorArgument& seeds, py::handle stream, py::handle offset, bool hard) {
   if (!given({&logits, &y, &tau}) || !row_seeds(seeds, logits) ||
       !same_device({&logits, &y, &seeds}) || !floats({&logits, &y}) ||
       !same_shapes({&logits, &y}) || logits.ndim == 0 || !is_tau(tau, logits))
@@ -162,7 +162,7 @@ bool gumbel_softmax(TensorArgument& logits, TensorArgument& y, TensorArgument& t
 
 bool gumbel_softmax_backward(TensorArgument& grad, TensorArgument& y, TensorArgument& logits,
                              TensorArgument& tau, TensorArgument& d_logits, py::handle seed,
-                             TensorArgument& seeds, py::handle stream, int64_t offset) {
+                             TensorArgument& seeds, py::handle stream, py::handle offset) {
   if (!given({&grad, &tau, &d_logits}) || !row_seeds(seeds, grad) ||
       !same_device({&grad, &y, &logits, &d_logits, &seeds}) ||
       !floats({&grad, &y, &logits, &d_logits}) || !same_shapes({&grad, &y, &logits, &d_logits}) ||
@@ -177,7 +177,7 @@ bool gumbel_softmax_backward(TensorArgument& grad, TensorArgument& y, TensorArgu
 
 bool relaxed_bernoulli(TensorArgument& logits, TensorArgument& y, TensorArgument& tau,
                        TensorArgument& grad, py::handle seed, TensorArgument& seeds,
-                       py::handle stream, int64_t offset, bool hard) {
+                       py::handle stream, py::handle offset, bool hard) {
   if (!given({&logits, &y, &tau}) || !same_device({&logits, &y, &grad, &seeds}) ||
       !floats({&logits, &y, &grad}) || !same_shapes({&logits, &y, &grad}) || !is_tau(tau, logits))
     return false;
@@ -193,7 +193,7 @@ bool relaxed_bernoulli(TensorArgument& logits, TensorArgument& y, TensorArgument
 // handled.
 int64_t categorical(TensorArgument& logits, TensorArgument& index, TensorArgument& temperature,
                     TensorArgument& top_k, TensorArgument& top_p, TensorArgument& min_p,
-                    py::handle seed, TensorArgument& seeds, py::handle stream, int64_t offset) {
+                    py::handle seed, TensorArgument& seeds, py::handle stream, py::handle offset) {
   if (!given({&logits, &index}) || !row_seeds(seeds, logits) ||
       !same_device({&logits, &index, &temperature, &top_k, &top_p, &min_p, &seeds}) ||
       !floats({&logits}) || logits.ndim == 0 || index.dtype != Dtype::i64 || !is_contiguous(index))

@@ -191,7 +191,7 @@ bool run_step(StepArguments& a, int64_t row, const NoiseArgument& noise, bool dr
 bool diffusion_step(py::handle outs, TensorArgument& x, py::handle model_outputs,
                     TensorArgument& weights, TensorArgument& table, TensorArgument& index,
                     int64_t row, py::handle past, TensorArgument& z, py::handle seed,
-                    TensorArgument& seeds, py::handle stream, int64_t offset, bool draws,
+                    TensorArgument& seeds, py::handle stream, py::handle offset, bool draws,
                     py::handle extras, TensorArgument& scratch) {
   StepArguments a{x, weights, table, index, z, seeds, scratch, {}, {}, {}, {}};
   return read_tuple(outs, a.out) && read_tuple(model_outputs, a.model) &&
@@ -439,7 +439,7 @@ struct CoefficientArgument : Coefficient {
 };
 
 bool diffusion_mix(TensorArgument& out, TensorArgument& from, TensorArgument& other,
-                   py::handle seed, TensorArgument& seeds, py::handle stream, int64_t offset,
+                   py::handle seed, TensorArgument& seeds, py::handle stream, py::handle offset,
                    bool draws, py::handle a, py::handle b, float a_sign, float b_sign,
                    bool a_is_one_minus_b) {
   if (!given({&out, &from}) || !same_device({&out, &from, &other, &seeds}) ||
@@ -493,7 +493,7 @@ bool dynamic_threshold(TensorArgument& x, TensorArgument& m, TensorArgument& s,
 }
 
 bool denoising_loss(TensorArgument& output, TensorArgument& x0, TensorArgument& z, py::handle seed,
-                    TensorArgument& seeds, py::handle stream, int64_t offset, py::handle alpha,
+                    TensorArgument& seeds, py::handle stream, py::handle offset, py::handle alpha,
                     py::handle sigma, py::handle weight, int prediction, int weighting,
                     double gamma, double k, TensorArgument& per_sample, TensorArgument& total,
                     double total_scale, TensorArgument& grad, TensorArgument& d_output,

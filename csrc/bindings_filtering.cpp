@@ -10,7 +10,8 @@ namespace {
 // The settings of both directions; `x` decides the shape.
 bool fill(BiasActParams& p, const TensorView& x, const TensorView& b, const TensorView& noise,
           const TensorView& strength, const TensorView& seeds, py::handle seed, py::handle stream,
-          int64_t offset, bool draws, int64_t dim, int act, float alpha, float gain, float clamp) {
+          py::handle offset, bool draws, int64_t dim, int act, float alpha, float gain,
+          float clamp) {
   if (!is_float(x.dtype) || !planes_of(x, dim, p.planes) || act < 0 ||
       act > static_cast<int>(Activation::gelu_tanh) || !dense_floats(b) || !dense_floats(noise) ||
       !vector_of(strength, Dtype::f32, 1))
@@ -34,7 +35,7 @@ bool fill(BiasActParams& p, const TensorView& x, const TensorView& b, const Tens
 
 bool bias_act(TensorArgument& y, TensorArgument& x, TensorArgument& b, TensorArgument& noise,
               TensorArgument& strength, TensorArgument& seeds, py::handle seed, py::handle stream,
-              int64_t offset, bool draws, int64_t dim, int act, float alpha, float gain,
+              py::handle offset, bool draws, int64_t dim, int act, float alpha, float gain,
               float clamp) {
   BiasActParams p;
   if (!given({&y, &x}) || !same_device({&y, &x, &b, &noise, &strength, &seeds}) ||
@@ -49,7 +50,7 @@ bool bias_act(TensorArgument& y, TensorArgument& x, TensorArgument& b, TensorArg
 bool bias_act_backward(TensorArgument& grad, TensorArgument& dz, TensorArgument& db,
                        TensorArgument& d_strength, TensorArgument& source, bool from_y,
                        TensorArgument& b, TensorArgument& noise, TensorArgument& strength,
-                       TensorArgument& seeds, py::handle seed, py::handle stream, int64_t offset,
+                       TensorArgument& seeds, py::handle seed, py::handle stream, py::handle offset,
                        bool draws, int64_t dim, int act, float alpha, float gain, float clamp,
                        TensorArgument& scratch) {
   BiasActBackwardParams q;

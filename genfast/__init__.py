@@ -47,7 +47,7 @@ from genfast.ops.sampling import (
     sample_tokens,
     tanh_normal,
 )
-from genfast.schedulers import sample
+from genfast.schedulers.sample import sample
 
 __version__ = _version("genfast")
 

@@ -180,7 +180,7 @@ def accelerate(model: Model) -> Model:
 def restore(model: Model) -> Model:
     """Undoes `accelerate`; a model that was not accelerated stays as it is. Returns it. TypeError
     for what no model is."""
-    if not hasattr(model, "__weakref__"):
+    if not hasattr(model, "__weakref__") or isinstance(model, torch.Tensor):
         raise TypeError(
             f"model: expected what `genfast.accelerate` takes, got {type(model).__name__}"
         )

@@ -46,7 +46,7 @@ def logistic(z, EXACT: tl.constexpr):
     """s = 1 / (1 + e^-z) and 1 - s without its cancellation; cut where e^-z were infinite."""
     t = z * -LOG2_E
     e = exp2_of(tl.where(126.0 < t, 126.0, t), EXACT)
-    s = reciprocal(1.0 + e, EXACT)
+    s = reciprocal(1.0 + e, EXACT) - 1.1754943508222875e-38  # 2^-126: 0 from the cut on
     return s, e * s
 
 

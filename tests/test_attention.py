@@ -416,6 +416,32 @@ def test_a_refused_call_leaves_the_cache_alone(options):
     assert all((x == 0).all() for x in caches)
 
 
+def test_sinks_elsewhere_leave_the_cache_alone():
+    q, k, v = inputs(2, 4, 2, 1, 1, 8)
+    caches = [torch.zeros(2, 2, 16, 8) for _ in range(2)]
+    with pytest.raises(ValueError, match="on one device"):
+        genfast.attention_with_kvcache(
+            q, *caches, k, v, cache_seqlens=3, sinks=torch.ones(4, device="meta")
+        )
+    assert all((x == 0).all() for x in caches)
+
+
+@pytest.mark.parametrize("name", ["rotary_cos", "rotary_sin", "sinks", "alibi_slopes"])
+def test_negative_views_beside_a_cache(name):
+    q, k, v = inputs(2, 4, 2, 1, 1, 8)
+    turn = torch.rand(9, 4)
+    given = {"rotary_cos": turn.cos(), "rotary_sin": turn.sin()}
+    given |= {"sinks": torch.rand(4), "alibi_slopes": torch.rand(4)}
+    found = []
+    for x in (-given[name], torch._neg_view(given[name])):
+        caches = [torch.ones(2, 2, 16, 8) for _ in range(2)]
+        out = genfast.attention_with_kvcache(
+            q, *caches, k, v, cache_seqlens=3, causal=True, **{**given, name: x}
+        )
+        found.append(torch.cat([out.flatten(), *(c.flatten() for c in caches)]))
+    torch.testing.assert_close(*found)
+
+
 def test_a_rotation_of_no_dimensions():
     q, k, v = inputs(2, 4, 2, 3, 3, 8)
     caches = torch.zeros(2, 2, 2, 16, 8), torch.zeros(2, 2, 2, 16, 8)

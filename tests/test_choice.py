@@ -115,6 +115,26 @@ def test_what_goes_to_triton_before_cuda():
         assert _choice.triton_from(rows, *wide, "float32", arch) == 0
 
 
+def test_rows_by_hand_are_walked_by_size():
+    def row(below, backend):
+        return Row("attention", "cuda", ANY, "bfloat16", "attention_forward", below, backend, "")
+
+    ask = "attention", "attention_forward", "bfloat16"
+    for first in (row(1000, "cuda"), row(1000, "triton")):  # the next fitting one is CUDA's
+        assert _choice.triton_from((first, *_choice.ROWS), *ask) == ALL_SIZES
+    assert _choice.triton_from((row(9, "cuda"), row(ALL_SIZES, "triton")), *ask) == 9
+
+
+def test_attention_on_a_gpu_before_sm_80_is_composed(monkeypatch):
+    monkeypatch.setattr(_backend, "composes", lambda *_: False)
+    monkeypatch.setattr(_backend, "_HAVE_TRITON", True)
+    for old in (False, True):
+        monkeypatch.setattr(_backend, "_too_old", lambda device, old=old: old)
+        for name in ("attention_forward", "attention_cached"):
+            assert _backend.has_kernels(torch.device("cuda", 0), name) is not old
+        assert _backend.has_kernels(torch.device("cuda", 0), "random")
+
+
 def test_the_feature_and_the_size_of_a_backward_call():
     def call(D, Dv):
         q, k, v = (torch.empty(2, 4, 8, n, device="meta") for n in (D, D, Dv))

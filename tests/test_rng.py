@@ -166,6 +166,82 @@ def test_numpy_integers_are_integers():
     assert torch.equal(got, want)
 
 
+NOISY = {
+    "rand": lambda **k: genfast.rand(5, **k),
+    "reparameterize": lambda **k: genfast.reparameterize(torch.zeros(5), torch.zeros(5), **k),
+    "gumbel_softmax": lambda **k: genfast.gumbel_softmax(torch.zeros(1, 5), **k),
+    "add_noise": lambda **k: genfast.add_noise(torch.zeros(5), 1.0, 1.0, **k),
+    "bias_act": lambda **k: genfast.bias_act(
+        torch.zeros(1, 5), strength=torch.ones(()), **k
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_numbers_of_noise_are_integers(name):
+    for argument, value in (
+        ("offset", torch.tensor(2.9)), ("offset", np.float32(2.9)), ("offset", True),
+        ("seed", True), ("stream", True), ("stream", 1.0),
+    ):  # fmt: skip
+        if name == "bias_act" and argument == "offset":
+            continue
+        with pytest.raises(TypeError, match=f"^{argument}: expected an int"):
+            NOISY[name](**{"seed": 1, argument: value})
+    for seed in (1, np.int64(1), torch.tensor(1)):
+        with pytest.raises(ValueError, match="^generator: has no effect"):
+            NOISY[name](seed=seed, generator=torch.Generator())
+
+
+DRAWN = {  # in fp32, and where a road is given up for another
+    "reparameterize": lambda x: genfast.reparameterize(x, x),
+    "reparameterize, broadcast": lambda x: genfast.reparameterize(x, x[:1].clone()),
+    "reparameterize, gradient": lambda x: genfast.reparameterize(x.requires_grad_(), x[:1].clone()),
+    "tanh_normal": lambda x: genfast.tanh_normal(x, x),
+    "gumbel_softmax": lambda x: genfast.gumbel_softmax(x),
+    "sample_categorical": lambda x: genfast.sample_categorical(x),
+    "sample_tokens": lambda x: genfast.sample_tokens(x, 0.5),
+    "add_noise": lambda x: genfast.add_noise(x, 0.0, 1.0),
+    "add_noise, ranks": lambda x: genfast.add_noise(x, torch.zeros(3, 6), torch.ones(3)),
+    "bias_act": lambda x: genfast.bias_act(x, strength=torch.ones(())),
+    "randn": lambda x: genfast.randn(3, 6, dtype=x.dtype),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_a_call_draws_one_seed(name):
+    """Of torch's generator, whichever road the call takes: fp32, fp64 and compiled agree."""
+
+    def run(call, x):
+        torch.manual_seed(3)
+        return call(x).detach(), torch.rand(1)
+
+    x = torch.zeros(3, 6)
+    want, behind = run(DRAWN[name], x.clone())
+    torch.manual_seed(3)
+    torch.empty(1, dtype=torch.int64).random_(0, 2**63 - 1)
+    assert torch.equal(torch.rand(1), behind)
+    got, behind_too = run(DRAWN[name], x.double())
+    assert torch.equal(behind_too, behind)
+    torch.testing.assert_close(got.to(want.dtype), want, rtol=1e-5, atol=1e-6)
+
+
+def test_compiled_calls_have_the_seed_of_eager_ones():
+    compiled = torch.compile(genfast.randn_like, backend="aot_eager", fullgraph=True)
+    for seed in range(8):
+        torch.manual_seed(seed)
+        want = genfast.randn_like(torch.zeros(5))
+        torch.manual_seed(seed)
+        assert torch.equal(compiled(torch.zeros(5)), want)
+
+
+def test_sizes_and_seeds_without_memory():
+    for size in ((2**63,), (2**40, 2**40)):
+        with pytest.raises(ValueError, match="^size: expected"):
+            genfast.rand(size, seed=1)
+    with pytest.raises(ValueError, match="^seed: .*meta"):
+        genfast.rand(5, seed=torch.zeros(1, dtype=torch.int64, device="meta"), device="cpu")
+
+
 def test_bits_do_not_depend_on_the_instruction_set():
     """Every level this processor runs, 1 to 3 threads each."""
     usable = _C.build_info()["isa_usable"]

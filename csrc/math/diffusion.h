@@ -49,10 +49,10 @@ GENFAST_FN double loss_weight(Weighting weighting, Prediction prediction, double
   const double ratio = alpha / sigma, snr = ratio * ratio;
   switch (weighting) {
     case Weighting::min_snr: {
-      const double least = snr < gamma ? snr : gamma;
+      const double least = snr > gamma ? gamma : snr;  // NaN stays
       switch (prediction) {
         case Prediction::epsilon:
-          return snr > 0 ? least / snr : 1.0;  // the limit at zero terminal SNR
+          return snr == 0 ? 1.0 : least / snr;  // the limit at zero terminal SNR
         case Prediction::sample:
           return least;
         case Prediction::v:
@@ -96,7 +96,10 @@ GENFAST_FN void guidance_weights(Guidance method, const GuidanceSums& s, double 
       const double var_c = s.cc - s.c * s.c / n, var_u = s.uu - s.u * s.u / n;
       const double cov = s.cu - s.c * s.u / n;
       const double var_g = (w[0] * w[0] * var_c + w[1] * w[1] * var_u) + 2 * w[0] * w[1] * cov;
-      const double factor = option[0] * sqrt(var_c / var_g) + (1 - option[0]);
+      // rounding leaves less of an output that is the same everywhere, which stays as it is
+      const double least = 1e-13 * (w[0] * w[0] * s.cc + w[1] * w[1] * s.uu);
+      const double ratio = var_g <= least ? 1 : sqrt((var_c < 0 ? 0 : var_c) / var_g);
+      const double factor = option[0] * ratio + (1 - option[0]);
       w[0] *= factor;
       w[1] *= factor;
       return;
@@ -123,7 +126,7 @@ GENFAST_FN void guidance_weights(Guidance method, const GuidanceSums& s, double 
     }
     case Guidance::mag: {
       const double dd = (s.cc + s.uu) - 2 * s.cu;
-      const double damp = exp(-option[0] * sqrt(dd > 0 ? dd : 0.0) / sqrt(s.uu));
+      const double damp = dd <= 0 ? 1 : exp(-option[0] * sqrt(dd) / sqrt(s.uu));
       const double damped = original ? scale * damp : 1 + (scale - 1) * damp;
       w[0] = original ? 1 + damped : damped;
       w[1] = original ? -damped : 1 - damped;

@@ -49,8 +49,8 @@ struct ReluActivation {
     return select(z < 0.0f, F{}, z);
   }
   template <class F>
-  GENFAST_FN F slope(F z, float) {
-    return select(z > 0.0f, F{} + 1.0f, F{});
+  GENFAST_FN F slope(F z, float) {  // 1 of NaN, as PyTorch's
+    return select(z <= 0.0f, F{}, F{} + 1.0f);
   }
 };
 struct LreluActivation {

@@ -19,14 +19,16 @@ GENFAST_FN F reciprocal(F x) {
 }
 
 // s = 1 / (1 + e^-z) and 1 - s without its cancellation: absolute error <= 1.5e-7, of the second
-// relative to it 3e-7 above z = 0. -z log2 e is cut where 2^x would overflow.
+// relative to it 3e-7 above z = 0. -z log2 e is cut where 2^x would overflow; from there on s is 0,
+// as SiLU of -3e38 would be -3.5 otherwise.
 template <class F>
 struct Logistic {
   F s, rest;
 };
 template <class F>
 GENFAST_FN Logistic<F> logistic(F z) {
-  const F e = exp2_nonpositive<F>(minimum(F{} + 126.0f, z * -kLog2e)), s = reciprocal(1.0f + e);
+  const F e = exp2_nonpositive<F>(minimum(F{} + 126.0f, z * -kLog2e));
+  const F s = reciprocal(1.0f + e) - 0x1p-126f;
   return {s, e * s};
 }
 

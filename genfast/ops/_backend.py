@@ -405,6 +405,12 @@ def under(function: Callable, given: dict[str, Any]):
         return function(*bound.args, **bound.kwargs)
 
 
+@functools.cache
+def _too_old(device: torch.device) -> bool:
+    """Neither CUDA's attention nor Triton's runs on NVIDIA's GPUs before sm_80."""
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) < (8, 0)
+
+
 def has_kernels(device: torch.device, name: str = "random", feature: str | None = None) -> bool:
     """The backend in force has a kernel of this entry point for tensors on `device`, and, left to
     choose, takes it. feature: of the table's rows, where an entry point has several."""
@@ -421,6 +427,8 @@ def has_kernels(device: torch.device, name: str = "random", feature: str | None 
         return device.type == "cpu"
     if device.type == "cuda" and forced == "auto":
         if composes(name.removesuffix("_backward"), (feature or name).removesuffix("_backward")):
+            return False
+        if _TRITON[name] == "attention" and _too_old(device):
             return False
     if device.type == "cuda" and not _HAVE_TRITON and forced == "auto":
         if _cuda_covers["gpus"] is None:

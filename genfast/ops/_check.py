@@ -78,13 +78,16 @@ def choice(name: str, value: Any, table: Iterable) -> None:
 def number(
     name: str, value: Any, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False
 ) -> None:
-    """A finite Python number (or 0-dim tensor, whose value is not read) within [low, high]."""
+    """A finite number within [low, high]: Python's or a tensor of one element, whose value is read
+    on the CPU alone."""
     if isinstance(value, torch.Tensor):
         if value.numel() != 1:
             raise ValueError(
                 f"{name}: expected a number or a tensor of one element, got {describe(value)}"
             )
-        return
+        value = _read(value)
+        if value is None:
+            return
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
     fits = (value > low if open_low else value >= low) and value <= high
@@ -94,6 +97,16 @@ def number(
         bounds += [f"<= {high}"] if high < math.inf else []
         expected = " ".join(["a finite number", ", ".join(bounds)]).rstrip()
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
+def _read(x: torch.Tensor) -> Real | None:
+    """The value of one element, or None where that would wait for a device or there is none."""
+    if torch.compiler.is_compiling() or type(x) is not torch.Tensor or not x.is_cpu:
+        return None
+    try:
+        return x.item()
+    except RuntimeError:  # a transform's
+        return None
 
 
 def integer(name: str, value: Any, *, low: int | None = None, high: int | None = None) -> None:

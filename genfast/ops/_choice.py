@@ -221,11 +221,13 @@ def torch_sizes(
 
 def triton_from(rows: Iterable[Row], family: str, entry: str, dtype: str, arch: str = ANY) -> int:
     """Sizes from which a GPU takes the Triton kernel of this entry point before the CUDA one."""
-    features = (ANY, entry, entry.removeprefix("wide "))
+    low, features = 0, (ANY, entry, entry.removeprefix("wide "))
     for row in rows:
         fits = zip(row[:4], (family, "cuda", arch, dtype), strict=True)
         if row.feature in features and all(have in (ANY, want) for have, want in fits):
-            return {"cuda": row.below, "triton": 0}.get(row.backend, ALL_SIZES)
+            if row.backend == "triton" and row.below == ALL_SIZES:
+                return low
+            low = max(low, row.below)
     return ALL_SIZES
 
 

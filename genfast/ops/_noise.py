@@ -23,20 +23,27 @@ def draw_seed(device: torch.device | str | None, generator: torch.Generator | No
     """A fresh seed from torch's generator, as an int64 tensor of one element: no device sync."""
     if is_compiling() or transforming():  # functional: vmap refuses the in-place draw
         return torch.randint(0, 2**63 - 1, (1,), generator=generator, dtype=_INT64, device=device)
-    return torch.empty(1, dtype=_INT64, device=device).random_(generator=generator)
+    # Of randint's range, so that a compiled call has the same seed.
+    seed = torch.empty(1, dtype=_INT64, device=device)
+    return seed.random_(0, 2**63 - 1, generator=generator)
+
+
+def drawn_once(seed: Any, device: Any, generator: torch.Generator | None):
+    """(seed, generator) of a road that another one may take over: what the first has drawn."""
+    return (draw_seed(device, generator), None) if seed is None else (seed, generator)
 
 
 def resolve(seed: Any, generator: torch.Generator | None, device: Any):
     """(int, None) or (0, seeds): what the kernels take."""
-    if type(seed) is int:
-        if generator is not None:
-            raise ValueError(_ONLY_ONE)
-        return seed, None
     if seed is None:
         return 0, draw_seed(device, generator)
+    if generator is not None:
+        raise ValueError(_ONLY_ONE)
+    if type(seed) is int:
+        return seed, None
     if isinstance(seed, torch.Tensor):
         return 0, seed.reshape(1) if seed.dim() == 0 else seed
-    if isinstance(seed, Integral):  # numpy's integers
+    if isinstance(seed, Integral) and not isinstance(seed, bool):  # numpy's integers
         return int(seed), None
     return seed, None  # SymInt while tracing; anything else is refused by `check`
 
@@ -63,6 +70,8 @@ def check(seed: Any, stream: Any, offset: Any, generator: Any, shape: Any, devic
             )
         if not seed.is_contiguous():
             raise ValueError("seed: expected a contiguous tensor; pass seed.contiguous()")
+        if seed.is_meta and device is not None and torch.device(device).type != "meta":
+            raise ValueError("seed: expected its values, got a meta tensor; give a real one")
         if device is not None and seed.device != torch.device(device):
             raise ValueError(
                 f"seed: expected it on {device}, got {seed.device}; move it with .to()"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -410,6 +411,18 @@ def group_norm(
     return _norm(x, weight, bias, scale, shift, groups, False, act, eps)
 
 
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *,
+    scale: Tensor | None = None, shift: Tensor | None = None, act: str = "linear",
+    eps: float = 1e-5, add: None = None, gate: None = None, backend: str | None = None,
+) -> Tensor: ...  # fmt: skip
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *,
+    scale: Tensor | None = None, shift: Tensor | None = None, act: str = "linear",
+    eps: float = 1e-5, add: Tensor, gate: Tensor | None = None, backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def layer_norm(
     x: Tensor,
     weight: Tensor | None = None,
@@ -436,6 +449,18 @@ def layer_norm(
     return _norm(x, weight, bias, scale, shift, 0, False, act, eps, add, gate)
 
 
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor | None = None, *, scale: Tensor | None = None,
+    shift: Tensor | None = None, act: str = "linear", eps: float | None = None, add: None = None,
+    gate: None = None, backend: str | None = None,
+) -> Tensor: ...  # fmt: skip
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor | None = None, *, scale: Tensor | None = None,
+    shift: Tensor | None = None, act: str = "linear", eps: float | None = None, add: Tensor,
+    gate: Tensor | None = None, backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def rms_norm(
     x: Tensor,
     weight: Tensor | None = None,

@@ -6,6 +6,8 @@ et al. 2011 (Philox4x32-10), Box & Muller 1958; the exact steps stand in `genfas
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ NOISE_VERSION = 1
 DISTRIBUTIONS = {name: i for i, name in enumerate((*reference.DISTRIBUTIONS, "integer", "bits"))}
 _UNIFORM, _NORMAL, _INTEGER = 0, 1, 5
 _INTEGERS = (torch.int64, torch.int32)
+_MOST = 2**60  # elements: their bytes have 63 bits
 # `new_empty` of one of these takes 1.25 us, `torch.empty(size, dtype=, device=)` 1.67.
 _ON_CPU = {
     (dtype, device): torch.empty(0, dtype=dtype)
@@ -108,6 +111,7 @@ def _draw(
             if type(seed) is int:  # 0.1 us of 3.2
                 int_seed, seeds = seed, None
             else:
+                seed, _ = _noise.drawn_once(seed, result.device, None)
                 int_seed, seeds = _noise.resolve(seed, None, result.device)
             if kernels.random(result, distribution, int_seed, seeds, stream, offset, low, span):
                 return result
@@ -115,6 +119,8 @@ def _draw(
             pass  # the checks below name the argument
     for n in size:
         _check.integer("size", n, low=0)
+    if not is_compiling() and math.prod(size) >= _MOST:
+        raise ValueError(f"size: expected fewer than 2**60 elements, got {tuple(size)}")
     if len(size) > _check.MAX_DIMS:
         raise ValueError(
             f"size: expected at most {_check.MAX_DIMS} dimensions, got {len(size)}; flatten some"
@@ -198,7 +204,7 @@ def randn(
 
 
 def _like(x, distribution, seed, stream, offset, generator, dtype, device):
-    if not isinstance(x, Tensor):
+    if not isinstance(x, Tensor) or (dtype is None and x.dtype not in _check.FLOATS):
         _check.tensor("x", x)
     return _draw(
         x.shape,

@@ -125,7 +125,7 @@ def _dot(a, b):
 
 
 def _var(a):
-    return _rows(a).var(1, unbiased=True).reshape(-1, *(1,) * (a.ndim - 1))
+    return _rows(a).var(1, unbiased=False).reshape(-1, *(1,) * (a.ndim - 1))
 
 
 def cfg(cond, uncond, scale, *, original=False):
@@ -134,9 +134,13 @@ def cfg(cond, uncond, scale, *, original=False):
 
 
 def cfg_rescale(cond, uncond, scale, *, rescale=0.0, original=False):
-    """Lin et al. 2023, eq. 15-16: the guided output brought towards cond's standard deviation."""
+    """Lin et al. 2023, eq. 15-16: the guided output brought towards cond's standard deviation, but
+    one that is the same everywhere.
+    """
     g = cfg(cond, uncond, scale, original=original)
-    return g * (rescale * torch.sqrt(_var(cond) / _var(g)) + (1 - rescale))
+    var = _var(g)
+    ratio = torch.where(var == 0, 1.0, torch.sqrt(_var(cond) / var))
+    return g * (rescale * ratio + (1 - rescale))
 
 
 def cfg_zero_star(cond, uncond, scale, *, original=False):
@@ -161,9 +165,13 @@ def apg(cond, uncond, scale, *, eta=1.0, norm_threshold=0.0, original=False, ave
 
 
 def mag(cond, uncond, scale, *, alpha=8.0, original=False):
-    """Magnitude-aware guidance: w' = 1 + (w - 1) exp(-alpha |c-u| / |u|); original: w exp(...)."""
+    """Magnitude-aware guidance: w' = 1 + (w - 1) exp(-alpha |c-u| / |u|), exp(...) 1 where c = u;
+    original: w exp(...).
+    """
     d = cond - uncond
-    damp = torch.exp(-alpha * torch.sqrt(_dot(d, d)) / torch.sqrt(_dot(uncond, uncond)))
+    dd = _dot(d, d)
+    damp = torch.exp(-alpha * torch.sqrt(dd) / torch.sqrt(_dot(uncond, uncond)))
+    damp = torch.where(dd == 0, 1.0, damp)
     w = scale * damp if original else 1 + (scale - 1) * damp
     return cfg(cond, uncond, w, original=original)
 
@@ -208,7 +216,9 @@ def guidance_weights(cond, uncond, scale, *, method, original, options, average=
     if method == "rescale":
         var_c, var_u = cc - c.sum(1) ** 2 / n, uu - u.sum(1) ** 2 / n
         var_g = w_c**2 * var_c + w_u**2 * var_u + 2 * w_c * w_u * (cu - c.sum(1) * u.sum(1) / n)
-        factor = options[0] * torch.sqrt(var_c / var_g) + (1 - options[0])
+        least = 1e-13 * (w_c**2 * cc + w_u**2 * uu)  # rounding leaves less of one that is constant
+        ratio = torch.where(var_g <= least, 1.0, torch.sqrt(var_c.clamp(min=0) / var_g))
+        factor = options[0] * ratio + (1 - options[0])
         w_c, w_u = w_c * factor, w_u * factor
     elif method == "cfg_zero_star":
         w_u = w_u * cu / (uu + 1e-8)
@@ -223,7 +233,8 @@ def guidance_weights(cond, uncond, scale, *, method, original, options, average=
             return torch.stack([w_c, w_u, w * shrink], -1)
         w_c, w_u = w_c + w * shrink, w_u - w * shrink
     elif method == "mag":
-        damp = torch.exp(-options[0] * torch.sqrt((cc + uu - 2 * cu).clamp(min=0)) / uu.sqrt())
+        dd = (cc + uu - 2 * cu).clamp(min=0)
+        damp = torch.where(dd == 0, 1.0, torch.exp(-options[0] * dd.sqrt() / uu.sqrt()))
         w = w * damp if original else 1 + (w - 1) * damp
         w_c, w_u = (1 + w, -w) if original else (w, 1 - w)
     elif method == "tcfg":

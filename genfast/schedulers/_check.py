@@ -20,21 +20,23 @@ def choice(name: str, value, table: dict):
 
 def positive(name: str, value) -> int:
     """value as an int >= 1."""
-    try:
-        n = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name}: expected an int >= 1, got {type(value).__name__}") from None
+    n = whole(name, value)
     if n < 1:
         raise ValueError(f"{name}: expected an int >= 1, got {n}")
     return n
 
 
+def whole(name: str, value) -> int:
+    """value as an int."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an int, got {value!r}") from None
+
+
 def rows_from(begin, n: int) -> range:
     """Rows begin ... n - 1 of a grid; a negative one would be counted from the end."""
-    try:
-        first = operator.index(begin)
-    except TypeError:
-        raise TypeError(f"begin: expected an int, got {type(begin).__name__}") from None
+    first = whole("begin", begin)
     if not 0 <= first < n:
         raise ValueError(f"begin: expected a row of the grid, 0..{n - 1}, got {first}")
     return range(first, n)
@@ -45,6 +47,8 @@ def _float(name: str, value) -> float:
         return float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name}: expected a number, got {value!r}") from None
+    except OverflowError:
+        raise ValueError(f"{name}: expected a number within float64, got {value!r}") from None
 
 
 def number(name: str, value, low: float, high: float) -> float:

@@ -84,8 +84,10 @@ def ddim_plan(
     """Song et al. 2021 (DDIM), eq. 12 and 16: prev = sqrt(a_p) x0 + sqrt(1 - a_p - s^2) eps + s z,
     s = eta sqrt((1-a_p)/(1-a_t) (1 - a_t/a_p)). eta: 0 deterministic, 1 DDPM-like.
     use_clipped_eps: take eps from the clamped x0 rather than from the model output.
+    A step of a number of steps goes to t - T // N, as in diffusers, one of given timesteps to the
+    next of them.
     """
-    grid = _grid(grid, chain="stride")
+    grid = _grid(grid, chain="stride" if np.ndim(grid) == 0 else "visited")
     eta = number("eta", eta, 0.0, 1.0)
     plan = PlanBuilder("ddim", clip=clip, threshold=threshold)
     for i in rows_from(begin, len(grid)):

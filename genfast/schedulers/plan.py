@@ -195,8 +195,10 @@ class SolverPlan:
             raise ValueError(
                 f"{self.name}: row {row} (timestep {self.timesteps[row]:g}) has coefficient "
                 f"{self.table[row, col]} in column {col}; an epsilon or sample model cannot start "
-                f"from (or end at) a noise level where it says nothing about x0: use v_prediction "
-                f"with zero terminal SNR, or another final sigma"
+                f"from (or end at) a noise level where it says nothing about x0, nor a step of "
+                f"higher order begin at a flow's sigma 1 or lie between equal sigmas: use "
+                f"v_prediction with zero terminal SNR, a flow grid that begins below 1 "
+                f"(t_range=(0.999, 0.001)), another final sigma, or sigmas that differ"
             )
         if not 0 <= self.slots <= SLOTS:
             raise ValueError(f"slots: expected 0..{SLOTS}, got {self.slots}")

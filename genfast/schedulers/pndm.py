@@ -39,11 +39,17 @@ def pndm_plan(
     evaluations each) or, with skip_prk, by an improved Euler step that evaluates the second
     timestep twice.
 
-    grid: steps, timesteps or `AlphaGrid` (its stride is the step length). begin: first row run
-        (skip_prk only).
+    grid: steps, timesteps T // N apart or `AlphaGrid` (its stride is the step length). begin: first
+        row run (skip_prk only).
     """
+    given = not isinstance(grid, AlphaGrid) and np.ndim(grid) > 0
     grid = grid if isinstance(grid, AlphaGrid) else alpha_grid(grid, chain="stride")
     t, stride = grid.timesteps, grid.stride
+    if given and (np.diff(t) != -stride).any():
+        raise ValueError(
+            f"grid: expected timesteps T // N = {stride} apart, the length of every step, got "
+            f"{t[:8].tolist()}; give the number of steps"
+        )
     plan = PlanBuilder("pndm")
     ets: list[Lin] = []
 

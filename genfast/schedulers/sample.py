@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from genfast.ops import _check
+from genfast.ops import _check, _noise
 from genfast.ops._road import _C, DIRECT, gate
 from genfast.ops.diffusion import (
     diffusion_step,
@@ -290,9 +290,18 @@ def sample(
         raise TypeError(
             f"plan: expected a SolverPlan, such as ddim_plan(50), got {_check.describe(plan)}"
         )
+    if isinstance(generator, (list, tuple)) and len(generator) != len(x_T):
+        raise ValueError(
+            f"generator: expected one, or a list of one per sample ({len(x_T)}), got "
+            f"{len(generator)}"
+        )
     for g in generator if isinstance(generator, (list, tuple)) else (generator,):
         if g is not None and not isinstance(g, torch.Generator):
             raise TypeError(f"generator: expected a torch.Generator, got {_check.describe(g)}")
+    if not callable(model):
+        raise TypeError(f"model: expected a callable model(x, t), got {_check.describe(model)}")
+    _noise.check(seed, stream, 0, None, x_T.shape, x_T.device)
+    _check.integer("stream", stream, high=2**64 - len(plan))  # row k has stream + k
     given = tuple(guidance) if isinstance(guidance, (tuple, list)) else None
     options = guidance if isinstance(guidance, dict) else dict(scale=guidance)
     private = callback is None and state is None  # nobody else holds the history

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ._check import choice, finite, number, positive, sigma_range
+from ._check import choice, finite, number, positive, sigma_range, whole
 from ._special import beta_ppf
 
 
@@ -77,7 +77,7 @@ def zero_terminal_snr(alpha_bar) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """A training schedule: ``alpha_bar`` (T,) float64, decreasing, read-only."""
+    """A training schedule: ``alpha_bar`` (T,) float64, nowhere rising, read-only."""
 
     alpha_bar: np.ndarray
 
@@ -91,6 +91,11 @@ class NoiseSchedule:
             raise ValueError(
                 f"alpha_bar: expected a 1-D array of values in [0, 1], got shape {a.shape}, range "
                 f"[{a.min() if a.size else None}, {a.max() if a.size else None}]"
+            )
+        if (np.diff(a) > 0).any():
+            raise ValueError(
+                f"alpha_bar: expected values that fall from data to noise, got {a[:8]} ...; "
+                "betas are for NoiseSchedule.from_betas"
             )
         object.__setattr__(self, "alpha_bar", a)
 
@@ -109,6 +114,17 @@ class NoiseSchedule:
         as in every public sampler: the solver coefficients need a finite sigma."""
         a = np.where(self.alpha_bar > 0, self.alpha_bar, 2.0**-24)
         return np.sqrt((1 - a) / a)
+
+
+def _schedule(given) -> NoiseSchedule:
+    if given is None:
+        return noise_schedule()
+    if not isinstance(given, NoiseSchedule):
+        raise TypeError(
+            f"schedule: expected a NoiseSchedule or None, got {given!r}; make one with "
+            "noise_schedule() or NoiseSchedule.from_betas"
+        )
+    return given
 
 
 def noise_schedule(
@@ -241,7 +257,7 @@ def alpha_grid(
         "zero": the same but the last goes to 0 (TCD).
     final_alpha_bar: alpha_bar of a step to t < 0.
     """
-    schedule = schedule or noise_schedule()
+    schedule = _schedule(schedule)
     T = len(schedule)
     if np.ndim(steps) == 0:
         N = positive("steps", steps)
@@ -249,7 +265,7 @@ def alpha_grid(
             raise ValueError(
                 f"steps: expected at most {T}, the length of the training schedule, got {N}"
             )
-        t = np.round(choice("spacing", spacing, SPACINGS)(T, N, offset))
+        t = np.round(choice("spacing", spacing, SPACINGS)(T, N, whole("offset", offset)))
     else:
         t = np.asarray(steps, np.float64)
         if t.ndim != 1 or t.size == 0 or not ((np.diff(t) < 0).all() and (t == np.round(t)).all()):
@@ -276,6 +292,9 @@ def distilled_timesteps(steps: int, T: int = 1000, original_steps: int = 50, str
     distilled on; (steps,) int64.
     """
     positive("steps", steps)
+    if positive("original_steps", original_steps) > positive("T", T):
+        raise ValueError(f"original_steps: expected at most T = {T}, got {original_steps}")
+    number("strength", strength, 0.0, 1.0)
     origin = np.arange(1, int(original_steps * strength) + 1) * (T // original_steps) - 1
     if not 1 <= steps <= len(origin):
         raise ValueError(
@@ -361,7 +380,7 @@ def sigma_grid(
     round_t: round the timesteps that follow from sigmas. lambda_min: forbid timesteps with lambda
         below it (cosine schedules).
     """
-    schedule = schedule or noise_schedule()
+    schedule = _schedule(schedule)
     T, table = len(schedule), schedule.sigmas
     if np.ndim(steps) == 0:
         N = positive("steps", steps)
@@ -387,8 +406,8 @@ def sigma_grid(
         ends = {"visited": (sigmas[0], sigmas[-1]), "table": (table[-1], table[0])}
         hi, lo = choice("range_of", range_of, ends)
         hi, lo = (
-            sigma_max if sigma_max is not None else hi,
-            sigma_min if sigma_min is not None else lo,
+            hi if sigma_max is None else finite("sigma_max", sigma_max, above=True),
+            lo if sigma_min is None else finite("sigma_min", sigma_min, above=True),
         )
         sigmas = choice("kind", kind, SIGMA_KINDS)(hi, lo, N)
         t = sigma_to_t(sigmas, table)
@@ -420,7 +439,11 @@ def time_shift(t, shift: float | None = None, mu: float | None = None, form: str
         ("linear")."""
     t = np.asarray(t, np.float64)
     if mu is not None:
-        shift = choice("form", form, {"exponential": math.exp(mu), "linear": mu})
+        # e^710 is beyond float64
+        forms = {"exponential": math.exp(number("mu", mu, -700.0, 700.0)), "linear": mu}
+        shift = choice("form", form, forms)
+    if shift is not None:
+        finite("shift" if mu is None else "mu", shift, above=True)
     return t if shift is None else shift * t / (1 + (shift - 1) * t)
 
 
@@ -474,7 +497,7 @@ def flow_grid(
             )
     s = time_shift(s, shift, mu, form)
     if terminal:
-        s = stretch_to_terminal(s, terminal)
+        s = stretch_to_terminal(s, number("terminal", terminal, 0.0, float(s.max())))
     if kind is not None:
         s = choice("kind", kind, SIGMA_KINDS)(s[0], s[-1], len(s))
     if invert:
@@ -497,6 +520,7 @@ def flow_sigma_grid(
     1/T), shifted.
     final: "zero", "repeat" or "sigma_min" (then the number ``sigma_min``)."""
     finite("shift", shift, above=True)
+    positive("T", T)
     s = 1.0 - np.linspace(1, 1 / T, positive("steps", steps) + 1)
     s = (shift * s / (1 + (shift - 1) * s))[::-1][:-1]
     t = np.floor(s * T) if truncate else s * T

@@ -569,7 +569,7 @@ def attention_backward(
     if c.Sk == 0:
         return True
 
-    bm, bn, warps, stages = config("backward", c, c.Sq)
+    bm, bn, warps, stages = config("backward", c, c.Sq, not c.packed)
     steps = c.row_strides(dout)
     flags = {**c.flags, "GROUP": c.group, "num_warps": warps, "num_stages": stages}
     flags |= {"enable_fp_fusion": True}

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from .._launch import FLOATS, ceil_div, hidden, launch
 from ..rng import shown
-from .plan import MAX_HEAD_BYTES, same_layout, unit_rows
+from .plan import MAX_HEAD_BYTES, same_layout, too_old, unit_rows
 from .score import clamped
 
 
@@ -105,6 +105,8 @@ def attention_append(
 ) -> bool:  # fmt: skip
     """Arguments of the native entry point of this name."""
     if q.dim() != 4 or k_cache.dim() != 4 or q.dtype not in FLOATS or lengths is None:
+        return False
+    if too_old(q.device):  # attention_cached refuses what this would have written
         return False
     tensors = [t for t in (q, q_out, k, v, k_cache, v_cache) if t is not None]
     if any(t.dtype != q.dtype or t.device != q.device or not unit_rows(t) for t in tensors):

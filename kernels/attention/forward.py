@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .._launch import ceil_div, hidden, launch
 from ..rng import shown
-from .plan import NOTHING, Call, aligned, config, descriptors, same_layout
+from .plan import NOTHING, Call, aligned, config, descriptors, has_descriptors, same_layout
 from .score import (
     LN2,
     LOG2E,
@@ -334,7 +334,8 @@ def _run(c: Call, out, lse, paging=NOTHING) -> bool:
     if c.B == 0 or c.Hq == 0 or c.Sq == 0:
         return True
     rows = c.Sq * c.group
-    bm, bn, warps, stages = config("forward", c, rows)
+    described = paging is NOTHING and has_descriptors(c)
+    bm, bn, warps, stages = config("forward", c, rows, described)
     tiles = ceil_div(rows, bm)
     programs = c.B * c.Hkv * tiles
     # Where the keys are cut depends on the sizes alone, so results do not depend on the machine.
@@ -349,8 +350,8 @@ def _run(c: Call, out, lse, paging=NOTHING) -> bool:
         part_o = c.scratch(splits, c.B, c.Hq, c.Sq, c.Dv)
         part_ml = c.scratch(2, splits, c.B, c.Hq, c.Sq)
     flags = {**c.flags, "ALIGNED": c.flags["ALIGNED"] and aligned(out)}
-    keys = None if paging is not NOTHING else descriptors(c, bn)
-    flags |= {"TMA": keys is not None, "FOLD": c.folds}
+    keys = descriptors(c, bn) if described else (c.k, c.v)
+    flags |= {"TMA": described, "FOLD": c.folds}
     lse_strides = c.stats_strides(lse)
     strides = hidden((*c.strides, c.row_strides(out), lse_strides))
     launch(
@@ -358,7 +359,7 @@ def _run(c: Call, out, lse, paging=NOTHING) -> bool:
         programs * splits,
         c.q,
         c.q,
-        *(keys or (c.k, c.v)),
+        *keys,
         out,
         lse,
         strides,

@@ -139,8 +139,7 @@ class Call:
             return None
         if not softcap >= 0 or not 0 <= dropout_p <= 1:
             return None
-        backend, arch = target(q.device)
-        if backend == "cuda" and arch < 80:  # 64 KiB of shared memory: heads of 80 do not fit
+        if too_old(q.device):
             return None
         if packed:
             if mask is not None or cu_k is None or cu_k.numel() != cu_q.numel():
@@ -223,6 +222,12 @@ def target(device: torch.device) -> tuple[str, int]:
     return found.backend, found.arch if isinstance(found.arch, int) else 0
 
 
+def too_old(device: torch.device) -> bool:
+    """NVIDIA's before sm_80 have 64 KiB of shared memory: heads of 80 do not fit."""
+    backend, arch = target(device)
+    return backend == "cuda" and arch < 80
+
+
 def precision(x: torch.Tensor) -> str:
     """fp32 operands: three tf32 products on NVIDIA (about 22 bits; plain fp32 has no tensor core
     there), fp32 matrix instructions on AMD."""
@@ -278,19 +283,20 @@ AMD_CONFIGS = {
 # Forward at 256 takes 492 with 128 rows (174 with 64). At 128, 128 keys a block are no better than
 # 64 when causal (445 against 478), 4 stages no better than 3 (466, 472).
 HOPPER_CONFIGS = {
-    ("forward", 2): {256: (128, 64, 8, 2)},
+    ("forward", 2): {128: (128, 64, 8, 3), 256: (128, 64, 8, 2)},
     ("backward", 2): {128: (64, 64, 4, 2), 256: (64, 64, 8, 2)},
 }
 
 
-def tables(c: Call) -> tuple[dict, ...]:
-    """Of the GPU that will run; the first with an entry decides."""
+def tables(c: Call, light: bool) -> tuple[dict, ...]:
+    """Of the GPU that will run; the first with an entry decides. light: the kernel holds few
+    addresses."""
     backend, arch = target(c.q.device)
     if backend == "hip":
         return AMD_CONFIGS, CONFIGS
-    # Packed sequences have no descriptors: at 256 their addresses spilled 816 bytes there.
-    wide = c.packed and max(c.flags["BD"], c.flags["BV"]) > 128
-    return (HOPPER_CONFIGS, CONFIGS) if arch == 90 and not wide else (CONFIGS,)
+    # At 256 the addresses spilled 816 bytes of packed sequences, 144 to 328 of a forward.
+    fits = light or max(c.flags["BD"], c.flags["BV"]) <= 128
+    return (HOPPER_CONFIGS, CONFIGS) if arch == 90 and fits else (CONFIGS,)
 
 
 def has_tma(device: torch.device) -> bool:
@@ -299,28 +305,33 @@ def has_tma(device: torch.device) -> bool:
     return backend == "cuda" and arch >= 90
 
 
-def descriptors(c: Call, bn: int) -> tuple[TensorDescriptor, TensorDescriptor] | None:
-    """Of k and v, in blocks of bn rows of a head; None where the accelerator is no help: packed
-    sequences (it would read the next one's rows), fp32, heads over 256, addresses off 16 bytes."""
+def _steps(x: torch.Tensor) -> list[int]:
+    """Strides of a descriptor: that of a dimension of one is never taken, and may be anything."""
+    return [*(t if n > 1 else 8 for n, t in zip(x.shape[:3], x.stride()[:3], strict=True)), 1]
+
+
+def has_descriptors(c: Call) -> bool:
+    """The accelerator copies k and v: no packed sequences (it would read the next one's rows),
+    fp32, heads over 256, addresses off 16 bytes, nor what is expanded."""
     flags = c.flags
     if not (has_tma(c.q.device) and flags["ALIGNED"] and c.q.element_size() == 2):
-        return None
-    if c.packed or c.Sk == 0:
-        return None
-    if max(flags["BD"], flags["BV"]) > 256:
-        return None
-    found = []
-    for x, width in ((c.k, flags["BD"]), (c.v, flags["BV"])):
-        # the step of a dimension of one is never taken, and may be anything
-        strides = [t if n > 1 else 8 for n, t in zip(x.shape, x.stride(), strict=True)]
-        if min(strides[:3]) <= 0:
-            return None
-        found.append(TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, 1, bn, width]))
-    return tuple(found)
+        return False
+    if c.packed or c.Sk == 0 or max(flags["BD"], flags["BV"]) > 256:
+        return False
+    return min(*_steps(c.k), *_steps(c.v)) > 0
 
 
-def config(kind: str, c: Call, rows: int) -> tuple[int, int, int, int]:
-    """(BM, BN, warps, stages)."""
+def descriptors(c: Call, bn: int) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """Of k and v, in blocks of bn rows of a head."""
+    k, v = (
+        TensorDescriptor(x, list(x.shape), _steps(x), [1, 1, bn, width])
+        for x, width in ((c.k, c.flags["BD"]), (c.v, c.flags["BV"]))
+    )
+    return k, v
+
+
+def config(kind: str, c: Call, rows: int, light: bool) -> tuple[int, int, int, int]:
+    """(BM, BN, warps, stages). light: as in `tables`."""
     flags = c.flags
     if kind == "forward" and rows <= 16:
         kind = "decode"
@@ -330,5 +341,5 @@ def config(kind: str, c: Call, rows: int) -> tuple[int, int, int, int]:
         kind += " options"
     key = kind, c.q.element_size()
     width = max(flags["BD"], flags["BV"])
-    rows = (t.get(key, {}).items() for t in tables(c))
+    rows = (t.get(key, {}).items() for t in tables(c, light))
     return next(v for row in rows for widest, v in row if width <= widest)

@@ -42,9 +42,9 @@ def loss_weight(
         ratio = alpha / sigma
         snr = ratio * ratio
         if WEIGHTING == MIN_SNR:
-            least = tl.where(snr < gamma, snr, gamma)
+            least = tl.where(snr > gamma, gamma, snr)  # NaN stays
             if PREDICTION == EPSILON:
-                return tl.where(snr > 0, least / snr, 1.0)  # the limit at zero terminal SNR
+                return tl.where(snr == 0, 1.0, least / snr)  # the limit at zero terminal SNR
             elif PREDICTION == SAMPLE:
                 return least
             elif PREDICTION == V:

@@ -91,7 +91,10 @@ def guidance_weights_kernel(
             u = column_sum(partial, i_b, count, 1, BC)
             var_c, var_u, cov = cc - c * c / n, uu - u * u / n, cu - c * u / n
             var_g = (w_c * w_c * var_c + w_u * w_u * var_u) + 2.0 * w_c * w_u * cov
-            factor = option_0 * tl.sqrt(var_c / var_g) + (1.0 - option_0)
+            # rounding leaves less of an output that is the same everywhere, which stays as it is
+            least = 1e-13 * (w_c * w_c * cc + w_u * w_u * uu)
+            ratio = tl.where(var_g <= least, 1.0, root(var_c) / tl.sqrt(var_g))
+            factor = option_0 * ratio + (1.0 - option_0)
             w_c, w_u = w_c * factor, w_u * factor
         elif METHOD == CFG_ZERO_STAR:
             w_u = w_u * (cu / (uu + 1e-8))
@@ -113,7 +116,8 @@ def guidance_weights_kernel(
             else:
                 w_c, w_u = w_c + w * shrink, w_u - w * shrink
         elif METHOD == MAG:
-            damp = tl.exp(-option_0 * root((cc + uu) - 2.0 * cu) / tl.sqrt(uu))
+            dd = (cc + uu) - 2.0 * cu
+            damp = tl.where(dd <= 0.0, 1.0, tl.exp(-option_0 * root(dd) / tl.sqrt(uu)))
             if ORIGINAL:
                 w_c, w_u = 1.0 + w * damp, -w * damp
             else:

@@ -287,6 +287,16 @@ def test_zero_terminal_snr():
             assert math.isfinite(loss)
 
 
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_min_snr_keeps_nan(prediction):
+    output, x0, _, alpha, sigma = loss_inputs(torch.float32)
+    for a, s in ((alpha * math.nan, sigma), (alpha, sigma * math.nan)):
+        loss = genfast.denoising_loss(
+            output, x0, a, s, seed=1, prediction=prediction, weighting="min_snr"
+        )
+        assert math.isnan(loss)
+
+
 # ---- roads ---------------------------------------------------------------------------------------
 
 
@@ -455,6 +465,15 @@ BAD = [
             ("p2", "k", -1.0),
             ("p2", "gamma", math.nan),
         ]
+    ),
+    *(
+        (
+            f"seed {seed!r}",
+            TypeError,
+            "seed:",
+            lambda seed=seed: genfast.denoising_loss(X, X, HALF, HALF, seed=seed),
+        )
+        for seed in ([], "", 0.0, False)
     ),
     ("sigma missing", TypeError, "sigma:", lambda: genfast.denoising_loss(X, X, 0.5, None, seed=1)),
 ]

@@ -281,6 +281,22 @@ def test_compile_and_opcheck():
 
 X = torch.zeros(2, 3, 4)
 TABLE = ddim_table()
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("method", ["cfg", "rescale", "cfg_zero_star", "apg", "mag", "tcfg"])
+def test_outputs_that_are_zero_or_constant(method, backend):
+    """What a network with a zero last layer gives: nothing to divide by, and no NaN."""
+    zero, ones = torch.zeros(2, 3, 4), torch.ones(2, 3, 4)
+    options = {"rescale": 0.7} if method == "rescale" else {}
+    with genfast.backend(backend):
+        assert not genfast.guide(zero, zero, 5.0, method=method, **options).any()
+        got = genfast.guide(ones * 0.3, ones * 0.3, 5.0, method=method, **options)
+        torch.testing.assert_close(got, ones * 0.3)
+        for pair in ((ones, zero), (zero, ones), (ones[..., :1], -ones[..., :1])):
+            assert genfast.guide(*pair, 5.0, method=method, **options).isfinite().all()
+
+
 BAD = [
     ("cond no tensor", TypeError, "cond:", lambda: genfast.guide(1.0, X)),
     ("uncond of another shape", ValueError, "uncond:", lambda: genfast.guide(X, X[0])),
@@ -299,6 +315,11 @@ BAD = [
     ("max below 1", ValueError, "max_value:", lambda: genfast.dynamic_threshold(X, 0.5, 0.5)),
     ("max a text", TypeError, "max_value:", lambda: genfast.dynamic_threshold(X, 0.5, "2")),
     ("m alone", ValueError, "m, table:", lambda: genfast.dynamic_threshold(X, m=X)),
+    ("table alone", ValueError, "m, table:", lambda: genfast.dynamic_threshold(X, table=TABLE)),
+    ("half a row", TypeError, "row:", lambda: genfast.dynamic_threshold(X, row=1.5)),
+    ("ratio 3", ValueError, "ratio:", lambda: genfast.dynamic_threshold(X, torch.tensor(3.0))),
+    ("max 0.5", ValueError, "max", lambda: genfast.dynamic_threshold(X, 1.0, torch.tensor(0.5))),
+    ("no method", ValueError, "method:", lambda: genfast.guide(X, X, method=[])),
     ("no noise to judge", ValueError, "noise:", lambda: genfast.step_log_prob(X, X, TABLE, 1)),
     (
         "row without noise",

@@ -678,6 +678,19 @@ BAD = [
         "out: expected 2 different tensors",
         lambda: genfast.diffusion_step(X, X, T, outputs=2, out=(X, X)),
     ),  # noqa: E501
+    (
+        "2^31 outputs",
+        ValueError,
+        "outputs:",
+        lambda: genfast.diffusion_step(X, X, T, outputs=2**31),
+    ),
+    ("known alone", ValueError, "mask, known:", lambda: genfast.diffusion_step(X, X, T, known=X)),
+    (
+        "level alone",
+        ValueError,
+        "known_noise, known_level:",
+        lambda: genfast.diffusion_step(X, X, T, known_level=(1, 0)),
+    ),
     ("mask alone", ValueError, "mask, known:", lambda: genfast.diffusion_step(X, X, T, mask=X)),
     (
         "mask of another shape",

@@ -1,5 +1,7 @@
 """bias_act against its reference in fp64: values, gradients of any order, noise, errors."""
 
+import math
+
 import pytest
 import torch
 from tolerances import REORDERED, yardstick
@@ -92,6 +94,13 @@ def test_shapes_and_memory_orders(name, act):
     assert genfast.bias_act(orders[-1], b, dim=dim).stride() == orders[-1].stride() or name in (
         "rows", "channels first", "channels last", "one",
     )  # fmt: skip
+
+
+def test_relu_lets_the_gradient_of_nan_through():
+    """As PyTorch's does."""
+    x = torch.tensor([[math.nan, -1.0, 2.0]], requires_grad=True)
+    genfast.bias_act(x, act="relu", gain=1.0).sum().backward()
+    assert x.grad.tolist() == [[1.0, 0.0, 1.0]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

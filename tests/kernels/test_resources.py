@@ -234,6 +234,9 @@ def launch_attention():
     lengths, table = torch.zeros(2, dtype=torch.int32), torch.zeros(2, 32, dtype=torch.int32)
     place, rest = (lengths, None, None, table), (None, None, None, 0.0, -1, -1)
     attention.attention_cached(q, cache, cache, q, None, lengths, 1, None, None, table, *rest)
+    wide = torch.empty(2, 8, 4096, 256).to(half), torch.empty(2, 32, 512, 256).to(half)
+    rest = (lengths, 512, None, None, None, *rest)  # a prompt, and no descriptors
+    attention.attention_cached(wide[1], wide[0], wide[0], wide[1], None, *rest)
     new, turn = torch.empty(2, 8, 1, 128).to(half), torch.empty(9, 32)
     attention.attention_append(q, q, new, new, cache, cache, *place, turn, turn, True, False)
 

@@ -150,6 +150,15 @@ def test_what_is_not_finite_stays_in_its_group(shape, bad, dtype):
         assert lost[1, 2:4].all() and lost.sum() == x[1, 2:4].numel()
 
 
+def test_silu_and_gelu_end_at_zero():
+    """Where 1 / (1 + e^-z) is no fp32 number: it was 2^-126, and SiLU of -3e38 was -3.5."""
+    far = torch.tensor([[-90.0, -1e4, -1e37, -3.4e38]])
+    x = torch.zeros_like(far)
+    for act in ("silu", "gelu_tanh"):
+        assert not genfast.layer_norm(x, shift=far, act=act).any()
+    assert not genfast.bias_act(far, act="gelu_tanh").any()
+
+
 def test_a_bias_without_a_weight():
     """PyTorch's group norm has no gradient there, which the reference's is made of."""
     found = []

@@ -414,6 +414,30 @@ BAD = {
         "state: expected a SolverState or None, got int 5",
         lambda: S.sample(_linear_model, S.ddim_plan(2), torch.zeros(1, 2), state=5),
     ),
+    "no model": (TypeError, "model", lambda: S.sample(None, S.ddim_plan(2), torch.zeros(1, 2))),
+    "generators": (
+        ValueError,
+        "generator: .*one per sample",
+        lambda: S.sample(
+            _linear_model, S.ddpm_plan(2), torch.zeros(1, 2), generator=[torch.Generator()] * 2
+        ),
+    ),
+    "stride": (ValueError, "grid: .*250 apart", lambda: S.pndm_plan([900, 700, 500, 100])),
+    "rising alpha": (ValueError, "alpha_bar: .*fall", lambda: S.NoiseSchedule([0.1, 0.5])),
+    "no schedule": (TypeError, "schedule: ", lambda: S.alpha_grid(4, [])),
+    "half an offset": (TypeError, "offset", lambda: S.alpha_grid(4, offset=1.5)),
+    "teacher's steps": (ValueError, "original_steps", lambda: S.lcm_plan(4, original_steps=5000)),
+    "strength": (ValueError, "strength", lambda: S.distilled_timesteps(4, strength=2.0)),
+    "sigma_min NaN": (
+        ValueError,
+        "sigma_min",
+        lambda: S.sigma_grid(4, kind="karras", sigma_min=NAN),
+    ),
+    "terminal": (ValueError, "terminal", lambda: S.flow_grid(4, terminal=2.0)),
+    "no T": (ValueError, "T: ", lambda: S.flow_sigma_grid(4, T=0)),
+    "wide mu": (ValueError, "mu: ", lambda: S.flow_grid(4, mu=1000.0)),
+    "negative shift": (ValueError, "shift: ", lambda: S.time_shift(0.5, shift=-1.0)),
+    "wide number": (ValueError, "eta: ", lambda: S.ddim_plan(4, eta=10**400)),
     "no x": (TypeError, "x_T", lambda: S.sample(None, S.ddim_plan(2), [0.0])),
     "no plan": (TypeError, "plan", lambda: S.sample(None, None, torch.zeros(1, 2))),
     "generator": (
@@ -428,6 +452,19 @@ def _unwritten():
     d = S.dpm_solver_plan(5).to_dict()
     d["index"][0][P.WRITE_1] = 0
     return P.SolverPlan.from_dict(d)
+
+
+def test_given_timesteps_lead_to_the_next_of_them():
+    """A number of steps goes by T // N, as diffusers'; of a list that has no meaning."""
+    alpha_bar = S.noise_schedule().alpha_bar
+    plan = S.ddim_plan([900, 500, 100])
+    x = torch.ones(1, 1)
+    for row, (t, to) in enumerate([(900, alpha_bar[500]), (500, alpha_bar[100]), (100, 1.0)]):
+        table = torch.tensor(plan.table, dtype=torch.float32)
+        got = genfast.diffusion_step(x, torch.zeros(1, 1), table, row).item()
+        assert got == pytest.approx(math.sqrt(to / alpha_bar[t]), rel=1e-6)
+    listed = S.alpha_grid(10).timesteps
+    assert S.ddim_plan(listed) == S.ddim_plan(10) and S.pndm_plan(listed) == S.pndm_plan(10)
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -407,7 +407,7 @@ def _fits(q, k, v, mask, alibi, sinks, packed) -> bool:
         dtype in KERNEL_DTYPES
         and k.dtype is dtype
         and v.dtype is dtype
-        and has_kernels(q.device)
+        and has_kernels(q.device, "attention_forward")
         and (native or widest * q.element_size() <= TRITON_HEAD_BYTES)
         and q.dim() == (4 if packed.cu_q is None else 3)
         and q.dim() == k.dim() == v.dim()
@@ -601,6 +601,10 @@ def noise(dropout_p: float, seed, stream, generator, device):
     """(seed, seeds, stream) of the dropout mask; none drawn when nothing is dropped."""
     if not dropout_p:
         return 0, None, 0
+    if isinstance(seed, Tensor) and seed.numel() != 1:
+        raise ValueError(
+            f"seed: expected one, which dropout has for the whole call, got {_check.describe(seed)}"
+        )
     _noise.check(seed, stream, 0, generator, (1,), device)
     return *_noise.resolve(seed, generator, device), stream
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from genfast.ops import _check
-from genfast.ops._backend import kernels, under
+from genfast.ops._backend import has_kernels, kernels, under
 from genfast.ops._force import forced_reference, may_compose
 from genfast.ops._road import DIRECT, GRAD, KERNEL_DTYPES, define, gate, is_compiling, readable
 from genfast.ops.attention.core import (
@@ -261,15 +261,17 @@ def attention_with_kvcache(
         raise TypeError(
             f"rotary_interleaved: expected a bool, got {_check.describe(rotary_interleaved)}"
         )
-    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
-        _check.tensor(name, x)
+    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("k", k), ("v", v)):
+        if x is not None or name not in ("k", "v"):
+            _check.tensor(name, x)
     if not isinstance(cache_seqlens, Tensor):
         cache_seqlens = _whole_lengths(q, k_cache, k, cache_seqlens, block_table)
     args = (
         k, v, cache_seqlens, rotary_cos, rotary_sin, rotary_interleaved, cache_batch_idx,
         cache_leftpad, block_table, scale, softcap, alibi_slopes, sinks, left, right,
     )  # fmt: skip
-    if not is_compiling() and gate(q, k_cache, v_cache, k, v) in (DIRECT, GRAD):
+    others = rotary_cos, rotary_sin, alibi_slopes, sinks
+    if not is_compiling() and gate(q, k_cache, v_cache, k, v, *others) in (DIRECT, GRAD):
         found = None
         both = block_table is not None and cache_batch_idx is not None  # refused below
         if not both and _takes(q, k_cache, v_cache, alibi_slopes, sinks, scale, softcap):
@@ -284,10 +286,12 @@ def attention_with_kvcache(
         x if x is None else x.resolve_neg() if x.stride(-1) == 1 else x.contiguous()
         for x in (q, k, v, *given)
     )
+    cos, sin = (x if x is None else x.resolve_neg() for x in (rotary_cos, rotary_sin))
     alibi, sinks = (
-        x if x is None else x.to(torch.float32).contiguous() for x in (alibi_slopes, sinks)
+        x if x is None else x.resolve_neg().to(torch.float32).contiguous()
+        for x in (alibi_slopes, sinks)
     )
-    args = (k, v, *args[2:11], alibi, sinks, left, right)
+    args = (k, v, cache_seqlens, cos, sin, *args[5:11], alibi, sinks, left, right)
     with torch.no_grad():
         out, lse = _op(*(x.detach() for x in (q, *caches)), *args)
         for cache, dense in zip(given, caches, strict=True):
@@ -303,6 +307,7 @@ def _takes(q, k_cache, v_cache, alibi, sinks, scale, softcap) -> bool:
         and all(x.dim() == 4 and x.stride(-1) == 1 for x in (q, k_cache, v_cache))
         and all(1 <= x.shape[-1] <= MAX_HEAD_DIM for x in (q, v_cache))
         and k_cache.shape[1] > 0
+        and has_kernels(q.device, "attention_cached")
         and q.shape[1] % k_cache.shape[1] == 0
     ):
         return False
@@ -310,5 +315,6 @@ def _takes(q, k_cache, v_cache, alibi, sinks, scale, softcap) -> bool:
         options = Options(scale=scale, softcap=softcap)
         check_options(q.shape[0], q.shape[1], alibi, sinks, options)
     return all(
-        x is None or (x.dtype is torch.float32 and x.is_contiguous()) for x in (alibi, sinks)
+        x is None or (x.dtype is torch.float32 and x.is_contiguous() and x.device == q.device)
+        for x in (alibi, sinks)
     )

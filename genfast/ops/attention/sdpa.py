@@ -113,6 +113,7 @@ def _general(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_g
 
 def _attend(q, k, v, attn_mask, dropout_p, is_causal, scale):
     if isinstance(scale, Tensor):
+        _check.number("scale", scale)
         scale = float(scale)
     options = Options(
         *noise(dropout_p, None, 0, None, q.device), scale, 0.0, -1, 0 if is_causal else -1, False,

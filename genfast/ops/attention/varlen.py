@@ -93,6 +93,10 @@ def attention_varlen(
     check_align(align)
     for name, x in {"q": q, "k": k}.items():
         _check.tensor(name, x)
+        if x.dim() != 3:
+            raise ValueError(
+                f"{name}: expected packed rows (T, H, D), got {tuple(x.shape)}; reshape it"
+            )
     check_cu("cu_seqlens_q", cu_seqlens_q)
     check_cu("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q)
     _check.same_device(q=q, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)

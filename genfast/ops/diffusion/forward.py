@@ -131,6 +131,8 @@ def _mix(
             if gate(
                 p, q, a if isinstance(a, Tensor) else None, b if isinstance(b, Tensor) else None
             ) == DIRECT and (out is None or gate(out) == DIRECT):  # fmt: skip
+                if draws:
+                    seed, generator = _noise.drawn_once(seed, p.device, generator)
                 int_seed, seeds = _noise.resolve(seed, generator, p.device) if draws else (0, None)
                 y = _native(p, q, a, b, seeds, int_seed, stream, offset, draws, a_sign, b_sign, out)
                 if y is not None and (draws or (seed is None and generator is None)):

@@ -189,7 +189,7 @@ def guide(
         return cond
     models = (cond, uncond) if average is None else (cond, uncond, average)
     road = gate(*models) if not is_compiling() and isinstance(cond, Tensor) else 0
-    if road == DIRECT and isinstance(scale, (int, float)) and method in METHODS:
+    if road == DIRECT and isinstance(scale, (int, float)) and type(method) is str:
         if method == "cfg" and average is None and not options and scale - scale == 0:
             weights = _common.cached(_cfg_weights(scale, original), cond.device)  # of all samples
         else:

@@ -249,7 +249,9 @@ def denoising_loss(
                 sigma if isinstance(sigma, Tensor) else None,
             )  # fmt: skip
             if road and 0 < gamma < math.inf and 0 <= k < math.inf:
-                int_seed, seeds = _noise.resolve(seed or 0, None, model_output.device)
+                int_seed, seeds = _noise.resolve(
+                    0 if seed is None else seed, None, model_output.device
+                )
                 args = (model_output, x0, noise, alpha, sigma, weight, seeds, int_seed, stream,
                         offset, *numbers)  # fmt: skip
                 if road == DIRECT:

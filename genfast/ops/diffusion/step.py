@@ -320,7 +320,8 @@ def diffusion_step(
     """
     if backend is not None:
         return under(diffusion_step, locals())
-    if not is_compiling() and type(row) is int and mask is None and threshold is None:
+    plain = mask is known is known_noise is known_level is threshold is None
+    if plain and type(row) is type(outputs) is int and outputs <= OUTPUTS and not is_compiling():
         try:  # the kernel reads tuples
             models = (m,) if isinstance(m, Tensor) else tuple(m)
             history, scale = tuple(history), weights
@@ -329,6 +330,8 @@ def diffusion_step(
             draws = seed is not None or generator is not None
             road = gate(x, *models, scale, noise, *history, table)
             if road == DIRECT and not (draws and noise is not None):
+                if draws:
+                    seed, generator = _noise.drawn_once(seed, x.device, generator)
                 int_seed, seeds = _noise.resolve(seed, generator, x.device) if draws else (0, None)
                 outs = out if out is None or type(out) is tuple else (out,)
                 if outs is None:
@@ -474,6 +477,11 @@ def pack(
             raise ValueError("noise: expected it alone, got a seed or generator too; pass only one")
     if (mask is None) != (known is None):
         raise ValueError("mask, known: expected both or neither, got one")
+    if mask is None and not known_noise is known_level is None:
+        raise ValueError(
+            "known_noise, known_level: expected them beside mask and known, got one without; give "
+            "those too"
+        )
     _check.same_device(
         x=x, m=models[0], table=table, noise=noise, mask=mask, known=known, threshold=threshold,
         **{f"history[{k}]": h for k, h in enumerate(history)},

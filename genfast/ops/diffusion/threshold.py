@@ -69,9 +69,13 @@ def dynamic_threshold(
     """
     if backend is not None:
         return under(dynamic_threshold, locals())
-    if not is_compiling() and type(row) is int and isinstance(x0, Tensor):
+    if (m is None) == (table is None) and type(row) is int and not is_compiling():
         try:
-            if 1.0 <= max_value < math.inf and gate(x0, m, table) == DIRECT:
+            if (
+                isinstance(x0, Tensor)
+                and 1.0 <= max_value < math.inf
+                and gate(x0, m, table) == DIRECT
+            ):
                 found = _native(x0, m, table, row, ratio, max_value)
                 if found is not None:
                     return found
@@ -90,8 +94,8 @@ def dynamic_threshold(
         _check.tensor("table", table)
         if table.dim() != 2 or table.shape[1] != COLUMNS:
             raise ValueError(f"table: expected shape (R, {COLUMNS}), got {tuple(table.shape)}")
-        _check.integer("row", row, low=0, high=table.shape[0] - 1)
         _check.same_device(x0=x0, m=m, table=table)
+    _check.integer("row", row, low=0, high=None if table is None else table.shape[0] - 1)
     needs = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x0, m, table)
     )

@@ -238,6 +238,7 @@ def _sample(mu, logvar, seed, stream, offset, generator, transform, side, reduct
             if type(seed) is int and generator is None:  # 0.2 us of 5
                 int_seed, seeds = seed, None
             else:
+                seed, generator = _noise.drawn_once(seed, mu.device, generator)
                 int_seed, seeds = _noise.resolve(seed, generator, mu.device)
             if road == DIRECT:
                 found = _forward(
@@ -311,7 +312,7 @@ def reparameterize(
     """
     if backend is not None:
         return under(reparameterize, locals())
-    if kl_reduction not in REDUCTIONS:
+    if type(kl_reduction) is not str or kl_reduction not in REDUCTIONS:
         _check.choice("kl_reduction", kl_reduction, REDUCTIONS)
     z, kl = _sample(
         mu,
@@ -337,7 +338,7 @@ def gaussian_kl(
     """
     if backend is not None:
         return under(gaussian_kl, locals())
-    if reduction not in REDUCTIONS:
+    if type(reduction) is not str or reduction not in REDUCTIONS:
         _check.choice("reduction", reduction, REDUCTIONS)
     code = REDUCTIONS[reduction]
     given = mu is not None and logvar is not None

@@ -194,6 +194,7 @@ def _relax(name, logits, tau, hard, seed, stream, offset, generator):
             and not isinstance(seed, Tensor)
         ):
             try:
+                seed, generator = _noise.drawn_once(seed, logits.device, generator)
                 int_seed, seeds = _noise.resolve(seed, generator, logits.device)
                 args = (logits, _tau_tensor(tau), int_seed, seeds, stream, offset, bool(hard))
                 y = _native(name, *args) if road == DIRECT else road_function.apply(*args)

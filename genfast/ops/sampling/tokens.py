@@ -104,6 +104,7 @@ def _draw(logits, filters, seed, stream, offset, generator):
         raise ValueError(f"logits: expected shape (..., V) with V > 0, got {tuple(logits.shape)}")
     if not is_compiling() and gate(logits) == DIRECT and (seed is None or type(seed) is int):
         try:
+            seed, generator = _noise.drawn_once(seed, logits.device, generator)
             args = _noise.resolve(seed, generator, logits.device)
             found = _native(logits, *filters, *args, stream, offset)
             if found is not None:
