@@ -65,16 +65,20 @@ def _implementations(config, of: Callable[[str | None], str | None]):
 
 
 def _swap_transformers(model) -> list[Undo]:
-    """Hugging Face models: attn_implementation, where it was "sdpa" or "eager"."""
+    """Hugging Face models, and those in a wrapper (PEFT's): attn_implementation, where it was
+    "sdpa" or "eager"; not of one that is to return its attention weights."""
     library = sys.modules.get("transformers")
-    if library is None or not isinstance(model, library.PreTrainedModel):
+    if library is None:
         return []
+    if not isinstance(model, library.PreTrainedModel):
+        return [undo for part in model.children() for undo in _swap_transformers(part)]
     from genfast.integrations import transformers as door
 
     ours = dict.fromkeys(("sdpa", "eager", None), door.NAME)
     before = _implementations(model.config, lambda name: name)
     wanted = _implementations(model.config, lambda name: ours.get(name, name))
-    if wanted == before or not getattr(model, "_supports_sdpa", False):
+    weights = getattr(model.config, "output_attentions", False)
+    if wanted == before or weights or not getattr(model, "_supports_sdpa", False):
         return []
     door.register()
     model.set_attn_implementation(wanted)

@@ -137,6 +137,43 @@ def test_what_the_kernels_would_not_see_is_refused():
         door.genfast_attention_forward(None, q, q, q, None, sinks=torch.zeros(1, 2, 3, 1))
 
 
+_ENCODER = dict(
+    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+)  # fmt: skip
+_BOTH = dict(
+    vocab_size=97, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+    decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64,
+)  # fmt: skip
+# What transformers itself does not run on "sdpa": decoders that do not say that they are causal,
+# encoders that do not say that they are not, and scores to which the model adds its mask.
+WITHOUT_SDPA = {
+    "Splinter": dict(_ENCODER, question_token_id=5),
+    "AlignText": _ENCODER,
+    "ClapText": _ENCODER,
+    "PegasusX": _BOTH,
+    "NllbMoe": dict(_BOTH, num_experts=4),
+    "BigBirdPegasus": dict(_BOTH, attention_type="original_full"),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_SDPA)
+def test_models_that_sdpa_does_not_serve_get_a_mask(name):
+    config = getattr(transformers, f"{name}Config")(**WITHOUT_SDPA[name])
+    model = getattr(transformers, f"{name}Model")._from_config(config, attn_implementation="eager")
+    for p in model.eval().parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5)
+    inputs = batch()
+    for mask in (None, inputs["attention_mask"]):
+        given = {"input_ids": inputs["input_ids"], "attention_mask": mask}
+        if config.is_encoder_decoder:
+            given["decoder_input_ids"] = given["input_ids"]
+        model.set_attn_implementation("eager")
+        want = model(**given)[0]
+        model.set_attn_implementation(door.NAME)
+        torch.testing.assert_close(model(**given)[0], want, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
 def test_greedy_tokens(name):
     """The same tokens with and without the key/value cache, and as PyTorch's attention gives."""
@@ -185,6 +222,28 @@ def test_accelerate():
     torch.testing.assert_close(model(**inputs).logits, want, rtol=1e-4, atol=1e-5)
     genfast.restore(model)
     assert model.config._attn_implementation == before
+
+
+def test_accelerate_reaches_a_wrapped_model():
+    """As PEFT wraps one."""
+    model = small("llama")
+    wrapper = torch.nn.Sequential(model)
+    genfast.accelerate(wrapper)
+    assert model.config._attn_implementation == door.NAME
+    genfast.restore(wrapper)
+    assert model.config._attn_implementation != door.NAME
+
+
+def test_attention_weights_are_not_lost():
+    model, inputs = small("llama"), batch()
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    genfast.accelerate(model)
+    assert len(model(**inputs).attentions) == model.config.num_hidden_layers
+    model.config.output_attentions = False
+    genfast.accelerate(genfast.restore(model))
+    with pytest.warns(UserWarning, match="output_attentions: .*eager"):
+        model(**inputs, output_attentions=True)
 
 
 def test_accelerate_keeps_each_parts_choice():

@@ -4,15 +4,19 @@
     door.register()
     model = AutoModel.from_pretrained(..., attn_implementation="genfast")
 
-Masks are built by transformers' own sdpa mask builder (bool, or none where the model is plainly
-causal or bidirectional). Grouped heads, softcap and attention sinks go to the kernel as they are:
+Masks are built by transformers' own builders: its sdpa's (bool, or none where the model is plainly
+causal or bidirectional), and for models that it does not run on "sdpa" (PegasusX, Git) its eager
+one's, added to the scores. Grouped heads, softcap and attention sinks go to the kernel as they are:
 keys and values are never repeated. A model that does not call transformers' attention interface
-(Bloom, MPNet) raises ValueError at its first mask: transformers itself asks no name but its own.
+(Bloom, MPNet) raises ValueError at its first mask, one that looks its name up in a table of its own
+(GPT-J, Sam) KeyError when it is made: transformers itself asks no name but its own, so a few that
+build their masks themselves (XLNet, WavLM) run their own attention.
 """
 
 from __future__ import annotations
 
 import functools
+import warnings
 
 import torch
 
@@ -57,24 +61,27 @@ def genfast_attention_forward(
     softcap: float | None = None,
     s_aux=None,
     position_bias=None,
-    cache=None,
     indices=None,
     block_indices=None,
     sinks=None,
+    output_attentions: bool = False,
     **kwargs,
 ):
     """transformers' attention interface: query (B, Hq, L, D), key and value (B, Hkv, S, D).
 
     indices, block_indices: keys, or blocks of them, that a query's indexer chose; the others are
-    hidden. Returns ((B, L, Hq, D), None): like "sdpa" it has no attention weights to return.
+    hidden. Returns ((B, L, Hq, D), None): like "sdpa" it has no attention weights to return, and
+    warns where they are asked for.
     """
+    if output_attentions and not torch.compiler.is_compiling():
+        warnings.warn(
+            'output_attentions: "genfast" has no attention weights to return; load the model with '
+            'attn_implementation="eager" for them',
+            stacklevel=2,
+        )
     if sinks is not None:
         raise ValueError(
             'sinks: expected one a head (s_aux), got one a query; use attn_implementation="eager"'
-        )
-    if cache is not None and hasattr(cache, "update"):  # paged cache of continuous batching
-        key, value = cache.update(
-            key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs
         )
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
@@ -103,34 +110,55 @@ def genfast_attention_forward(
     return out.transpose(1, 2).contiguous(), None
 
 
+# What transformers keeps from "sdpa" for softcap or sinks alone.
+_LIKE_SDPA = ("gemma2", "gpt_oss")
+
+
 @functools.cache
-def _calls_the_interface(config: type) -> bool:
-    """The model class of a config's; True of a part of a model and of code that is not theirs."""
+def _look_up(config: type) -> str | None:
+    """Which masks the model class of a config wants: "sdpa", which leaves one out where causal from
+    the top left or plainly bidirectional says it all; "whole", the same but always a mask, of a
+    part of a model and of code that is not theirs; "eager". None: it does not call the interface.
+    """
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
     try:
         found = MODEL_MAPPING[config]
     except KeyError:
-        return True
+        return "whole"
     classes = found if isinstance(found, tuple) else (found,)
-    return any(c._can_set_attn_implementation() for c in classes)
+    classes = [c for c in classes if getattr(c, "_can_set_attn_implementation", bool)()]
+    if not classes:
+        return None
+    if config.model_type in _LIKE_SDPA or any(c._supports_sdpa for c in classes):
+        return "sdpa"
+    # Their modules do not say whether they are causal, or add the mask to scores of their own.
+    return "eager"
+
+
+def _builder(config: type) -> str | None:
+    return _look_up(config)
+
+
+_builder._dynamo_marked_constant = True  # a model's masks are built inside of its graph
 
 
 def genfast_mask(*args, config=None, **kwargs):
-    """transformers' sdpa mask of a model with this config."""
-    from transformers.masking_utils import sdpa_mask
+    """The mask that a model with this config wants: transformers' sdpa's, or its eager one's."""
+    from transformers import masking_utils
 
-    if config is not None and not torch.compiler.is_compiling():
-        if not _calls_the_interface(type(config)):
-            raise ValueError(
-                "attn_implementation: expected a model that calls transformers' attention "
-                f"interface, got a {config.model_type}; load it with attn_implementation='eager'"
-            )
-    if getattr(config, "num_kv_shared_layers", 0):
-        # Gemma 4 drops queries before these layers, and without a mask forgets where they were;
-        # it refrains for "sdpa", by that name.
+    builder = "whole" if config is None else _builder(type(config))
+    if builder is None:
+        raise ValueError(
+            "attn_implementation: expected a model that calls transformers' attention "
+            f"interface, got a {config.model_type}; load it with attn_implementation='eager'"
+        )
+    # Gemma 4 drops queries before layers of shared keys, and without a mask forgets where they
+    # were; it refrains for "sdpa", by that name.
+    if builder != "sdpa" or getattr(config, "num_kv_shared_layers", 0):
         kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    return sdpa_mask(*args, config=config, **kwargs)
+    build = masking_utils.eager_mask if builder == "eager" else masking_utils.sdpa_mask
+    return build(*args, config=config, **kwargs)
 
 
 def register() -> None:

@@ -147,6 +147,8 @@ def _draw(
         seed, stream, offset, generator, size, seed.device if isinstance(seed, Tensor) else device
     )
     seed, seeds = _noise.resolve(seed, generator, device)
+    if seeds is not None and seeds.is_meta and device.type != "meta":
+        raise ValueError(f"seed: expected numbers on {device}, got a meta tensor; give a real one")
     if seeds is not None and seeds.device != device and has_kernels(device):
         seeds = seeds.to(device)
     if out is not None and plain:

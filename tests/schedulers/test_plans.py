@@ -426,7 +426,11 @@ BAD = {
     "rising alpha": (ValueError, "alpha_bar: .*fall", lambda: S.NoiseSchedule([0.1, 0.5])),
     "no schedule": (TypeError, "schedule: ", lambda: S.alpha_grid(4, [])),
     "half an offset": (TypeError, "offset", lambda: S.alpha_grid(4, offset=1.5)),
-    "teacher's steps": (ValueError, "original_steps", lambda: S.lcm_plan(4, original_steps=5000)),
+    "teacher's steps": (
+        ValueError,
+        "original_steps",
+        lambda: S.distilled_timesteps(4, original_steps=5000),
+    ),
     "strength": (ValueError, "strength", lambda: S.distilled_timesteps(4, strength=2.0)),
     "sigma_min NaN": (
         ValueError,
