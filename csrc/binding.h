@@ -105,6 +105,20 @@ inline bool dense_floats(const TensorView& t) {
   return !t.defined() || (is_float(t.dtype) && is_contiguous(t));
 }
 
+// What is thrown, as Python's error: of functions that Python calls without pybind11, out of which
+// nothing may be thrown.
+inline void set_python_error() {
+  try {
+    throw;
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const py::builtin_exception& error) {
+    error.set_error();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+}
+
 // Python's noise arguments, in this order everywhere: seed, seeds, stream, offset.
 struct NoiseArgument {
   uint64_t seed, stream;

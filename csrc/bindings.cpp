@@ -14,8 +14,8 @@ template <Asked slow_from>
 PyObject* gate(PyObject*, PyObject* const* args, Py_ssize_t count) {
   try {
     return PyLong_FromLong(g_gate(args, count, slow_from));
-  } catch (py::error_already_set& error) {
-    error.restore();
+  } catch (...) {
+    set_python_error();
     return nullptr;
   }
 }

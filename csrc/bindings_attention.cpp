@@ -425,7 +425,7 @@ bool attention_append(TensorArgument& q, TensorArgument& q_out, TensorArgument& 
     if (!same_shapes({&cos, &sin}) || !same_shapes({&q, &q_out}) || q_out.dtype != q.dtype ||
         !unit_rows(q) || !unit_rows(q_out) || cos.ndim != 2 || cos.dtype != sin.dtype ||
         !is_float(cos.dtype) || !is_contiguous(cos) || !is_contiguous(sin) ||
-        2 * cos.shape[1] > p.D)
+        2 * cos.shape[1] > p.D || (cos.shape[0] < 1 && q.numel > 0))
       return false;
     const int64_t turned = q_same_position ? 1 : p.Sq;
     for (int64_t b = 0; q.is_cpu() && b < p.B; ++b) {

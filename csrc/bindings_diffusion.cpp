@@ -254,10 +254,8 @@ PyObject* plain_step(PyObject* const* args, PyObject* const* tensors, Py_ssize_t
     const int64_t brief = p.draws ? 4096 : 65536;
     if (run(p, p.x, GENFAST_KERNEL(diffusion_step), brief)) return outs.release().ptr();
     Py_RETURN_NONE;
-  } catch (py::error_already_set& error) {
-    error.restore();
-  } catch (const py::builtin_exception& error) {
-    error.set_error();
+  } catch (...) {
+    set_python_error();
   }
   return nullptr;
 }
@@ -278,8 +276,8 @@ PyObject* step_row(PyObject*, PyObject* const* args, Py_ssize_t count) {
   for (Py_ssize_t i = 0; i < past; ++i) tensors[3 + i] = PyTuple_GET_ITEM(history, i);
   try {
     if (g_gate(tensors, 3 + past) != kDirect) Py_RETURN_NONE;
-  } catch (py::error_already_set& error) {
-    error.restore();
+  } catch (...) {
+    set_python_error();
     return nullptr;
   }
   if (args[9] == Py_None) {
@@ -307,10 +305,8 @@ PyObject* step_row(PyObject*, PyObject* const* args, Py_ssize_t count) {
       if (!new_output(outs.ptr(), o, args[3], a.out[o])) Py_RETURN_NONE;
     if (run_step(a, row, noise, draws)) return outs.release().ptr();
     Py_RETURN_NONE;
-  } catch (py::error_already_set& error) {
-    error.restore();
-  } catch (const py::builtin_exception& error) {
-    error.set_error();
+  } catch (...) {
+    set_python_error();
   }
   return nullptr;
 }

@@ -426,6 +426,19 @@ def test_relaxed_bernoulli_follows_the_sigmoid():
         assert two_sided(z)
 
 
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+def test_nested_tensors_are_refused_by_name():
+    """They have no shape that a message could show."""
+    x = torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(1, 3)])
+    for call in (
+        lambda: genfast.reparameterize(x, x), lambda: genfast.sample_categorical(x),
+        lambda: genfast.sample_tokens(x), lambda: genfast.gumbel_softmax(x),
+        lambda: genfast.randn_like(x), lambda: genfast.layer_norm(x),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match="expected a dense tensor, got a nested one"):
+            call()
+
+
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize(
     ("name", "value"),

@@ -29,6 +29,8 @@ def tensor(name: str, x: Any, dtypes: Sequence[torch.dtype] = FLOATS) -> None:
         raise TypeError(
             f"{name}: expected a torch.Tensor, got {describe(x)}; wrap it with torch.as_tensor"
         )
+    if x.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor, got a nested one; pad or unbind it")
     if x.dtype not in dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(

@@ -206,7 +206,7 @@ def randn(
 
 
 def _like(x, distribution, seed, stream, offset, generator, dtype, device):
-    if not isinstance(x, Tensor) or (dtype is None and x.dtype not in _check.FLOATS):
+    if not isinstance(x, Tensor) or x.is_nested or (dtype is None and x.dtype not in _check.FLOATS):
         _check.tensor("x", x)
     return _draw(
         x.shape,

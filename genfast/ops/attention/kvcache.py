@@ -139,9 +139,9 @@ def _validate(
         _check.tensor("rotary_cos", cos)
         _check.tensor("rotary_sin", sin)
         _check.same_shape("rotary_sin", sin, "rotary_cos", cos)
-        if cos.dim() != 2 or 2 * cos.shape[1] > D:
+        if cos.dim() != 2 or 2 * cos.shape[1] > D or cos.shape[0] == 0:
             raise ValueError(
-                f"rotary_cos: expected (positions, R) with 2 R <= the head dimension {D}, "
+                f"rotary_cos: expected (positions, R), some, with 2 R <= the head dimension {D}, "
                 f"got {tuple(cos.shape)}"
             )
     check_options(B, Hq, alibi, sinks, Options(scale=scale, softcap=softcap))

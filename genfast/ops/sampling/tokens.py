@@ -99,7 +99,8 @@ _op = define(
 
 
 def _draw(logits, filters, seed, stream, offset, generator):
-    if not isinstance(logits, Tensor) or logits.dim() == 0 or logits.shape[-1] == 0:
+    nested = isinstance(logits, Tensor) and logits.is_nested  # has no shape
+    if nested or not isinstance(logits, Tensor) or logits.dim() == 0 or logits.shape[-1] == 0:
         _check.tensor("logits", logits)
         raise ValueError(f"logits: expected shape (..., V) with V > 0, got {tuple(logits.shape)}")
     if not is_compiling() and gate(logits) == DIRECT and (seed is None or type(seed) is int):
@@ -189,7 +190,7 @@ def sample_tokens(
     """
     if backend is not None:
         return under(sample_tokens, locals())
-    if not isinstance(logits, Tensor):
+    if not isinstance(logits, Tensor) or logits.is_nested:
         _check.tensor("logits", logits)
     rows = math.prod(logits.shape[:-1])
     inf = math.inf
