@@ -76,6 +76,8 @@ inline const dl::ExchangeApi* exchange_api(PyTypeObject* type) {
   const detail::TypeCache& cache = detail::type_cache();
   for (int i = 0; i < cache.count; ++i)
     if (cache.type[i] == type) return cache.api[i];
+  for (int i = 0; i < cache.count; ++i)  // whose __dlpack__ refuses what wants a gradient
+    if (PyType_IsSubtype(type, cache.type[i])) return cache.api[i];
   return nullptr;
 }
 

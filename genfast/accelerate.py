@@ -156,7 +156,8 @@ def accelerate(model: Model) -> Model:
     TypeError for anything else, TorchScript included.
 
     A copy of the model (copy.deepcopy, pickle, torch.save) stays switched over and cannot be
-    switched back: restore, then copy.
+    switched back: restore, then copy. torch.ao.quantization.quantize_dynamic knows nn.Linear by its
+    exact class: quantize first, or restore.
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(

@@ -139,6 +139,71 @@ def test_checkpoint_draws_the_same_noise_again(name):
         assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+class Own(torch.Tensor):
+    pass
+
+
+class OwnParameter(torch.nn.Parameter):
+    pass
+
+
+TRAINED = {
+    "layer_norm": lambda x, w: genfast.layer_norm(x, w),
+    "rms_norm": lambda x, w: genfast.rms_norm(x, w),
+    "group_norm": lambda x, w: genfast.group_norm(x, 2, w),
+    "bias_act": lambda x, w: genfast.bias_act(x, w),
+    "gated_act": lambda x, w: genfast.gated_act(x * w),
+    "bernoulli_nll": lambda x, w: genfast.bernoulli_nll(x * w, torch.ones(3, 8)),
+    "relaxed_bernoulli": lambda x, w: genfast.relaxed_bernoulli(x * w, seed=1),
+    "attention": lambda x, w: genfast.attention(*[(x * w)[None, None]] * 3, softcap=2.0),
+    "sdpa": lambda x, w: genfast.scaled_dot_product_attention(*[(x * w)[None, None]] * 3),
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_gradients_of_subclasses(name):
+    """Of an input's class or a parameter's, and of what save_on_cpu makes plain tensors of."""
+    x, w = torch.randn(3, 8), torch.rand(8)
+    x, w = x.requires_grad_(), w.requires_grad_()
+    want = torch.autograd.grad(TRAINED[name](x, w).square().sum(), (x, w))
+    for x2, w2 in (
+        (x.detach().as_subclass(Own).requires_grad_(), w),
+        (x, OwnParameter(w.detach())),
+    ):
+        with torch.autograd.graph.save_on_cpu():
+            saved = TRAINED[name](x2, w2)
+        for y in (TRAINED[name](x2, w2), saved):
+            got = torch.autograd.grad(y.square().sum(), (x2, w2))
+            for a, b in zip(got, want, strict=True):
+                torch.testing.assert_close(a.as_subclass(torch.Tensor), b)
+
+
+def test_hooks_that_store_attention_in_another_order():
+    def pack(t):
+        return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
+
+    q = torch.randn(2, 3, 5, 8, requires_grad=True)
+    for options in ({}, {"softcap": 2.0}):
+        want = torch.autograd.grad(genfast.attention(q, q, q, **options).square().sum(), q)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = genfast.attention(q, q, q, **options)
+        torch.testing.assert_close(torch.autograd.grad(y.square().sum(), q), want)
+
+
+def test_a_default_device_is_not_that_of_coefficients():
+    x = torch.randn(2, 4, 6, 6)
+    plan = genfast.schedulers.ddim_plan(3)
+    want = [genfast.guide(x, x + 1, 2.25, method=m) for m in ("cfg", "mag")]
+    taps = genfast.setup_filter([1, 3, 3, 1])
+    with torch.device("meta"):
+        got = [genfast.guide(x, x + 1, 2.25, method=m) for m in ("cfg", "mag")]
+        assert torch.equal(genfast.setup_filter([1, 3, 3, 1]), taps)
+        genfast.diffusion_step(
+            x, x, plan.table_on("cpu"), mask=x > 0, known=x, known_level=(0.5, 0.25), seed=1
+        )
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_no_grad_and_inference_mode_agree():
     x, y = leaves(*inputs())
     for f in SMOOTH.values():

@@ -79,6 +79,11 @@ class MultiheadAttention(nn.MultiheadAttention):
             )  # fmt: skip
         batched = F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
         sequence = 1 if self.batch_first and batched else 0
+        if batched and key.shape[1 - sequence] != query.shape[1 - sequence]:
+            raise ValueError(
+                f"key: expected query's batch of {query.shape[1 - sequence]}, got shape "
+                f"{tuple(key.shape)}; expand it"
+            )
         if not batched:
             query, key, value = (
                 (x := query.unsqueeze(1)),

@@ -13,17 +13,17 @@ from genfast.ops.normalization import group_norm, layer_norm, rms_norm
 
 
 class GroupNorm(nn.GroupNorm):
-    """x (B, C, ...), scale and shift (B, C) -> like x."""
+    """input (B, C, ...), scale and shift (B, C) -> like input."""
 
     def __init__(self, *args, act: str = "linear", **options):
         super().__init__(*args, **options)
         self.act = act
 
     def forward(
-        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
+        self, input: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
     ) -> Tensor:
         return group_norm(
-            x, self.num_groups, self.weight, self.bias, scale=scale, shift=shift, act=self.act,
+            input, self.num_groups, self.weight, self.bias, scale=scale, shift=shift, act=self.act,
             eps=self.eps,
         )  # fmt: skip
 
@@ -31,10 +31,17 @@ class GroupNorm(nn.GroupNorm):
         return f"{super().extra_repr()}, act={self.act!r}"
 
 
-def _rows(norm: nn.Module, *tensors: Tensor | None) -> list[Tensor | None]:
-    """With normalized_shape as one dimension."""
-    sizes = len(norm.normalized_shape)
-    return [t if t is None or sizes == 1 else t.flatten(-sizes) for t in tensors]
+def _rows(norm: nn.Module, x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
+    """With normalized_shape, which x is checked against, as one dimension."""
+    shape = norm.normalized_shape
+    if x.shape[-len(shape) :] != shape:
+        raise ValueError(
+            f"input: expected shape (..., {', '.join(map(str, shape))}) for normalized_shape = "
+            f"{list(shape)}, got {tuple(x.shape)}; reshape it"
+        )
+    if len(shape) == 1:
+        return [x, *others]
+    return [t if t is None else t.flatten(-len(shape)) for t in (x, *others)]
 
 
 def _like(x: Tensor, found: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
@@ -45,8 +52,8 @@ def _like(x: Tensor, found: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tenso
 
 
 class LayerNorm(nn.LayerNorm):
-    """x (B, ..., *normalized_shape), scale, shift and gate (B, C) with C of all normalized -> like
-    x; with add, like x, (sum, y)."""
+    """input (B, ..., *normalized_shape), scale, shift and gate (B, C) with C of all normalized ->
+    like input; with add, like input, (sum, y)."""
 
     def __init__(self, *args, act: str = "linear", **options):
         super().__init__(*args, **options)
@@ -54,18 +61,18 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(
         self,
-        x: Tensor,
+        input: Tensor,
         scale: Tensor | None = None,
         shift: Tensor | None = None,
         add: Tensor | None = None,
         gate: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        rows, weight, bias, add = _rows(self, x, self.weight, self.bias, add)
+        rows, weight, bias, add = _rows(self, input, self.weight, self.bias, add)
         found = layer_norm(
             rows, weight, bias, scale=scale, shift=shift, act=self.act, eps=self.eps, add=add,
             gate=gate,
         )  # fmt: skip
-        return found if rows is x else _like(x, found)
+        return found if rows is input else _like(input, found)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, act={self.act!r}"

@@ -58,6 +58,9 @@ def normalize(
     over dimension 1; 0: layer norm over the last, or with rms x / sqrt(mean(x^2) + eps).
     weight, bias: (C,); scale, shift: (B, C)."""
     if groups:
+        if x.device.type == "cpu" and torch.is_grad_enabled() and not x.requires_grad:
+            # PyTorch 2.13's gradients by weight and bias alone end the process with channels last.
+            x = x.contiguous()
         alone = weight is None and bias is not None  # PyTorch has no gradient of a bias alone
         z = torch.group_norm(x, groups, weight, None if alone else bias, eps)
         z = z + bias.reshape(-1, *[1] * (x.dim() - 2)) if alone else z

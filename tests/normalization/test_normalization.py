@@ -341,6 +341,32 @@ def test_modules_are_drop_in(ours, theirs, shape, args):
     assert "act='silu'" in repr(ours(*args, act="silu"))
 
 
+@pytest.mark.parametrize("kind", [genfast.nn.LayerNorm, genfast.nn.RMSNorm])
+@pytest.mark.parametrize(
+    ("normalized", "shape"), [(8, (3, 16)), (8, (3, 8, 1)), ((2, 8), (3, 8, 2)), ((2, 8), (16,))]
+)
+def test_modules_refuse_what_does_not_fit_normalized_shape(kind, normalized, shape):
+    for affine in (True, False):
+        norm = kind(normalized, elementwise_affine=affine)
+        with pytest.raises(ValueError, match="input: expected shape .*normalized_shape"):
+            norm(torch.zeros(shape))
+
+
+def test_modules_take_input_by_its_name():
+    x = randn(2, 4, 5)
+    for norm in (genfast.nn.LayerNorm(5), genfast.nn.GroupNorm(2, 4)):
+        assert torch.equal(norm(input=x), norm(x))
+
+
+def test_a_frozen_input_with_channels_last_in_fp64():
+    """PyTorch 2.13's own gradient by the weight alone ends the process."""
+    x = randn(3, 4, 6, 6, dtype=torch.float64)
+    w = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    last = x.to(memory_format=torch.channels_last)
+    got, want = (torch.autograd.grad(genfast.group_norm(t, 2, w).sum(), w)[0] for t in (last, x))
+    torch.testing.assert_close(got, want)
+
+
 def test_modules_take_a_condition():
     x, s, t = randn(2, 8, 5, 6), randn(2, 8, seed=2), randn(2, 8, seed=3)
     m = genfast.nn.GroupNorm(4, 8, act="silu")

@@ -155,9 +155,10 @@ def _backward(dout, dlse, q, k, v, out, lse, mask, alibi, sinks, packed, options
     dq, dk, dv = (_unit(x) for x in empty_like_parts(q, k, v))
     dmask = mask.new_empty(mask.shape, dtype=_FLOAT) if wants[0] else None
     dsinks = torch.empty_like(sinks) if wants[1] else None
+    # Units again: a saved-tensor hook may give another memory order back.
     ran(kernels.attention_backward(
-        dout, dlse, dq, dk, dv, dmask, dsinks, q, k, v, out, lse, mask, *packed, alibi, sinks,
-        *options,
+        dout, dlse, dq, dk, dv, dmask, dsinks, _unit(q), _unit(k), _unit(v), _unit(out), lse, mask,
+        *packed, alibi, sinks, *options,
     ))  # fmt: skip
     return dq, dk, dv, dmask if dmask is None else dmask.to(mask.dtype), dsinks
 
@@ -379,10 +380,15 @@ class _PlainAttention(Node):
             found = _composite_gradients(q, k, v, right == 0, scale, dout, mask)[:3]
         else:  # `_backward` by its last line: its arguments are a tenth of a short call
             found = empty_like_parts(q, k, v)
-            ran(kernels.attention_backward(
+            done = kernels.attention_backward(
                 _unit(dout), None, *found, None, None, q, k, v, out, lse, mask, None, None, 0, 0,
                 None, None, 0, None, 0, scale, 0.0, -1, right, False, 0.0,
-            ))  # fmt: skip
+            )  # fmt: skip
+            if not done:  # a saved-tensor hook gave another memory order back
+                options = Options(scale=scale, right=right)
+                found = _backward(
+                    dout, None, q, k, v, out, lse, mask, None, None, DENSE, options, (False, False)
+                )[:3]
         return *found, None, None, None
 
 

@@ -100,7 +100,7 @@ def residual_conv2d(
             raise ValueError(
                 f"projection: expected shape ({outputs}, {C}, 1, 1), got {tuple(projection.shape)}"
             )
-    want = (len(h), outputs if projection is None else C, *h.shape[2:])
+    want = (h.shape[0], outputs if projection is None else C, *h.shape[2:])
     if x.shape != want:
         raise ValueError(f"x: expected shape {want}, got {tuple(x.shape)}")
     return reference.residual_conv2d(*given)

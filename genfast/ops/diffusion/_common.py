@@ -48,7 +48,7 @@ def numbers(values: Sequence[float], device: torch.device, dtype=torch.float32) 
     """These few numbers on the device. On a GPU by fills: a copy from the host would synchronise,
     and could not be captured in a graph."""
     if device.type == "cpu":
-        return torch.tensor(values, dtype=dtype)
+        return torch.tensor(values, dtype=dtype, device=device)
     result = torch.empty(len(values), dtype=dtype, device=device)
     for place, value in zip(result.split(1), values, strict=True):
         place.fill_(value)

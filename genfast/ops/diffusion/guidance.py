@@ -44,7 +44,7 @@ def _identity_row(device) -> Tensor:
 @lru_cache(256)
 def _cfg_weights(scale: float, original: bool) -> tuple[float, float]:
     """Those of the kernel, which reads the scale in fp32 and computes in fp64."""
-    w = torch.tensor(scale, dtype=torch.float32).item()
+    w = torch.tensor(scale, dtype=torch.float32, device="cpu").item()
     return (1.0 + w, -w) if original else (w, 1.0 - w)
 
 

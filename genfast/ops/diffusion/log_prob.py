@@ -11,7 +11,7 @@ from torch import Tensor
 from genfast.ops import _check
 from genfast.ops._backend import kernels, under
 from genfast.ops._force import forced_reference, may_compose
-from genfast.ops._road import define, differentiable_backward, is_compiling, transforming
+from genfast.ops._road import define, differentiable_backward, is_compiling, readable, transforming
 from genfast.ops.diffusion import _common
 from genfast.ops.diffusion.step import (
     _COUNT,
@@ -204,7 +204,7 @@ def step_log_prob(
         sample = sample.detach()
     elif noise is None and not args[24]:
         raise ValueError("noise: expected noise=, seed=, generator= or sample=, got none of them")
-    if table.device.type == "cpu" and not is_compiling() and not transforming():
+    if readable(table, args[6]):
         used = table[args[20]] if args[6] is None else table[args[6].unique()]
         if not bool((used[..., _Z_COLUMN] != 0).all()):
             raise ValueError(

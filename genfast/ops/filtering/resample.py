@@ -25,7 +25,8 @@ def setup_filter(
     (fh, fw) or (n,). Raises TypeError / ValueError naming the argument.
     """
     try:
-        f = torch.as_tensor(1 if f is None else f, dtype=torch.float32)
+        own = None if isinstance(f, Tensor) else "cpu"
+        f = torch.as_tensor(1 if f is None else f, dtype=torch.float32, device=own)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"f: expected numbers, as a sequence, an array or a tensor, got {_check.describe(f)}"

@@ -109,14 +109,15 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
 
 
-def _gradient(ctx, g):
+def _gradient(ctx, g, first_order):
+    """first_order: of the op itself the op, which tracers see; of a node the kernel."""
     f, *rest = _transposed(ctx)
     if is_compiling():
         return _op(g, f, *rest)
     if not (plain(g) and on_kernel("upfirdn2d", g)):
         return _composite(g, f, *rest)
     g = _dense(g)
-    return _Upfirdn.apply(g, f, *rest) if wants_graph() else _impl(g, f, *rest)
+    return _Upfirdn.apply(g, f, *rest) if wants_graph() else first_order(g, f, *rest)
 
 
 _op = define(
@@ -124,7 +125,7 @@ _op = define(
     "-> Tensor",
     _impl,
     _fake,
-    lambda ctx, g: (_gradient(ctx, g), *[None] * 6),
+    lambda ctx, g: (_gradient(ctx, g, _op), *[None] * 6),
     _save,
 )
 
@@ -138,7 +139,7 @@ class _Upfirdn(Node):
 
     @staticmethod
     def backward(ctx, g):
-        return (_gradient(ctx, g), *[None] * 6)
+        return (_gradient(ctx, g, _impl), *[None] * 6)
 
 
 # ---- the road ----------------------------------------------------------------------------------

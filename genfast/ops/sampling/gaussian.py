@@ -276,7 +276,7 @@ def _validate(mu, logvar, seed, stream, offset, generator):
 
 def _slow(mu, logvar, seed, stream, offset, generator, transform, side, reduction):
     _validate(mu, logvar, seed, stream, offset, generator)
-    if mu.shape != logvar.shape:
+    if mu.dim() != logvar.dim() or mu.shape != logvar.shape:  # else a guard of an exported B
         mu, logvar = torch.broadcast_tensors(mu, logvar)
     seed, seeds = _noise.resolve(seed, generator, mu.device)
     args = (_noise.signed(seed), seeds, _noise.signed(stream), offset, transform, side, reduction)
