@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,7 +53,10 @@ def write_tensors(path: Path, tensors: dict, about: dict) -> None:
 
     def write(p: Path) -> None:
         try:
-            save_file(whole, p, text)
+            # Its own temporary file lies beside what it writes, and a kill leaves it there.
+            with tempfile.TemporaryDirectory(dir=p.parent, prefix=".", suffix=_MARK) as folder:
+                save_file(whole, Path(folder) / p.name, text)
+                os.replace(Path(folder) / p.name, p)
         except SafetensorError as error:  # a full disk
             raise OSError(f"{path}: could not be written ({error})") from None
 
@@ -112,6 +116,9 @@ def alone(path: Path) -> Iterator[None]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Temporary files of writers that were killed."""
+    """Temporary files and folders of writers that were killed."""
     for path in folder.glob(f".*{_MARK}"):
-        path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

@@ -185,6 +185,12 @@ def test_inpainting_keeps_what_is_known_and_reads_it(x):
     assert torch.equal(part, drawn[2:4])
 
 
+def test_tasks_train_as_16_bits(x):
+    for task in ("inpaint", "super-resolution"):
+        model = tiny(task=task, classes=0).bfloat16()
+        assert model.loss(x.bfloat16(), seed=torch.arange(len(x))).isfinite()
+
+
 def test_super_resolution_reads_the_small_image(x):
     model = tiny(task="super-resolution", classes=0)
     low = shrink(x, 2)

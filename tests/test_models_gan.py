@@ -3,6 +3,7 @@ whatever the batch, data of two domains, commands."""
 
 import json
 import math
+import pickle
 
 import pytest
 import torch
@@ -250,6 +251,20 @@ def test_samples_are_bitwise_the_same_for_any_batch_size(name):
         torch.manual_seed(start)  # not read
         assert torch.equal(model.sample(count, SEED, start), whole[start : start + count]), start
     assert not torch.equal(model.sample(2, SEED + 1), whole[:2])
+
+
+def test_sampling_leaves_every_part_in_its_mode():
+    model = DCGAN((1, 8, 8), z_dim=4, width=4, levels=1).train()
+    model.D.eval()
+    model.sample(2, 0)
+    assert model.training and model.G.training and not model.D.training
+
+
+def test_a_cyclegan_is_pickled(x):
+    model = CycleGAN((1, 8, 8), width=4, d_width=4, blocks=1)
+    y = torch.rand(2, 1, 8, 8)
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again.g_loss(y, y), model.g_loss(y, y))
 
 
 def test_a_sample_is_the_generator_at_its_seeds_latent():

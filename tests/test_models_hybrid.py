@@ -226,6 +226,16 @@ def test_the_autoencoder_knows_the_scale_of_its_latents(x):
     torch.testing.assert_close(model.image(model.standard(mu)), model.reconstruct(x))
 
 
+def test_the_autoencoder_keeps_its_scale_in_16_bits_and_of_one_value(x):
+    model = autoencoder().train()
+    with torch.autocast("cpu", torch.bfloat16):
+        model.loss(x, seed=torch.arange(len(x))).backward()
+    before = model.std.clone()
+    assert before.isfinite().all() and not torch.equal(before, torch.ones_like(before))
+    model._watch(torch.zeros(1, 2, 1, 1))
+    assert torch.equal(model.std, before)
+
+
 # ---- the network ---------------------------------------------------------------------------------
 
 
@@ -520,6 +530,27 @@ def test_generate_needs_one_folder(runs, tmp_path, capsys):
     for key, value in stage.state_dict().items():
         assert torch.equal(model.autoencoder.state_dict()[key], value)
     assert not any(p.requires_grad for p in model.autoencoder.parameters())
+
+
+def test_evaluation_judges_by_what_was_asked_for(runs, monkeypatch):
+    """By the label given; a prompt says no class."""
+    from genfast.train.recipes import latent
+
+    model, _ = load_trained(runs["class"])
+    recipe, seen = RECIPES["latent-diffusion"], []
+    split = recipe.load("digits", {})
+    monkeypatch.setattr(latent.DiTRecipe, "judge", lambda self, x, d, s, asked: seen.append(asked))
+    for label in (-1, 3):
+        options = recipe.sample_defaults(model, {}) | {"label": label, "steps": 2}
+        recipe.evaluate(model, split, 1, 12, options)
+    assert seen[0].tolist() == [*range(10), 0, 1] and seen[1].tolist() == [3] * 12
+    prior, _ = load_trained(runs["prior"])
+    recipe = RECIPES["prior"]
+    split = recipe.load("digits", {})
+    for prompt in ("", "a handwritten seven"):
+        options = recipe.sample_defaults(prior, {}) | {"prompt": prompt, "prior_steps": 2}
+        found = recipe.evaluate(prior, split, 1, 12, options)
+        assert ("zero-shot accuracy of drawn embeddings" in found) is not bool(prompt)
 
 
 def test_text_to_prior_to_image(runs, tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 from pathlib import Path
 
@@ -237,6 +238,26 @@ def test_a_folder_with_a_broken_file_is_named(config, weights, message, tmp_path
             (tmp_path / name).write_bytes(content)
     with pytest.raises(BadWeights, match=message):
         from_transformers(tmp_path)
+
+
+def test_what_transformers_leaves_out_of_a_folder(tmp_path):
+    """An unscaled T5's output weight, tied since transformers 5; a Llama's defaults."""
+    t = pytest.importorskip("transformers", minversion="5.0")
+    t5 = t.T5ForConditionalGeneration(
+        t.T5Config(
+            vocab_size=50, d_model=32, d_ff=44, d_kv=8, num_layers=2, num_heads=4,
+            decoder_start_token_id=0, tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+    t5.save_pretrained(tmp_path / "t5")
+    found = from_transformers(tmp_path / "t5")
+    assert torch.equal(found.head.weight, t5.shared.weight)
+    peer("llama").save_pretrained(tmp_path / "llama")
+    path = tmp_path / "llama" / "config.json"
+    config = json.loads(path.read_text())
+    del config["rms_norm_eps"], config["max_position_embeddings"]
+    path.write_text(json.dumps(config))
+    assert from_transformers(tmp_path / "llama").config["context"] == 2048
 
 
 # ---- gradients ----------------------------------------------------------------------------------

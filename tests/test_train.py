@@ -502,6 +502,25 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert path.read_bytes() == kept and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_writer_that_is_killed_leaves_what_is_found(tmp_path, monkeypatch):
+    """safetensors' own temporary file lies in a folder that `remove_leftovers` knows."""
+    beside = []
+
+    def killed(tensors, file, metadata):
+        (file.parent / ".tmpAbC").write_bytes(b"half")
+        beside.append(file.parent)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("safetensors.torch.save_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        _files.write_tensors(tmp_path / "x", {}, {})
+    assert not list(tmp_path.iterdir())
+    beside[0].mkdir()
+    (beside[0] / ".tmpAbC").write_bytes(b"half")
+    _files.remove_leftovers(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, monkeypatch):
     from safetensors import SafetensorError
 

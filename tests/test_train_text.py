@@ -60,6 +60,14 @@ def test_parts_share_nothing(book):
     assert parts == text.parted(pieces) != text.parted(pieces, seed=1)
 
 
+def test_a_line_of_a_file_of_pairs_ends_at_its_newline(tmp_path):
+    """Not at U+2028, a form feed or the like."""
+    rows = [f"source {i}\tone\u2028two\x0cthree {i}" for i in range(60)]
+    (tmp_path / "x").write_text("\n".join(rows), encoding="utf-8")
+    split = text.pairs(str(tmp_path / "x"), (64, 64))
+    assert all(target.startswith("one\u2028two\x0cthree ") for _, target in split.train.texts)
+
+
 def test_what_python_ships():
     """Every paragraph once, so that held-back text is unseen text."""
     documents = text.documents("pydoc")

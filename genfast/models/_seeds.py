@@ -43,9 +43,10 @@ def in_tiles(call: Callable[[int], Tensor], n: int, start: int, tile: int) -> Te
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in eval mode within: BatchNorm then makes of a row the same in any batch."""
-    training = model.training
+    before = [(part, part.training) for part in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for part, training in before:
+            part.training = training

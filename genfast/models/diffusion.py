@@ -252,6 +252,7 @@ TASKS = {
 
 
 def masked(x0: Tensor, known: Tensor) -> Tensor:
+    known = known.to(x0.dtype)
     return torch.cat([x0 * known, known], 1)
 
 

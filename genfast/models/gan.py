@@ -432,7 +432,7 @@ class CycleGAN(nn.Module):
             "cycle": cycle, "identity": identity,
         }  # fmt: skip
         self.cycle, self.identity = cycle, identity
-        self.objective = OBJECTIVES["least-squares"]
+        self.objective = "least-squares"
         C = shape[0]
         self.G, self.F = translator(C, width, blocks), translator(C, width, blocks)
         self.D_X, self.D_Y = patch_discriminator(C, d_width), patch_discriminator(C, d_width)
@@ -449,7 +449,8 @@ class CycleGAN(nn.Module):
         (). Eq. 3."""
         x, y = self._pair(x, y)
         Gx, Fy = self.G(x).to(x.dtype), self.F(y).to(y.dtype)
-        loss = self.objective.G(self.D_Y(Gx)).mean() + self.objective.G(self.D_X(Fy)).mean()
+        won = OBJECTIVES[self.objective].G
+        loss = won(self.D_Y(Gx)).mean() + won(self.D_X(Fy)).mean()
         back = F.l1_loss(self.F(Gx), x) + F.l1_loss(self.G(Fy), y)
         loss = loss + self.cycle * back
         if self.identity:
@@ -462,8 +463,8 @@ class CycleGAN(nn.Module):
         x, y = self._pair(x, y)
         with torch.no_grad():
             Gx, Fy = self.G(x).to(x.dtype), self.F(y).to(y.dtype)
-        of_x = self.objective.D(self.D_X(x), self.D_X(Fy)).mean()
-        return of_x + self.objective.D(self.D_Y(y), self.D_Y(Gx)).mean()
+        told = OBJECTIVES[self.objective].D
+        return told(self.D_X(x), self.D_X(Fy)).mean() + told(self.D_Y(y), self.D_Y(Gx)).mean()
 
     def forward(self, x: Tensor, to: str = "Y") -> Tensor:
         """Images (B, C, H, W) in [0, 1] of X as ones of Y; to "X": of Y as ones of X."""
@@ -492,5 +493,5 @@ class CycleGAN(nn.Module):
         (x, y), (fake_x, fake_y) = self._pair(x, y), self._pair(fake_x, fake_y)
         real = torch.cat([self.D_X(x), self.D_Y(y)])
         fake = torch.cat([self.D_X(fake_x), self.D_Y(fake_y)])
-        middle = self.objective.middle(real, fake)
+        middle = OBJECTIVES[self.objective].middle(real, fake)
         return (real > middle).float().mean().item(), (fake <= middle).float().mean().item()

@@ -6,7 +6,8 @@ Streams of the run's seed: the seeds of step s's samples have stream s, for play
 and the like, which draw from torch's generator, find it seeded anew at every move.
 
 Processes (torchrun, accelerate launch) share each batch: process r of W takes rows r, r + W, …; the
-seeds go with the rows, so W changes nothing but the order of sums.
+seeds go with the rows, so W changes nothing but the order of sums, and what looks across a batch:
+CLIP's contrast, BatchNorm's statistics and the minibatch deviation are of one process's rows.
 """
 
 from __future__ import annotations

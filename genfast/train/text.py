@@ -199,7 +199,7 @@ def pairs(name: str, sizes: tuple[int, int]) -> Split:
     if name in PAIRS:
         found = PAIRS[name]()
     elif Path(name).is_file():
-        lines = _read(Path(name)).splitlines()
+        lines = _read(Path(name)).split("\n")  # splitlines() ends a line at U+2028 too
         found = [tuple(line.split("\t", 1)) for line in lines if "\t" in line]
     else:
         raise ValueError(

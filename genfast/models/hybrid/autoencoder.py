@@ -93,7 +93,9 @@ class KLAutoencoder(nn.Module):
         return self.decode(z), kl
 
     def _watch(self, z: Tensor) -> None:
-        var, mean = torch.var_mean(z, (0, 2, 3))
+        if z[:, 0].numel() < 2:  # one value has no variance
+            return
+        var, mean = torch.var_mean(z.to(self.mean.dtype), (0, 2, 3))  # autocast's are of 16 bits
         self.mean.lerp_(mean, _MOMENTUM)
         self.std.copy_(self.std.square().lerp(var, _MOMENTUM).sqrt())
 

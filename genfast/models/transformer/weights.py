@@ -168,6 +168,8 @@ def _llama_config(c: dict) -> dict:
              "heads": "num_attention_heads", "kv_heads": "num_key_value_heads",
              "context": "max_position_embeddings", "hidden": "intermediate_size",
              "eps": "rms_norm_eps"}  # fmt: skip
+    if c["num_key_value_heads"] is None:
+        c = c | {"num_key_value_heads": c["num_attention_heads"]}
     found = _named(names)(c)
     if c.get("head_dim") is not None:
         _only(c, head_dim=found["d"] // found["heads"])
@@ -476,12 +478,18 @@ def _read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
         ) from None
     if not isinstance(config, dict):
         raise BadWeights(f"{folder}: config.json: expected a table, got {type(config).__name__}")
-    return _DEFAULTS.get(config.get("model_type"), {}) | config, state
+    config = _DEFAULTS.get(config.get("model_type"), {}) | config
+    if config.get("model_type") == "t5" and config.get("tie_word_embeddings", True):
+        # transformers 5 ties the output of every T5 and writes it once, also where it is unscaled.
+        if "lm_head.weight" not in state and "shared.weight" in state:
+            state["lm_head.weight"] = state["shared.weight"]
+    return config, state
 
 
 # What config.json may leave out because it is transformers' default.
 _DEFAULTS = {
     "gpt2": {"n_inner": None, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new"},
+    "llama": {"num_key_value_heads": None, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
     "bert": {"type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_act": "gelu"},
     "t5": {"relative_attention_max_distance": 128, "layer_norm_epsilon": 1e-6,
            "feed_forward_proj": "relu", "pad_token_id": 0, "eos_token_id": 1},

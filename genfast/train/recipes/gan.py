@@ -83,7 +83,7 @@ class AdversarialRecipe(ImageRecipe):
 
     def evaluate(self, model: Adversarial, data: Split, seed, count, options) -> dict[str, float]:
         x, _ = data.test[torch.arange(len(data.test))]
-        drawn = model.sample(count, seed)
+        drawn = self.sample(model, data.about, count, seed, 0, options)
         real, fake = model.accuracy(x, drawn)
         accuracies = {"discriminator accuracy, real": real, "discriminator accuracy, drawn": fake}
         return {**accuracies, **self.judge(drawn, data, seed)}

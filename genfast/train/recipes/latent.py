@@ -109,14 +109,18 @@ class DiTRecipe(ImageRecipe):
 
     @torch.no_grad()
     def evaluate(self, model: DiTDiffusion, data: Split, seed, count, options) -> dict[str, float]:
-        """asked-for class: share of drawn images that the classifier finds to be what was asked."""
-        classes = data.about["classes"]
+        """asked-for class: share of drawn images that the classifier finds to be what was asked, by
+        label; a prompt says no class."""
+        asked = None
         if model.condition == "image":
-            _, y, drawn = self.variations(model, data, count, seed, options)
+            _, asked, drawn = self.variations(model, data, count, seed, options)
         else:
             drawn = self.sample(model, data.about, count, seed, 0, options)
-            y = torch.arange(count) % classes
-        return self.judge(drawn, data, seed, None if model.condition == "none" else y)
+            if model.condition != "none" and not options["prompt"]:
+                classes = data.about["classes"]
+                asked = labels_of(options["label"], classes, count)
+                asked = torch.arange(count) % classes if asked is None else asked
+        return self.judge(drawn, data, seed, asked)
 
     def finish(self, model: DiTDiffusion, data: Split, seed: int, out: Path) -> list[str]:
         options = self.sample_defaults(model, {})
@@ -216,20 +220,23 @@ class PriorRecipe(DiTRecipe):
     @torch.no_grad()
     def evaluate(self, model: DiffusionPrior, data: Split, seed, count, options):
         """cosine: of drawn embeddings to the mean embedding of the test images of their class;
-        zero-shot: share of drawn embeddings that fit their own class's caption best."""
+        zero-shot: share of drawn embeddings that fit their own class's caption best. A prompt says
+        no class."""
         x, y, given = data.test[torch.arange(len(data.test))]
         z_i = model.clip.encode_image(x)
         classes = data.about["classes"]
         means = torch.stack([z_i[y == k].mean(0) for k in range(classes)])
-        z = self.embeddings(model, data.about, count, seed, 0, options)
-        asked = torch.arange(count) % classes
-        texts = captions.table(data.about["captions"], captions.HELD_BACK[:1])[:, -1]
-        near = (z @ model.clip.encode_text(texts).T).argmax(1)
-        found = {
-            "cosine to the class's images": cosine_similarity(z, means[asked]).mean().item(),
-            "cosine of the class's images": cosine_similarity(z_i, means[y]).mean().item(),
-            "zero-shot accuracy of drawn embeddings": (near == asked).float().mean().item(),
-        }
+        found = {"cosine of the class's images": cosine_similarity(z_i, means[y]).mean().item()}
+        asked = None
+        if not options["prompt"]:
+            asked = torch.arange(count) % classes
+            z = self.embeddings(model, data.about, count, seed, 0, options)
+            texts = captions.table(data.about["captions"], captions.HELD_BACK[:1])[:, -1]
+            near = (z @ model.clip.encode_text(texts).T).argmax(1)
+            found |= {
+                "cosine to the class's images": cosine_similarity(z, means[asked]).mean().item(),
+                "zero-shot accuracy of drawn embeddings": (near == asked).float().mean().item(),
+            }
         if not options["decoder"]:
             return found
         drawn = self.sample(model, data.about, count, seed, 0, options)
