@@ -276,7 +276,7 @@ def test_dying_between_any_two_file_operations_leaves_a_run_that_resumes(tmp_pat
     """Every place where kill -9 can strike while files change: the k-th operation never happens,
     nor any clean-up after it."""
     whole, _ = run(tmp_path / "whole", epochs=2)
-    operations = ("mkstemp", "fsync", "chmod", "replace")
+    operations = ("mkstemp", "mkdtemp", "fsync", "chmod", "replace")
     done = 0
 
     def counted(module, name, limit):
@@ -296,7 +296,7 @@ def test_dying_between_any_two_file_operations_leaves_a_run_that_resumes(tmp_pat
         folder, done = tmp_path / str(limit), 0
         with monkeypatch.context() as patch:
             for name in operations:
-                module = _files.tempfile if name == "mkstemp" else _files.os
+                module = _files.tempfile if name.startswith("mk") else _files.os
                 patch.setattr(module, name, counted(module, name, limit))
             patch.setattr(_files.Path, "unlink", lambda *_, **__: None)
             try:
@@ -313,7 +313,7 @@ def test_dying_between_any_two_file_operations_leaves_a_run_that_resumes(tmp_pat
         same(whole, model)
         assert not list(folder.glob(".*"))  # the leftovers are gone
         limit += 1
-    assert limit == 5 + 2 * 10  # log; then best and state in both epochs
+    assert limit == 5 + 2 * 14  # log; then best and state in both epochs
 
 
 SLOW = """
