@@ -93,7 +93,7 @@ def value_of(z, alpha, ACT: tl.constexpr):
 @triton.jit
 def slope_of(z, alpha, ACT: tl.constexpr):
     if ACT == RELU:
-        return tl.where(z > 0.0, 1.0, 0.0)
+        return tl.where(z <= 0.0, 0.0, 1.0)  # 1 of NaN, as PyTorch's
     elif ACT == LRELU:
         return tl.where(z > 0.0, 1.0, alpha)
     elif ACT == TANH:
