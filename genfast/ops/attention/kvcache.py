@@ -261,8 +261,10 @@ def attention_with_kvcache(
         raise TypeError(
             f"rotary_interleaved: expected a bool, got {_check.describe(rotary_interleaved)}"
         )
-    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("k", k), ("v", v)):
-        if x is not None or name not in ("k", "v"):
+    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        _check.tensor(name, x)
+    for name, x in (("k", k), ("v", v)):
+        if x is not None:
             _check.tensor(name, x)
     if not isinstance(cache_seqlens, Tensor):
         cache_seqlens = _whole_lengths(q, k_cache, k, cache_seqlens, block_table)

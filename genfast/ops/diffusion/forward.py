@@ -131,9 +131,10 @@ def _mix(
             if gate(
                 p, q, a if isinstance(a, Tensor) else None, b if isinstance(b, Tensor) else None
             ) == DIRECT and (out is None or gate(out) == DIRECT):  # fmt: skip
+                int_seed, seeds = 0, None
                 if draws:
                     seed, generator = _noise.drawn_once(seed, p.device, generator)
-                int_seed, seeds = _noise.resolve(seed, generator, p.device) if draws else (0, None)
+                    int_seed, seeds = _noise.resolve(seed, generator, p.device)
                 y = _native(p, q, a, b, seeds, int_seed, stream, offset, draws, a_sign, b_sign, out)
                 if y is not None and (draws or (seed is None and generator is None)):
                     if out is not None and not out.is_inference():

@@ -330,9 +330,10 @@ def diffusion_step(
             draws = seed is not None or generator is not None
             road = gate(x, *models, scale, noise, *history, table)
             if road == DIRECT and not (draws and noise is not None):
+                int_seed, seeds = 0, None
                 if draws:
                     seed, generator = _noise.drawn_once(seed, x.device, generator)
-                int_seed, seeds = _noise.resolve(seed, generator, x.device) if draws else (0, None)
+                    int_seed, seeds = _noise.resolve(seed, generator, x.device)
                 outs = out if out is None or type(out) is tuple else (out,)
                 if outs is None:
                     outs = tuple([torch.empty_like(x) for _ in range(outputs)])

@@ -397,9 +397,10 @@ def bias_act(
                     y = _shifted(x, b, dim)
                     if y is not None:
                         return y
+                int_seed, seeds = 0, None
                 if draws:
                     seed, generator = _noise.drawn_once(seed, x.device, generator)
-                int_seed, seeds = _noise.resolve(seed, generator, x.device) if draws else (0, None)
+                    int_seed, seeds = _noise.resolve(seed, generator, x.device)
                 args = (x, b, None, s, seeds, int_seed, stream, offset, draws, dim, _CODES[act],
                         *numbers)  # fmt: skip
                 if road == DIRECT:

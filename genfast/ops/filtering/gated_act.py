@@ -116,8 +116,8 @@ def gated_act(x: Tensor, act: str = "sigmoid", *, backend: str | None = None) ->
     x: (..., 2 H), float32, float16, bfloat16 (fp32 inside) or float64; otherwise than contiguous it
     is copied. act: "sigmoid" (GLU), "swish" or "silu" (SwiGLU), "gelu", "gelu_tanh" (GEGLU), "relu"
     (ReGLU) or "linear" (bilinear). backend: one for this call and its gradient, as
-    `genfast.set_backend`. Returns (..., H). Differentiable any number of times; the
-    same bits from any number of threads. Raises TypeError / ValueError naming the argument.
+    `genfast.set_backend`. Returns (..., H). Differentiable any number of times; the same bits from
+    any number of threads. Raises TypeError / ValueError naming the argument.
     Dauphin et al., "Language modeling with gated convolutional networks", 2017; Shazeer, "GLU
     variants improve transformer", 2020.
     """
