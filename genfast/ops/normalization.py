@@ -60,6 +60,12 @@ def _statistics(x: Tensor, groups: int, rms: bool) -> Tensor:
     return torch.empty(n if rms else 2 * n, dtype=torch.float32, device=x.device)
 
 
+def _of_rows(x: Tensor, groups: int, rms: bool) -> tuple[int, ...]:
+    """The statistics' shape outside the op, whose dimensions x's are: so they can be cut alike."""
+    rows = (x.shape[0], groups) if groups else x.shape[:-1]
+    return (1 if rms else 2, *rows)
+
+
 def _native(x, *rest):
     """y, its statistics and the sum, if any, or None where the kernel does not take the tensors."""
     y, statistics = torch.empty_like(x), _statistics(x, *rest[6:8])
@@ -171,7 +177,7 @@ def _backward_impl(g, g_sum, statistics, *inputs):
     tensors, rest = inputs[:7], inputs[7:]
     if on_kernel("normalize_backward", g, g_sum, *tensors, feature=_feature(*inputs)):
         wants = [t is not None for t in tensors[1:5]]
-        found = _native_backward(g, g_sum, statistics, *inputs, wants=wants)
+        found = _native_backward(g, g_sum, statistics.reshape(-1), *inputs, wants=wants)
     else:
         leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
         found = [None if d is None else d.detach() for d in _by_reference(leaves, rest, g, g_sum)]
@@ -213,12 +219,13 @@ def _impl(x, *rest):
         statistics = _statistics(x, *rest[6:8]).fill_(torch.nan)
         found = torch.empty_like(x).copy_(y), statistics, total
     y, statistics, total = found
+    statistics = statistics.view(_of_rows(x, *rest[6:8]))
     return y, statistics, x.new_empty(0) if total is None else total
 
 
 def _fake(x, *rest):
     total = x.new_empty(0) if rest[4] is None else torch.empty_like(x)
-    return torch.empty_like(x), _statistics(x, *rest[6:8]), total
+    return torch.empty_like(x), _statistics(x, *rest[6:8]).view(_of_rows(x, *rest[6:8])), total
 
 
 def _save(ctx, inputs, output):
