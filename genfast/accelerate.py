@@ -78,7 +78,8 @@ def _swap_transformers(model) -> list[Undo]:
     before = _implementations(model.config, lambda name: name)
     wanted = _implementations(model.config, lambda name: ours.get(name, name))
     weights = getattr(model.config, "output_attentions", False)
-    if wanted == before or weights or not getattr(model, "_supports_sdpa", False):
+    known = getattr(model, "_supports_sdpa", False) or model.config.model_type in door.LIKE_SDPA
+    if wanted == before or weights or not known:
         return []
     door.register()
     model.set_attn_implementation(wanted)
@@ -120,7 +121,10 @@ class _Route:  # a class with a name: a model with these hooks can be pickled
 def _swap_pipeline(pipe) -> list[Undo] | None:
     """A diffusers pipeline: its scheduler and its modules; a scheduler by itself. None: neither."""
     library = sys.modules.get("diffusers")
-    if library is None or not isinstance(pipe, (library.DiffusionPipeline, library.SchedulerMixin)):
+    if library is None:
+        return None
+    kinds = ("DiffusionPipeline", "ModularPipeline", "SchedulerMixin")
+    if not isinstance(pipe, tuple(getattr(library, k) for k in kinds if hasattr(library, k))):
         return None
     from genfast.integrations import diffusers as door
 
@@ -129,8 +133,14 @@ def _swap_pipeline(pipe) -> list[Undo] | None:
         scripted = isinstance(part, torch.jit.ScriptModule)
         if isinstance(part, nn.Module) and not scripted and part not in _undo:
             accelerate(part)
-            undo.append(lambda m=part: restore(m))
+            undo.append(partial(_restore_seen, weakref.ref(part)))  # it may be given up
     return undo
+
+
+def _restore_seen(seen) -> None:
+    part = seen()
+    if part is not None:
+        restore(part)
 
 
 # In this order; a row that does not know the model returns nothing.
@@ -156,7 +166,8 @@ def accelerate(model: Model) -> Model:
     TypeError for anything else, TorchScript included.
 
     A copy of the model (copy.deepcopy, pickle, torch.save) stays switched over and cannot be
-    switched back: restore, then copy. torch.ao.quantization.quantize_dynamic knows nn.Linear by its
+    switched back, and a pipeline made of it (from_pipe) is saved with genfast's scheduler: restore,
+    then copy. torch.ao.quantization.quantize_dynamic knows nn.Linear by its
     exact class: quantize first, or restore.
     """
     if isinstance(model, torch.jit.ScriptModule):

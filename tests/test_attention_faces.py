@@ -519,6 +519,38 @@ def test_an_accelerated_model_is_pickled_and_copied_as_it_is():
         assert torch.equal(twin(x), want)
 
 
+@pytest.mark.parametrize("name", ["linear", "attention", "conv"])
+def test_a_forward_that_outlives_restore_is_pytorchs(name):
+    """As hooks of offloading keep it."""
+    x = torch.randn(2, 4, 8)
+    make, call = {
+        "linear": (lambda: nn.Linear(8, 8), lambda f: f(x)),
+        "attention": (lambda: nn.MultiheadAttention(8, 2), lambda f: f(x, x, x)[0]),
+        "conv": (lambda: nn.Conv2d(2, 2, 3), lambda f: f(x[None])),
+    }[name]
+    model = nn.Sequential(make())
+    want = call(model[0])
+    kept = genfast.accelerate(model)[0].forward
+    torch.testing.assert_close(call(kept), want, **CLOSE)
+    genfast.restore(model)
+    assert torch.equal(call(kept), want)
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [("LayerNorm", (8,)), ("RMSNorm", (8,)), ("GroupNorm", (2, 8)), ("Linear", (8, 8)),
+     ("Conv2d", (8, 8, 3)), ("MultiheadAttention", (8, 2)), ("TransformerEncoderLayer", (8, 2)),
+     ("TransformerDecoderLayer", (8, 2))],
+)  # fmt: skip
+def test_constructors_have_the_peers_signature(name, args):
+    ours, peer = getattr(gnn, name), getattr(nn, name)
+    module = nn.utils.skip_init(ours, *args)
+    assert type(module) is ours
+    known = inspect.signature(ours).parameters
+    for key, p in inspect.signature(peer).parameters.items():
+        assert known[key].default == p.default
+
+
 def test_restore_leaves_what_became_another_class_since():
     model, x = Block(), torch.randn(N, L, E)
     want = model(x)

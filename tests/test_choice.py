@@ -69,6 +69,19 @@ def test_the_first_fitting_row_decides():
     assert _choice.torch_sizes(rows, "cpu", "float16", "wide training", isa) == range(1, 9)
 
 
+def test_rows_that_say_nothing_are_passed_over():
+    def row(below, backend):
+        return Row("attention", "cpu", ANY, ANY, "decode", below, backend, "")
+
+    def sizes(*rows):
+        return _choice.torch_sizes(rows, "cpu", "float32", "decode")
+
+    behind = row(1000, "cpu"), row(100, "torch"), row(ALL_SIZES, "torch")
+    assert sizes(*behind) == range(1000, ALL_SIZES)
+    unable = row(ALL_SIZES, "triton"), row(ALL_SIZES, "torch")
+    assert sizes(*unable) == range(1, ALL_SIZES)
+
+
 def test_what_goes_to_pytorch_on_a_gpu():
     found = {
         (d, call): _choice.torch_sizes(_choice.ROWS, "cuda", d, call, "sm_90")

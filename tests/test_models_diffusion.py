@@ -259,6 +259,15 @@ def test_discrete_likelihood_sums_to_one():
             lambda m: Diffusion((1, 8, 8), (8,), task="super-resolution", factor=0),
             "factor: expected an int >= 1, got 0",
         ),
+        (lambda m: Diffusion((1, 8, 8), (8,), T=1), "T: expected an int >= 2, got 1"),
+        (
+            lambda m: Diffusion((1, 8, 8), (8,), weighting="snr5"),
+            "weighting: expected one of 'none",
+        ),
+        (
+            lambda m: Diffusion((1, 8, 8), (8,), prediction="flow_prediction"),
+            "prediction: expected one of 'epsilon', 'sample', 'v_prediction'",
+        ),
         (lambda m: m.plan("dim"), "plan: expected one of ddpm"),
         (lambda m: m.plan("ddim", 0), "steps: expected an int in 1 ... 100, got 0"),
         (lambda m: m.loss(torch.zeros(2, 1, 8, 8), seed=1), "y: expected labels in 0 ... 3"),

@@ -472,6 +472,16 @@ def test_a_dcgan_learns_real_digits(tmp_path):
     assert found["classes covered"] >= 9 and found["coverage"] > 0.3
 
 
+@pytest.mark.parametrize("penalty", ["r1", "penalty"])
+def test_vae_gan_knows_the_penalties_of_a_gan(penalty):
+    x, seed = torch.rand(4, *SHAPE), torch.arange(4)
+    plain, *weighed = (tiny("vae-gan", **{penalty: w}).eval() for w in (0.0, 1.0, 3.0))
+    for model in weighed:
+        model.load_state_dict(plain.state_dict())
+    base, one, three = (float(m.d_loss(x, seed=seed)) for m in (plain, *weighed))
+    assert one > base and three - base == pytest.approx(3 * (one - base), rel=1e-3)
+
+
 # ---- wrong input ---------------------------------------------------------------------------------
 
 
@@ -495,7 +505,7 @@ def test_a_dcgan_learns_real_digits(tmp_path):
         (lambda: DCGAN(levels=0), "levels: expected an int >= 1"),
         (lambda: WGAN(clip_weight=math.inf), "clip_weight: expected a number >= 0"),
         (lambda: WGANGP(penalty=math.nan), "penalty: expected a number >= 0"),
-        (lambda: VAEGAN(gamma=0.0), "gamma: expected a number > 0"),
+        (lambda: VAEGAN(gamma=0.0), "gamma: expected a finite number > 0"),
         (lambda: CycleGAN((1, 30, 28)), "divisible by 4"),
         (lambda: CycleGAN(cycle=-1.0), "cycle: expected a number >= 0"),
         (lambda: tiny("gan").d_loss(torch.zeros(2, 1, 9, 8), seed=1),

@@ -449,6 +449,16 @@ def test_sample_takes_a_weight_per_model_output():
             lambda: dit(prediction="sample"),
             "learn_variance: expected False for prediction 'sample'",
         ),
+        (lambda: dit(prediction="flow_prediction"), "prediction: expected one of 'epsilon'"),
+        (lambda: dit(T=1), "T: expected an int >= 2, got 1"),
+        (lambda: dit(layers=0), "layers: expected an int >= 1, got 0"),
+        (lambda: dit(vlb=-1.0), "vlb: expected a finite number >= 0"),
+        (lambda: dit(condition_dropout=7.0), "condition_dropout: expected a finite number"),
+        (lambda: prior(d=0), "d: expected an int >= 1, got 0"),
+        (lambda: CLIP(d=0), "d: expected an int >= 1, got 0"),
+        (lambda: CLIP(noise=math.nan), "noise: expected a finite number >= 0"),
+        (lambda: KLAutoencoder(z_channels=0), "z_channels: expected an int >= 1, got 0"),
+        (lambda: KLAutoencoder(widths=(8, -4)), r"widths\[1\]: expected an int >= 1, got -4"),
         (lambda: dit().plan("dim"), "plan: expected one of ddpm"),
         (lambda: dit().plan("ddim", 0), "steps: expected an int in 1 ... 100, got 0"),
         (lambda: prior().sample(2, 0, ids=IDS), "ids: expected a text for each of 2"),
@@ -609,6 +619,9 @@ def test_diffusion_guided_from_the_command_line(runs, tmp_path, capsys):
     assert not torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])
     code, said = generated(capsys, *args, *prompt)
     assert code == 2 and "--prompt: expected --clip DIR" in said
+    for flag, value in (("--clip-scale", "100"), ("--given", "mnist5k")):
+        code, said = generated(capsys, *args, flag, value)
+        assert code == 2 and f"{flag}: expected" in said
     code, said = generated(capsys, *args, "--clip", runs["ae"])
     assert code == 2 and "expected a trained clip, got one of autoencoder" in said
 

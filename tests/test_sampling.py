@@ -429,11 +429,12 @@ def test_relaxed_bernoulli_follows_the_sigmoid():
 @pytest.mark.filterwarnings("ignore:.*nested tensors")
 def test_nested_tensors_are_refused_by_name():
     """They have no shape that a message could show."""
-    x = torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(1, 3)])
+    x = torch.nested.nested_tensor([torch.zeros(2, 3, 4), torch.zeros(2, 1, 4)])
     for call in (
         lambda: genfast.reparameterize(x, x), lambda: genfast.sample_categorical(x),
         lambda: genfast.sample_tokens(x), lambda: genfast.gumbel_softmax(x),
         lambda: genfast.randn_like(x), lambda: genfast.layer_norm(x),
+        lambda: genfast.gaussian_kl(x, x), lambda: genfast.scaled_dot_product_attention(x, x, x),
     ):  # fmt: skip
         with pytest.raises(TypeError, match="expected a dense tensor, got a nested one"):
             call()
@@ -443,7 +444,8 @@ def test_nested_tensors_are_refused_by_name():
 @pytest.mark.parametrize(
     ("name", "value"),
     [("temperature", [1.0, math.nan]), ("temperature", [1.0, -1.0]), ("top_k", [1, -1]),
-     ("top_p", [0.5, math.nan]), ("min_p", [0.5, 1.5]), ("top_k", 2**63)],
+     ("temperature", [1.0, math.inf]), ("top_p", [0.5, math.nan]), ("min_p", [0.5, 1.5]),
+     ("top_k", 2**63)],
 )  # fmt: skip
 def test_settings_of_tokens_are_checked(name, value, backend):
     value = value if isinstance(value, int) else torch.tensor(value)
@@ -453,8 +455,12 @@ def test_settings_of_tokens_are_checked(name, value, backend):
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_settings_beyond_fp32(backend):
+    hidden = torch.tensor([0.0, -math.inf] * 4).repeat(100, 1)
     with genfast.backend(backend):
         flat = genfast.sample_tokens(torch.randn(100, 8), 1e300, seed=1)
+        for logits in (hidden, hidden.double()):
+            hot = torch.tensor([1e300], dtype=torch.float64)
+            assert (genfast.sample_tokens(logits, hot, seed=1) % 2 == 0).all()
         y = genfast.gumbel_softmax(torch.randn(3, 8), 1e300, seed=1)
     assert len(flat.unique()) > 4  # as of equal logits
     torch.testing.assert_close(y, torch.full_like(y, 1 / 8))

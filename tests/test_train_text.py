@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("accelerate")
 
 from genfast.cli import main
-from genfast.train import text
+from genfast.train import loop, text
 from genfast.train.recipes import RECIPES, load_trained
 
 
@@ -176,6 +176,46 @@ def test_t5_trains_and_answers(tmp_path, capsys):
     found = recipe.evaluate(model, recipe.load(str(pairs), {}), 0, 100, options)
     assert found["exact"] >= 0.5 and found["pairs"] == 4 and 0 <= found["bleu"] <= 100
     assert found["bits_per_byte"] < found["bits_per_byte of byte pairs"]
+
+
+class _Rows:
+    """Rows of a batch as a part of a data set."""
+
+    def __init__(self, *tensors):
+        self.tensors = tensors
+
+    def __len__(self):
+        return len(self.tensors[0])
+
+    def __getitem__(self, index):
+        return tuple(t[index] for t in self.tensors)
+
+
+@pytest.mark.parametrize("name", ["bert", "t5", "gpt"])
+def test_processes_share_a_batch_by_its_terms(name):
+    """The mean over tokens, whichever process has the rows with few of them; in `evaluate` too."""
+    recipe = RECIPES[name]
+    options = {k: o.default for k, o in recipe.options.items()} | {"d": 16, "layers": 1, "heads": 2}
+    torch.manual_seed(0)
+    model = recipe.build({"vocab": text.VOCAB, "context": 24}, options).eval()
+    ids = torch.randint(text.BYTES, text.VOCAB, (7, 25))
+    target = ids[:, :12].clone()
+    for row, n in zip(target, (1, 12, 3, 8, 2, 11, 5), strict=True):
+        row[n:] = text.PAD
+    part = _Rows(ids, target) if name == "t5" else _Rows(ids)
+    index, seeds = torch.arange(7), torch.arange(7) * 3 + 1
+    want = recipe.loss(model, part[index], seeds)
+    for count in (2, 3, 9):
+        found = 0.0
+        for rank in range(count):
+            processes = object.__new__(loop.Processes)
+            processes.rank, processes.count, processes.device = rank, count, torch.device("cpu")
+            processes.sum = lambda _: recipe.terms(part[index], seeds)
+            batch, own, share = processes.take(recipe, part, index, seeds)
+            found += recipe.loss(model, batch, own) * share / count
+        torch.testing.assert_close(found, want)
+    whole, one = (loop.evaluate(recipe, model, part, 5, batch_size=n) for n in (7, 1))
+    assert one == pytest.approx(whole, rel=1e-5)
 
 
 def test_vit_learns(tmp_path):

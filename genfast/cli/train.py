@@ -24,8 +24,9 @@ def add(commands) -> None:
     p = commands.add_parser(
         "train",
         help="train a model on real data",
-        epilog="Several processes: torchrun --nproc-per-node N -m genfast.cli train …, or "
-        "accelerate launch -m genfast.cli train ….",
+        epilog="Several processes: torchrun --nproc-per-node N -m genfast.cli train … (which takes "
+        "--d for an option of its own: put that in --config), or, on GPUs, accelerate launch -m "
+        "genfast.cli train ….",
     )
     p.add_argument("model", nargs="?", default=unset, help=", ".join(RECIPES))
     data = "; ".join(f"{name}: {', '.join(r.data)}" for name, r in RECIPES.items())

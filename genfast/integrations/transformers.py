@@ -111,7 +111,7 @@ def genfast_attention_forward(
 
 
 # What transformers keeps from "sdpa" for softcap or sinks alone.
-_LIKE_SDPA = ("gemma2", "gpt_oss")
+LIKE_SDPA = ("gemma2", "gpt_oss")
 
 
 @functools.cache
@@ -130,7 +130,7 @@ def _look_up(config: type) -> str | None:
     classes = [c for c in classes if getattr(c, "_can_set_attn_implementation", bool)()]
     if not classes:
         return None
-    if config.model_type in _LIKE_SDPA or any(c._supports_sdpa for c in classes):
+    if config.model_type in LIKE_SDPA or any(c._supports_sdpa for c in classes):
         return "sdpa"
     # Their modules do not say whether they are causal, or add the mask to scores of their own.
     return "eager"

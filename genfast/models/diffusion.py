@@ -29,6 +29,7 @@ from genfast.ops import _check
 from genfast.ops.attention import attention
 from genfast.ops.convolution import residual_conv2d, upsampled_conv2d
 from genfast.ops.diffusion import add_noise, denoising_loss
+from genfast.ops.diffusion.loss import WEIGHTINGS
 from genfast.ops.linear import linear
 from genfast.ops.rng import rand, randn
 
@@ -110,6 +111,20 @@ class Up(nn.Conv2d):
 def groups(channels: int) -> int:
     """32 as in the papers, fewer for few channels: at least 4 a group."""
     return math.gcd(32, channels // 4 or 1, channels)
+
+
+# Of x_t, a model's output m, alpha and sigma.
+_X0 = {
+    "epsilon": lambda x, m, a, s: (x - s * m) / a,
+    "sample": lambda x, m, a, s: m,
+    "v_prediction": lambda x, m, a, s: a * x - s * m,
+}
+
+
+def check_process(T: int, prediction: str) -> None:
+    """Of a model on a `noise_schedule`, where T = 1 has no posterior and flows no place."""
+    _check.integer("T", T, low=2)
+    _check.choice("prediction", prediction, _X0)
 
 
 def check_levels(widths: tuple[int, ...], attention: tuple[int, ...]) -> None:
@@ -318,7 +333,9 @@ class Diffusion(nn.Module):
         if task not in TASKS:
             raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
         check_levels(widths, attention)
-        _check.counts(blocks=blocks, head_dim=head_dim, T=T, factor=factor)
+        _check.counts(blocks=blocks, head_dim=head_dim, factor=factor)
+        check_process(T, prediction)
+        _check.choice("weighting", weighting, WEIGHTINGS[:-1])  # given: of tensors
         _check.integer("classes", classes, low=0)
         for name, share in (("dropout", dropout), ("label_dropout", label_dropout)):
             _check.number(name, share, low=0.0, high=1.0)
@@ -352,9 +369,7 @@ class Diffusion(nn.Module):
         """The prediction m for x_t (B, C, H, W); c: the task's channels."""
         return self.unet(x if c is None else torch.cat([x, c], 1), t, y)
 
-    def losses(
-        self, x: Tensor, y: Tensor | None = None, *, seed, t: Tensor | None = None
-    ) -> Tensor:
+    def losses(self, x: Tensor, y: Tensor | None = None, *, seed) -> Tensor:
         """Of each sample, (B,). x in [0, 1]; y (B,) labels of a class-conditional model; seed: int,
         or int64 (B,) of one per sample. Ho et al., alg. 1.
         """
@@ -561,11 +576,7 @@ class Diffusion(nn.Module):
 
 def predicted_x0(prediction: str, x: Tensor, m: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     """x0 of x_t = alpha x0 + sigma eps and a model's output m; alpha, sigma (B,)."""
-    a, s = alpha[:, None, None, None], sigma[:, None, None, None]
-    return {
-        "epsilon": lambda: (x - s * m) / a, "sample": lambda: m,
-        "v_prediction": lambda: a * x - s * m,
-    }[prediction]()  # fmt: skip
+    return _X0[prediction](x, m, alpha[:, None, None, None], sigma[:, None, None, None])
 
 
 def discrete_log_likelihood(x: Tensor, mean: Tensor, std: float) -> Tensor:

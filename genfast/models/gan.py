@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -250,11 +250,18 @@ class Adversarial(nn.Module):
             fake = self.fake(self.latent(len(x), seed))
         x, fake = self.noisy(x, seed, REAL, step), self.noisy(fake, seed, FAKE, step)
         loss = OBJECTIVES[self.objective].D(self.judged(x), self.judged(fake)).mean()
+        return loss + self.penalties(x, [fake], seed)
+
+    def penalties(self, x: Tensor, fakes: Sequence[Tensor], seed) -> Tensor | float:
+        """`gradient_penalty` (the mean over kinds of fakes) and `r1_penalty` by their weights, ();
+        0 without."""
+        found = 0.0
         if self.penalty:
-            loss = loss + self.penalty * gradient_penalty(self.D, x, fake, seed)
+            each = (gradient_penalty(self.D, x, fake, seed) for fake in fakes)
+            found = found + self.penalty / len(fakes) * sum(each)
         if self.r1:
-            loss = loss + self.r1 * r1_penalty(self.D, x)
-        return loss
+            found = found + self.r1 * r1_penalty(self.D, x)
+        return found
 
     def g_loss(self, n: int, *, seed, step: int = 0) -> Tensor:
         """Of the generator on n samples of its own, mean, ()."""

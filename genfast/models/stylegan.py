@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from genfast.models._seeds import in_tiles, sample_seeds
 from genfast.models.gan import check_images
 from genfast.nn.filtering import BiasAct, Downsample2d, Upsample2d
+from genfast.ops import _check
 from genfast.ops.filtering import bias_act, upfirdn2d
 from genfast.ops.rng import rand, randn
 
@@ -261,12 +262,13 @@ class StyleGAN2(nn.Module):
                 f"shape: expected (C, H, W) with H and W that halve to 16 or less, got "
                 f"{tuple(shape)}; crop or pad the images"
             )
-        for name, n in (("r1_every", r1_every), ("path_every", path_every), ("group", group),
-                        ("width", width), ("mapping_layers", mapping_layers),
-                        ("most_width", most_width), ("z_dim", z_dim),
-                        ("w_dim", w_dim)):  # fmt: skip
-            if n < 1:
-                raise ValueError(f"{name}: expected an int >= 1, got {n}")
+        _check.counts(
+            r1_every=r1_every, path_every=path_every, group=group, width=width, z_dim=z_dim,
+            most_width=most_width, mapping_layers=mapping_layers, w_dim=w_dim,
+        )  # fmt: skip
+        _check.number("mixing", mixing, low=0.0, high=1.0)
+        _check.number("r1", r1, low=0.0)
+        _check.number("path", path, low=0.0)
         self.config = {
             "shape": list(shape), "width": width, "most_width": most_width, "z_dim": z_dim,
             "w_dim": w_dim, "mapping_layers": mapping_layers, "mixing": mixing, "r1": r1,

@@ -72,10 +72,13 @@ class MultiheadAttention(nn.MultiheadAttention):
         Masks as in PyTorch: bool true = hidden, float = added; key_padding_mask (N, S), attn_mask
         (L, S) or (N * heads, L, S). Returns (output, weights or None).
         """
-        if query.is_nested or key.is_nested or value.is_nested:
-            return super().forward(
-                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights,
-                is_causal,
+        # The first: as in `Linear`.
+        if not isinstance(self, MultiheadAttention) or (
+            query.is_nested or key.is_nested or value.is_nested
+        ):
+            return nn.MultiheadAttention.forward(
+                self, query, key, value, key_padding_mask, need_weights, attn_mask,
+                average_attn_weights, is_causal,
             )  # fmt: skip
         batched = F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
         sequence = 1 if self.batch_first and batched else 0

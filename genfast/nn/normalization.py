@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from genfast.nn._signed import signed
 from genfast.ops.normalization import group_norm, layer_norm, rms_norm
 
 
+@signed
 class GroupNorm(nn.GroupNorm):
     """input (B, C, ...), scale and shift (B, C) -> like input."""
 
@@ -51,6 +53,7 @@ def _like(x: Tensor, found: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tenso
     return found.view(x.shape)
 
 
+@signed
 class LayerNorm(nn.LayerNorm):
     """input (B, ..., *normalized_shape), scale, shift and gate (B, C) with C of all normalized ->
     like input; with add, like input, (sum, y)."""
@@ -78,6 +81,7 @@ class LayerNorm(nn.LayerNorm):
         return f"{super().extra_repr()}, act={self.act!r}"
 
 
+@signed
 class RMSNorm(nn.RMSNorm):
     """x (B, ..., *normalized_shape), scale, shift and gate (B, C) with C of all normalized -> like
     x; with add, like x, (sum, y)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from genfast.nn._signed import signed
 from genfast.nn.attention import MultiheadAttention
 
 
@@ -12,6 +13,7 @@ def _adopt(attention: nn.MultiheadAttention) -> None:
     attention.__class__ = MultiheadAttention
 
 
+@signed
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     """Drop-in for torch.nn.TransformerEncoderLayer: its constructor, state dict and forward.
 
@@ -43,6 +45,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         return self.norm2(x + self._ff_block(x))
 
 
+@signed
 class TransformerDecoderLayer(nn.TransformerDecoderLayer):
     """Drop-in for torch.nn.TransformerDecoderLayer: both attentions run on genfast."""
 

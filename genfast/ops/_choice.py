@@ -208,14 +208,18 @@ def table(gpu: bool) -> tuple[Row, ...]:
 def torch_sizes(
     rows: Iterable[Row], device: str, dtype: str, feature: str, arch: str = ANY
 ) -> range:
-    """Sizes that go to PyTorch's own attention; empty calls never do."""
+    """Sizes that go to PyTorch's own attention; empty calls never do, and of several such ranges
+    those of the first."""
     low, features = 1, (ANY, feature, feature.removeprefix("wide "))
+    able = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch", "reference")}[device]
     for row in rows:
         fits = zip(row[:4], ("attention", device, arch, dtype), strict=True)
         if row.feature in features and all(have in (ANY, want) for have, want in fits):
+            if row.backend not in able or row.below <= low:
+                continue
             if row.backend == "torch":
                 return range(low, row.below)
-            low = max(low, row.below)
+            low = row.below
     return range(0)
 
 

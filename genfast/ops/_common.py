@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,22 @@ def composite_dtype(x: Tensor, *others: Tensor | None) -> torch.dtype:
     and casts around them would be two passes more."""
     uniform = all(t is None or t.dtype == x.dtype for t in others)
     return x.dtype if uniform and x.device.type != "cpu" else wide_dtype(x, *others)
+
+
+AUTOCAST = ("cpu", "cuda")
+
+
+def full_precision(composite):
+    """A composite whose products autocast leaves alone, as it does the kernel's."""
+
+    @functools.wraps(composite)
+    def run(x, *args, **kwargs):
+        if not torch._C._is_any_autocast_enabled() or x.device.type not in AUTOCAST:
+            return composite(x, *args, **kwargs)
+        with torch.autocast(x.device.type, enabled=False):
+            return composite(x, *args, **kwargs)
+
+    return run
 
 
 def on_kernel(name: str, x: Tensor, *others: Tensor | None, feature: str | None = None) -> bool:

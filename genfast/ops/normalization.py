@@ -37,6 +37,7 @@ from genfast.reference.normalization import ACTIVATIONS
 
 _CODES = {name: i for i, name in enumerate(ACTIVATIONS)}  # the native enum
 _NAMES = tuple(ACTIVATIONS)
+_EPS = torch.finfo(torch.float32).eps
 
 # Tensors x, weight, bias, scale, shift, add, gate; then groups (0: the last dimension's), rms, act,
 # eps.
@@ -383,10 +384,10 @@ def _slow(x, weight, bias, scale, shift, groups, rms, act, eps, add, gate):
 
 
 def _eps(x, eps) -> float:
-    """RMS norm's default: PyTorch's, the spacing of x's numbers at 1."""
-    if eps is not None or not isinstance(x, Tensor) or not x.is_floating_point():
-        return 1e-5 if eps is None else eps
-    return torch.finfo(x.dtype).eps
+    """RMS norm's default: PyTorch's, the spacing at 1 of the numbers it computes in."""
+    if eps is not None or not isinstance(x, Tensor):
+        return _EPS if eps is None else eps
+    return torch.finfo(torch.float64).eps if x.dtype == torch.float64 else _EPS
 
 
 def group_norm(
@@ -482,7 +483,8 @@ def rms_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """act(x / sqrt(mean(x^2) + eps) weight (1 + scale) + shift), the mean over the last dimension.
 
-    eps: None is torch.finfo(x.dtype).eps, as in PyTorch. The rest as in `layer_norm`.
+    eps: None is that of the dtype inside (torch.finfo's: 1.2e-7, in float64 2.2e-16), as in
+    PyTorch. The rest as in `layer_norm`.
     Zhang & Sennrich, "Root mean square layer normalization", 2019.
     """
     if backend is not None:

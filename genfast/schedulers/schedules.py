@@ -201,11 +201,14 @@ SIGMA_KINDS = {
 
 
 def sigma_to_t(sigma, sigmas) -> np.ndarray:
-    """Fractional timestep at which the ascending training table ``sigmas`` (T,) reaches sigma (any
-    shape): linear in log sigma.
+    """Fractional timestep at which the training table ``sigmas`` (T,) reaches sigma (any shape) for
+    the last time, linear in log sigma. (It rises, but for the 4096 that stands for a zero alpha_bar
+    and may be less than what is before it.)
     """
     log_sigma, table = np.log(np.maximum(sigma, 1e-10)), np.log(sigmas)
-    low = np.clip(np.searchsorted(table, log_sigma, side="right") - 1, 0, len(table) - 2)
+    reached = table <= np.asarray(log_sigma)[..., None]
+    low = len(table) - 1 - reached[..., ::-1].argmax(-1)
+    low = np.where(reached.any(-1), np.minimum(low, len(table) - 2), 0)
     w = np.clip((table[low] - log_sigma) / (table[low] - table[low + 1]), 0, 1)
     return (1 - w) * low + w * (low + 1)
 
@@ -410,6 +413,7 @@ def sigma_grid(
             lo if sigma_min is None else finite("sigma_min", sigma_min, above=True),
         )
         sigmas = choice("kind", kind, SIGMA_KINDS)(hi, lo, N)
+        sigmas[0] = hi  # to the last bit: the table may have other timesteps just below it
         t = sigma_to_t(sigmas, table)
         t = np.round(t) if round_t else t
     sigmas = sigmas[:N]  # the last one of log_linear is where its last step goes

@@ -65,7 +65,8 @@ class Processes:
     def sum(self, value: float) -> float:
         if self.count == 1:
             return value
-        return self.accelerator.reduce(torch.tensor(value, dtype=torch.float64)).item()
+        value = torch.tensor(value, dtype=torch.float64, device=self.device)
+        return self.accelerator.reduce(value).item()
 
     def of_main(self, call: Callable[[], dict]) -> dict:
         """call() of the first process, in all of them."""
@@ -76,15 +77,22 @@ class Processes:
             broadcast_object_list(found)
         return found[0]
 
-    def take(self, part: Part, index: Tensor, seeds: Tensor) -> tuple[Batch, Tensor, float]:
-        """This process's rows of a batch, on its device, and their share of it times the number of
-        processes: DDP then averages to the mean over the batch. Never empty: the share may be 0.
+    def take(
+        self, recipe: Recipe, part: Part, index: Tensor, seeds: Tensor
+    ) -> tuple[Batch, Tensor, float]:
+        """This process's rows of a batch, on its device, and their share of its terms times the
+        number of processes: DDP then averages to the mean over the batch. Never empty: the share
+        may be 0.
         """
-        rows, own = index[self.rank :: self.count], seeds[self.rank :: self.count]
-        share = len(rows) * self.count / len(index)
-        if not len(rows):
+        rows, own = (x[self.rank :: self.count].contiguous() for x in (index, seeds))
+        none = not len(rows)
+        if none:
             rows, own = index[:1], seeds[:1]
-        return tuple(x.to(self.device) for x in part[rows]), own.to(self.device), share
+        batch, own = tuple(x.to(self.device) for x in part[rows]), own.to(self.device)
+        if self.count == 1:
+            return batch, own, 1.0
+        terms = 0 if none else recipe.terms(batch, own)
+        return batch, own, terms * self.count / max(self.sum(terms), 1)
 
 
 @torch.no_grad()
@@ -97,12 +105,16 @@ def evaluate(
     device = next(model.parameters()).device
     seeds = sample_seeds(len(part), seed, EVALUATION)
     rank, count = (processes.rank, processes.count) if processes else (0, 1)
-    total = 0.0
+    total = terms = 0.0
     for index in torch.arange(len(part))[rank::count].split(batch_size):
         batch = tuple(x.to(device) for x in part[index])
-        total += recipe.loss(model, batch, seeds[index].to(device)).item() * len(index)
+        own = seeds[index].to(device)
+        n = recipe.terms(batch, own)
+        total, terms = total + recipe.loss(model, batch, own).item() * n, terms + n
     model.train(training)
-    return (processes.sum(total) if processes else total) / len(part)
+    if processes:
+        total, terms = processes.sum(total), processes.sum(terms)
+    return total / terms
 
 
 def validate(
@@ -225,7 +237,7 @@ def _train(name, recipe, model, data, s, out, notes, show, resume, processes) ->
         alone(seat, table)
         seat.set_lr(s.lr_at(step, steps))
         seeds = sample_seeds(len(index), s.seed, seat.stream + step)
-        loss, norm = seat.gradients(*processes.take(data.train, index, seeds), step)
+        loss, norm = seat.gradients(*processes.take(recipe, data.train, index, seeds), step)
         value, norm = processes.sum(loss.item() / processes.count), norm.item()
         # With fp16 an infinite norm only lowers the loss scale.
         if not math.isfinite(value) or (s.precision != "fp16" and not math.isfinite(norm)):

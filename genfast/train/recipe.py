@@ -122,9 +122,13 @@ class Recipe(ABC):
         """A fresh model for data of these facts (`Split.about`)."""
 
     def loss(self, model: nn.Module, batch: Batch, seeds: Tensor) -> Tensor:
-        """Mean over the batch's samples, (). seeds (B,) int64: sample b draws all its noise from
+        """Mean over the batch's `terms`, (). seeds (B,) int64: sample b draws all its noise from
         seeds[b], so neither batch size nor number of processes changes it."""
         raise NotImplementedError(f"{type(self).__name__}: define `loss`, or `players` and `best`")
+
+    def terms(self, batch: Batch, seeds: Tensor) -> int:
+        """How many numbers the mean of `loss` is over: samples, or tokens where those count."""
+        return len(seeds)
 
     def players(self, model: nn.Module, options: dict) -> Sequence[Player]:
         """Who moves what, in order; one player that lessens `loss` unless told otherwise. options:

@@ -137,6 +137,8 @@ class Call:
             return None
         if not unit_rows(k) or not unit_rows(v) or Hkv < 1 or Hq % Hkv or max(Sq, Sk) >= 2**30:
             return None
+        if Sq * (Hq // Hkv) > 2**31 - 512:  # rows of a key head, which the tiles count in int32
+            return None
         if not softcap >= 0 or not 0 <= dropout_p <= 1:
             return None
         if too_old(q.device):

@@ -75,6 +75,29 @@ def test_unet_pipelines_accelerated_and_restored(name, tmp_path):
     np.testing.assert_array_equal(images(pipe, **kw), want)
 
 
+def test_an_accelerated_pipeline_gives_a_replaced_part_up():
+    """As one frees a text encoder that has done its work."""
+    pipe = genfast.accelerate(diffusers.DDIMPipeline(tiny_unet(), make("DDIM", library=diffusers)))
+    gone = weakref.ref(pipe.unet)
+    pipe.unet = tiny_unet()
+    gc.collect()
+    assert gone() is None
+    genfast.restore(pipe)
+
+
+def test_modular_pipelines():
+    blocks = diffusers.modular_pipelines.SequentialPipelineBlocks.from_blocks_dict({})
+    pipe = diffusers.ModularPipeline(blocks=blocks)
+    unet, scheduler = tiny_unet(), make("DDIM", library=diffusers)
+    pipe.register_components(unet=unet, scheduler=scheduler)
+    genfast.accelerate(pipe)
+    assert type(scheduler) is dropin.DDIMScheduler
+    assert any(type(m) is genfast.nn.Linear for m in unet.modules())
+    genfast.restore(pipe)
+    assert type(scheduler) is diffusers.DDIMScheduler
+    assert not any(type(m) is genfast.nn.Linear for m in unet.modules())
+
+
 @pytest.mark.parametrize("name", ["DDIM", "DPMSolverMultistep", "EulerDiscrete", "UniPCMultistep"])
 def test_dit_pipeline(name, tmp_path):
     transformer, vae = tiny_dit()

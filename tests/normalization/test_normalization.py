@@ -305,6 +305,30 @@ def test_reference_backend_and_autocast_agree():
     torch.testing.assert_close(half.float(), y, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("size", [1.0, 1e-2, 1e-4])
+def test_rms_norms_own_eps_is_pytorchs(dtype, size):
+    """That of what it computes in: of small bf16 rows the spacing of bf16 would leave an eighth."""
+    x = (size * randn(4, 64)).to(dtype)
+    want, close = F.rms_norm(x, (64,)), {"rtol": 2e-2, "atol": 1e-6}
+    for backend in ("auto", "reference"):
+        with genfast.backend(backend):
+            torch.testing.assert_close(genfast.rms_norm(x), want, **close)
+            torch.testing.assert_close(genfast.nn.RMSNorm(64).to(dtype)(x), want, **close)
+
+
+@pytest.mark.parametrize("value", [3.3, 10000.3, -12345.678])
+@pytest.mark.parametrize("n", [3, 33, 1000, 5000])
+def test_equal_numbers_are_zeros(value, n):
+    """Also where their mean is rounded, whatever the memory order."""
+    x = torch.full((2, 4, n), value, requires_grad=True)
+    for norm in (lambda x: genfast.layer_norm(x), lambda x: genfast.group_norm(x, 2)):
+        y = norm(x)
+        assert y.abs().max() == 0
+        (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+        assert dx.abs().max() < 1e-2  # of 1 / sqrt(eps) = 316
+
+
 def test_no_grad_keeps_its_input():
     """The reference applies SiLU in place: to its own tensor, never to x."""
     x = randn(2, 8, 4, 5)

@@ -157,6 +157,8 @@ TOGETHER = [
     ),
     ("EulerDiscrete", LOG_LINEAR, None, dict(timesteps=[999, 500, 3]), dict(s_churn=1.0)),
     ("EulerDiscrete", LOG_LINEAR, None, dict(sigmas=[14.0, 5.0, 1.0, 0.0]), {}),
+    ("EulerDiscrete", {**LOG_LINEAR, **CONTINUOUS}, 5, {}, dict(s_churn=1.0)),
+    ("EulerDiscrete", {**LOG_LINEAR, **CONTINUOUS, "final_sigmas_type": "sigma_min"}, 5, {}, {}),
     ("EulerDiscrete", CONTINUOUS, None, dict(sigmas=[14.0, 5.0, 1.0, 0.0]), {}),
     ("UniPCMultistep", dict(predict_x0=False, thresholding=True), 5, {}, {}),
     *(

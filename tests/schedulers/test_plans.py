@@ -574,3 +574,14 @@ def test_guidance_callback_and_progress():
     S.sample(_linear_model, plan, x, callback=lambda r, s: stopped.append(s) if r == 2 else None)
     resumed = S.sample(_linear_model, plan, x, state=stopped[0])
     assert torch.equal(resumed, S.sample(_linear_model, plan, x))
+
+
+def test_respaced_sigmas_of_zero_snr_begin_at_the_last_timestep():
+    """The 4096 that stands for a zero alpha_bar there is less than the sigmas before it."""
+    schedule = S.noise_schedule("linear", 1000, 1e-4, 0.02, zero_snr=True)
+    assert schedule.sigmas[-1] < schedule.sigmas[-2]
+    for kind in ("karras", "exponential", "beta", "lu"):
+        for N in (1, 2, 10):
+            t = S.sigma_grid(N, schedule, kind=kind, range_of="table").timesteps
+            assert t[0] == 999 and (np.diff(t) < 0).all()
+            np.testing.assert_allclose(t[-1], 0 if N > 1 else 999, atol=1e-9)

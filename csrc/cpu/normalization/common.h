@@ -334,24 +334,32 @@ struct Moments {
 };
 
 // Of n numbers that read(first, count) hands out in blocks. A block lies in L1: its mean first,
-// then the squares around it, as one pass over both would cancel where the mean is large.
+// then the squares around it, as one pass over both would cancel where the mean is large. The
+// differences are summed too: the mean is rounded, and of equal numbers nothing else would be left.
 template <class Read>
 GENFAST_FN Statistics statistics(int64_t n, bool rms, float eps, Read&& read) {
   Moments all;
   for (int64_t at = 0; at < n; at += kBlock) {
     const int64_t count = std::min(kBlock, n - at);
     const auto* q = read(at, count);
-    double mean = 0;
-    if (!rms)
-      mean = static_cast<double>(horizontal_sum(vector_sum<f32v>(
-                 count, [=](int64_t i, auto lanes) { return take(q + i, lanes); }))) /
-             count;
-    const float k = static_cast<float>(mean);
-    const f32v squares = vector_sum<f32v>(count, [=](int64_t i, auto lanes) {
+    if (rms) {
+      const f32v squares = vector_sum<f32v>(count, [=](int64_t i, auto lanes) {
+        const f32v d = take(q + i, lanes);
+        return d * d;
+      });
+      all.add({static_cast<double>(count), 0, horizontal_sum(squares)});
+      continue;
+    }
+    const float k = horizontal_sum(vector_sum<f32v>(
+                        count, [=](int64_t i, auto lanes) { return take(q + i, lanes); })) /
+                    count;
+    const f32p found = vector_sum<f32p>(count, [=](int64_t i, auto lanes) {
       const f32v d = take(q + i, lanes, k) - k;
-      return d * d;
+      return f32p{d, d * d};
     });
-    all.add({static_cast<double>(count), mean, horizontal_sum(squares)});
+    const double s = static_cast<double>(horizontal_sum(found.a)) / count;
+    const double squares = horizontal_sum(found.b) - s * s * count;
+    all.add({static_cast<double>(count), k + s, std::max(squares, 0.0)});
   }
   return all.statistics(eps);
 }

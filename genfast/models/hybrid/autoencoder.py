@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from genfast.models.diffusion import groups
 from genfast.nn.convolution import Conv2d
 from genfast.nn.normalization import GroupNorm
+from genfast.ops import _check
 from genfast.ops.sampling import bernoulli_nll, reparameterize
 
 _MOMENTUM = 0.05  # of the running mean and variance of the latents: the last 20 batches
@@ -43,6 +44,8 @@ class KLAutoencoder(nn.Module):
         self.config = {
             "shape": list(shape), "widths": list(widths), "z_channels": z_channels, "beta": beta,
         }  # fmt: skip
+        _check.counts(z_channels=z_channels, **{f"widths[{i}]": w for i, w in enumerate(widths)})
+        _check.number("beta", beta, low=0.0)
         C, H, W = self.shape = tuple(shape)
         f = 2 ** len(widths)
         if not widths or H % f or W % f or min(C, H, W) < 1:

@@ -27,6 +27,7 @@ from genfast.models.transformer import blocks
 from genfast.models.transformer.blocks import Attention, Block, FeedForward, Rotary
 from genfast.nn.linear import Linear
 from genfast.nn.normalization import GroupNorm, LayerNorm
+from genfast.ops import _check
 from genfast.ops.diffusion import add_noise
 from genfast.ops.rng import rand, randint
 
@@ -108,8 +109,9 @@ class CLIP(nn.Module):
     ):
         super().__init__()
         self.config = blocks.arguments(locals())
-        if shift < 0 or noise < 0:
-            raise ValueError(f"shift, noise: expected numbers >= 0, got {shift} and {noise}")
+        _check.counts(vocab=vocab, context=context, d=d, layers=layers, heads=heads, e=e)
+        _check.integer("shift", shift, low=0)
+        _check.number("noise", noise, low=0.0)
         if len(shape) != 3 or width % 4 or width < 4:
             raise ValueError(
                 f"shape, width: expected (C, H, W) and a multiple of 4, got {tuple(shape)} and "

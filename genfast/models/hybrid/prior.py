@@ -26,6 +26,7 @@ from genfast.models.transformer import blocks
 from genfast.models.transformer.blocks import Attention, Block, FeedForward
 from genfast.nn.linear import Linear
 from genfast.nn.normalization import LayerNorm
+from genfast.ops import _check
 from genfast.ops.diffusion import add_noise, denoising_loss
 from genfast.ops.rng import rand, randn
 
@@ -53,6 +54,8 @@ class DiffusionPrior(nn.Module):
     ):
         super().__init__()
         self.config = blocks.arguments(locals())
+        _check.counts(d=d, layers=layers, heads=heads, T=T)
+        _check.number("condition_dropout", condition_dropout, low=0.0, high=1.0)
         self.T, self.condition_dropout = T, condition_dropout
         self.clip = frozen(CLIP, clip)
         e, S = self.clip.e, self.clip.context

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from genfast import schedulers
 from genfast.models._seeds import in_tiles, sample_seeds
-from genfast.models.diffusion import PLANS, predicted_x0
+from genfast.models.diffusion import PLANS, check_process, predicted_x0
 from genfast.models.hybrid.clip import CLIP
 from genfast.models.hybrid.dit import (
     NOTHING,
@@ -27,6 +27,7 @@ from genfast.models.hybrid.dit import (
     learned_range,
     variational_bound,
 )
+from genfast.ops import _check
 from genfast.ops.diffusion import add_noise, denoising_loss
 from genfast.ops.rng import rand, randn
 
@@ -118,6 +119,11 @@ class DiTDiffusion(nn.Module):
             raise ValueError(f"clip: expected {want} for condition {condition!r}")
         if condition == "class" and classes < 1:
             raise ValueError(f"classes: expected an int >= 1 for condition 'class', got {classes}")
+        _check.integer("classes", classes, low=0)
+        _check.counts(patch=patch, d=d, layers=layers, heads=heads)
+        check_process(T, prediction)
+        _check.number("vlb", vlb, low=0.0)
+        _check.number("condition_dropout", condition_dropout, low=0.0, high=1.0)
         if learn_variance and prediction == "sample":
             # Its x0 is not exact at small t, where L_vlb divides the error by next to nothing: in
             # ten epochs on digits v, of [-1, 1], became 34 at t = 20, and x0 worse than at t = 300.

@@ -32,6 +32,7 @@ from genfast.models.gan import (
     narrow,
 )
 from genfast.nn.linear import Linear
+from genfast.ops import _check
 from genfast.ops.sampling import reparameterize
 
 POSTERIOR = 1 + max(LATENT, REAL, FAKE, MIX)  # stream of z ~ q(z|x)
@@ -39,7 +40,7 @@ POSTERIOR = 1 + max(LATENT, REAL, FAKE, MIX)  # stream of z ~ q(z|x)
 
 class VAEGAN(Adversarial):
     """width, levels: as in `DCGAN`, of all three networks. gamma: weight of L_like for the decoder.
-    Instance noise and R1 as in `Adversarial`."""
+    Instance noise, R1 and gradient penalty (of both kinds of fakes) as in `Adversarial`."""
 
     def __init__(
         self, shape: tuple[int, int, int] = (1, 28, 28), z_dim: int = 32, width: int = 32,
@@ -47,8 +48,7 @@ class VAEGAN(Adversarial):
     ):  # fmt: skip
         check_counts(levels=levels, width=width)
         super().__init__(check_shape(shape, levels), z_dim, "non-saturating", **penalties)
-        if not gamma > 0:
-            raise ValueError(f"gamma: expected a number > 0, got {gamma}")
+        _check.number("gamma", gamma, low=0.0, open_low=True)
         self.config = {
             "shape": list(shape), "z_dim": z_dim, "width": width, "levels": levels, "gamma": gamma,
             **penalties,
@@ -100,9 +100,10 @@ class VAEGAN(Adversarial):
         with torch.no_grad():
             codes = self._drawn(x, seed)[0], self.latent(len(x), seed)
             fakes = [self.noisy(self.fake(code), seed, FAKE, step) for code in codes]
-        real = self.judged(self.noisy(check_images(x, self.x_shape), seed, REAL, step))
-        game = OBJECTIVES[self.objective]
-        return 0.5 * sum(game.D(real, self.judged(fake)).mean() for fake in fakes)
+        real = self.noisy(check_images(x, self.x_shape), seed, REAL, step)
+        judged, game = self.judged(real), OBJECTIVES[self.objective]
+        loss = 0.5 * sum(game.D(judged, self.judged(fake)).mean() for fake in fakes)
+        return loss + self.penalties(real, fakes, seed)
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from genfast.ops import _check, _noise
 from genfast.ops._backend import has_kernels, kernels, under
 from genfast.ops._choice import ATTENTION_BY_TORCH, ATTENTION_CALLS
+from genfast.ops._common import AUTOCAST, full_precision
 from genfast.ops._force import forced_reference, get_backend, may_compose
 from genfast.ops._road import (
     DIRECT,
@@ -43,7 +44,6 @@ ALIGN = {"top_left": False, "bottom_right": True}
 MAX_HEAD_DIM = 512  # of the kernels; wider heads run on the reference
 TRITON_HEAD_BYTES = 1024  # of the Triton kernels: fp32 heads up to 256
 _FLOAT = torch.float32
-_AUTOCAST = ("cpu", "cuda")
 _MASKS = (torch.bool, *_check.FLOATS)
 _BOUNDLESS = 2**62  # from here on a window is none: a position and it would not fit 64 bits
 _DECODE, _FORWARD, _TRAINING = map(ATTENTION_CALLS.index, ("decode", "forward", "training"))
@@ -178,6 +178,7 @@ def _keep(shape, options: Options, device) -> Tensor | None:
     return words.bitwise_xor(-(2**31)) >= reference.dropout_threshold(options.dropout_p) - 2**31
 
 
+@full_precision
 def _composite(q, k, v, mask, alibi, sinks, packed, options):
     wide = max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM
     lacks = f"a head wider than {MAX_HEAD_DIM}" if wide else None
@@ -625,7 +626,7 @@ def autocasting(q: Tensor) -> bool:
     if not torch._C._is_any_autocast_enabled():  # 0.05 us; asking for the device's takes 0.4
         return False
     device = q.device.type
-    return device in _AUTOCAST and torch.is_autocast_enabled(device)
+    return device in AUTOCAST and torch.is_autocast_enabled(device)
 
 
 def attention(

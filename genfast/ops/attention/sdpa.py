@@ -160,6 +160,7 @@ def scaled_dot_product_attention(
         and isinstance(key, Tensor)
         and isinstance(value, Tensor)
         and query.dim() == key.dim() == value.dim() == 4
+        and not (query.is_nested or key.is_nested or value.is_nested)  # they have no shape
     )
     if plain:
         if autocasting(query):

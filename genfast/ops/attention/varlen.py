@@ -102,6 +102,9 @@ def attention_varlen(
     _check.same_device(q=q, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     max_q = _longest("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
     max_k = _longest("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
+    if dropout_p:  # the noise is counted by them: not by what some roads cannot read
+        max_q = q.shape[0] if max_seqlen_q is None else max_q
+        max_k = k.shape[0] if max_seqlen_k is None else max_k
     if autocasting(q):
         q, k, v = lower_precision(q, k, v)
     left, right = windows(causal, window)

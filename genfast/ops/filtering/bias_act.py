@@ -313,12 +313,12 @@ def _strength(strength, device, kept: bool = True) -> Tensor | None:
     if kept and strength == 1 and device.type == "cpu":
         if device not in _ONE:
             with torch.inference_mode(False), torch.no_grad():
-                one = torch.ones((), device=device)
+                one = torch.ones((), dtype=torch.float32, device=device)
             if not readable(one):
                 return one  # of a mode or transform: it would outlive them
             _ONE[device] = one
         return _ONE[device]
-    return torch.full((), float(strength), device=device)
+    return torch.full((), float(strength), dtype=torch.float32, device=device)
 
 
 def _noise_layout(noise: Tensor, x: Tensor, dim: int) -> Tensor:

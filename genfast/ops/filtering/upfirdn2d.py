@@ -13,7 +13,7 @@ from torch import Tensor
 
 from genfast.ops import _check
 from genfast.ops._backend import kernels, under
-from genfast.ops._common import on_kernel, wide_dtype
+from genfast.ops._common import full_precision, on_kernel, wide_dtype
 from genfast.ops._force import forced_reference, may_compose
 from genfast.ops._road import (
     DIRECT,
@@ -59,6 +59,7 @@ def _native(x, f, up, down, padding, flip, gain):
     return None
 
 
+@full_precision
 def _composite(x, f, up, down, padding, flip, gain):
     may_compose("upfirdn2d", x, lacks="a gradient by f" if f.requires_grad else None)
     wide = wide_dtype(x)
@@ -251,7 +252,7 @@ def _slow(x, f, up, down, padding, flip_filter, gain):
         raise TypeError(f"gain: expected a number, got {_check.describe(gain)}; pass gain.item()")
     _check.number("gain", gain)
     if f is None:
-        f = torch.ones(1, 1, device=x.device)
+        f = torch.ones(1, 1, dtype=torch.float32, device=x.device)
     _check_filter(f)
     _check.same_device(x=x, f=f)
     shape = _out_shape(x, f, up, down, padding)

@@ -343,9 +343,12 @@ def gaussian_kl(
     code = REDUCTIONS[reduction]
     given = mu is not None and logvar is not None
     if given and not is_compiling() and gate(mu, logvar) == DIRECT:
-        found = _forward(mu, logvar, 0, None, 0, 0, 0, KL, code, want_y=False)
-        if found is not None:
-            return found[1]
+        try:
+            found = _forward(mu, logvar, 0, None, 0, 0, 0, KL, code, want_y=False)
+            if found is not None:
+                return found[1]
+        except RuntimeError:
+            pass  # the checks below name the argument
     return _sample(mu, logvar, 0, 0, 0, None, 0, KL, code)[1]
 
 

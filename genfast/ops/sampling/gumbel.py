@@ -173,7 +173,8 @@ def _tau_tensor(tau: float) -> Tensor:
         if len(_TAU_CACHE) >= 64:  # an annealed temperature: keep the dictionary small
             _TAU_CACHE.clear()
         with torch.inference_mode(False), torch.no_grad():
-            found = _TAU_CACHE[tau] = torch.tensor(min(tau, _TAU_MAX), device="cpu")
+            tau32 = torch.tensor(min(tau, _TAU_MAX), dtype=torch.float32, device="cpu")
+            found = _TAU_CACHE[tau] = tau32
     return found
 
 

@@ -153,10 +153,15 @@ def _filter_tensor(name, value, low, high, logits, rows):
         _check.same_device(logits=logits, **{name: value})
         if readable(value):
             fits = (value >= low) & (value <= high)  # false for NaN; no sync on a CPU
+            finite = "finite " if name == "temperature" else ""  # -inf over inf is NaN
+            if finite:
+                fits &= value.isfinite()
             if not bool(fits.all()):
                 raise ValueError(
-                    f"{name}: expected numbers in [{low}, {high}], got {value.tolist()}"
+                    f"{name}: expected {finite}numbers in [{low}, {high}], got {value.tolist()}"
                 )
+        if name != "top_k":
+            value = value.clamp(max=_MOST)
         return value.reshape(-1).to(dtype).contiguous()
     if name == "top_k":
         _check.integer(name, value, low=low, high=2**63 - 1)

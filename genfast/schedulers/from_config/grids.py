@@ -89,24 +89,38 @@ def by_sigma(c, steps, schedule, o, **kw):
             sigma_max=c.get("sigma_max"),
             **kw,
         )
-    if c.get("timestep_type") == "continuous" and c["prediction_type"] == "v_prediction":
-        s = grid.sigmas[:-1]
-        grid = SigmaGrid(
-            0.25 * np.log(s), grid.sigmas, table=grid.table, init_noise_sigma=grid.init_noise_sigma
-        )
-    return grid
+    return _continuous(grid.sigmas, grid) if _times_are_sigmas(c) else grid
 
 
-def ends_in_table(c, o):
-    """Euler's N + 1 log-linear sigmas, kept as they are: the last step goes to the smallest of
-    training, and the final sigma of the config, one more in the peer's list, is never reached.
-    """
+def _times_are_sigmas(c):
+    return c.get("timestep_type") == "continuous" and c["prediction_type"] == "v_prediction"
+
+
+def _continuous(sigmas, grid):
+    return SigmaGrid(
+        0.25 * np.log(sigmas[:-1]), sigmas, table=grid.table, init_noise_sigma=grid.init_noise_sigma
+    )
+
+
+def _log_linear(c, o):
+    """Euler's N + 1 log-linear sigmas, kept as they are."""
     return c["interpolation_type"] == "log_linear" and kind_of(c) is None and "sigmas" not in o
 
 
+def ends_in_table(c, o):
+    """The last step goes to the smallest sigma of training, and the final one of the config, one
+    more in the peer's list, is never reached: a timestep is missing for it.
+    """
+    return _log_linear(c, o) and not _times_are_sigmas(c)
+
+
 def euler(c, steps, schedule, o):
-    final = "sigma_min" if ends_in_table(c, o) else c["final_sigmas_type"]
-    return by_sigma(c, steps, schedule, o, interpolation=c["interpolation_type"], final=final)
+    final = "sigma_min" if _log_linear(c, o) else c["final_sigmas_type"]
+    grid = by_sigma(c, steps, schedule, o, interpolation=c["interpolation_type"], final=final)
+    if _log_linear(c, o) and not ends_in_table(c, o) and "grid" not in o:  # N + 1 steps
+        end = 0.0 if c["final_sigmas_type"] == "zero" else grid.sigmas[-1]
+        return _continuous(np.append(grid.sigmas, end), grid)
+    return grid
 
 
 def by_lambda(c, steps, schedule, o, *, final=None, round_t=True, floor_t=True, spacing=None):

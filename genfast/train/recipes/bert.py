@@ -27,6 +27,9 @@ class BERTRecipe(TextRecipe):
     def loss(self, model: BERT, batch: Batch, seeds: Tensor) -> Tensor:
         return model.loss(batch[0][:, :-1], text.MASK, seeds)
 
+    def terms(self, batch: Batch, seeds: Tensor) -> int:
+        return int(mask_tokens(batch[0][:, :-1], text.MASK, seeds, text.BYTES)[1].sum())
+
     @torch.no_grad()
     def sample(self, model: BERT, about, count, seed, start, options) -> list[str]:
         """The prompt with the likeliest byte for every underscore: the same for every sample."""

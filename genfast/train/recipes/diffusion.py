@@ -89,6 +89,11 @@ class DiffusionRecipe(ImageRecipe):
         y = labels_of(o["label"], model.classes, count)
         more = {"plan": plan, "y": y, "guidance": o["guidance"], **self.guide(about, o)}
         if model.task == "generate":
+            if o["given"]:
+                raise ValueError(
+                    "--given: expected a model of --task inpaint or super-resolution, got one that "
+                    "draws whole images"
+                )
             return model.sample(count, seed, start, **more)
         test = self.load(o["given"] or about["data"], {}).test
         x, labels = test[torch.arange(start, start + count) % len(test)]
@@ -103,8 +108,12 @@ class DiffusionRecipe(ImageRecipe):
     def guide(self, about: dict, options: dict) -> dict:
         """Arguments of `Diffusion.sample` that make a CLIP guide it; none without --clip."""
         if not options["clip"]:
-            if options["prompt"]:
-                raise ValueError("--prompt: expected --clip DIR beside it, the clip that reads it")
+            for name, use in (("prompt", "reads it"), ("clip_scale", "guides")):
+                if options[name] != self.sample_options[name].default:
+                    raise ValueError(
+                        f"--{name.replace('_', '-')}: expected --clip DIR beside it, the clip that "
+                        f"{use}"
+                    )
             return {}
         ids = captions.wanted(options["prompt"], about.get("captions", about.get("data", "")))
         clip = part("--clip", options["clip"], {"clip": CLIP})

@@ -40,6 +40,9 @@ class T5Recipe(TextRecipe):
     def loss(self, model: T5, batch: Batch, seeds: Tensor) -> Tensor:
         return model.loss(*batch)
 
+    def terms(self, batch: Batch, seeds: Tensor) -> int:
+        return int((batch[1] != text.PAD).sum())
+
     def _answer(self, model: T5, ids: Tensor, options: dict) -> list[str]:
         options = {k: v for k, v in options.items() if k != "prompt"}
         return [text.decode(y.tolist()) for y in model.generate(ids, **options)]
