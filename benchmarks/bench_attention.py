@@ -69,6 +69,12 @@ def _sdpa_by(name, *tensors, **options):
             switch(True)
 
 
+def _as_rows(q, k, v):
+    """One query of grouped heads, those of a group as its rows: enable_gqa repeats k and v."""
+    rows = q.view(*k.shape[:2], -1, q.shape[-1])
+    return F.scaled_dot_product_attention(rows, k, v).view(q.shape)
+
+
 def _fused_rivals(leaves, grad, options):
     """PyTorch's fused kernels by name, those that take these tensors."""
     found = {}
@@ -106,6 +112,7 @@ def _dense(B, Hq, Hkv, Sq, Sk, D, dtype, causal, backward, device):
         ours=_step(ours, (q, k, v), grad),
         rivals={
             "F.sdpa": _step(rival, (q, k, v), grad),
+            **({"rows": partial(_as_rows, q, k, v)} if Sq == 1 and Hq != Hkv else {}),
             **_fused_rivals((q, k, v), grad, options),
         },
         proof=proof,
@@ -138,7 +145,8 @@ LENGTHS = (37, 512, 128, 300, 64, 211, 400, 90)
 
 
 def _varlen(backward, dtype, device):
-    """Eight sequences of 37 to 512 tokens: packed, against a loop and against padding + mask."""
+    """Eight sequences of 37 to 512 tokens: packed, against a loop and against tensors that were
+    padded before, with a mask."""
     H, D, total = 8, 64, sum(LENGTHS)
     q, k, v = (_randn(i, (total, H, D), dtype, device) for i in range(3))
     grad = _randn(3, (total, H, D), dtype, device) if backward else None
@@ -156,19 +164,21 @@ def _varlen(backward, dtype, device):
 
     seen = torch.arange(max(LENGTHS), device=device) < torch.tensor(LENGTHS, device=device)[:, None]
 
-    def padded(q, k, v):
-        wide = (
-            torch.nn.utils.rnn.pad_sequence(x.split(LENGTHS), batch_first=True).transpose(1, 2)
-            for x in (q, k, v)
-        )
-        return F.scaled_dot_product_attention(*wide, seen[:, None, None]).transpose(1, 2)[seen]
+    def pad(x):
+        rows = torch.nn.utils.rnn.pad_sequence(x.split(LENGTHS), batch_first=True)
+        return rows.transpose(1, 2).contiguous()
+
+    padded = partial(F.scaled_dot_product_attention, attn_mask=seen[:, None, None])
+    wide, wide_grad = [pad(x) for x in (q, k, v)], None if grad is None else pad(grad)
+    rows = padded(*wide).transpose(1, 2)[seen]
+    torch.testing.assert_close(rows, ours(q, k, v), rtol=2e-2, atol=2e-2)
 
     def truth(q, k, v):
         return reference.attention_varlen(q, k, v, cu, cu)[0]
 
     return Work(
         ours=_step(ours, (q, k, v), grad),
-        rivals={"F.sdpa": _step(loop, (q, k, v), grad), "padded": _step(padded, (q, k, v), grad)},
+        rivals={"F.sdpa": _step(loop, (q, k, v), grad), "padded": _step(padded, wide, wide_grad)},
         proof=lambda: _prove(ours, loop, (q, k, v), truth, grad),
     )
 
@@ -266,12 +276,19 @@ def _append(B, Hq, Hkv, S, D, dtype, device):
         caches[1][:, :, S - 1 : S] = v
         return F.scaled_dot_product_attention(q, *caches, enable_gqa=Hq != Hkv)
 
+    def by_rows():
+        caches[0][:, :, S - 1 : S] = k
+        caches[1][:, :, S - 1 : S] = v
+        return _as_rows(q, *caches)
+
     def proof():
         wide = [x.double() for x in (q, k, v)]
         truth = rival(*wide, [x.double() for x in caches])
         assert_judged("out", ours(), rival(), truth)
+        torch.testing.assert_close(by_rows(), rival(), rtol=2e-2, atol=2e-2)
 
-    return Work(ours=ours, rivals={"F.sdpa": rival}, proof=proof)
+    grouped = {"rows": by_rows} if Hq != Hkv else {}
+    return Work(ours=ours, rivals={"F.sdpa": rival, **grouped}, proof=proof)
 
 
 def _append_case(B, Hq, Hkv, S, D, dtype, target):

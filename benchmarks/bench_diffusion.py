@@ -40,15 +40,24 @@ SOLVERS = {
 }
 
 
-def _eager_row(plan, x, m, history, z):
-    """The row as a sum of scaled tensors, the least that PyTorch code can do."""
-    c = torch.tensor(plan.table_on("cpu", torch.float64)[ROW, 6:16].tolist()).tolist()
-    row = plan.table[ROW]
+def _row_of(plan):
+    """Its numbers: those of x0 and its clamp, and the weights of the sources."""
+    c = plan.table_on("cpu", torch.float64)[ROW, 6:16].float().tolist()
+    return [float(v) for v in plan.table[ROW][:3]], c
+
+
+def _eager_row(numbers, x, m, history, z):
+    """The row as PyTorch code that knows its numbers: a product, then one pass for each source."""
+    (a, b, most), c = numbers
     x0 = None
     if c[2]:
-        x0 = (row[0] * x + row[1] * m).clamp(-row[2], row[2])
+        x0 = (a * x).add_(m, alpha=b).clamp_(-most, most)
     sources = [x, m, x0, *history, *[None] * (6 - len(history)), z]
-    return sum(w * s for w, s in zip(c, sources, strict=True) if w)
+    (first, s), *others = [(w, s) for w, s in zip(c, sources, strict=True) if w]
+    out = first * s
+    for w, s in others:
+        out.add_(s, alpha=w)
+    return out
 
 
 def _peer(module, name, m, x):
@@ -90,19 +99,21 @@ def _solver(name, shape, dtype, device):
     plan = make(STEPS)
     x, m, z, *history = _inputs(3 + plan.slots, shape, device, dtype)
     state = S.SolverState(x, history, ROW)
-    noisy = plan.needs_noise(ROW)
+    noisy, numbers = plan.needs_noise(ROW), _row_of(plan)
 
     def proof():
         got = S.step(plan, state, m, seed=SEED).x
         small = slice(0, 1)
         eps = noise.random(shape, "normal", SEED, stream=ROW).to(device)[small]
         args = lambda kind: (  # noqa: E731
-            plan, x[small].to(kind), m[small].to(kind), [h[small].to(kind) for h in history],
+            numbers, x[small].to(kind), m[small].to(kind), [h[small].to(kind) for h in history],
             eps.to(kind),
         )  # fmt: skip
         assert_judged(name, got[small], _eager_row(*args(dtype)), _eager_row(*args(torch.float64)))
 
-    rivals = {"eager": lambda: _eager_row(plan, x, m, history, torch.randn_like(x) if noisy else z)}
+    rivals = {
+        "eager": lambda: _eager_row(numbers, x, m, history, torch.randn_like(x) if noisy else z)
+    }
     late = {}
     if importlib.util.find_spec("diffusers"):
         rivals["diffusers"] = _diffusers_peer(peer, m, x)

@@ -1,11 +1,11 @@
 """hybrid: a training step of each hybrid's model, and what is drawn from it, on genfast's ops
 against the same module on plain PyTorch, in one run.
 
-Rivals: `reference`, the same module under genfast.backend("reference"), and `compile`, that module
-through torch.compile. A training step is forward and backward, gradients of all weights that are
-trained. The sizes are those of the recipes. Of CLIP and the autoencoder nearly all is convolutions
-and matrix products, the same code for all three: there 1.0x within the noise is what there is to
-have, and less is a loss.
+Rivals: `reference`, the same module under genfast.backend("reference") with PyTorch's own
+attention, and `compile`, that module through torch.compile. A training step is forward and
+backward, gradients of all weights that are trained. The sizes are those of the recipes. Of CLIP and
+the autoencoder nearly all is convolutions and matrix products, the same code for all three: there
+1.0x within the noise is what there is to have, and less is a loss.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """models: a training step and a sampling step on genfast's ops against the same module on plain
 PyTorch, in one run.
 
-Rivals: `reference`, the same module under genfast.backend("reference"), and `compile`, that module
-through torch.compile. A training step is forward and backward, gradients of all parameters; a
-sampling step is all that a tile of images costs, over the rows of its plan.
+Rivals: `reference`, the same module under genfast.backend("reference") with PyTorch's own
+attention, and `compile`, that module through torch.compile; of the VAE, whose steps are so short
+that asking for the backend would count, the same weights in PyTorch's own words. A training step is
+forward and backward, gradients of all parameters; a sampling step is all that a tile of images
+costs, over the rows of its plan.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Callable
 from functools import cache, partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import genfast
@@ -19,14 +22,39 @@ from genfast.benchmarks.harness import Case, Work, assert_judged
 from genfast.models import VAE, ConvVAE, Diffusion
 from genfast.models._seeds import sample_seeds
 from genfast.models.diffusion import TILE
+from genfast.reference import attention as reference
 
 SEED = 1234
 
 
+def _by_sdpa(q, k, v, *, mask=None, offset=0, keep=None, window=(-1, -1), scale=None, **options):
+    """`reference.attention`, which is written to be read, as PyTorch's users call theirs."""
+    given = {name for name, value in options.items() if value is not None and value != 0}
+    causal = window[1] == 0
+    if given or keep is not None or window[0] != -1 or window[1] > 0 or (offset and causal):
+        raise ValueError(f"attention: expected what F.sdpa has, got {window}, {offset}, {given}")
+    if causal and mask is not None:
+        seen = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+        mask = mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -torch.inf)
+        causal = False
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
+    return out, None
+
+
 def on_reference(call: Callable) -> Callable:
+    """The call on plain PyTorch."""
+
     def run(*args):
-        with genfast.backend("reference"):
-            return call(*args)
+        written = reference.attention
+        reference.attention = _by_sdpa
+        try:
+            with genfast.backend("reference"):
+                return call(*args)
+        finally:
+            reference.attention = written
 
     return run
 
@@ -86,6 +114,39 @@ def _training(build, labels, B, device) -> Work:
     )
 
 
+def _plain_vae(model: VAE, x: Tensor) -> Tensor:
+    """`VAE.loss` in PyTorch's own words."""
+    h = F.relu(F.linear(x, model.fc1.weight, model.fc1.bias))
+    mu, logvar = (F.linear(h, fc.weight, fc.bias) for fc in (model.fc21, model.fc22))
+    z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
+    kl = -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum()
+    nll = F.binary_cross_entropy_with_logits(_plain_decode(model, z), x, reduction="sum")
+    return (nll + kl) / len(x)
+
+
+def _plain_decode(model: VAE, z: Tensor) -> Tensor:
+    h = F.relu(F.linear(z, model.fc3.weight, model.fc3.bias))
+    return F.linear(h, model.fc4.weight, model.fc4.bias)
+
+
+def _vae_training(B, device) -> Work:
+    work, model = _training(VAE, False, B, device), fresh(VAE, device)
+    x = genfast.rand(B, 1, 28, 28, seed=SEED, device=device).flatten(1)
+
+    def step(loss):
+        value = loss(model, x)
+        return [value, *torch.autograd.grad(value, list(model.parameters()))]
+
+    compiled = torch.compile(_plain_vae, dynamic=False)
+    torch.testing.assert_close(step(_plain_vae)[0], work.ours()[0], rtol=1e-2, atol=0)
+    return Work(
+        ours=work.ours,
+        rivals={"eager": partial(step, _plain_vae)},
+        late={"compile": lambda: partial(step, compiled)},
+        proof=work.proof,
+    )
+
+
 def _sampling(build, steps, guidance, device) -> Work:
     model = fresh(build, device).eval()
     plan = model.plan("dpm-solver++", steps)
@@ -107,21 +168,20 @@ def _sampling(build, steps, guidance, device) -> Work:
     )
 
 
-def _vae_sampling(build, device) -> Work:
-    model = fresh(build, device).eval()
-    draw = partial(model.sample, 64, SEED)
-    compiled = torch.compile(model.decode, dynamic=False)
-    with torch.no_grad():
-        return Work(
-            ours=draw,
-            rivals={"reference": on_reference(draw)},
-            late={
-                "compile": lambda: on_reference(
-                    torch.no_grad()(lambda: torch.sigmoid(compiled(model.prior(64, SEED))))
-                )
-            },
-            proof=lambda: prove(model, lambda m: [m.sample(3, SEED)]),
-        )
+def _vae_sampling(device) -> Work:
+    model = fresh(VAE, device).eval()
+
+    @torch.no_grad()
+    def plain(decode):
+        return torch.sigmoid(decode(model, torch.randn(64, model.z_dim, device=device)))
+
+    compiled = torch.compile(_plain_decode, dynamic=False)
+    return Work(
+        ours=partial(model.sample, 64, SEED),
+        rivals={"eager": partial(plain, _plain_decode)},
+        late={"compile": lambda: partial(plain, compiled)},
+        proof=lambda: prove(model, lambda m: [m.sample(3, SEED)]),
+    )
 
 
 def _unet():
@@ -164,11 +224,15 @@ def _draw(name, build, steps, guidance):
 
 
 CASES = [
-    _train("vae", VAE, 128, 1.5),
-    _train("conv-vae", ConvVAE, 128, 1.0),
     Case(
-        "models", "vae sample", (64, 784), partial(_vae_sampling, VAE), flops=32 * _flops(VAE)
-    ),  # fmt: skip
+        "models",
+        "vae train",
+        (128, 1, 28, 28),
+        partial(_vae_training, 128),
+        flops=3 * 128 * _flops(VAE),
+    ),
+    _train("conv-vae", ConvVAE, 128, 1.0),
+    Case("models", "vae sample", (64, 784), _vae_sampling, flops=32 * _flops(VAE)),  # fmt: skip
     _train("diffusion", _unet, 32, 1.0, labels=True),
     _train("diffusion attending", _attending, 32, 1.0, labels=True),
     _draw("diffusion", _unet, 4, 2.0),

@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <initializer_list>
+#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -114,6 +115,8 @@ inline void set_python_error() {
     error.restore();
   } catch (const py::builtin_exception& error) {
     error.set_error();
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
   }

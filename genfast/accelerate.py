@@ -83,8 +83,29 @@ def _swap_transformers(model) -> list[Undo]:
         return []
     door.register()
     model.set_attn_implementation(wanted)
-    seen = weakref.ref(model)
-    return [lambda: seen().set_attn_implementation(before)]
+    return [partial(_put_back, weakref.ref(model), before)]
+
+
+def _put_back(seen, before) -> None:
+    """The implementations of `_implementations`. Of a part without a module of its own it may be
+    None, which `set_attn_implementation` refuses."""
+
+    def known(found):
+        if not isinstance(found, dict):
+            return found
+        return {name: known(one) for name, one in found.items() if one is not None}
+
+    def forget(config, found):
+        for name, one in found.items() if isinstance(found, dict) else ():
+            part = getattr(config, name) if name else config
+            if one is None:
+                part._attn_implementation_internal = None
+            elif name:
+                forget(part, one)
+
+    model = seen()
+    model.set_attn_implementation(known(before))
+    forget(model.config, before)
 
 
 def _swap_functional(model) -> list[Undo]:
@@ -200,6 +221,12 @@ def restore(model: Model) -> Model:
         raise TypeError(
             f"model: expected what `genfast.accelerate` takes, got {type(model).__name__}"
         )
+    errors = []
     for undo in reversed(_undo.pop(model, [])):
-        undo()
+        try:
+            undo()
+        except Exception as error:  # the others are undone all the same
+            errors.append(error)
+    if errors:
+        raise errors[0]
     return model

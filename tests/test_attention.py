@@ -581,11 +581,11 @@ def test_autocast():
     torch.testing.assert_close(by_kernel, composed, rtol=8e-3, atol=4e-3)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1, 64), (1, 8, 1, 64), (1, 1, 1, 1), (1, 1, 512, 1)])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 64), (1, 8, 1, 64), (1, 1, 512, 64)])
 def test_gradient_of_a_mask_that_many_rows_share(shape):
     """Their sums are as exact as PyTorch's."""
     q, k, v = inputs(8, 8, 8, 512, 64, 64)
-    mask, g = R(*shape, seed=4), R(8, 8, 512, 64, seed=5)
+    mask, g = R(*shape), R(8, 8, 512, 64)
 
     def gradient(dtype, call):
         m = mask.to(dtype).requires_grad_()

@@ -1,6 +1,7 @@
 """attn_implementation="genfast" in Hugging Face transformers, on real and on random weights."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,14 @@ def test_what_the_kernels_would_not_see_is_refused():
     model = transformers.MPNetModel._from_config(config, attn_implementation="genfast")
     with pytest.raises(ValueError, match="got a mpnet; load it with attn_implementation='eager'"):
         model(**batch())
+    with pytest.raises(ValueError, match="got a trocr; load it with attn_implementation='eager'"):
+        # A part's config, which no table of whole models knows.
+        config = transformers.TrOCRConfig(
+            vocab_size=97, d_model=32, decoder_layers=1, decoder_attention_heads=4,
+            decoder_ffn_dim=48,
+        )  # fmt: skip
+        model = transformers.TrOCRForCausalLM._from_config(config, attn_implementation="genfast")
+        model(input_ids=batch()["input_ids"])
     q = torch.zeros(1, 2, 3, 8)
     with pytest.raises(ValueError, match="sinks: expected one a head"):
         door.genfast_attention_forward(None, q, q, q, None, sinks=torch.zeros(1, 2, 3, 1))
@@ -244,6 +253,28 @@ def test_attention_weights_are_not_lost():
     genfast.accelerate(genfast.restore(model))
     with pytest.warns(UserWarning, match="output_attentions: .*eager"):
         model(**inputs, output_attentions=True)
+
+
+def test_restore_of_parts_without_a_choice_and_past_an_error():
+    """transformers refuses None for a part that no module was made of."""
+    shared = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    shared["num_attention_heads"] = 4
+    config = transformers.CLIPConfig(
+        text_config={**shared, "vocab_size": 97},
+        vision_config={**shared, "image_size": 32, "patch_size": 8},
+    )
+    model = transformers.CLIPModel(config)
+    config.text_config._attn_implementation_internal = None
+    genfast.accelerate(model)
+    genfast.restore(model)
+    assert config.text_config._attn_implementation is None
+    linear = torch.nn.Linear(4, 4)
+    model = torch.nn.Sequential(linear)
+    genfast.accelerate(model)
+    sys.modules["genfast.accelerate"]._undo[model].append(lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        genfast.restore(model)
+    assert type(linear) is torch.nn.Linear
 
 
 def test_accelerate_keeps_each_parts_choice():

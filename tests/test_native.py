@@ -466,3 +466,31 @@ def test_errors_name_the_argument(call, error, words):
     assert type(caught.value) in (TypeError, ValueError)
     for word in words:
         assert word in str(caught.value), str(caught.value)
+
+
+_NO_MEMORY = """
+import resource
+import torch
+import genfast
+torch.set_num_threads(2)
+x = torch.zeros(2, 30_000_000)
+genfast.sample_categorical(x[:, :1000].contiguous(), seed=1)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 60_000_000, resource.RLIM_INFINITY))
+try:
+    genfast.sample_categorical(x, seed=1)
+except MemoryError:
+    print("MemoryError")
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+print(torch.ones(1 << 20).sum().item(), genfast.sample_categorical(torch.eye(64) * 99, seed=1).sum())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS")
+def test_a_thread_without_memory_raises_and_leaves_the_process_whole():
+    """Left to itself the exception ended the process, or the team of threads went on with a stack
+    that was gone."""
+    for _ in range(3):
+        found = subprocess.run([sys.executable, "-c", _NO_MEMORY], capture_output=True, text=True)
+        assert found.returncode == 0, found.stderr[-2000:]
+        assert found.stdout.split() == ["MemoryError", "1048576.0", "tensor(2016)"]

@@ -113,7 +113,7 @@ inline auto store_rows(float* to, int64_t ld, bool add = false) {
 #pragma GCC unroll 16
     for (auto& row : acc) {
 #pragma GCC unroll 4
-      for (size_t n = 0; n < sizeof(row) / sizeof(f32v); ++n)
+      for (int n = 0; n < static_cast<int>(sizeof(row) / sizeof(f32v)); ++n)
         store(at + n * W, add ? row[n] + load(at + n * W) : row[n]);
       at += ld;
     }

@@ -5,7 +5,9 @@
 #include <sys/mman.h>
 
 #include <condition_variable>
+#include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -17,12 +19,19 @@ struct Job {
   int64_t tasks;
   void (*body)(void*, int64_t);
   void* context;
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;  // the first; it may leave neither runtime's threads
 
   Job(int64_t n, void (*b)(void*, int64_t), void* c) : tasks(n), body(b), context(c) {}
   static void work(void* self) {
     Job& job = *static_cast<Job*>(self);
-    for (int64_t i; (i = job.next.fetch_add(1, std::memory_order_relaxed)) < job.tasks;)
-      job.body(job.context, i);
+    try {
+      for (int64_t i; (i = job.next.fetch_add(1, std::memory_order_relaxed)) < job.tasks;)
+        job.body(job.context, i);
+    } catch (...) {
+      if (!job.failed.exchange(true)) job.error = std::current_exception();
+      job.next.store(job.tasks, std::memory_order_relaxed);  // the rest is not begun
+    }
   }
 };
 
@@ -46,8 +55,12 @@ class Pool {
   void run(Job& job, int threads) {
     std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
     if (!turn.owns_lock()) return Job::work(&job);  // busy with another caller: do it alone
-    while (static_cast<int>(workers_.size()) < threads - 1)
-      workers_.emplace_back([this, generation = generation_] { loop(generation); });
+    try {
+      while (static_cast<int>(workers_.size()) < threads - 1)
+        workers_.emplace_back([this, generation = generation_] { loop(generation); });
+    } catch (const std::system_error&) {  // no more threads to be had
+      threads = static_cast<int>(workers_.size()) + 1;
+    }
     {
       std::lock_guard<std::mutex> guard(mutex_);
       job_ = &job;
@@ -116,11 +129,13 @@ void run_tasks(int64_t tasks, int threads, void (*body)(void*, int64_t), void* c
   if (threads <= 0) threads = static_cast<int>(std::thread::hardware_concurrency());
   if (threads > tasks) threads = static_cast<int>(tasks);
   Job job(tasks, body, context);
-  if (threads <= 1) return Job::work(&job);
-  if (GompParallel parallel = gomp())
+  if (threads <= 1)
+    Job::work(&job);
+  else if (GompParallel parallel = gomp())
     parallel(&Job::work, &job, static_cast<unsigned>(threads), 0);
   else
     pool().run(job, threads);
+  if (job.error) std::rethrow_exception(job.error);
 }
 
 const char* thread_runtime() { return gomp() != nullptr ? "gomp" : "std::thread"; }

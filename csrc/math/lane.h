@@ -256,6 +256,17 @@ GENFAST_FN float horizontal_max(f32v v) {
   return m;
 }
 
+// The compiler does not go back to the memory that x came from.
+GENFAST_FN void keep_in_register(f32v& x) {
+#if defined(__aarch64__)
+  __asm__("" : "+w"(x));
+#elif defined(__SSE2__)
+  __asm__("" : "+v"(x));
+#else
+  (void)x;
+#endif
+}
+
 GENFAST_FN float horizontal_sum(f32v v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)v);

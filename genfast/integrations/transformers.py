@@ -8,14 +8,16 @@ Masks are built by transformers' own builders: its sdpa's (bool, or none where t
 causal or bidirectional), and for models that it does not run on "sdpa" (PegasusX, Git) its eager
 one's, added to the scores. Grouped heads, softcap and attention sinks go to the kernel as they are:
 keys and values are never repeated. A model that does not call transformers' attention interface
-(Bloom, MPNet) raises ValueError at its first mask, one that looks its name up in a table of its own
-(GPT-J, Sam) KeyError when it is made: transformers itself asks no name but its own, so a few that
-build their masks themselves (XLNet, WavLM) run their own attention.
+(Bloom, MPNet, TrOCR) raises ValueError at its first mask, one that looks its name up in a table of
+its own (GPT-J, Sam) KeyError when it is made: transformers itself asks no name but its own, so a
+few that build their masks themselves (XLNet, WavLM) run their own attention. Packed sequences are
+told apart by `position_ids` with use_cache=False, as on "sdpa"; cu_seq_lens alone are not read.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 
 import torch
@@ -114,22 +116,35 @@ def genfast_attention_forward(
 LIKE_SDPA = ("gemma2", "gpt_oss")
 
 
+def _classes_of(config: type) -> tuple[list[type], bool]:
+    """The model classes of a config, and whether it is a whole model's. Those of a part, and those
+    whose name transformers does not export, are found where they are defined: beside the config."""
+    from transformers import PreTrainedModel
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    try:
+        found = MODEL_MAPPING[config]
+        return list(found) if isinstance(found, tuple) else [found], True
+    except (KeyError, ValueError):
+        beside = config.__module__.rpartition(".")[0] + ".modeling_"
+    modules = [m for name, m in list(sys.modules.items()) if name.startswith(beside)]
+    found = [c for m in modules for c in vars(m).values() if isinstance(c, type)]
+    models = [c for c in found if issubclass(c, PreTrainedModel) and c.config_class is config]
+    return [c for c in models if c.__module__.startswith(beside)], False
+
+
 @functools.cache
 def _look_up(config: type) -> str | None:
     """Which masks the model class of a config wants: "sdpa", which leaves one out where causal from
     the top left or plainly bidirectional says it all; "whole", the same but always a mask, of a
     part of a model and of code that is not theirs; "eager". None: it does not call the interface.
     """
-    from transformers.models.auto.modeling_auto import MODEL_MAPPING
-
-    try:
-        found = MODEL_MAPPING[config]
-    except KeyError:
-        return "whole"
-    classes = found if isinstance(found, tuple) else (found,)
-    classes = [c for c in classes if getattr(c, "_can_set_attn_implementation", bool)()]
-    if not classes:
+    known, whole = _classes_of(config)
+    classes = [c for c in known if getattr(c, "_can_set_attn_implementation", bool)()]
+    if not classes and (known or whole):
         return None
+    if not whole:
+        return "whole"
     if config.model_type in LIKE_SDPA or any(c._supports_sdpa for c in classes):
         return "sdpa"
     # Their modules do not say whether they are causal, or add the mask to scores of their own.

@@ -294,6 +294,8 @@ def test_refusals(kernels, device):
     assert not forward(q, q, q, out[..., :8], *tail)
     assert not forward(q, q, q, out, None, q[..., 0], *tail[2:])
     assert forward(q[:0], q[:0], q[:0], out[:0], *tail)
+    wide = q[:, :1, :1].expand(1, 64, 2**25, 16)  # rows of a group beyond int32
+    assert not forward(wide, q[:, :1], q[:, :1], wide, *tail)
 
 
 def test_public_functions_reach_the_kernels(device, monkeypatch):

@@ -144,7 +144,7 @@ GENFAST_INLINE void dot_block(const float* q, int64_t ldq, const char* const* ke
           f32v x = load(q + r * ldq + d + c * W);
           // In a register: gcc would load it for each product, and ten loads take longer than eight
           // products (25 ns a key and thread instead of 22).
-          if constexpr (P > 1) __asm__("" : "+v"(x));
+          if constexpr (P > 1) keep_in_register(x);
 #pragma GCC unroll 2
           for (int i = 0; i < P; ++i)
             chain[i][r][c % C] = fused_multiply_add(x, y[i], chain[i][r][c % C]);
