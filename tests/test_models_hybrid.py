@@ -454,7 +454,7 @@ def test_sample_takes_a_weight_per_model_output():
         (lambda: dit(layers=0), "layers: expected an int >= 1, got 0"),
         (lambda: dit(vlb=-1.0), "vlb: expected a finite number >= 0"),
         (lambda: dit(condition_dropout=7.0), "condition_dropout: expected a finite number"),
-        (lambda: prior(d=0), "d: expected an int >= 1, got 0"),
+        (lambda: DiffusionPrior(clip().config, d=0), "d: expected an int >= 1, got 0"),
         (lambda: CLIP(d=0), "d: expected an int >= 1, got 0"),
         (lambda: CLIP(noise=math.nan), "noise: expected a finite number >= 0"),
         (lambda: KLAutoencoder(z_channels=0), "z_channels: expected an int >= 1, got 0"),

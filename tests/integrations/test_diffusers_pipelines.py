@@ -86,10 +86,17 @@ def test_an_accelerated_pipeline_gives_a_replaced_part_up():
 
 
 def test_modular_pipelines():
-    blocks = diffusers.modular_pipelines.SequentialPipelineBlocks.from_blocks_dict({})
-    pipe = diffusers.ModularPipeline(blocks=blocks)
+    from diffusers.modular_pipelines import ComponentSpec
+
+    class Blocks(diffusers.ModularPipelineBlocks):
+        @property
+        def expected_components(self):
+            kinds = {"unet": diffusers.UNet2DModel, "scheduler": diffusers.DDIMScheduler}
+            return [ComponentSpec(name, kind) for name, kind in kinds.items()]
+
+    pipe = diffusers.ModularPipeline(blocks=Blocks())
     unet, scheduler = tiny_unet(), make("DDIM", library=diffusers)
-    pipe.register_components(unet=unet, scheduler=scheduler)
+    pipe.update_components(unet=unet, scheduler=scheduler)
     genfast.accelerate(pipe)
     assert type(scheduler) is dropin.DDIMScheduler
     assert any(type(m) is genfast.nn.Linear for m in unet.modules())
