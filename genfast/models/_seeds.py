@@ -37,7 +37,8 @@ def in_tiles(call: Callable[[int], Tensor], n: int, start: int, tile: int) -> Te
         raise ValueError(f"n, start: expected ints >= 0, got {n} and {start}")
     first = start // tile * tile
     rows = [call(at) for at in range(first, max(start + n, first + 1), tile)]
-    return torch.cat(rows)[start - first : start - first + n]
+    found = rows[0] if len(rows) == 1 else torch.cat(rows)  # of one tile it would be a copy
+    return found[start - first : start - first + n]
 
 
 @contextlib.contextmanager
