@@ -25,8 +25,6 @@ from genfast.models.diffusion import TILE
 from genfast.reference import attention as reference
 
 SEED = 1234
-
-
 _WRITTEN = reference.attention
 
 
@@ -236,7 +234,7 @@ CASES = [
         flops=3 * 128 * _flops(VAE),
     ),
     _train("conv-vae", ConvVAE, 128, 1.0),
-    Case("models", "vae sample", (64, 784), _vae_sampling, flops=32 * _flops(VAE)),  # fmt: skip
+    Case("models", "vae sample", (64, 784), _vae_sampling, flops=32 * _flops(VAE)),
     _train("diffusion", _unet, 32, 1.0, labels=True),
     _train("diffusion attending", _attending, 32, 1.0, labels=True),
     _draw("diffusion", _unet, 4, 2.0),

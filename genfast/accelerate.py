@@ -188,8 +188,8 @@ def accelerate(model: Model) -> Model:
 
     A copy of the model (copy.deepcopy, pickle, torch.save) stays switched over and cannot be
     switched back, and a pipeline made of it (from_pipe) is saved with genfast's scheduler: restore,
-    then copy. torch.ao.quantization.quantize_dynamic knows nn.Linear by its
-    exact class: quantize first, or restore.
+    then copy. torch.ao.quantization.quantize_dynamic knows nn.Linear by its exact class: quantize
+    first, or restore.
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(

@@ -255,14 +255,18 @@ def test_attention_weights_are_not_lost():
         model(**inputs, output_attentions=True)
 
 
-def test_restore_of_parts_without_a_choice_and_past_an_error():
-    """transformers refuses None for a part that no module was made of."""
-    shared = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+def of_two_parts():
+    shared = {"hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 1}
     shared["num_attention_heads"] = 4
-    config = transformers.CLIPConfig(
+    return transformers.CLIPConfig(
         text_config={**shared, "vocab_size": 97},
         vision_config={**shared, "image_size": 32, "patch_size": 8},
     )
+
+
+def test_restore_of_parts_without_a_choice_and_past_an_error():
+    """transformers refuses None for a part that no module was made of."""
+    config = of_two_parts()
     model = transformers.CLIPModel(config)
     config.text_config._attn_implementation_internal = None
     genfast.accelerate(model)
@@ -278,14 +282,8 @@ def test_restore_of_parts_without_a_choice_and_past_an_error():
 
 
 def test_accelerate_keeps_each_parts_choice():
-    shared = {"hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 1}
-    shared["num_attention_heads"] = 4
-    config = transformers.CLIPConfig(
-        text_config={**shared, "vocab_size": 97},
-        vision_config={**shared, "image_size": 32, "patch_size": 8},
-    )
     chosen = {"text_config": "eager", "vision_config": "sdpa", "": "sdpa"}
-    model = transformers.CLIPModel._from_config(config, attn_implementation=chosen)
+    model = transformers.CLIPModel._from_config(of_two_parts(), attn_implementation=chosen)
     parts = [model.config, model.config.text_config, model.config.vision_config]
     genfast.accelerate(model)
     assert [c._attn_implementation for c in parts] == ["genfast"] * 3
