@@ -135,9 +135,7 @@ void convolutions(Pick& pick, int64_t B, int64_t I, int64_t O, int64_t height, i
 
 }  // namespace
 
-int main(int argc, char**) {
-  const bool quick = argc > 1;  // ThreadSanitizer: the shapes with work for several threads
-  if (!cpu::runs(GENFAST_TEXT(GENFAST_ISA))) return 77;
+void genfast::test::run(bool quick) {
   // Several blocks of tiles, several slabs.
   cases(quick ? 3 : 4, [](Pick& pick) { convolutions(pick, 5, 16, 32, 13, 18); });
   cases(quick ? 2 : 4, [](Pick& pick) { convolutions(pick, 3, 3, 48, 37, 29); });
@@ -154,5 +152,4 @@ int main(int argc, char**) {
       convolutions(pick, pick.of({0, 1, 2, 3}), pick.of({16, 32, 48}), pick.of({16, 32, 64}),
                    pick.of({0, 1, 2, 5, 8}), pick.of({1, 2, 3, 7}));
     });
-  std::printf("%s: every convolution kernel ran clean\n", GENFAST_TEXT(GENFAST_ISA));
 }

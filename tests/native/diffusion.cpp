@@ -504,10 +504,7 @@ void thresholds(Pick& pick, const Shape& shape) {
 
 }  // namespace
 
-int main(int argc, char**) {
-  const bool quick = argc > 1;  // ThreadSanitizer: the shapes with work for several threads
-  const char* level = GENFAST_TEXT(GENFAST_ISA);
-  if (!cpu::runs(level)) return 77;
+void genfast::test::run(bool quick) {
   const auto every = [](Pick& pick, const Shape& shape) {
     for (const auto& family : {steps, step_gradients, mixes, losses, guidance, thresholds})
       family(pick, shape);
@@ -525,6 +522,4 @@ int main(int argc, char**) {
         std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
     if (!quick) cases(shape, numel > 5000 ? 12 : 60);
   }
-  CHECK(std::strcmp(cpu::thread_runtime(), "std::thread") == 0);
-  std::printf("%s: every diffusion kernel ran clean\n", level);
 }

@@ -209,10 +209,7 @@ void filters(Pick& pick, int64_t N, int64_t C, int64_t H, int64_t W_) {
 
 }  // namespace
 
-int main(int argc, char**) {
-  const bool quick = argc > 1;  // ThreadSanitizer: the shapes with work for several threads
-  const char* level = GENFAST_TEXT(GENFAST_ISA);
-  if (!cpu::runs(level)) return 77;
+void genfast::test::run(bool quick) {
   // From 65536 and 32768 elements on, several threads work.
   cases(quick ? 4 : 24, [](Pick& pick) {
     bias_acts(pick, 3, 11, 2100);
@@ -229,6 +226,4 @@ int main(int argc, char**) {
       filters(pick, 1 + pick.below(2), sizes[pick.below(6)], sizes[pick.below(6)],
               1 + pick.below(40));
     });
-  CHECK(std::strcmp(cpu::thread_runtime(), "std::thread") == 0);
-  std::printf("%s: every filtering kernel ran clean\n", level);
 }

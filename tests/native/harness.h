@@ -14,7 +14,6 @@
 #include "cpu/convert.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
-#include "cpu/processor.h"
 
 #define CHECK(condition)                                                       \
   do {                                                                         \
@@ -28,6 +27,9 @@
 #define GENFAST_TEXT(x) GENFAST_TEXT_(x)
 
 namespace genfast::test {
+
+// A driver's cases, called by main.cpp. Quick, for ThreadSanitizer: what several threads share.
+void run(bool quick);
 
 inline int g_case = 0;  // what a failed check names; the drivers count their drawn cases
 

@@ -75,9 +75,7 @@ void outputs(Pick& pick, int64_t M, int64_t K, int64_t N) {
 
 }  // namespace
 
-int main(int argc, char**) {
-  const bool quick = argc > 1;  // ThreadSanitizer: the shapes with work for several threads
-  if (!cpu::runs(GENFAST_TEXT(GENFAST_ISA))) return 77;
+void genfast::test::run(bool quick) {
   cases(3, [](Pick& pick) { gradients(pick, 530, 270, 200); });
   cases(3, [](Pick& pick) { outputs(pick, 7, 512, 203); });
   cases(3, [](Pick& pick) { outputs(pick, 75, 300, 203); });
@@ -99,5 +97,4 @@ int main(int argc, char**) {
       gradients(pick, pick.of({0, 1, 3, 70, 260}), pick.of({0, 1, 15, 32, 47}),
                 pick.of({0, 1, 12, 13, 50}));
     });
-  std::printf("%s: every linear kernel ran clean\n", GENFAST_TEXT(GENFAST_ISA));
 }

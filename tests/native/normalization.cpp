@@ -133,10 +133,7 @@ void norms(Pick& pick, int64_t outer, int64_t channels, int64_t inner, int64_t g
 
 }  // namespace
 
-int main(int argc, char**) {
-  const bool quick = argc > 1;  // ThreadSanitizer: the shapes with work for several threads
-  const char* level = GENFAST_TEXT(GENFAST_ISA);
-  if (!cpu::runs(level)) return 77;
+void genfast::test::run(bool quick) {
   // From 32768 elements on, several threads work; one sample of them is cut into parts.
   cases(quick ? 4 : 12, [](Pick& pick) {
     norms(pick, 3, 12, 2100, pick.of({3, 4, 12}));
@@ -151,6 +148,4 @@ int main(int argc, char**) {
       norms(pick, outer, groups * pick.of({1, 2, 3, 16}), inner[pick.below(8)], groups);
       norms(pick, outer, pick.of({1, 2, 15, 16, 31, 100, 4500}), pick.of({0, 1, 2, 7, 40}), 0);
     });
-  CHECK(std::strcmp(cpu::thread_runtime(), "std::thread") == 0);
-  std::printf("%s: every normalization kernel ran clean\n", level);
 }
