@@ -5,6 +5,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/noise.h"
+#include "cpu/words.h"
 #include "math/diffusion.h"
 
 namespace genfast::cpu::GENFAST_ISA {
@@ -13,12 +14,15 @@ namespace {
 // Asks for the line that a loop will store to 512 bytes on: a 64 KiB latent leaves L1, and the
 // store that misses it waits for the read of its line, 0.13 us of 1.56. Beyond the end it does no
 // harm.
-GENFAST_FN void fetch_to_write(float* p) { __builtin_prefetch(p + 128, 1, 3); }
+template <class T>
+GENFAST_FN void fetch_to_write(T* p) {
+  __builtin_prefetch(p + 512 / sizeof(T), 1, 3);
+}
 
 // to = c_0 s_0 + c_1 s_1 + ..., added in this order; the loop is compiled once per number of terms.
-template <int K>
-void sum_of(const float* const* sources, const float* coefficients, int n, float* to) {
-  const float* s[K];  // copies: a store to `to` might change what the arguments point at
+template <class T, int K>
+void sum_of(const T* const* sources, const float* coefficients, int n, T* to) {
+  const T* s[K];  // copies: a store to `to` might change what the arguments point at
   float c[K];
 #pragma GCC unroll 12
   for (int k = 0; k < K; ++k) s[k] = sources[k], c[k] = coefficients[k];
@@ -31,25 +35,28 @@ void sum_of(const float* const* sources, const float* coefficients, int n, float
   }
 }
 
-struct Terms {
+template <class T>
+struct TermsOf {
   int n = 0;
-  const float* source[kSources + 2];
+  const T* source[kSources + 2];
   float c[kSources + 2];
 
-  void add(const float* s, float coefficient) {
+  void add(const T* s, float coefficient) {
     if (coefficient == 0.0f || s == nullptr) return;  // never read what does not count
     source[n] = s;
     c[n++] = coefficient;
   }
-  void sum(int count, float* to) const {
-    using Sum = void (*)(const float* const*, const float*, int, float*);
-    static constexpr Sum sums[] = {nullptr,    sum_of<1>,  sum_of<2>, sum_of<3>, sum_of<4>,
-                                   sum_of<5>,  sum_of<6>,  sum_of<7>, sum_of<8>, sum_of<9>,
-                                   sum_of<10>, sum_of<11>, sum_of<12>};
+  void sum(int count, T* to) const {
+    using Sum = void (*)(const T* const*, const float*, int, T*);
+    static constexpr Sum sums[] = {nullptr,      sum_of<T, 1>, sum_of<T, 2>,  sum_of<T, 3>,
+                                   sum_of<T, 4>, sum_of<T, 5>, sum_of<T, 6>,  sum_of<T, 7>,
+                                   sum_of<T, 8>, sum_of<T, 9>, sum_of<T, 10>, sum_of<T, 11>,
+                                   sum_of<T, 12>};
     if (n > 0) return sums[n](source, c, count, to);
     for (int i = 0; i < count; i += W) store(to + i, f32v{});
   }
 };
+using Terms = TermsOf<float>;
 
 // Eight double lanes whatever the vector width: the same sum on every ISA level.
 typedef double f64x8 __attribute__((vector_size(64)));

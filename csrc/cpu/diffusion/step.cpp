@@ -92,8 +92,9 @@ bool overlaps_a_source(const StepParams& p) {
   return false;
 }
 
-const float* flat(const TensorView& t) {
-  return t.dtype == Dtype::f32 && is_contiguous(t) ? static_cast<const float*>(t.data) : nullptr;
+template <class T>
+const T* flat(const TensorView& t) {
+  return t.dtype == kDtype<T> && is_contiguous(t) ? static_cast<const T*>(t.data) : nullptr;
 }
 
 // x0 = clamp(d_x x + d_m m), n a multiple of W; a source that is not read is null.
@@ -108,16 +109,18 @@ void predict_x0(const float* x, const float* m, const float* row, int n, float* 
 }
 
 // Memory of the sources of a step, by number; x0 and drawn noise are made block by block.
-using Sources = const float* [kSources];
+template <class T>
+using Sources = const T* [kSources];
 
+template <class T>
 struct FlatOutput {
-  float* to;
+  T* to;
   int n = 0, source[kSources];
   float c[kSources];
 
   void add(int s, float coefficient) { source[n] = s, c[n++] = coefficient; }
-  void sum(const Sources& sources, const float* weights, int count, float* at) const {
-    Terms terms;
+  void sum(const Sources<T>& sources, const float* weights, int count, T* at) const {
+    TermsOf<T> terms;
     for (int k = 0; k < n; ++k) terms.add(sources[source[k]], weights ? weights[k] : c[k]);
     terms.sum(count, at);
   }
@@ -127,7 +130,7 @@ struct FlatOutput {
 // the first where `full`, the rest of its first two (mostly x and m: history entry, predicted x0).
 // On a 64 KiB latent 0.35 us less than one after the other in blocks, of 3.1 for DPM-Solver++ 2M.
 template <int K, int O, bool full>
-void walk(const Sources& sources, const FlatOutput* out, int64_t at, int n) {
+void walk(const Sources<float>& sources, const FlatOutput<float>* out, int64_t at, int n) {
   const float* from[K];
   float c[O][K], *to[O];
 #pragma GCC unroll 6
@@ -155,7 +158,7 @@ void walk(const Sources& sources, const FlatOutput* out, int64_t at, int n) {
   }
 }
 
-using Walk = void (*)(const Sources&, const FlatOutput*, int64_t, int);
+using Walk = void (*)(const Sources<float>&, const FlatOutput<float>*, int64_t, int);
 constexpr int kWalked = 6;  // sources at most
 
 template <int K>
@@ -165,7 +168,7 @@ Walk walk_of(int outputs, bool full) {
 }
 
 // The walk of these outputs, null where they share less.
-Walk shared_walk(const FlatOutput* out, int outputs) {
+Walk shared_walk(const FlatOutput<float>* out, int outputs) {
   const int n = out[0].n;
   if (outputs < 2 || n < 2 || n > kWalked) return nullptr;
   const bool full = out[outputs - 1].n == n;
@@ -179,27 +182,30 @@ Walk shared_walk(const FlatOutput* out, int outputs) {
   return choices[n - 2](outputs, full);
 }
 
-// The everyday cases without staging: contiguous fp32 and one row for all; or guidance alone. On a
-// 64 KiB latent the stages cost as much again as the sums themselves.
+// The everyday cases without staging: contiguous, one row for all; or guidance alone. On a 64 KiB
+// latent the stages cost as much again as the sums themselves. In 16 bits not those that make
+// something in fp32 on the way, predicted x0 or noise.
+template <class T>
 bool flat_step(const StepParams& p) {
+  constexpr bool wide = std::is_same_v<T, float>;
   if (p.index.defined() || p.mask.defined() || p.log_prob.defined() || p.threshold.defined() ||
       p.variance != Variance::fixed)
     return false;
-  FlatOutput out[kOutputs];
+  FlatOutput<T> out[kOutputs];
   int outputs = 0;
   for (; outputs < kOutputs && p.out[outputs].defined(); ++outputs)
-    if (flat(p.out[outputs]) == nullptr) return false;
+    if (flat<T>(p.out[outputs]) == nullptr) return false;
   const float* row = static_cast<const float*>(p.table.data) + p.row * kRowColumns;
   const unsigned reads = reads_of(row, outputs);
   const bool guides = p.weights.defined(), predicts = reads & 1u << kX0;
   const bool draws = reads & 1u << kZ && !p.z.defined();
-  if (draws && !p.draws) return false;
-  Sources source = {};
-  for (int o = 0; o < outputs; ++o) out[o].to = static_cast<float*>(p.out[o].data);
+  if ((draws && !p.draws) || (!wide && (draws || predicts))) return false;
+  Sources<T> source = {};
+  for (int o = 0; o < outputs; ++o) out[o].to = static_cast<T*>(p.out[o].data);
   if (guides) {
     if (reads != 1u << kM || outputs > 1 || output_row(row, 0)[kM] != 1.0f) return false;
     for (int k = 0; k < kModels && p.models[k].defined(); ++k) {
-      source[k] = flat(p.models[k]);
+      source[k] = flat<T>(p.models[k]);
       if (source[k] == nullptr) return false;
       out[0].add(k, 0.0f);
     }
@@ -207,7 +213,10 @@ bool flat_step(const StepParams& p) {
   for (int s = 0; s < kSources && !guides; ++s) {
     if (!(reads & 1u << s)) continue;
     if (s != kX0 && !(s == kZ && draws)) {
-      source[s] = flat(s == kX ? p.x : s == kM ? p.models[0] : s == kZ ? p.z : p.history[s - kH1]);
+      source[s] = flat<T>(s == kX   ? p.x
+                          : s == kM ? p.models[0]
+                          : s == kZ ? p.z
+                                    : p.history[s - kH1]);
       if (source[s] == nullptr) return false;
     }
     for (int o = 0; o < outputs; ++o) {
@@ -221,7 +230,8 @@ bool flat_step(const StepParams& p) {
   for (int o = 0; o < outputs; ++o) advise(p.out[o]);
 
   const NoiseAt noise(p.noise, p.x);
-  const Walk together = shared_walk(out, outputs);
+  Walk together = nullptr;
+  if constexpr (wide) together = shared_walk(out, outputs);
   const bool own_rows = guides && p.weights.numel > out[0].n;
   const int64_t rows = own_rows ? batch_of(p.x) : draws ? noise_rows(p.noise, p.x) : 1;
   const int64_t n = rows > 0 ? p.x.numel / rows : 0;
@@ -238,29 +248,31 @@ bool flat_step(const StepParams& p) {
       const float* weights =
           guides ? static_cast<const float*>(p.weights.data) + (own_rows ? r * out[0].n : 0)
                  : nullptr;
-      Sources here;
+      Sources<T> here;
       for (int s = 0; s < kSources; ++s) here[s] = source[s] == nullptr ? nullptr : source[s] + at;
-      if (draws) here[kZ] = noise.values<NormalMap>(at, count, drawn);
-      if (predicts) {
-        predict_x0(here[kX], here[kM], row, whole, x0.data);
-        here[kX0] = x0.data;
+      if constexpr (wide) {
+        if (draws) here[kZ] = noise.values<NormalMap>(at, count, drawn);
+        if (predicts) {
+          predict_x0(here[kX], here[kM], row, whole, x0.data);
+          here[kX0] = x0.data;
+        }
+        if (together != nullptr) together(here, out, at, whole);
       }
-      if (together != nullptr) {
-        together(here, out, at, whole);
-      } else if (whole > 0) {
-        for (int o = 0; o < outputs; ++o) out[o].sum(here, weights, whole, out[o].to + at);
-      }
+      for (int o = 0; o < outputs && together == nullptr && whole > 0; ++o)
+        out[o].sum(here, weights, whole, out[o].to + at);
       if (whole == count) continue;
-      alignas(64) float last[kSources][W] = {}, sum[W];  // the rest, padded to a vector
-      const size_t bytes = (count - whole) * sizeof(float);
+      alignas(64) T last[kSources][W] = {}, sum[W];  // the rest, padded to a vector
+      const size_t bytes = (count - whole) * sizeof(T);
       for (int s = 0; s < kSources; ++s) {
         if (here[s] == nullptr || (predicts && s == kX0)) continue;
         __builtin_memcpy(last[s], here[s] + whole, bytes);
         here[s] = last[s];
       }
-      if (predicts) {
-        predict_x0(here[kX], here[kM], row, W, last[kX0]);
-        here[kX0] = last[kX0];
+      if constexpr (wide) {
+        if (predicts) {
+          predict_x0(here[kX], here[kM], row, W, last[kX0]);
+          here[kX0] = last[kX0];
+        }
       }
       for (int o = 0; o < outputs; ++o) {
         out[o].sum(here, weights, W, sum);
@@ -269,6 +281,14 @@ bool flat_step(const StepParams& p) {
     }
   });
   return true;
+}
+
+bool flat_step(const StepParams& p) {
+#if defined(__AVX2__)
+  if (p.x.dtype == Dtype::bf16) return flat_step<Bf16>(p);
+  if (p.x.dtype == Dtype::f16) return flat_step<Fp16>(p);
+#endif
+  return flat_step<float>(p);
 }
 
 }  // namespace

@@ -13,6 +13,7 @@
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
+#include "cpu/words.h"
 #include "math/normalization.h"
 
 // GCC 12 means its own _mm512_undefined_ps, inlined here.
@@ -136,47 +137,13 @@ GENFAST_FN void put(float* p, f32v v, Part part) {
 #endif
 
 #if defined(__AVX2__)
-// Numbers of 16 bits that kernels widen in a register: through a buffer, group norms took 1.5 times
-// as long.
-struct Bf16 {
-  uint16_t bits;
-  static float wide(Bf16 x) { return f32_of_bf16(x.bits); }
-  static Bf16 narrow(float x) { return {bf16_of_f32(x)}; }
-};
-struct Fp16 {
-  uint16_t bits;
-  static float wide(Fp16 x) { return f32_of_f16(x.bits); }
-  static Fp16 narrow(float x) { return {f16_of_f32(x)}; }
-};
-#if defined(__AVX512F__)
-typedef __m256i Words;
-GENFAST_FN f32v widened(Words words, Bf16) {
-  return (f32v)_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16);
-}
-GENFAST_FN f32v widened(Words words, Fp16) { return (f32v)_mm512_cvtph_ps(words); }
-GENFAST_FN Words narrowed(f32v v, Bf16) { return bf16_of_f32((__m512)v); }
-GENFAST_FN Words narrowed(f32v v, Fp16) { return _mm512_cvtps_ph((__m512)v, 0); }
-#else
-typedef __m128i Words;
-GENFAST_FN f32v widened(Words words, Bf16) {
-  return (f32v)_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16);
-}
-GENFAST_FN f32v widened(Words words, Fp16) { return (f32v)_mm256_cvtph_ps(words); }
-GENFAST_FN Words narrowed(f32v v, Bf16) { return bf16_of_f32((__m256)v); }
-GENFAST_FN Words narrowed(f32v v, Fp16) { return _mm256_cvtps_ph((__m256)v, 0); }
-#endif
-template <class T>
-using IfWords = std::enable_if_t<sizeof(T) == 2, f32v>;
 template <class T>
 GENFAST_FN IfWords<T> take(const T* p, Whole, float = 0.0f) {
-  Words words;
-  __builtin_memcpy(&words, p, sizeof words);
-  return widened(words, T{});
+  return load(p);
 }
 template <class T>
 GENFAST_FN void put(T* p, IfWords<T> v, Whole) {
-  const Words words = narrowed(v, T{});
-  __builtin_memcpy(p, &words, sizeof words);
+  store(p, v);
 }
 template <class T>
 GENFAST_FN IfWords<T> take(const T* p, Part part, float fill = 0.0f) {
