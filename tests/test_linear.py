@@ -25,7 +25,8 @@ SHAPES = {
 def kernels(monkeypatch):
     """Also where MKL would be the faster one."""
     for name, value in {
-        "_AMD": True, "_WIDE": True, "_LEAST_WEIGHTS": (1 << 15,) * 2, "_LEAST_COLUMNS": 1,
+        "_AMD": True, "_WIDE": True, "_MOST": sys.maxsize, "_LEAST_WEIGHTS": (1 << 15,) * 2,
+        "_LEAST_COLUMNS": 1,
     }.items():  # fmt: skip
         monkeypatch.setattr(module, name, value)
 
@@ -114,8 +115,24 @@ def test_the_faster_product_is_taken(taken, monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         genfast.linear(x, weight, bias)
     monkeypatch.setattr(module, "_WIDE", False)
+    monkeypatch.setattr(module, "_MOST", 0)
     genfast.linear(x, weight, bias)
     genfast.linear(*given("rows"))
+    assert taken() == {}
+
+
+def test_rows_of_zen_3_have_a_limit(taken, monkeypatch):
+    """Up to 96 of them, and without a graph: the node would cost what the product gains."""
+    monkeypatch.setattr(module, "_WIDE", False)
+    monkeypatch.setattr(module, "_MOST", 96)
+    x, weight = randn(97, 256), randn(256, 256)
+    for rows in (32, 96):
+        yardstick("some rows", genfast.linear(x[:rows], weight), F.linear(x[:rows], weight),
+                  F.linear(x[:rows].double(), weight.double()))  # fmt: skip
+        assert taken() == {"linear": 1}
+    genfast.linear(x, weight)
+    genfast.linear(x[:31], weight)  # too little
+    genfast.linear(x[:32].requires_grad_(), weight).sum().backward()
     assert taken() == {}
 
 
@@ -143,7 +160,7 @@ def test_the_kernel_for_few_rows_is_taken(taken, monkeypatch):
     genfast.linear(x[:, :256].requires_grad_(), weight[:, :256])  # too little for a node
     with genfast.backend("reference"):
         genfast.linear(x, weight, bias)
-    monkeypatch.setattr(module, "_WIDE", False)  # AVX2
+    monkeypatch.setattr(module, "_MOST", 0)  # Zen 4
     genfast.linear(x.expand(17, -1), weight)
     monkeypatch.setattr(module, "_AMD", False)
     genfast.linear(x, weight, bias)

@@ -4,9 +4,12 @@ PyTorch's fp32 products are MKL's, which leaves the 512-bit units of AMD's proce
 210 of 490 GFLOP/s on two Zen 5 cores, and 15 to 60 GB/s of the weight for few rows. There, and from
 the sizes that were measured, they are our kernels': 300 to 460 GFLOP/s, and 60 to 180 GB/s. Zen 4
 has units of 256 bits, which MKL fills (ours took 0.95 to 1.2 of its time): few rows alone are ours.
+With AVX2 alone (Zen 3) it fills them from 128 rows on, and up to 96 are ours.
 """
 
 from __future__ import annotations
+
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +38,9 @@ _AMD = (
 )
 _ZEN_5 = _INFO["amd_512_bit_unit"]
 _WIDE = _AMD and VECTOR_BITS == 512 and _ZEN_5
+# Rows up to which the kernels win. On Zen 3 the product of 17 to 64 took 0.57 to 0.87 of MKL's
+# time, of 96 0.77 to 0.98, of 128 to 320 0.84 to 1.2.
+_MOST = sys.maxsize if _WIDE else 96 if VECTOR_BITS == 256 else 0
 # Multiplications from which the kernels win: products of 2^19 take 0.53 to 0.8 of MKL's time, but
 # the call from Python makes 1.2 to 1.4 of that (2^21: 0.6 to 0.8). Larger ones take 0.41 to 0.57.
 # oneDNN's take as long (0.94 to 1.09 from 32 to 25,000 rows, either order of the weight), but it
@@ -64,7 +70,7 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None, relu: bool = False
         if M <= _FEW:
             own = _pays_for_few(M, N * K, K) and b.stride(1) == 1 and K % 16 == 0
         else:
-            own = _WIDE and M * K * N >= _LEAST
+            own = M <= _MOST and M * K * N >= _LEAST
         if own:
             y = a.new_empty(M, N)
             if kernels.linear(y, a, b, bias, relu):
@@ -131,8 +137,8 @@ def linear(
 
     input: (..., K), weight: (N, K), bias: (N,). act: "linear" or "relu". Where that was measured to
     be faster than PyTorch's product (fp32 on an AMD processor): a kernel for up to 16 rows, as in
-    decoding; with units of 512 bits (Zen 5), from 2^21 multiplications, kernels for more rows and
-    for the gradients by weight and bias.
+    decoding; from 2^21 multiplications, with AVX2 alone (Zen 3) one for up to 96, and with units of
+    512 bits (Zen 5) kernels for any number and for the gradients by weight and bias.
     Differentiable any number of times. Raises ValueError for another act.
     """
     relu = act == "relu"
@@ -143,7 +149,7 @@ def linear(
             # Sizes first: small calls are most, and asking for the road takes 0.5 us.
             K, weights = input.shape[-1], weight.numel()
             rows = input.numel() // K
-            many = _WIDE and rows * weights >= _LEAST
+            many = rows <= _MOST and rows * weights >= _LEAST
             few = (
                 rows <= _FEW
                 and _pays_for_few(rows, weights, K)
@@ -166,7 +172,7 @@ def linear(
             road = cpu_gate(input, weight, bias) if fits else SLOW
             if road == DIRECT:
                 return _forward(input, weight, bias, relu)
-            if road == GRAD and many:
+            if road == GRAD and many and _WIDE:
                 return _Linear.apply(input, weight, bias, relu)
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, ZeroDivisionError):
             pass  # PyTorch names the argument
