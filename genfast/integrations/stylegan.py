@@ -12,9 +12,10 @@ GPU both run PyTorch's composition: this version has CPU kernels of these ops.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from genfast.ops import _check, filtering
 from genfast.ops._backend import backend
@@ -33,7 +34,16 @@ def _on(impl: str):
     return backend("reference") if impl == "ref" else contextlib.nullcontext()
 
 
-def bias_act(x, b=None, dim=1, act="linear", alpha=None, gain=None, clamp=None, impl="cuda"):
+def bias_act(
+    x: Tensor,
+    b: Tensor | None = None,
+    dim: int = 1,
+    act: str = "linear",
+    alpha: float | None = None,
+    gain: float | None = None,
+    clamp: float | None = None,
+    impl: str = "cuda",
+) -> Tensor:
     """clamp(act(x + b) gain, +-clamp); arguments as in `genfast.bias_act`. clamp < 0: none."""
     if clamp is not None and not isinstance(clamp, torch.Tensor) and clamp < 0:
         clamp = None
@@ -42,7 +52,16 @@ def bias_act(x, b=None, dim=1, act="linear", alpha=None, gain=None, clamp=None, 
         return filtering.bias_act(x, b, dim=dim, act=act, alpha=alpha, gain=gain, clamp=clamp)
 
 
-def upfirdn2d(x, f, up=1, down=1, padding=0, flip_filter=False, gain=1, impl="cuda"):
+def upfirdn2d(
+    x: Tensor,
+    f: Tensor | None,
+    up: int | Sequence[int] = 1,
+    down: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    flip_filter: bool = False,
+    gain: float = 1,
+    impl: str = "cuda",
+) -> Tensor:
     """Pad, up-sample, filter and down-sample; arguments as in `genfast.upfirdn2d`."""
     with _on(impl):
         return filtering.upfirdn2d(
@@ -50,19 +69,42 @@ def upfirdn2d(x, f, up=1, down=1, padding=0, flip_filter=False, gain=1, impl="cu
         )
 
 
-def filter2d(x, f, padding=0, flip_filter=False, gain=1, impl="cuda"):
+def filter2d(
+    x: Tensor,
+    f: Tensor | None,
+    padding: int | Sequence[int] = 0,
+    flip_filter: bool = False,
+    gain: float = 1,
+    impl: str = "cuda",
+) -> Tensor:
     """`genfast.filter2d`."""
     with _on(impl):
         return filtering.filter2d(x, f, padding, flip_filter, gain)
 
 
-def upsample2d(x, f, up=2, padding=0, flip_filter=False, gain=1, impl="cuda"):
+def upsample2d(
+    x: Tensor,
+    f: Tensor | None,
+    up: int | Sequence[int] = 2,
+    padding: int | Sequence[int] = 0,
+    flip_filter: bool = False,
+    gain: float = 1,
+    impl: str = "cuda",
+) -> Tensor:
     """`genfast.upsample2d`."""
     with _on(impl):
         return filtering.upsample2d(x, f, up, padding, flip_filter, gain)
 
 
-def downsample2d(x, f, down=2, padding=0, flip_filter=False, gain=1, impl="cuda"):
+def downsample2d(
+    x: Tensor,
+    f: Tensor | None,
+    down: int | Sequence[int] = 2,
+    padding: int | Sequence[int] = 0,
+    flip_filter: bool = False,
+    gain: float = 1,
+    impl: str = "cuda",
+) -> Tensor:
     """`genfast.downsample2d`."""
     with _on(impl):
         return filtering.downsample2d(x, f, down, padding, flip_filter, gain)

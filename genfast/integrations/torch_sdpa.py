@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from genfast.ops._road import KERNEL_DTYPES
 from genfast.ops.attention.by_torch import torch_sdpa as _torch_sdpa
@@ -37,8 +38,15 @@ def _takes(query) -> bool:
 
 
 def scaled_dot_product_attention(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
-):
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
     """What stands in torch.nn.functional while enabled."""
     if torch.overrides.has_torch_function((query, key, value, attn_mask)) or not _takes(query):
         own = _original or _torch_sdpa

@@ -26,6 +26,7 @@ from genfast.nn.convolution import Conv2d
 from genfast.nn.linear import Linear
 from genfast.nn.normalization import GroupNorm
 from genfast.ops import _check
+from genfast.ops._noise import Seed
 from genfast.ops.attention import attention
 from genfast.ops.convolution import residual_conv2d, upsampled_conv2d
 from genfast.ops.diffusion import add_noise, denoising_loss
@@ -369,7 +370,7 @@ class Diffusion(nn.Module):
         """The prediction m for x_t (B, C, H, W); c: the task's channels."""
         return self.unet(x if c is None else torch.cat([x, c], 1), t, y)
 
-    def losses(self, x: Tensor, y: Tensor | None = None, *, seed) -> Tensor:
+    def losses(self, x: Tensor, y: Tensor | None = None, *, seed: Seed) -> Tensor:
         """Of each sample, (B,). x in [0, 1]; y (B,) labels of a class-conditional model; seed: int,
         or int64 (B,) of one per sample. Ho et al., alg. 1.
         """
@@ -389,7 +390,7 @@ class Diffusion(nn.Module):
             weighting=self.weighting, reduction="none",
         )  # fmt: skip
 
-    def loss(self, x: Tensor, y: Tensor | None = None, *, seed) -> Tensor:
+    def loss(self, x: Tensor, y: Tensor | None = None, *, seed: Seed) -> Tensor:
         """Mean of `losses`, ()."""
         return self.losses(x, y, seed=seed).mean()
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from genfast.models._seeds import evaluating, in_tiles, sample_seeds
+from genfast.ops._noise import Seed
 from genfast.ops.rng import rand, randn
 
 # Images of one call of the generator in `sample`, see `in_tiles`.
@@ -74,7 +75,7 @@ def slopes(D: nn.Module, x: Tensor) -> Tensor:
     return g.flatten(1)
 
 
-def gradient_penalty(D: nn.Module, x: Tensor, fake: Tensor, seed) -> Tensor:
+def gradient_penalty(D: nn.Module, x: Tensor, fake: Tensor, seed: Seed) -> Tensor:
     """Mean (|grad D| - 1)^2 at a random place between x and fake, (). Gulrajani et al., eq. 3."""
     u = rand(len(x), 1, 1, 1, seed=seed, stream=MIX, device=x.device, dtype=x.dtype)
     norm = slopes(D, torch.lerp(fake, x, u)).square().sum(1).add(1e-12).sqrt()
@@ -213,7 +214,7 @@ class Adversarial(nn.Module):
         self.penalty, self.r1, self.clip_weight = penalty, r1, clip_weight
         self.noise, self.noise_steps = noise, noise_steps
 
-    def latent(self, n: int, seed) -> Tensor:
+    def latent(self, n: int, seed: Seed) -> Tensor:
         """z (n, z_dim)."""
         if n < 1:
             raise ValueError(f"n: expected at least one sample in a batch, got {n}")
@@ -235,14 +236,14 @@ class Adversarial(nn.Module):
         """D(x) likewise."""
         return self.D(x).to(x.dtype)
 
-    def noisy(self, x: Tensor, seed, stream: int, step: int) -> Tensor:
+    def noisy(self, x: Tensor, seed: Seed, stream: int, step: int) -> Tensor:
         """x with the instance noise of a step."""
         sigma = self.noise * max(0.0, 1 - step / self.noise_steps)
         if sigma == 0:
             return x
         return x + sigma * randn(x.shape, seed=seed, stream=stream, device=x.device, dtype=x.dtype)
 
-    def d_loss(self, x: Tensor, *, seed, step: int = 0) -> Tensor:
+    def d_loss(self, x: Tensor, *, seed: Seed, step: int = 0) -> Tensor:
         """Of the discriminator on images x (B, C, H, W) in [0, 1], mean over the batch, (). step:
         of the training, for the instance noise."""
         x = check_images(x, self.x_shape)
@@ -252,7 +253,7 @@ class Adversarial(nn.Module):
         loss = OBJECTIVES[self.objective].D(self.judged(x), self.judged(fake)).mean()
         return loss + self.penalties(x, [fake], seed)
 
-    def penalties(self, x: Tensor, fakes: Sequence[Tensor], seed) -> Tensor | float:
+    def penalties(self, x: Tensor, fakes: Sequence[Tensor], seed: Seed) -> Tensor | float:
         """`gradient_penalty` (the mean over kinds of fakes) and `r1_penalty` by their weights, ();
         0 without."""
         found = 0.0
@@ -263,7 +264,7 @@ class Adversarial(nn.Module):
             found = found + self.r1 * r1_penalty(self.D, x)
         return found
 
-    def g_loss(self, n: int, *, seed, step: int = 0) -> Tensor:
+    def g_loss(self, n: int, *, seed: Seed, step: int = 0) -> Tensor:
         """Of the generator on n samples of its own, mean, ()."""
         fake = self.noisy(self.fake(self.latent(n, seed)), seed, FAKE, step)
         return OBJECTIVES[self.objective].G(self.judged(fake)).mean()

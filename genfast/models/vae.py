@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from genfast.models._seeds import in_tiles, sample_seeds
 from genfast.nn.linear import Linear
 from genfast.ops import _check
+from genfast.ops._noise import Seed
 from genfast.ops.rng import randn
 from genfast.ops.sampling import bernoulli_nll, reparameterize
 
@@ -50,7 +51,9 @@ class GaussianVAE(nn.Module):
             )
         return x.reshape(len(x), *self.x_shape)
 
-    def forward(self, x: Tensor, *, seed=None, stream: int = 0) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, *, seed: Seed | None = None, stream: int = 0
+    ) -> tuple[Tensor, Tensor]:
         """Logits of p(x|z) (B, *x_shape) of one draw z ~ q(z|x), and the KL of each sample (B,)."""
         mu, logvar = self.encode(x)
         z, kl = reparameterize(
@@ -62,12 +65,12 @@ class GaussianVAE(nn.Module):
         """-ln p(x|z), (B,)."""
         return bernoulli_nll(logits, self._shaped(x))
 
-    def elbo(self, x: Tensor, *, seed=None, stream: int = 0) -> Tensor:
+    def elbo(self, x: Tensor, *, seed: Seed | None = None, stream: int = 0) -> Tensor:
         """One-draw estimate of the evidence lower bound of each sample, (B,), nats."""
         logits, kl = self(x, seed=seed, stream=stream)
         return -self._nll(logits, x) - kl
 
-    def loss(self, x: Tensor, *, seed=None, stream: int = 0) -> Tensor:
+    def loss(self, x: Tensor, *, seed: Seed | None = None, stream: int = 0) -> Tensor:
         """Mean of -ln p(x|z) + beta KL over the batch, (), nats a sample; -elbo when beta is 1."""
         logits, kl = self(x, seed=seed, stream=stream)
         return (self._nll(logits, x) + self.beta * kl).mean()

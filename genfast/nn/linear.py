@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from genfast.ops import _check
@@ -15,8 +16,11 @@ class Linear(nn.Linear):
 
     act = "linear"  # of layers that `accelerate` turned over, too
 
-    def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, *,
-                 act: str = "linear"):  # fmt: skip
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None, *,
+        act: str = "linear",
+    ) -> None:  # fmt: skip
         super().__init__(in_features, out_features, bias, device, dtype)
         _check.choice("act", act, ("linear", "relu"))
         self.act = act

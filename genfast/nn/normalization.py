@@ -7,6 +7,8 @@ Same constructors, parameters and state dicts; `act` is new, and so are `scale` 
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from genfast.nn._signed import signed
@@ -17,7 +19,7 @@ from genfast.ops.normalization import group_norm, layer_norm, rms_norm
 class GroupNorm(nn.GroupNorm):
     """input (B, C, ...), scale and shift (B, C) -> like input."""
 
-    def __init__(self, *args, act: str = "linear", **options):
+    def __init__(self, *args: Any, act: str = "linear", **options: Any) -> None:
         super().__init__(*args, **options)
         self.act = act
 
@@ -58,7 +60,7 @@ class LayerNorm(nn.LayerNorm):
     """input (B, ..., *normalized_shape), scale, shift and gate (B, C) with C of all normalized ->
     like input; with add, like input, (sum, y)."""
 
-    def __init__(self, *args, act: str = "linear", **options):
+    def __init__(self, *args: Any, act: str = "linear", **options: Any) -> None:
         super().__init__(*args, **options)
         self.act = act
 
@@ -86,7 +88,7 @@ class RMSNorm(nn.RMSNorm):
     """x (B, ..., *normalized_shape), scale, shift and gate (B, C) with C of all normalized -> like
     x; with add, like x, (sum, y)."""
 
-    def __init__(self, *args, act: str = "linear", **options):
+    def __init__(self, *args: Any, act: str = "linear", **options: Any) -> None:
         super().__init__(*args, **options)
         self.act = act
 

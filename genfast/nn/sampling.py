@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from genfast.ops import _check
+from genfast.ops._noise import Seed
 from genfast.ops.rng import randn
 from genfast.ops.sampling import gaussian_kl, gumbel_softmax, reparameterize
 
@@ -29,7 +33,7 @@ class GaussianReparameterize(nn.Module):
         self.stream = stream
         self.sample_in_eval = sample_in_eval
 
-    def forward(self, mu: Tensor, logvar: Tensor, seed: int | Tensor | None = None):
+    def forward(self, mu: Tensor, logvar: Tensor, seed: Seed | None = None) -> Tensor | Any:
         if self.training or self.sample_in_eval:
             return reparameterize(
                 mu,
@@ -54,7 +58,7 @@ class GumbelSoftmax(nn.Module):
         super().__init__()
         self.tau, self.hard, self.dim, self.stream = tau, hard, dim, stream
 
-    def forward(self, logits: Tensor, seed: int | Tensor | None = None) -> Tensor:
+    def forward(self, logits: Tensor, seed: Seed | None = None) -> Tensor:
         return gumbel_softmax(logits, self.tau, self.hard, self.dim, seed=seed, stream=self.stream)
 
     def extra_repr(self) -> str:
@@ -67,18 +71,22 @@ class Normal(torch.distributions.Normal):
     Same constructor, shapes and gradients; `seed` and `stream` are optional extras of the draws.
     """
 
-    def rsample(self, sample_shape=(), *, seed=None, stream: int = 0) -> Tensor:
+    def rsample(
+        self, sample_shape: Sequence[int] = (), *, seed: Seed | None = None, stream: int = 0
+    ) -> Tensor:
         shape = self._extended_shape(torch.Size(sample_shape))
         eps = randn(
             tuple(shape), seed=seed, stream=stream, dtype=self.loc.dtype, device=self.loc.device
         )
         return torch.addcmul(self.loc, self.scale, eps)
 
-    def sample(self, sample_shape=(), *, seed=None, stream: int = 0) -> Tensor:
+    def sample(
+        self, sample_shape: Sequence[int] = (), *, seed: Seed | None = None, stream: int = 0
+    ) -> Tensor:
         with torch.no_grad():
             return self.rsample(sample_shape, seed=seed, stream=stream)
 
-    def expand(self, batch_shape, _instance=None):
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Normal:
         new = self._get_checked_instance(Normal, _instance)
         return super().expand(batch_shape, _instance=new)
 
@@ -110,7 +118,7 @@ class DiagonalGaussianDistribution:
             self.var = torch.exp(self.logvar)
 
     def sample(
-        self, generator: torch.Generator | None = None, *, seed=None, stream: int = 0
+        self, generator: torch.Generator | None = None, *, seed: Seed | None = None, stream: int = 0
     ) -> Tensor:
         """A draw of the posterior, (B, C, ...); the mean when deterministic."""
         if self.deterministic:
@@ -132,7 +140,7 @@ class DiagonalGaussianDistribution:
         )
         return 0.5 * terms.flatten(1).sum(1)
 
-    def nll(self, sample: Tensor, dims=(1, 2, 3)) -> Tensor:
+    def nll(self, sample: Tensor, dims: Sequence[int] = (1, 2, 3)) -> Tensor:
         """-ln q(sample), summed over dims."""
         if self.deterministic:
             return self.mean.new_zeros(1)

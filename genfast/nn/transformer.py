@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from genfast.nn._signed import signed
@@ -20,7 +22,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     Padding that hides every key of a row gives finite values instead of NaN.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _adopt(self.self_attn)
 
@@ -49,7 +51,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 class TransformerDecoderLayer(nn.TransformerDecoderLayer):
     """Drop-in for torch.nn.TransformerDecoderLayer: both attentions run on genfast."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _adopt(self.self_attn)
         _adopt(self.multihead_attn)

@@ -14,7 +14,7 @@ import inspect
 import os
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
@@ -35,6 +35,7 @@ from genfast.ops._force import HAVE_TRITON as _HAVE_TRITON
 from genfast.ops._force import get_backend, no_triton, triton_runs
 from genfast.ops._scratch import with_scratch
 
+_P, _R = ParamSpec("_P"), TypeVar("_R")
 _HAVE_CUDA = _C.build_info()["cuda"]
 _GPU = torch.version.cuda is not None or torch.version.hip is not None
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -350,7 +351,7 @@ class backend(contextlib.AbstractContextManager):
         self.entered.remove(entry)
         entry[1].__exit__(*error)
 
-    def __call__(self, function: Callable) -> Callable:
+    def __call__(self, function: Callable[_P, _R]) -> Callable[_P, _R]:
         """A function with a block around each of its calls."""
         if any(kind(function) for kind in _SUSPENDED):
             raise TypeError(

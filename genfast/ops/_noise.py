@@ -15,6 +15,8 @@ import torch
 from genfast.ops import _check
 from genfast.ops._road import is_compiling, transforming
 
+Seed = int | torch.Tensor  # `None` beside it: drawn
+
 _INT64 = torch.int64
 _ONLY_ONE = "generator: has no effect beside an explicit seed; pass only one of the two"
 

@@ -7,6 +7,7 @@ et al. 2011 (Philox4x32-10), Box & Muller 1958; the exact steps stand in `genfas
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -174,9 +175,16 @@ def _draw(
 
 
 def rand(
-    *size, seed=None, stream=0, offset=0, generator=None, dtype=None, device=None, out=None,
-    backend=None,
-) -> Tensor:  # fmt: skip
+    *size: int | Sequence[int],
+    seed: _noise.Seed | None = None,
+    stream: int = 0,
+    offset: int = 0,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
     """Uniform noise in [0, 1), 24 bits, the same on every backend.
 
     size: ints or one tuple. seed: int, or int64 tensor of one seed or one per row of dim 0 (a row
@@ -193,9 +201,16 @@ def rand(
 
 
 def randn(
-    *size, seed=None, stream=0, offset=0, generator=None, dtype=None, device=None, out=None,
-    backend=None,
-) -> Tensor:  # fmt: skip
+    *size: int | Sequence[int],
+    seed: _noise.Seed | None = None,
+    stream: int = 0,
+    offset: int = 0,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
     """Standard normal noise, |x| up to 6.7, the same bits on every backend.
 
     Arguments and errors as in `rand`; 16-bit values are the fp32 ones rounded to nearest.
@@ -222,9 +237,16 @@ def _like(x, distribution, seed, stream, offset, generator, dtype, device):
 
 
 def rand_like(
-    x: Tensor, *, seed=None, stream=0, offset=0, generator=None, dtype=None, device=None,
-    backend=None,
-):  # fmt: skip
+    x: Tensor,
+    *,
+    seed: _noise.Seed | None = None,
+    stream: int = 0,
+    offset: int = 0,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    backend: str | None = None,
+) -> Tensor:
     """`rand` with the shape, dtype and device of x."""
     if backend is not None:
         return under(rand_like, locals())
@@ -232,9 +254,16 @@ def rand_like(
 
 
 def randn_like(
-    x: Tensor, *, seed=None, stream=0, offset=0, generator=None, dtype=None, device=None,
-    backend=None,
-):  # fmt: skip
+    x: Tensor,
+    *,
+    seed: _noise.Seed | None = None,
+    stream: int = 0,
+    offset: int = 0,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    backend: str | None = None,
+) -> Tensor:
     """`randn` with the shape, dtype and device of x."""
     if backend is not None:
         return under(randn_like, locals())
@@ -244,16 +273,16 @@ def randn_like(
 def randint(
     low: int,
     high: int,
-    size,
+    size: int | Sequence[int],
     *,
-    seed=None,
-    stream=0,
-    offset=0,
-    generator=None,
-    dtype=None,
-    device=None,
-    out=None,
-    backend=None,
+    seed: _noise.Seed | None = None,
+    stream: int = 0,
+    offset: int = 0,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    out: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Integers in [low, high), high - low <= 2**32; int64 (default) or int32.
 

@@ -28,6 +28,12 @@ Where a plan differs from diffusers 0.42.1 on purpose (`plan_from_config` maps i
 Not plans: schedulers that draw categorical tokens or resize x0 between steps (scale_factors).
 """
 
+from __future__ import annotations
+
+from typing import Any
+
+from numpy.typing import ArrayLike
+
 from .consistency import consistency_grid, consistency_plan, lcm_plan, tcd_plan
 from .ddpm import ddim_inverse_grid, ddim_inverse_plan, ddim_plan, ddpm_plan
 from .dpm import dpm_solver_plan, dpm_solver_singlestep_plan
@@ -71,7 +77,7 @@ from .schedules import (
 )
 
 
-def edm_dpm_plan(grid, **options) -> SolverPlan:
+def edm_dpm_plan(grid: SigmaGrid | ArrayLike, **options: Any) -> SolverPlan:
     """`dpm_solver_plan` on an EDM grid: number of steps or `edm_grid(...)`; same options."""
     return dpm_solver_plan(grid if isinstance(grid, SigmaGrid) else edm_grid(grid), **options)
 

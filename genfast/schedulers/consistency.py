@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ._check import finite, number, positive, rows_from, sigma_range
 from .convert import vp
@@ -19,7 +20,7 @@ def _grid(grid, chain) -> AlphaGrid:
 
 
 def lcm_plan(
-    grid,
+    grid: AlphaGrid | ArrayLike,
     *,
     prediction: str = "epsilon",
     timestep_scaling: float = 10.0,
@@ -48,11 +49,7 @@ def lcm_plan(
 
 
 def tcd_plan(
-    grid,
-    *,
-    prediction: str = "epsilon",
-    eta: float = 0.3,
-    begin: int = 0,
+    grid: AlphaGrid | ArrayLike, *, prediction: str = "epsilon", eta: float = 0.3, begin: int = 0
 ) -> SolverPlan:
     """Trajectory consistency (Zheng et al. 2024, alg. 4, strategic stochastic sampling): DDIM to s
     = floor((1 - eta) t_next), then noise up to t_next. The "denoised" output is the sample at s.
@@ -84,7 +81,7 @@ def tcd_plan(
 
 
 def consistency_grid(
-    steps,
+    steps: ArrayLike,
     *,
     T: int = 40,
     sigma_min: float = 0.002,
@@ -120,7 +117,7 @@ def consistency_grid(
 
 
 def consistency_plan(
-    grid,
+    grid: SigmaGrid | ArrayLike,
     *,
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,

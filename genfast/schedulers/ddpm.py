@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ._check import choice, number, rows_from
 from .convert import vp
@@ -29,7 +30,7 @@ def _grid(grid, **kw) -> AlphaGrid:
 
 
 def ddpm_plan(
-    grid,
+    grid: AlphaGrid | ArrayLike,
     *,
     prediction: str = "epsilon",
     variance: str = "fixed_small",
@@ -72,7 +73,7 @@ def ddpm_plan(
 
 
 def ddim_plan(
-    grid,
+    grid: AlphaGrid | ArrayLike,
     *,
     prediction: str = "epsilon",
     eta: float = 0.0,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ._check import choice, finite, positive, rows_from
 from ._special import phi
@@ -81,7 +82,7 @@ def _weights(data, sde, a_t, s_t, a_s, s_s, h):
 
 
 def dpm_solver_plan(
-    grid,
+    grid: SigmaGrid | ArrayLike,
     *,
     prediction: str = "epsilon",
     algorithm: str = "dpmsolver++",
@@ -178,7 +179,7 @@ def singlestep_orders(N: int, order: int, lower_order_final: bool, final_zero: b
 
 
 def dpm_solver_singlestep_plan(
-    grid,
+    grid: SigmaGrid | ArrayLike,
     *,
     prediction: str = "epsilon",
     algorithm: str = "dpmsolver++",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from . import _check
 from ._check import finite, number, positive, rows_from
@@ -61,7 +62,7 @@ def _euler_rows(plan, grid, x0_of, c_in, *, churn_steps, begin, **settings):
 
 
 def euler_plan(
-    grid,
+    grid: SigmaGrid | ArrayLike,
     *,
     prediction: str = "epsilon",
     s_churn: float = 0.0,
@@ -103,7 +104,7 @@ def euler_plan(
 
 
 def edm_euler_plan(
-    grid,
+    grid: SigmaGrid | ArrayLike,
     *,
     prediction: str = "epsilon",
     sigma_data: float = 0.5,
@@ -143,7 +144,7 @@ def ancestral(s: float, s_next: float, eta: float = 1.0) -> tuple[float, float]:
 
 
 def euler_ancestral_plan(
-    grid,
+    grid: SigmaGrid | ArrayLike,
     *,
     prediction: str = "epsilon",
     eta: float = 1.0,
@@ -173,7 +174,11 @@ def euler_ancestral_plan(
 
 
 def heun_plan(
-    grid, *, prediction: str = "epsilon", clip: float | None = None, begin: int = 0
+    grid: SigmaGrid | ArrayLike,
+    *,
+    prediction: str = "epsilon",
+    clip: float | None = None,
+    begin: int = 0,
 ) -> SolverPlan:
     """Heun's second order (Karras et al. 2022, alg. 1): two rows a step, one for a last step to
     sigma = 0.
@@ -257,7 +262,11 @@ def _kdpm2(name, grid, prediction, clip, begin, target, noisy):
 
 
 def kdpm2_plan(
-    grid, *, prediction: str = "epsilon", clip: float | None = None, begin: int = 0
+    grid: SigmaGrid | ArrayLike,
+    *,
+    prediction: str = "epsilon",
+    clip: float | None = None,
+    begin: int = 0,
 ) -> SolverPlan:
     """DPM-Solver-2 in sigma (k-diffusion, sample_dpm_2; Karras et al. 2022, app. C.3): two rows a
     step, one for the last.
@@ -266,7 +275,7 @@ def kdpm2_plan(
 
 
 def kdpm2_ancestral_plan(
-    grid,
+    grid: SigmaGrid | ArrayLike,
     *,
     prediction: str = "epsilon",
     eta: float = 1.0,
@@ -287,7 +296,7 @@ def kdpm2_ancestral_plan(
 
 
 def dpm_sde_plan(
-    grid,
+    grid: SigmaGrid | ArrayLike,
     *,
     prediction: str = "epsilon",
     eta: float = 1.0,
@@ -360,7 +369,12 @@ def lms_coefficients(sigmas, i: int, order: int) -> list[float]:
 
 
 def lms_plan(
-    grid, *, prediction: str = "epsilon", order: int = 4, clip: float | None = None, begin: int = 0
+    grid: SigmaGrid | ArrayLike,
+    *,
+    prediction: str = "epsilon",
+    order: int = 4,
+    clip: float | None = None,
+    begin: int = 0,
 ) -> SolverPlan:
     """Linear multistep (Adams-Bashforth) in sigma with unequal steps (k-diffusion, sample_lms).
     order: 1..7.

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from . import _check
 from ._check import rows_from
@@ -20,7 +21,11 @@ def _grid(grid) -> SigmaGrid:
 
 
 def flow_match_euler_plan(
-    grid, *, stochastic: bool = False, clip: float | None = None, begin: int = 0
+    grid: SigmaGrid | ArrayLike,
+    *,
+    stochastic: bool = False,
+    clip: float | None = None,
+    begin: int = 0,
 ) -> SolverPlan:
     """x + (sigma_next - sigma) m; stochastic: (1 - sigma_next) x0 + sigma_next z. grid: number of
     steps or `flow_grid`.
@@ -42,7 +47,7 @@ def flow_match_euler_plan(
 
 
 def flow_match_heun_plan(
-    grid,
+    grid: SigmaGrid | ArrayLike,
     *,
     s_churn: float = 0.0,
     s_tmin: float = 0.0,
@@ -86,7 +91,9 @@ def flow_match_heun_plan(
     return plan.build(integer_timesteps=False)
 
 
-def flow_match_lcm_plan(grid, *, clip: float | None = None, begin: int = 0) -> SolverPlan:
+def flow_match_lcm_plan(
+    grid: SigmaGrid | ArrayLike, *, clip: float | None = None, begin: int = 0
+) -> SolverPlan:
     """Predict x0, noise it again to sigma_next: (1 - sigma_next) x0 + sigma_next z."""
     grid = _grid(grid)
     plan = PlanBuilder("flow_match_lcm", clip=clip)
@@ -98,7 +105,9 @@ def flow_match_lcm_plan(grid, *, clip: float | None = None, begin: int = 0) -> S
     return plan.build(integer_timesteps=False)
 
 
-def flow_match_token_table(sigmas, token_sigmas, *, stochastic: bool = False) -> np.ndarray:
+def flow_match_token_table(
+    sigmas: ArrayLike, token_sigmas: ArrayLike, *, stochastic: bool = False
+) -> np.ndarray:
     """Coefficient rows (B, L, 36) for one Euler step in which every token has its own noise level.
 
     sigmas: (N+1,) of the grid. token_sigmas: (B, L); a token goes to the largest grid sigma more

@@ -6,15 +6,17 @@ lambda = ln(alpha / sigma), h = lambda_next - lambda; D is the history of x0 or 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ._check import choice, finite, positive, rows_from
 from ._special import phi
 from .convert import convert
 from .dpm import dpm_grid, history_entry, log_snr
 from .plan import Lin, PlanBuilder, SolverPlan, X, Z, is_symbolic, sym
+from .schedules import SigmaGrid
 
 
 def lagrange_phi(nodes, y: float) -> list[float]:
@@ -33,7 +35,7 @@ def lagrange_phi(nodes, y: float) -> list[float]:
 
 
 def deis_plan(
-    grid,
+    grid: SigmaGrid | ArrayLike,
     *,
     prediction: str = "epsilon",
     order: int = 2,
@@ -80,7 +82,7 @@ def _tau_default(t: float) -> float:
 
 
 def sa_solver_plan(
-    grid,
+    grid: SigmaGrid | ArrayLike,
     *,
     prediction: str = "epsilon",
     predictor_order: int = 2,
@@ -187,14 +189,14 @@ UNIPC_B = {"bh1": lambda hh: hh, "bh2": lambda hh: math.expm1(hh)}
 
 
 def unipc_plan(
-    grid,
+    grid: SigmaGrid | ArrayLike,
     *,
     prediction: str = "epsilon",
     order: int = 2,
     solver_type: str = "bh2",
     predict_x0: bool = True,
     lower_order_final: bool = True,
-    disable_corrector=(),
+    disable_corrector: Sequence[int] = (),
     clip: float | None = None,
     threshold: tuple[float, float] | None = None,
     begin: int = 0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ._check import choice, positive, rows_from
 from .convert import vp
@@ -33,7 +34,11 @@ def transfer(x: Lin, out: Lin, a_t: float, a_p: float, prediction: str) -> Lin:
 
 
 def pndm_plan(
-    grid, *, prediction: str = "epsilon", skip_prk: bool = False, begin: int = 0
+    grid: AlphaGrid | ArrayLike,
+    *,
+    prediction: str = "epsilon",
+    skip_prk: bool = False,
+    begin: int = 0,
 ) -> SolverPlan:
     """PNDM (Liu et al. 2022, alg. 2): PLMS, started by three pseudo Runge-Kutta steps (4
     evaluations each) or, with skip_prk, by an improved Euler step that evaluates the second
@@ -105,7 +110,7 @@ def pndm_plan(
     return plan.build()
 
 
-def ipndm_plan(steps: int, *, betas=None, begin: int = 0) -> SolverPlan:
+def ipndm_plan(steps: int, *, betas: ArrayLike | None = None, begin: int = 0) -> SolverPlan:
     """Improved PNDM with Adams-Bashforth up to order 4 on x = alpha x0 + beta eps, the model
     predicting v (crowsonkb/v-diffusion-pytorch).
     betas: (steps + 1,) noise levels in [0, 1]; by default sin^2 of equal steps from pi/2 to 0."""

@@ -16,6 +16,7 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ._check import choice, finite, number, positive, sigma_range, whole
 from ._special import beta_ppf
@@ -67,7 +68,7 @@ BETA_SCHEDULES = {
 BETA_SCHEDULES["cosine"] = BETA_SCHEDULES["squaredcos_cap_v2"]
 
 
-def zero_terminal_snr(alpha_bar) -> np.ndarray:
+def zero_terminal_snr(alpha_bar: ArrayLike) -> np.ndarray:
     """Shift and scale sqrt(alpha_bar) (T,) so that its last entry is 0 and its first stays (Lin et
     al. 2023, alg. 1).
     """
@@ -200,7 +201,7 @@ SIGMA_KINDS = {
 }
 
 
-def sigma_to_t(sigma, sigmas) -> np.ndarray:
+def sigma_to_t(sigma: ArrayLike, sigmas: ArrayLike) -> np.ndarray:
     """Fractional timestep at which the training table ``sigmas`` (T,) reaches sigma (any shape) for
     the last time, linear in log sigma. (It rises, but for the 4096 that stands for a zero alpha_bar
     and may be less than what is before it.)
@@ -244,7 +245,7 @@ class AlphaGrid:
 
 
 def alpha_grid(
-    steps,
+    steps: ArrayLike,
     schedule: NoiseSchedule | None = None,
     *,
     spacing: str = "leading",
@@ -290,7 +291,9 @@ def alpha_grid(
     return replace(grid, alpha_bar=grid.at(t), alpha_bar_next=grid.at(t_next))
 
 
-def distilled_timesteps(steps: int, T: int = 1000, original_steps: int = 50, strength: float = 1.0):
+def distilled_timesteps(
+    steps: int, T: int = 1000, original_steps: int = 50, strength: float = 1.0
+) -> np.ndarray:
     """The timesteps LCM and TCD visit: ``steps`` of the ``original_steps`` the teacher was
     distilled on; (steps,) int64.
     """
@@ -353,7 +356,7 @@ ALPHA_SIGMA = {
 
 
 def sigma_grid(
-    steps,
+    steps: ArrayLike,
     schedule: NoiseSchedule | None = None,
     *,
     spacing: str = "linspace",
@@ -437,7 +440,9 @@ def init_noise(sigma_max, spacing) -> float:
     return float(np.sqrt(sigma_max**2 + 1) if spacing == "leading" else sigma_max)
 
 
-def time_shift(t, shift: float | None = None, mu: float | None = None, form: str = "exponential"):
+def time_shift(
+    t: ArrayLike, shift: float | None = None, mu: float | None = None, form: str = "exponential"
+) -> np.ndarray:
     """Move flow times t towards noise. shift: s t / (1 + (s-1) t) (Esser et al. 2024, eq. 23).
     mu: resolution-dependent: e^mu / (e^mu + 1/t - 1) ("exponential") or mu / (mu + 1/t - 1)
         ("linear")."""
@@ -452,19 +457,23 @@ def time_shift(t, shift: float | None = None, mu: float | None = None, form: str
 
 
 def dynamic_shift_mu(
-    seq_len: int, base_len=256, max_len=4096, base_shift=0.5, max_shift=1.15
+    seq_len: int,
+    base_len: int = 256,
+    max_len: int = 4096,
+    base_shift: float = 0.5,
+    max_shift: float = 1.15,
 ) -> float:
     """mu for `time_shift`, linear in the number of image tokens (Flux)."""
     return base_shift + (seq_len - base_len) * (max_shift - base_shift) / (max_len - base_len)
 
 
-def stretch_to_terminal(t, terminal: float):
+def stretch_to_terminal(t: np.ndarray, terminal: float) -> np.ndarray:
     """Stretch flow times so that the last one becomes ``terminal`` (LTX-Video)."""
     return 1 - (1 - t) * ((1 - terminal) / (1 - t[-1]))
 
 
 def flow_grid(
-    steps,
+    steps: ArrayLike,
     *,
     shift: float = 1.0,
     mu: float | None = None,
@@ -473,7 +482,7 @@ def flow_grid(
     kind: str | None = None,
     invert: bool = False,
     T: int = 1000,
-    timesteps=None,
+    timesteps: ArrayLike | None = None,
     t_range: tuple[float, float] | None = None,
 ) -> SigmaGrid:
     """Flow-matching grid: sigma from ~1 to 0, timesteps = T sigma.
@@ -535,12 +544,12 @@ C_NOISE = {"log": lambda s: 0.25 * np.log(s), "atan": lambda s: np.arctan(s) * (
 
 
 def edm_grid(
-    steps,
+    steps: ArrayLike,
     *,
-    sigma_min=0.002,
-    sigma_max=80.0,
-    rho=7.0,
-    kind="karras",
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    rho: float = 7.0,
+    kind: str = "karras",
     final: str | float = "zero",
     c_noise: str = "log",
 ) -> SigmaGrid:

@@ -17,6 +17,7 @@ from genfast.models.diffusion import groups
 from genfast.nn.convolution import Conv2d
 from genfast.nn.normalization import GroupNorm
 from genfast.ops import _check
+from genfast.ops._noise import Seed
 from genfast.ops.sampling import bernoulli_nll, reparameterize
 
 _MOMENTUM = 0.05  # of the running mean and variance of the latents: the last 20 batches
@@ -85,7 +86,9 @@ class KLAutoencoder(nn.Module):
         """Means of p(x|z), in (0, 1), for standardised latents z."""
         return torch.sigmoid(self.decode(z * self.std[:, None, None] + self.mean[:, None, None]))
 
-    def forward(self, x: Tensor, *, seed=None, stream: int = 0) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, *, seed: Seed | None = None, stream: int = 0
+    ) -> tuple[Tensor, Tensor]:
         """Logits of one draw z ~ q(z|x), and the KL of each sample (B,)."""
         mu, logvar = self.encode(x)
         z, kl = reparameterize(
@@ -102,7 +105,7 @@ class KLAutoencoder(nn.Module):
         self.mean.lerp_(mean, _MOMENTUM)
         self.std.copy_(self.std.square().lerp(var, _MOMENTUM).sqrt())
 
-    def loss(self, x: Tensor, *, seed=None, stream: int = 0) -> Tensor:
+    def loss(self, x: Tensor, *, seed: Seed | None = None, stream: int = 0) -> Tensor:
         """Mean of -ln p(x|z) + beta KL over the batch, (), nats a sample."""
         logits, kl = self(x, seed=seed, stream=stream)
         return (bernoulli_nll(logits, x) + self.beta * kl).mean()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from genfast.models.hybrid.autoencoder import KLAutoencoder
 from genfast.models.hybrid.process import POSTERIOR, DiTDiffusion, frozen
+from genfast.ops._noise import Seed
 from genfast.ops.sampling import reparameterize
 
 
@@ -32,7 +33,7 @@ class LatentDiffusion(DiTDiffusion):
         del self.config["shape"]
         self.config["autoencoder"] = stage.config
 
-    def _enter(self, x: Tensor, seed) -> Tensor:
+    def _enter(self, x: Tensor, seed: Seed) -> Tensor:
         mu, logvar = self.autoencoder.encode(x)
         return self.autoencoder.standard(reparameterize(mu, logvar, seed=seed, stream=POSTERIOR))
 

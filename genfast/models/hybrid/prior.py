@@ -27,6 +27,7 @@ from genfast.models.transformer.blocks import Attention, Block, FeedForward
 from genfast.nn.linear import Linear
 from genfast.nn.normalization import LayerNorm
 from genfast.ops import _check
+from genfast.ops._noise import Seed
 from genfast.ops.diffusion import add_noise, denoising_loss
 from genfast.ops.rng import rand, randn
 
@@ -101,7 +102,7 @@ class DiffusionPrior(nn.Module):
             x = block(x, mask=mask, causal=True)
         return self.leave(self.norm(x[:, -1]))
 
-    def losses(self, x: Tensor, ids: Tensor, *, seed) -> Tensor:
+    def losses(self, x: Tensor, ids: Tensor, *, seed: Seed) -> Tensor:
         """Of each pair of an image x (B, C, H, W) in [0, 1] and a text ids (B, S), (B,). seed: int,
         or int64 (B,) of one per pair."""
         B, device = len(x), x.device
@@ -117,7 +118,7 @@ class DiffusionPrior(nn.Module):
         return denoising_loss(m, z_i, alpha, sigma, seed=seed, stream=NOISE, prediction="sample",
                               reduction="none")  # fmt: skip
 
-    def loss(self, x: Tensor, ids: Tensor, *, seed) -> Tensor:
+    def loss(self, x: Tensor, ids: Tensor, *, seed: Seed) -> Tensor:
         """Mean of `losses`, ()."""
         return self.losses(x, ids, seed=seed).mean()
 

@@ -28,6 +28,7 @@ from genfast.models.hybrid.dit import (
     variational_bound,
 )
 from genfast.ops import _check
+from genfast.ops._noise import Seed
 from genfast.ops.diffusion import add_noise, denoising_loss
 from genfast.ops.rng import rand, randn
 
@@ -158,7 +159,7 @@ class DiTDiffusion(nn.Module):
 
     # ---- what latents do otherwise --------------------------------------------------------------
 
-    def _enter(self, x: Tensor, seed) -> Tensor:
+    def _enter(self, x: Tensor, seed: Seed) -> Tensor:
         """Images in [0, 1] -> x0 of the process."""
         return 2 * x - 1
 
@@ -168,7 +169,7 @@ class DiTDiffusion(nn.Module):
 
     # ---- training -------------------------------------------------------------------------------
 
-    def losses(self, x: Tensor, c: Tensor | None = None, *, seed) -> Tensor:
+    def losses(self, x: Tensor, c: Tensor | None = None, *, seed: Seed) -> Tensor:
         """Of each sample, (B,). x (B, C, H, W) in [0, 1]; c: labels or token ids where the
         condition is class or text; seed: int, or int64 (B,) of one per sample."""
         B, device = len(x), x.device
@@ -191,7 +192,7 @@ class DiTDiffusion(nn.Module):
         bits = variational_bound(error, v, self.of_x0[t], self.low[t], self.high[t])
         return loss + self.vlb * self.T * bits  # T: of the sum over t, of which this is one term
 
-    def loss(self, x: Tensor, c: Tensor | None = None, *, seed) -> Tensor:
+    def loss(self, x: Tensor, c: Tensor | None = None, *, seed: Seed) -> Tensor:
         """Mean of `losses`, ()."""
         return self.losses(x, c, seed=seed).mean()
 

@@ -33,6 +33,7 @@ from genfast.models.gan import (
 )
 from genfast.nn.linear import Linear
 from genfast.ops import _check
+from genfast.ops._noise import Seed
 from genfast.ops.sampling import reparameterize
 
 POSTERIOR = 1 + max(LATENT, REAL, FAKE, MIX)  # stream of z ~ q(z|x)
@@ -66,7 +67,7 @@ class VAEGAN(Adversarial):
         mu, logvar = self.E(check_images(x, self.x_shape)).chunk(2, 1)
         return mu, logvar
 
-    def _drawn(self, x: Tensor, seed) -> tuple[Tensor, Tensor]:
+    def _drawn(self, x: Tensor, seed: Seed) -> tuple[Tensor, Tensor]:
         """z ~ q(z|x) (B, z_dim), and L_prior of each sample (B,)."""
         mu, logvar = self.encode(x)
         return reparameterize(
@@ -79,12 +80,12 @@ class VAEGAN(Adversarial):
         real, ours = body(check_images(x, self.x_shape)), body(self.fake(z))
         return 0.5 * (real - ours).to(z.dtype).square().sum(1)
 
-    def e_loss(self, x: Tensor, *, seed, step: int = 0) -> Tensor:
+    def e_loss(self, x: Tensor, *, seed: Seed, step: int = 0) -> Tensor:
         """Of the encoder on images x (B, C, H, W) in [0, 1], mean, ()."""
         z, kl = self._drawn(x, seed)
         return (kl + self._unlikely(x, z)).mean()
 
-    def g_loss(self, x: Tensor, *, seed, step: int = 0) -> Tensor:
+    def g_loss(self, x: Tensor, *, seed: Seed, step: int = 0) -> Tensor:
         """Of the decoder, mean, (); -L_GAN in the non-saturating form, as in a GAN."""
         with torch.no_grad():
             z, _ = self._drawn(x, seed)
@@ -95,7 +96,7 @@ class VAEGAN(Adversarial):
         )
         return self.gamma * self._unlikely(x, z).mean() + fooled
 
-    def d_loss(self, x: Tensor, *, seed, step: int = 0) -> Tensor:
+    def d_loss(self, x: Tensor, *, seed: Seed, step: int = 0) -> Tensor:
         """Of the discriminator, mean, (): half of each kind of its fakes counts as one fake."""
         with torch.no_grad():
             codes = self._drawn(x, seed)[0], self.latent(len(x), seed)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -238,7 +240,7 @@ def attention_with_kvcache(
     sinks: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
-):
+) -> Tensor | Any:
     """Appends k, v to the cache in place, then attends to it, in one call.
 
     q: (B, Hq, Sq, D). k_cache, v_cache: (entries, Hkv, capacity, D | Dv), or with block_table

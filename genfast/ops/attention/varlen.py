@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from genfast.ops import _check
 from genfast.ops._backend import under
+from genfast.ops._noise import Seed
 from genfast.ops._road import readable
 from genfast.ops.attention.core import (
     ALIGN,
@@ -73,12 +76,12 @@ def attention_varlen(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
-    seed=None,
+    seed: Seed | None = None,
     stream: int = 0,
     generator: torch.Generator | None = None,
     return_lse: bool = False,
     backend: str | None = None,
-):
+) -> Tensor | Any:
     """`attention` for packed sequences of different lengths.
 
     q: (Tq, Hq, D), k: (Tk, Hkv, D), v: (Tk, Hkv, Dv). cu_seqlens_q, cu_seqlens_k: (B + 1) int32,

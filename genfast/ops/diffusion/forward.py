@@ -194,11 +194,11 @@ def _needed(name: str, value) -> None:
 
 def add_noise(
     x0: Tensor,
-    alpha,
-    sigma,
+    alpha: float | Tensor | None,
+    sigma: float | Tensor,
     *,
     noise: Tensor | None = None,
-    seed=None,
+    seed: _noise.Seed | None = None,
     stream: int = 0,
     offset: int = 0,
     generator: torch.Generator | None = None,
@@ -222,8 +222,18 @@ def add_noise(
     return _mix("x0", x0, noise, alpha, sigma, seed, stream, offset, generator, draws, out)
 
 
-def scale_noise(x0: Tensor, sigma, *, noise=None, seed=None, stream=0, offset=0, generator=None,
-                out=None, backend=None) -> Tensor:  # fmt: skip
+def scale_noise(
+    x0: Tensor,
+    sigma: float | Tensor,
+    *,
+    noise: Tensor | None = None,
+    seed: _noise.Seed | None = None,
+    stream: int = 0,
+    offset: int = 0,
+    generator: torch.Generator | None = None,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
     """(1 - sigma) x0 + sigma noise, the forward process of flow matching; `add_noise` otherwise."""
     if backend is not None:
         return under(scale_noise, locals())
@@ -234,11 +244,11 @@ def scale_noise(x0: Tensor, sigma, *, noise=None, seed=None, stream=0, offset=0,
 
 def velocity(
     x0: Tensor,
-    alpha,
-    sigma,
+    alpha: float | Tensor,
+    sigma: float | Tensor,
     *,
     noise: Tensor | None = None,
-    seed=None,
+    seed: _noise.Seed | None = None,
     stream: int = 0,
     offset: int = 0,
     generator: torch.Generator | None = None,
@@ -260,7 +270,7 @@ def velocity(
 
 
 def scale_model_input(
-    x: Tensor, scale, *, out: Tensor | None = None, backend: str | None = None
+    x: Tensor, scale: float | Tensor, *, out: Tensor | None = None, backend: str | None = None
 ) -> Tensor:
     """scale x. x: (B, ...); scale: a number, or a tensor () / (B,) / (B, L) (a plan's input_scale:
     1 / sqrt(sigma^2 + 1) for Euler and its kin). Differentiable; errors as in `add_noise`.

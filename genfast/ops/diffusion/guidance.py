@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,13 +127,13 @@ def _validate(cond, uncond, average, method):
 def guidance_weights(
     cond: Tensor,
     uncond: Tensor,
-    scale=1.0,
+    scale: float | Tensor = 1.0,
     *,
     method: str = "cfg",
     original: bool = False,
     average: Tensor | None = None,
     backend: str | None = None,
-    **options,
+    **options: Any,
 ) -> Tensor:
     """(B, 2) weights w with w_0 cond + w_1 uncond = the guided output; (B, 3) with average. fp32
     (fp64 for float64).
@@ -163,13 +164,13 @@ def guidance_weights(
 def guide(
     cond: Tensor,
     uncond: Tensor | None = None,
-    scale=1.0,
+    scale: float | Tensor = 1.0,
     *,
     method: str = "cfg",
     original: bool = False,
     average: Tensor | None = None,
     backend: str | None = None,
-    **options,
+    **options: Any,
 ) -> Tensor:
     """One guided model output of a conditional and an unconditional one.
 

@@ -3,6 +3,7 @@ samplers (Black et al. 2023; Liu et al. 2025, Flow-GRPO)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from genfast.ops import _check
 from genfast.ops._backend import kernels, under
 from genfast.ops._force import forced_reference, may_compose
+from genfast.ops._noise import Seed
 from genfast.ops._road import define, differentiable_backward, is_compiling, readable, transforming
 from genfast.ops.diffusion import _common
 from genfast.ops.diffusion.step import (
@@ -160,18 +162,18 @@ _op = define(
 
 def step_log_prob(
     x: Tensor,
-    m: Tensor | tuple[Tensor, ...],
+    m: Tensor | Sequence[Tensor],
     table: Tensor,
     row: int | Tensor = 0,
     *,
     sample: Tensor | None = None,
-    history: tuple = (),
+    history: Sequence[Tensor | None] = (),
     noise: Tensor | None = None,
-    seed=None,
+    seed: Seed | None = None,
     stream: int = 0,
     offset: int = 0,
     generator: torch.Generator | None = None,
-    weights=None,
+    weights: float | Sequence[float] | Tensor | None = None,
     threshold: Tensor | None = None,
     reduction: str = "sum",
     backend: str | None = None,

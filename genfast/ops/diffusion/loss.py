@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -202,11 +203,11 @@ def _code(name, value, table):
 def denoising_loss(
     model_output: Tensor,
     x0: Tensor,
-    alpha,
-    sigma,
+    alpha: float | Tensor | None,
+    sigma: float | Tensor,
     *,
     noise: Tensor | None = None,
-    seed=None,
+    seed: _noise.Seed | None = None,
     stream: int = 0,
     offset: int = 0,
     prediction: str = "epsilon",
@@ -216,7 +217,7 @@ def denoising_loss(
     reduction: str = "mean",
     return_per_sample: bool = False,
     backend: str | None = None,
-):
+) -> Tensor | Any:
     """weight_b mean_b (model_output - target)^2, the target formed in the same pass.
 
     model_output, x0: (B, ...), float32, float16, bfloat16 (fp32 inside, sums in fp64) or float64.

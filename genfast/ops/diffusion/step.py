@@ -6,7 +6,9 @@ inputs and the seed; z is drawn again, never stored.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -273,27 +275,27 @@ def _result(outs, outputs):
 
 def diffusion_step(
     x: Tensor,
-    m: Tensor | tuple[Tensor, ...],
+    m: Tensor | Sequence[Tensor],
     table: Tensor,
     row: int | Tensor = 0,
     *,
-    history: tuple = (),
+    history: Sequence[Tensor | None] = (),
     noise: Tensor | None = None,
-    seed=None,
+    seed: _noise.Seed | None = None,
     stream: int = 0,
     offset: int = 0,
     generator: torch.Generator | None = None,
-    weights=None,
+    weights: float | Sequence[float] | Tensor | None = None,
     threshold: Tensor | None = None,
     variance: str = "fixed",
     mask: Tensor | None = None,
     known: Tensor | None = None,
     known_noise: Tensor | None = None,
-    known_level=None,
+    known_level: Sequence[float] | Tensor | None = None,
     outputs: int = 1,
-    out=None,
+    out: Tensor | Sequence[Tensor] | None = None,
     backend: str | None = None,
-):
+) -> Tensor | Any:
     """One row of a solver plan, in one pass: m = sum_j w_j m_j, x0 = clamp(d_x x + d_m m, +-clip),
     out_i = c_i . [x, m, x0, H_1 .. H_6, z].
 

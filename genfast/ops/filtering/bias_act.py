@@ -352,7 +352,7 @@ def bias_act(
     clamp: float | None = None,
     noise: Tensor | None = None,
     strength: Tensor | float | None = None,
-    seed=None,
+    seed: _noise.Seed | None = None,
     stream: int = 0,
     offset: int = 0,
     generator: torch.Generator | None = None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from genfast.ops.filtering.upfirdn2d import _pair, _quad, filter_size, upfirdn2d
 
 
 def setup_filter(
-    f,
+    f: Tensor | Sequence[float] | float | None,
     device: torch.device | str = "cpu",
     normalize: bool = True,
     flip_filter: bool = False,
@@ -57,8 +59,8 @@ def setup_filter(
 
 def filter2d(
     x: Tensor,
-    f,
-    padding=0,
+    f: Tensor | None,
+    padding: int | Sequence[int] = 0,
     flip_filter: bool = False,
     gain: float = 1.0,
     *,
@@ -73,9 +75,9 @@ def filter2d(
 
 def upsample2d(
     x: Tensor,
-    f,
-    up=2,
-    padding=0,
+    f: Tensor | None,
+    up: int | Sequence[int] = 2,
+    padding: int | Sequence[int] = 0,
     flip_filter: bool = False,
     gain: float = 1.0,
     *,
@@ -98,9 +100,9 @@ def upsample2d(
 
 def downsample2d(
     x: Tensor,
-    f,
-    down=2,
-    padding=0,
+    f: Tensor | None,
+    down: int | Sequence[int] = 2,
+    padding: int | Sequence[int] = 0,
     flip_filter: bool = False,
     gain: float = 1.0,
     *,

@@ -7,6 +7,7 @@ Saved for backward: mu, logvar and the seed. eps is drawn again, never stored.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -291,14 +292,14 @@ def reparameterize(
     mu: Tensor,
     logvar: Tensor,
     *,
-    seed=None,
+    seed: _noise.Seed | None = None,
     stream: int = 0,
     offset: int = 0,
     generator: torch.Generator | None = None,
     return_kl: bool = False,
     kl_reduction: str = "batchmean",
     backend: str | None = None,
-):
+) -> Tensor | Any:
     """z = mu + e^(logvar/2) eps in one pass, eps ~ N(0, 1) from the noise contract.
 
     mu, logvar: (B, ...), broadcast together; float32, float16, bfloat16 (fp32 inside), float64.
@@ -356,13 +357,13 @@ def tanh_normal(
     mu: Tensor,
     logvar: Tensor,
     *,
-    seed=None,
-    stream=0,
-    offset=0,
-    generator=None,
+    seed: _noise.Seed | None = None,
+    stream: int = 0,
+    offset: int = 0,
+    generator: torch.Generator | None = None,
     return_log_prob: bool = False,
-    backend=None,
-):
+    backend: str | None = None,
+) -> Tensor | Any:
     """y = tanh(mu + e^(logvar/2) eps), and ln q(y) per sample on request.
 
     mu, logvar: (B, ...). Returns y or (y, log_prob (B,) float32): the log-density sums over all
@@ -381,13 +382,13 @@ def log_normal(
     mu: Tensor,
     logvar: Tensor,
     *,
-    seed=None,
-    stream=0,
-    offset=0,
-    generator=None,
+    seed: _noise.Seed | None = None,
+    stream: int = 0,
+    offset: int = 0,
+    generator: torch.Generator | None = None,
     return_log_prob: bool = False,
-    backend=None,
-):
+    backend: str | None = None,
+) -> Tensor | Any:
     """y = e^(mu + e^(logvar/2) eps), and ln q(y) per sample on request; otherwise `tanh_normal`."""
     if backend is not None:
         return under(log_normal, locals())

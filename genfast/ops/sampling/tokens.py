@@ -123,7 +123,13 @@ def _draw(logits, filters, seed, stream, offset, generator):
 
 
 def sample_categorical(
-    logits: Tensor, *, seed=None, stream=0, offset=0, generator=None, backend: str | None = None
+    logits: Tensor,
+    *,
+    seed: _noise.Seed | None = None,
+    stream: int = 0,
+    offset: int = 0,
+    generator: torch.Generator | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Index drawn from softmax(logits) over the last dimension: argmax(logits + Gumbel noise).
 
@@ -178,7 +184,7 @@ def sample_tokens(
     top_p: float | Tensor | None = None,
     min_p: float | Tensor | None = None,
     *,
-    seed=None,
+    seed: _noise.Seed | None = None,
     stream: int = 0,
     offset: int = 0,
     generator: torch.Generator | None = None,
