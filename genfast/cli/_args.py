@@ -94,12 +94,15 @@ def add_options(parser, tables: dict[str, dict[str, Option]]) -> None:
         option = tables[models[0]][name]
         own = type(option.default)
         kind = {str: utf8, type(None): utf8, int: integer}.get(own, own)
-        defaults = ", ".join(dict.fromkeys(str(tables[m][name].default) for m in models))
-        whose = f"{', '.join(models)}: " if models != [""] else ""
+        said: dict[str, list[str]] = {}  # what it means and its default: the models that say so
+        for model in models:
+            own_help = f"{tables[model][name].help} (default: {tables[model][name].default})"
+            said.setdefault(own_help.replace("%", "%%"), []).append(model)
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         parser.add_argument(
             flag(name), default=argparse.SUPPRESS, **how,
-            help=f"{whose}{option.help} (default: {defaults})",
+            help="; ".join(f"{', '.join(who)}: {text}" if any(who) else text
+                           for text, who in said.items()),
         )  # fmt: skip
 
 

@@ -5,8 +5,8 @@ compiled at run time, and CPU tensors have a kernel.
     torch_utils.ops.bias_act.bias_act = ops.bias_act            # or all of them at once:
     with ops.enabled(torch_utils.ops): ...                      # and back
 
-Signatures, defaults and results are theirs; `impl="ref"` runs the reference in plain PyTorch. On a
-GPU both run PyTorch's composition: this version has CPU kernels of these ops.
+Signatures, defaults and results are theirs; `impl="ref"` runs the reference in plain PyTorch,
+"cuda" what genfast chooses for the device.
 """
 
 from __future__ import annotations

@@ -21,6 +21,8 @@ def describe(x: Any) -> str:
     if isinstance(x, torch.Tensor):
         dtype = str(x.dtype).removeprefix("torch.")
         return f"a {dtype} tensor of shape {tuple(x.shape)} on {x.device}"
+    if hasattr(x, "shape") and hasattr(x, "dtype"):  # numpy's, without its numbers
+        return f"{type(x).__name__} of shape {tuple(x.shape)} and dtype {x.dtype}"
     return f"{type(x).__name__} {x!r}"
 
 

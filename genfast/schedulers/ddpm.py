@@ -41,8 +41,9 @@ def ddpm_plan(
     """Ho et al. 2020, eq. 6-7: the posterior mean of x_{t-1} given x_t and the predicted x0, plus
     beta_tilde noise.
 
-    grid: number of steps, descending timesteps, or an `AlphaGrid`. variance: a key of
-        `DDPM_VARIANCES`. clip: |x0| bound.
+    grid: number of steps, descending timesteps, or an `AlphaGrid`. variance:
+        "fixed_small", "fixed_large", either with "_log", "learned" or "learned_range". clip: |x0|
+        bound.
     threshold: (ratio, max) of dynamic thresholding (Saharia et al. 2022). begin: first step run
         (image to image).
     """

@@ -100,7 +100,8 @@ def dpm_solver_plan(
 
     grid: number of steps or `SigmaGrid` of any kind ("edm" uses EDM preconditioning with
         sigma_data).
-    algorithm: a key of `ALGORITHMS`. order: 1..3, reached as the history fills.
+    algorithm: "dpmsolver++" or "dpmsolver", either with "sde-" before it. order: 1..3, reached as
+        the history fills.
     lower_order_final: with fewer than 15 steps the last step is order 1 and the one before order 2.
         A step to sigma = 0 is always order 1 (exactly x0).
     peer_d2: give the D2 term of sde-dpmsolver++ at order 3 diffusers' weight, which is alpha_t too

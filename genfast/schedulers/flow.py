@@ -112,7 +112,7 @@ def flow_match_token_table(
 
     sigmas: (N+1,) of the grid. token_sigmas: (B, L); a token goes to the largest grid sigma more
     than 1e-6 below its own, or to 0. dt = sigma_next - sigma, as for whole samples (diffusers has
-    the opposite sign here).
+    the opposite sign here). float64, for `diffusion_step` as torch.tensor(…, dtype=float32).
     """
     grid, s = np.asarray(sigmas, np.float64), np.asarray(token_sigmas, np.float64)
     below = grid < s[..., None] - 1e-6

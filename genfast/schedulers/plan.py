@@ -474,7 +474,10 @@ class PlanBuilder:
                 held[n] = next(s for s in range(1, SLOTS + 2) if s not in held.values())
                 index[r, col] = held[n]
                 if held[n] > SLOTS:
-                    raise ValueError(f"{self.name}: row {r} needs more than {SLOTS} history slots")
+                    raise ValueError(
+                        f"order: expected a history of at most {SLOTS} tensors, got more at row "
+                        f"{r} of {self.name}; lower it"
+                    )
             c = np.zeros((OUTPUTS, len(SOURCES)))
             for i, form in enumerate(outs):
                 for n, v in form.terms.items():
@@ -519,6 +522,6 @@ class PlanBuilder:
 def stack_rows(plans: Iterable[SolverPlan], rows: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
     """(table (B, 36), index (B, 8)) of one row per sample: requests at different steps, or even of
     different solvers, share one batch and one kernel call. Their history tensors need
-    max(plan.slots) places."""
+    max(plan.slots) places. float64; `diffusion_step` takes torch.tensor(table, dtype=float32)."""
     pairs = list(zip(plans, rows, strict=True))
     return np.stack([p.table[r] for p, r in pairs]), np.stack([p.index[r] for p, r in pairs])

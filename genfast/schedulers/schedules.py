@@ -136,8 +136,9 @@ def noise_schedule(
     *,
     zero_snr: bool = False,
 ) -> NoiseSchedule:
-    """The named training schedule, T steps. Names: the keys of `BETA_SCHEDULES`. The defaults are
-    Stable Diffusion's; ``linear, 1e-4, 0.02`` is DDPM's. Raises ValueError for an unknown name."""
+    """The named training schedule, T steps. Names: "linear", "scaled_linear", "squaredcos_cap_v2"
+    or "cosine", "sigmoid", "laplace", "exp". The defaults are Stable Diffusion's; ``linear, 1e-4,
+    0.02`` is DDPM's. Raises ValueError for an unknown name."""
     betas = choice("name", name, BETA_SCHEDULES)(positive("T", T), beta_start, beta_end)
     return NoiseSchedule.from_betas(betas, zero_snr=zero_snr)
 
@@ -376,8 +377,8 @@ def sigma_grid(
     steps: N, or the descending timesteps themselves (floats allowed).
     spacing: "linspace", "leading", "trailing". drop_last: place N+1 integer points and drop the
         cleanest (DPM-Solver).
-    kind: None (sigmas at the spaced timesteps) or a key of `SIGMA_KINDS`; then the timesteps follow
-        the sigmas.
+    kind: None (sigmas at the spaced timesteps) or "karras", "exponential", "beta" or "lu"; then
+        the timesteps follow the sigmas.
     sigma_min, sigma_max: ends of the kind's range; by default those of the timesteps visited
         (range_of="visited") or of the whole training table ("table").
     interpolation: "linear" or "log_linear" (N+1 sigmas uniform in log over the table).

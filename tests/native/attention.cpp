@@ -222,7 +222,8 @@ struct Case {
     p.cu_seqlens_q = integers(q), p.cu_seqlens_k = integers(k);
     p.noise_Sq = p.Sq + pick.below(3), p.noise_Sk = p.Sk + pick.below(3);
     options(true);
-    operands(q.back() + pick.below(3), k.back() + pick.below(3));
+    p.total_q = q.back() + pick.below(3), p.total_k = k.back() + pick.below(3);
+    operands(p.total_q, p.total_k);
   }
   void operands(int64_t Tq, int64_t Tk) {
     p.q = rows_of(rows(p.Hq, Tq, p.D, p.dtype));

@@ -50,7 +50,7 @@ struct Backward {
   int64_t longest_q = 0, longest_k = 0;
   int64_t splits = 1, split_keys = 0;
   bool options, row_pass;
-  float *lse2 = nullptr, *delta = nullptr;        // [B][Hq][longest_q]
+  float *lse2 = nullptr, *delta = nullptr;        // [Hq][stat_rows]
   float* total_dq = nullptr;                      // [B][Hkv][group_rows][ldk], of several ranges
   std::unique_ptr<std::atomic<int64_t>[]> turns;  // [B][Hkv]: ranges whose dQ has been added
 
@@ -76,8 +76,11 @@ struct Backward {
 
   int64_t group() const { return p.Hq / p.Hkv; }
   int64_t group_rows() const { return round_up(group() * longest_q, Unit::whole); }
+  // Rows of a head in all sequences. Packed ones as they lie: padded to the longest, 40,000 of one
+  // row beside one of 20,000 would take 24 GiB.
+  int64_t stat_rows() const { return p.cu_seqlens_q ? p.total_q : p.B * longest_q; }
   int64_t stat_index(int64_t b, int64_t head, int64_t i) const {
-    return (b * p.Hq + head) * longest_q + i;
+    return head * stat_rows() + (p.cu_seqlens_q ? p.cu_seqlens_q[b] : b * longest_q) + i;
   }
   int64_t heads() const { return p.B * p.Hkv; }
   float* total_of(int64_t head) const { return total_dq + head * group_rows() * ldk; }

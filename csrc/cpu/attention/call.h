@@ -111,8 +111,8 @@ void backward(const AttentionGradParams& g) {
   const int threads = flops < 4e5 ? 1 : p.threads;
   Arena sizes;
   const auto take = [&](Arena& a) {
-    f.lse2 = a.take<float>(p.B * p.Hq * f.longest_q);
-    f.delta = a.take<float>(p.B * p.Hq * f.longest_q);
+    f.lse2 = a.take<float>(p.Hq * f.stat_rows());
+    f.delta = a.take<float>(p.Hq * f.stat_rows());
     if (f.splits > 1) f.total_dq = a.take<float>(f.heads() * f.group_rows() * f.ldk);
   };
   take(sizes);

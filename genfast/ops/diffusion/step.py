@@ -303,9 +303,9 @@ def diffusion_step(
     m: like x, or a tuple of 1 to 3 model outputs with `weights`: a guidance scale w for (cond,
         uncond), one number per output, or a tensor (n,) or (B, n). With a learned variance each has
         twice the channels (dim 1); the variance is that of the first.
-    table: (R, 36) float32, `genfast.schedulers.SolverPlan.table` (d_x d_m clip input_scale
-        logvar_min logvar_max c_0 c_1 c_2). row: an int, or an int64 tensor (), (B,) or (B, L): a
-        row per sample or per token of x (B, L, ...).
+    table: (R, 36) float32, `genfast.schedulers.SolverPlan.table_on(device)` (d_x d_m clip
+        input_scale logvar_min logvar_max c_0 c_1 c_2). row: an int, or an int64 tensor (), (B,) or
+        (B, L): a row per sample or per token of x (B, L, ...).
     history: up to six tensors like x, None where empty.
     z: `noise` like x, or drawn: seed (int, or int64 tensor of one or of B), stream, offset,
         generator as in `genfast.randn`, whose values it equals; none of them: the rows use no z.
@@ -457,13 +457,13 @@ def pack(
     if not isinstance(table, Tensor):
         raise TypeError(
             f"table: expected a float32 tensor (R, {COLUMNS}), got {_check.describe(table)}; "
-            "use torch.tensor(plan.table, dtype=torch.float32)"
+            "pass plan.table_on(x.device)"
         )
     _check.tensor("table", table)
     if table.dim() != 2 or table.shape[1] != COLUMNS or table.shape[0] == 0:
         raise ValueError(
             f"table: expected shape (R, {COLUMNS}), got {tuple(table.shape)}; "
-            "use torch.tensor(plan.table, dtype=torch.float32)"
+            "pass plan.table_on(x.device)"
         )
     if not isinstance(history, (tuple, list)) or len(history) > HISTORY:
         raise ValueError(

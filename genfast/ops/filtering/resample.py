@@ -83,7 +83,8 @@ def upsample2d(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """(N, C, H, W) -> (N, C, H up, W up) (padding 0), of the same mean; else as `upfirdn2d`."""
+    """(N, C, H, W) -> (N, C, H up, W up) (padding 0), of the same mean but for the border; else as
+    `upfirdn2d`."""
     (up_x, up_y), (fw, fh) = _pair("up", up), filter_size(f)
     left, right, top, bottom = _quad(padding)
     padding = (

@@ -366,8 +366,9 @@ def tanh_normal(
 ) -> Tensor | Any:
     """y = tanh(mu + e^(logvar/2) eps), and ln q(y) per sample on request.
 
-    mu, logvar: (B, ...). Returns y or (y, log_prob (B,) float32): the log-density sums over all
-    but dim 0, with ln(1 - tanh^2) in the form that does not cancel (Haarnoja et al. 2018, app. C).
+    mu, logvar: (B, ...). Returns y or (y, log_prob (B,) float32, float64 for float64): the
+    log-density sums over all but dim 0, with ln(1 - tanh^2) in the form that does not cancel
+    (Haarnoja et al. 2018, app. C).
     Arguments, gradients and errors as in `reparameterize`.
     """
     if backend is not None:
