@@ -63,8 +63,8 @@ def dynamic_threshold(
     x0: (B, ...), not empty; fp32 result (fp64 for float64). ratio in [0, 1], max_value >= 1. With m
     and a solver plan's table (`SolverPlan.table_on(device)`), x0 = d_x x + d_m m of that row is
     formed on the fly from x (the first argument) and m. Linear interpolation as torch.quantile,
-    towards an infinity too; NaN anywhere gives NaN. Differentiable through plain PyTorch. backend: as
-    `genfast.set_backend`. Raises TypeError / ValueError naming the argument.
+    towards an infinity too; NaN anywhere gives NaN. Differentiable through plain PyTorch.
+    backend: as `genfast.set_backend`. Raises TypeError / ValueError naming the argument.
     Saharia et al. 2022, section 2.3.
     """
     if backend is not None:
