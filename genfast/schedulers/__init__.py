@@ -4,6 +4,11 @@ is a new row-maker, not a new kernel.
     plan = dpm_solver_plan(20)                     # or plan_from_config("DDIMScheduler", cfg, 50)
     x = sample(model, plan, plan.init_noise_sigma * randn(...), seed=0)
 
+Plan makers share grid (a number of steps, the steps themselves or an `AlphaGrid` or `SigmaGrid`),
+prediction (what the model gives: "epsilon", "sample", "v_prediction", of flows "flow_prediction"),
+clip (bound of |x0|), threshold ((ratio, max) of dynamic thresholding), begin (the first step that
+is run, image to image) and s_churn, s_tmin, s_tmax, s_noise (Karras et al. 2022, algorithm 2).
+
 Where a plan differs from diffusers 0.42.1 on purpose (`plan_from_config` maps its configs here):
 
 * sde-dpmsolver order 3, EDM sde-dpmsolver++ order 3: diffusers raises UnboundLocalError; here the
