@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import genfast
-from genfast.benchmarks.bench_models import fresh, on_reference, prove
+from genfast.benchmarks.bench_models import fresh, prove
 from genfast.benchmarks.harness import Case, Work
+from genfast.benchmarks.plain import on_reference
 from genfast.models._seeds import sample_seeds
 from genfast.models.gan import TILE
 from genfast.train.recipes import RECIPES

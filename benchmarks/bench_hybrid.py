@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 import genfast
-from genfast.benchmarks.bench_models import fresh, on_reference, prove
+from genfast.benchmarks.bench_models import fresh, prove
 from genfast.benchmarks.harness import Case, Work
+from genfast.benchmarks.plain import on_reference
 from genfast.models import (
     CLIP,
     Diffusion,

@@ -1,11 +1,10 @@
 """models: a training step and a sampling step on genfast's ops against the same module on plain
 PyTorch, in one run.
 
-Rivals: `reference`, the same module under genfast.backend("reference") with PyTorch's own
-attention, and `compile`, that module through torch.compile; of the VAE, whose steps are so short
-that asking for the backend would count, the same weights in PyTorch's own words. A training step is
-forward and backward, gradients of all parameters; a sampling step is all that a tile of images
-costs, over the rows of its plan.
+Rivals: `reference`, the same module on PyTorch's lines (`plain`), and `compile`, that module
+through torch.compile; of the VAE, whose steps are short, the same weights in PyTorch's own words. A
+training step is forward and backward, gradients of all parameters; a sampling step is all that a
+tile of images costs, over the rows of its plan.
 """
 
 from __future__ import annotations
@@ -19,46 +18,12 @@ from torch import Tensor, nn
 
 import genfast
 from genfast.benchmarks.harness import Case, Work, assert_judged
+from genfast.benchmarks.plain import on_reference
 from genfast.models import VAE, ConvVAE, Diffusion
 from genfast.models._seeds import sample_seeds
 from genfast.models.diffusion import TILE
-from genfast.reference import attention as reference
 
 SEED = 1234
-_WRITTEN = reference.attention
-
-
-def _by_sdpa(q, k, v, *, mask=None, offset=0, keep=None, window=(-1, -1), scale=None, **options):
-    """`reference.attention`, which is written to be read, as PyTorch's users call theirs."""
-    given = {name for name, value in options.items() if value is not None and value != 0}
-    causal = window[1] == 0
-    if causal and offset:  # of a cache's proof; the rival there has words of its own
-        return _WRITTEN(q, k, v, mask=mask, offset=offset, window=window, scale=scale)
-    if given or keep is not None or window[0] != -1 or window[1] > 0:
-        raise ValueError(f"attention: expected what F.sdpa has, got {window}, {offset}, {given}")
-    if causal and mask is not None:
-        seen = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
-        mask = mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -torch.inf)
-        causal = False
-    grouped = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped
-    )
-    return out, out.new_empty(0)  # nobody reads the log of its sums
-
-
-def on_reference(call: Callable) -> Callable:
-    """The call on plain PyTorch."""
-
-    def run(*args):
-        reference.attention = _by_sdpa
-        try:
-            with genfast.backend("reference"):
-                return call(*args)
-        finally:
-            reference.attention = _WRITTEN
-
-    return run
 
 
 def fresh(build: Callable[[], nn.Module], device) -> nn.Module:

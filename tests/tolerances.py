@@ -1,4 +1,4 @@
-"""Every tolerance of the suite, in one table.
+"""Tolerances that test files share, and how results are judged by them.
 
 The yardstick rule: the truth is the reference in fp64; a kernel may be off by at most FACTOR times
 what plain PyTorch in the kernel's own dtype is off, plus a floor of a few ulp of the largest value.
@@ -75,3 +75,12 @@ def poisson_bounds(mean: float) -> tuple[float, float]:
 
 def two_sided(z: float) -> bool:
     return math.isfinite(z) and abs(z) < Z
+
+
+def on_both_roads(function, *tensors, **options):
+    """What a call gives with a graph, as it came; without one it gives the same bits."""
+    outputs = function(*tensors, **options)
+    with torch.no_grad():
+        alone = function(*tensors, **options)
+    torch.testing.assert_close(alone, outputs, rtol=0, atol=0, equal_nan=True)
+    return outputs
