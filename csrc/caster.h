@@ -35,8 +35,6 @@ class TensorArgument : public TensorView {
 // Remembers the exchange API of a tensor type; called once per type at import.
 void register_tensor_type(PyObject* type);
 
-inline bool is_undefined(const TensorView& t) { return t.device_type == 0; }
-
 inline const dl::ExchangeApi* exchange_api(PyTypeObject* type);
 
 namespace detail {

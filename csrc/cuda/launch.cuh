@@ -64,12 +64,6 @@ inline int generation(int device) {  // 9 of sm_90
   return n;
 }
 
-inline int multiprocessors(int device) {
-  int n = 0;
-  cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device);
-  return n > 0 ? n : 1;
-}
-
 inline std::mutex& shared_sizes() {
   static std::mutex mutex;
   return mutex;

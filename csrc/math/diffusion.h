@@ -9,12 +9,6 @@ namespace genfast {
 
 // ---- the step ---------------------------------------------------------------------------------
 
-// x0 = clamp(d_x x + d_m m, +-clip).
-template <class F>
-GENFAST_FN F predicted_x0(F x, F m, F d_x, F d_m, F clip) {
-  return clamp_symmetric<F>(d_x * x + d_m * m, clip);
-}
-
 // Factor of z for a learned variance v (Nichol & Dhariwal 2021, eq. 15).
 template <class F>
 GENFAST_FN F std_learned_range(F v, F logvar_min, F logvar_max) {

@@ -9,8 +9,6 @@
 
 namespace genfast {
 
-constexpr int kNoiseVersion = 1;
-
 template <class U>
 struct Words {  // one Philox block; word w of block b is element 4 b + w
   U w0, w1, w2, w3;

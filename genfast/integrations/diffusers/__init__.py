@@ -110,7 +110,6 @@ SCHEDULERS = {}
 for _name in __all__[:-2]:
     _class = globals()[_name]
     _class.__module__ = __name__  # pipelines save a scheduler as (module, class)
-    _class._is_genfast = True
     _peer = next(c for c in _class.__mro__ if c.__module__.startswith("diffusers."))
     _class.__qualname__ = _name
     SCHEDULERS[_peer] = _class
