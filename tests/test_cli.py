@@ -303,7 +303,7 @@ def test_generate_gives_the_same_pixels_for_any_batch_size(trained, tmp_path):
     assert pixels(trained / "generated-6.png")[1] != first
 
 
-@pytest.mark.parametrize("name", ["drawn.png", "drawn.safetensors"])
+@pytest.mark.parametrize("name", ["drawn.png", "DRAWN.PNG", "drawn.safetensors"])
 def test_a_generated_file_says_where_it_comes_from(trained, tmp_path, name, capsys):
     out = tmp_path / name
     assert run("generate", "--from", str(trained), "--seed", "5", "--count", "3",

@@ -461,12 +461,16 @@ def test_config_files(tmp_path):
     toml.write_text('model = "vae"\nbatch-size = 64\nlr = 1e-3\n')
     yaml.write_text("model: vae\nbatch-size: 64\nlr: 0.001\n")
     assert read_config(toml) == read_config(yaml) == {"model": "vae", "batch_size": 64, "lr": 1e-3}
+    for path in (toml, yaml):  # as an editor on Windows saves it
+        path.write_text("\ufeff" + path.read_text())
+        assert read_config(path)["batch_size"] == 64
     for path in (toml, yaml):
         path.write_bytes(b"model: caf\xe9")
         with pytest.raises(ValueError, match=f"{path.name}: expected UTF-8 text"):
             read_config(path)
     for path, text, message in (
         (toml, "a = ", "not readable TOML"), (yaml, "a: [", "not readable YAML"),
+        (yaml, "epochs: 1\nepochs: 2", "epochs twice"),
         (yaml, "- 3", "expected a table of names"), (tmp_path / "run.ini", "", "expected a file"),
     ):  # fmt: skip
         path.write_text(text)

@@ -60,6 +60,24 @@ def test_parts_share_nothing(book):
     assert parts == text.parted(pieces) != text.parted(pieces, seed=1)
 
 
+def test_a_text_of_one_line_and_a_byte_order_mark(tmp_path):
+    path = tmp_path / "one.txt"
+    path.write_text("\ufeff" + "word " * 10000, encoding="utf-8")
+    pieces = text.documents(str(path))
+    assert "".join(pieces) == "word " * 10000 and max(map(len, pieces)) <= 16000
+
+
+def test_a_resumed_run_has_its_text(book, tmp_path, capsys):
+    own = tmp_path / "own.txt"
+    own.write_text(book.read_text(encoding="utf-8")[:20000], encoding="utf-8")
+    begin = ("train", "gpt", "--data", own, "--d", 16, "--heads", 1, "--layers", 1, "--context", 32,
+             "--epochs", 1, "--out", tmp_path / "run")  # fmt: skip
+    command(*begin)
+    own.write_text(book.read_text(encoding="utf-8")[:30000], encoding="utf-8")
+    assert main(["train", "--resume", "--out", str(tmp_path / "run")]) == 2
+    assert "data: expected the text with which the run" in capsys.readouterr().err
+
+
 def test_a_line_of_a_file_of_pairs_ends_at_its_newline(tmp_path):
     """Not at U+2028, a form feed or the like."""
     rows = [f"source {i}\tone\u2028two\x0cthree {i}" for i in range(60)]

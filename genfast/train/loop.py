@@ -208,6 +208,7 @@ def _train(name, recipe, model, data, s, out, notes, show, resume, processes) ->
     facts = {**data.about, **notes, "settings": asdict(s)}
     progress = Progress()
     if resume:
+        state.check_data(out, data.about)
         progress = state.restore(out, model, average.tensors, optimizers)
         if progress.best_epoch:
             checkpoint.check_kept(out, name, model)

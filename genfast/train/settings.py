@@ -106,7 +106,7 @@ def _toml(path: Path) -> dict:
     except ModuleNotFoundError:  # Python 3.10
         raise ValueError(f"{path}: TOML needs Python 3.11; write the same in YAML") from None
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: not readable TOML ({error})") from None
 
@@ -115,7 +115,18 @@ def _yaml(path: Path) -> Any:
     need("yaml")
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """A name twice is an error, as in TOML; YAML's own loader takes the last."""
+
+        def construct_mapping(self, node, deep=False):
+            names = [key.value for key, _ in node.value]
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{', '.join(map(str, twice))} twice", node.start_mark
+                )
+            return super().construct_mapping(node, deep)
+
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8-sig"), Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not readable YAML ({error})") from None

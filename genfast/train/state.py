@@ -83,6 +83,16 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], dict]:
     return read(folder / STATE)
 
 
+def check_data(folder: Path, known: dict) -> None:
+    """ValueError where the data of these facts (`Split.about`) are not those of the state."""
+    began = _read(folder)[1].get("digest")
+    if began is not None and began != known.get("digest"):
+        raise ValueError(
+            f"data: expected the text with which the run in {folder} began, got another in its "
+            "file; put it back, or start again without --resume"
+        )
+
+
 def restore(
     folder: Path, model: nn.Module, ema: dict[str, Tensor], optimizers: Sequence[Optimizer]
 ) -> Progress:

@@ -7,6 +7,7 @@ train, any language, and bits per byte that compare across models.
 from __future__ import annotations
 
 import ast
+import hashlib
 import re
 import sysconfig
 from collections.abc import Callable, Iterable, Sequence
@@ -91,17 +92,23 @@ def documents(name: str) -> list[str]:
     text = _read(path)
     pieces, piece = [], ""
     for line in text.splitlines(keepends=True):
-        piece += line
-        if len(piece) > 4000 and (not line.strip() or len(piece) > 8000):
-            pieces, piece = [*pieces, piece], ""
+        for at in range(0, len(line), 8000):  # a whole text may be one line
+            piece += line[at : at + 8000]
+            if len(piece) > 4000 and (not line.strip() or len(piece) > 8000):
+                pieces, piece = [*pieces, piece], ""
     return [p for p in (*pieces, piece) if p.strip()]
 
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # Windows editors begin with U+FEFF
     except UnicodeDecodeError as error:
         raise ValueError(f"data: {path}: expected UTF-8 text ({error})") from None
+
+
+def digest(texts: Sequence) -> str:
+    """What tells a resumed run that a file still holds the text that it began with."""
+    return hashlib.sha256(repr(list(texts)).encode()).hexdigest()[:16]
 
 
 def parted(
@@ -147,8 +154,9 @@ class Windows:
 
 
 def windows(name: str, size: int) -> Split:
-    parts = [Windows.of(p, size) for p in parted(documents(name))]
-    return Split(*parts, {"vocab": VOCAB, "context": size})
+    found = documents(name)
+    parts = [Windows.of(p, size) for p in parted(found)]
+    return Split(*parts, {"vocab": VOCAB, "context": size, "digest": digest(found)})
 
 
 @dataclass(frozen=True)
@@ -206,5 +214,9 @@ def pairs(name: str, sizes: tuple[int, int]) -> Split:
             f"data: expected {', '.join(PAIRS)} or a file of lines `source TAB target`, "
             f"got {name!r}"
         )
+    if len(found) < 3:
+        raise ValueError(
+            f"data: expected 3 lines `source TAB target` at least, got {len(found)} in {name!r}"
+        )
     parts = [Pairs.of(p, sizes) for p in parted(found)]
-    return Split(*parts, {"vocab": VOCAB, "sizes": list(sizes)})
+    return Split(*parts, {"vocab": VOCAB, "sizes": list(sizes), "digest": digest(found)})

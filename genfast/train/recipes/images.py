@@ -33,7 +33,7 @@ class ImageRecipe(Recipe):
                 f"the facts of its checkpoint, got {shape}"
             )
         pixels = pixels.view(-1, *shape)
-        if out.suffix == self.suffix:
+        if out.suffix.lower() == self.suffix:
             images.save_png(out, images.grid(pixels), provenance)
         else:
             write_tensors(out, {"images": pixels}, provenance)
