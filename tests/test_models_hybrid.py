@@ -1,6 +1,7 @@
 """The hybrids: CLIP, DiT, latent diffusion, prior: losses and gradients, samples whatever the
 batch, guidance, parts that travel in a checkpoint."""
 
+import copy
 import math
 
 import numpy as np
@@ -18,6 +19,7 @@ from genfast.models import (
     DiTDiffusion,
     KLAutoencoder,
     LatentDiffusion,
+    StyleGAN2,
 )
 from genfast.models._seeds import sample_seeds
 from genfast.models.diffusion import PLANS
@@ -647,3 +649,33 @@ def test_clip_learns_captions_of_real_digits(tmp_path):
     loop.train("clip", recipe, model, digits, settings, tmp_path)
     found = recipe.evaluate(model.eval(), digits, 0, 0, {})
     assert found["zero-shot accuracy, held-back templates"] > 0.7  # chance is 0.1
+
+
+# ---- tables that no state dict has ---------------------------------------------------------------
+
+TABLED = {
+    "diffusion": lambda: Diffusion((1, 8, 8), (16, 32)),
+    "dit": lambda: DiTDiffusion((1, 8, 8), patch=2, classes=10, d=32, layers=1, heads=2),
+    "stylegan2": lambda: StyleGAN2((1, 28, 28)),
+}
+
+
+@pytest.mark.parametrize("name", TABLED)
+def test_tables_outlive_meta_to_empty_and_16_bits(name):
+    """`load_state_dict` says nothing of them: they were what lay in memory, or stayed rounded."""
+    build = TABLED[name]
+    model = build()
+    tables = dict(model.named_buffers())
+
+    def on_meta():
+        with torch.device("meta"):
+            return build()
+
+    moved = copy.deepcopy(model).to("meta").to_empty(device="cpu")
+    built, assigned = on_meta().to_empty(device="cpu"), on_meta()
+    for twin in (moved, built, copy.deepcopy(model).bfloat16().float()):
+        twin.load_state_dict(model.state_dict())
+    assigned.load_state_dict(model.state_dict(), assign=True)
+    for twin in (moved, built, assigned, copy.deepcopy(model).bfloat16().float()):
+        for key, value in twin.named_buffers():
+            assert torch.equal(value, tables[key]), key

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from genfast import schedulers
 from genfast.models._bare import CONV, LINEAR, bare
 from genfast.models._seeds import in_tiles, sample_seeds
+from genfast.nn._tables import Tables
 from genfast.nn.convolution import Conv2d
 from genfast.nn.linear import Linear
 from genfast.nn.normalization import GroupNorm
@@ -304,7 +305,7 @@ PLANS = {
 }
 
 
-class Diffusion(nn.Module):
+class Diffusion(Tables):
     """A U-Net with its noise schedule.
 
     shape: (C, H, W); H and W divisible by 2^(levels - 1). widths, blocks, attention, head_dim,
@@ -363,8 +364,7 @@ class Diffusion(nn.Module):
                          dropout)  # fmt: skip
         self.noise = schedulers.noise_schedule(schedule, T)
         alpha_bar = torch.from_numpy(self.noise.alpha_bar.copy())
-        self.register_buffer("alpha", alpha_bar.sqrt().float(), persistent=False)
-        self.register_buffer("sigma", (1 - alpha_bar).sqrt().float(), persistent=False)
+        self.set_tables(alpha=alpha_bar.sqrt(), sigma=(1 - alpha_bar).sqrt())
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, c: Tensor | None = None):
         """The prediction m for x_t (B, C, H, W); c: the task's channels."""

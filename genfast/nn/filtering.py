@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from genfast.nn._tables import Tables
 from genfast.ops.filtering import bias_act, downsample2d, setup_filter, upsample2d
 
 
@@ -39,20 +40,14 @@ class BiasAct(nn.Module):
         return f"{len(self.bias)}, act={self.act!r}, gain={self.gain}, noise={noise}"
 
 
-class _Resample2d(nn.Module):
+class _Resample2d(Tables):
     f: Tensor
+    table_dtype = torch.float32  # as `upfirdn2d` takes the taps
 
     def __init__(self, factor: int = 2, taps=(1, 3, 3, 1)):
         super().__init__()
         self.factor = factor
-        self.register_buffer("f", setup_filter(taps), persistent=False)
-
-    def _apply(self, fn, recurse: bool = True):
-        """The taps move with the module and stay float32, as `upfirdn2d` takes them."""
-        f = self.f
-        super()._apply(fn, recurse)
-        self.f = self.f.to(f.dtype) if f.is_meta else f.to(self.f.device)  # not a rounded one
-        return self
+        self.set_tables(f=setup_filter(taps))
 
     def extra_repr(self) -> str:
         return f"factor={self.factor}"

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from genfast.models.diffusion import timestep_embedding, zeroed
 from genfast.models.transformer import blocks
 from genfast.models.transformer.blocks import FeedForward, Residual
+from genfast.nn._tables import Tables
 from genfast.nn.linear import Linear
 from genfast.nn.normalization import LayerNorm, RMSNorm
 from genfast.ops.attention import attention
@@ -99,7 +100,7 @@ class Block(nn.Module):
         return Residual(x, self.feed_forward(y), gate2)
 
 
-class DiT(nn.Module):
+class DiT(Tables):
     """x (B, C, H, W), t (B,), conditions -> (B, outputs, H, W). The network alone; with its noise
     schedule: `DiTDiffusion`, and on latents `LatentDiffusion`.
 
@@ -128,7 +129,9 @@ class DiT(nn.Module):
             raise ValueError(f"d: expected a multiple of 8 (of the fixed positions), got {d}")
         self.patch, self.d, self.classes, self.z, self.tokens = patch, d, classes, z, tokens
         self.enter = Linear(C * patch * patch, d)
-        self.register_buffer("places", places(*self.grid, d), persistent=False)
+        with torch.device("cpu"):  # values, in a model built on the meta device too
+            grid = places(*self.grid, d)
+        self.set_tables(places=grid)
         self.time = nn.Sequential(Linear(256, d), nn.SiLU(), Linear(d, d))
         self.label = nn.Embedding(classes + 1, d) if classes else None
         self.of_z = nn.Sequential(Linear(z, d), nn.SiLU(), Linear(d, d)) if z else None

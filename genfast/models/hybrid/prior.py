@@ -24,6 +24,7 @@ from genfast.models.hybrid.clip import CLIP
 from genfast.models.hybrid.process import DROP, NOISE, START, STEPS, TIME, frozen
 from genfast.models.transformer import blocks
 from genfast.models.transformer.blocks import Attention, Block, FeedForward
+from genfast.nn._tables import Tables
 from genfast.nn.linear import Linear
 from genfast.nn.normalization import LayerNorm
 from genfast.ops import _check
@@ -37,7 +38,7 @@ _OWN = 4  # tokens behind the text's: z_t, t, z_i^(t), the last
 _CLIP_RANGE = 5.0
 
 
-class DiffusionPrior(nn.Module):
+class DiffusionPrior(Tables):
     """clip: the config of a `CLIP`, whose weights are put in with `adopt`. d, layers, heads: of the
     transformer. T, schedule: of `schedulers.noise_schedule`. condition_dropout: share of training
     samples without their text, for guidance.
@@ -75,8 +76,7 @@ class DiffusionPrior(nn.Module):
             nn.init.normal_(p, std=0.02)
         self.noise = schedulers.noise_schedule(schedule, T)
         alpha_bar = torch.from_numpy(self.noise.alpha_bar.copy())
-        self.register_buffer("alpha", alpha_bar.sqrt().float(), persistent=False)
-        self.register_buffer("sigma", (1 - alpha_bar).sqrt().float(), persistent=False)
+        self.set_tables(alpha=alpha_bar.sqrt(), sigma=(1 - alpha_bar).sqrt())
 
     def adopt(self, clip: CLIP) -> DiffusionPrior:
         """Takes the weights of a trained CLIP over. Returns itself."""

@@ -27,6 +27,7 @@ from genfast.models.hybrid.dit import (
     learned_range,
     variational_bound,
 )
+from genfast.nn._tables import Tables
 from genfast.ops import _check
 from genfast.ops._noise import Seed
 from genfast.ops.diffusion import add_noise, denoising_loss
@@ -81,7 +82,7 @@ def frozen(build: Callable[..., nn.Module], config: dict) -> nn.Module:
     return build(**config).requires_grad_(False)
 
 
-class DiTDiffusion(nn.Module):
+class DiTDiffusion(Tables):
     """shape: (C, H, W) of the images. patch, d, layers, heads, qk_norm: of the `DiT`. condition: a
     key of CONDITIONS; classes: number of labels; clip: the config of a `CLIP`, for text and image,
     whose weights are put in with `adopt`. T, schedule: of `schedulers.noise_schedule`; prediction:
@@ -146,10 +147,9 @@ class DiTDiffusion(nn.Module):
                        **widths)  # fmt: skip
         self.noise = schedulers.noise_schedule(schedule, T)
         alpha_bar = torch.from_numpy(self.noise.alpha_bar.copy())
-        self.register_buffer("alpha", alpha_bar.sqrt().float(), persistent=False)
-        self.register_buffer("sigma", (1 - alpha_bar).sqrt().float(), persistent=False)
-        for name, values in learned_range(alpha_bar).items():
-            self.register_buffer(name, values.float(), persistent=False)
+        self.set_tables(
+            alpha=alpha_bar.sqrt(), sigma=(1 - alpha_bar).sqrt(), **learned_range(alpha_bar)
+        )
 
     def adopt(self, **parts: nn.Module) -> DiTDiffusion:
         """Takes the weights of trained parts (clip=..., autoencoder=...) over. Returns itself."""
