@@ -9,6 +9,7 @@ from torch import Tensor
 
 from genfast.ops import _check
 from genfast.ops._backend import has_kernels
+from genfast.ops._common import wide_dtype
 from genfast.ops._road import KERNEL_DTYPES
 from genfast.ops.rng import noise_like
 
@@ -32,12 +33,6 @@ def cached(values: tuple[float, ...], device: torch.device, *lead: int) -> Tenso
         with torch.inference_mode(False), torch.no_grad():
             found = _CACHE[key] = numbers(values, device).view(*lead, -1)
     return found
-
-
-def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """fp64 if any is, else fp32: what composites compute in, like the kernel."""
-    given = (t.dtype for t in tensors if t is not None)
-    return torch.float64 if torch.float64 in given else torch.float32
 
 
 def on_kernel(*tensors: Tensor | None) -> bool:
