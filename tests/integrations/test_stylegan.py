@@ -24,7 +24,9 @@ SETUP = {"f": None, "device": "cpu", "normalize": True, "flip_filter": False, "g
 
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_signatures_are_nvlabs(name):
-    assert str(inspect.signature(getattr(ops, name))) == SIGNATURES[name]
+    found = inspect.signature(getattr(ops, name))
+    bare = [p.replace(annotation=p.empty) for p in found.parameters.values()]
+    assert str(inspect.Signature(bare)) == SIGNATURES[name]
 
 
 def test_setup_filter_takes_the_same_arguments():
