@@ -431,6 +431,12 @@ def layer_norm(
     scale: Tensor | None = None, shift: Tensor | None = None, act: str = "linear",
     eps: float = 1e-5, add: Tensor, gate: Tensor | None = None, backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *,
+    scale: Tensor | None = None, shift: Tensor | None = None, act: str = "linear",
+    eps: float = 1e-5, add: Tensor | None, gate: Tensor | None = None, backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def layer_norm(
     x: Tensor,
     weight: Tensor | None = None,
@@ -469,6 +475,12 @@ def rms_norm(
     shift: Tensor | None = None, act: str = "linear", eps: float | None = None, add: Tensor,
     gate: Tensor | None = None, backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor | None = None, *, scale: Tensor | None = None,
+    shift: Tensor | None = None, act: str = "linear", eps: float | None = None, add: Tensor,
+    gate: Tensor | None = None, backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def rms_norm(
     x: Tensor,
     weight: Tensor | None = None,
