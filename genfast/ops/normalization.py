@@ -478,8 +478,8 @@ def rms_norm(
 @overload
 def rms_norm(
     x: Tensor, weight: Tensor | None = None, *, scale: Tensor | None = None,
-    shift: Tensor | None = None, act: str = "linear", eps: float | None = None, add: Tensor,
-    gate: Tensor | None = None, backend: str | None = None,
+    shift: Tensor | None = None, act: str = "linear", eps: float | None = None,
+    add: Tensor | None, gate: Tensor | None = None, backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def rms_norm(
     x: Tensor,
