@@ -130,8 +130,8 @@ class DiT(Tables):
         self.patch, self.d, self.classes, self.z, self.tokens = patch, d, classes, z, tokens
         self.enter = Linear(C * patch * patch, d)
         with torch.device("cpu"):  # values, in a model built on the meta device too
-            grid = places(*self.grid, d)
-        self.set_tables(places=grid)
+            fixed = places(*self.grid, d)
+        self.set_tables(places=fixed)
         self.time = nn.Sequential(Linear(256, d), nn.SiLU(), Linear(d, d))
         self.label = nn.Embedding(classes + 1, d) if classes else None
         self.of_z = nn.Sequential(Linear(z, d), nn.SiLU(), Linear(d, d)) if z else None
