@@ -28,9 +28,8 @@ from genfast.models import (
     KLAutoencoder,
     LatentDiffusion,
 )
-from genfast.models import diffusion as pixels
 from genfast.models._seeds import sample_seeds
-from genfast.models.hybrid import CLIPGuide, prior, process
+from genfast.models.hybrid import CLIPGuide
 from genfast.train import captions
 from genfast.train.recipes import RECIPES
 
@@ -148,14 +147,14 @@ def _sampling(build: Callable, device) -> Work:
         c = _given(m, n, device)["c"]
         return m.sample(n, SEED, c=c, plan=m.plan("ddpm", STEPS), guidance=GUIDANCE)
 
-    return _work(build, _compile("dit"), draw, process.TILE, 2, device)
+    return _work(build, _compile("dit"), draw, DiTDiffusion.TILE, 2, device)
 
 
 def _prior_sampling(device) -> Work:
     def draw(m, n):
         return m.sample(n, SEED, ids=_texts(n, device), plan=m.plan(STEPS), candidates=1)
 
-    return _work(_prior, _compile("forward"), draw, prior.TILE, 2, device)
+    return _work(_prior, _compile("forward"), draw, DiffusionPrior.TILE, 2, device)
 
 
 def _reconstructing(n: int, device) -> Work:
@@ -198,7 +197,7 @@ def _guided_sampling(device) -> Work:
         _compile("unet")(model.diffusion)
         _compile("image")(model.clip)
 
-    return _work(_Guided, compile, lambda m, n: m.sample(n), pixels.TILE, 2, device)
+    return _work(_Guided, compile, lambda m, n: m.sample(n), Diffusion.TILE, 2, device)
 
 
 def _case(what: str, shape: tuple[int, ...], setup: Callable, target: float = 1.0) -> Case:
@@ -224,11 +223,11 @@ CASES = [
     _train("prior", _prior),
     _draw("autoencoder reconstruct", 64, partial(_reconstructing, 64), WITHIN_NOISE),
     _draw("clip logits", 64, partial(_classifying, 64), WITHIN_NOISE),
-    _draw(f"dit sample {STEPS} steps", process.TILE, partial(_sampling, _dit)),
-    _draw(f"latent-diffusion sample {STEPS} steps", process.TILE, partial(_sampling, _latent)),
-    _draw(f"latent-diffusion, text sample {STEPS} steps", process.TILE,
+    _draw(f"dit sample {STEPS} steps", DiTDiffusion.TILE, partial(_sampling, _dit)),
+    _draw(f"latent-diffusion sample {STEPS} steps", DiTDiffusion.TILE, partial(_sampling, _latent)),
+    _draw(f"latent-diffusion, text sample {STEPS} steps", DiTDiffusion.TILE,
           partial(_sampling, _of_text)),
-    _case(f"prior sample {STEPS} steps", (prior.TILE, 32), _prior_sampling),
-    _draw(f"clip-guided diffusion sample {STEPS} steps", pixels.TILE, _guided_sampling,
+    _case(f"prior sample {STEPS} steps", (DiffusionPrior.TILE, 32), _prior_sampling),
+    _draw(f"clip-guided diffusion sample {STEPS} steps", Diffusion.TILE, _guided_sampling,
           WITHIN_NOISE),
 ]  # fmt: skip

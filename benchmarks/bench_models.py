@@ -21,9 +21,8 @@ from genfast.benchmarks.harness import Case, Work, assert_judged
 from genfast.benchmarks.plain import on_reference
 from genfast.models import VAE, ConvVAE, Diffusion
 from genfast.models._seeds import sample_seeds
-from genfast.models.diffusion import TILE
 
-SEED = 1234
+SEED, TILE = 1234, Diffusion.TILE
 
 
 def fresh(build: Callable[[], nn.Module], device) -> nn.Module:

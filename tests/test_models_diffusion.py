@@ -10,12 +10,13 @@ import genfast
 from genfast.models import Diffusion, UNet
 from genfast.models import diffusion as module
 from genfast.models._seeds import sample_seeds
-from genfast.models.diffusion import NOISE, PLANS, STEPS, TILE, TIME, hole, shrink
+from genfast.models.diffusion import hole, shrink
+from genfast.models.process import NOISE, PLANS, STEPS, TIME
 from genfast.train import checkpoint, loop
 from genfast.train.recipes import RECIPES
 from genfast.train.settings import Settings
 
-SEED = 5
+SEED, TILE = 5, Diffusion.TILE
 SEEDS = sample_seeds(6, SEED)
 
 

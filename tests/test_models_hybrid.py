@@ -22,18 +22,16 @@ from genfast.models import (
     StyleGAN2,
 )
 from genfast.models._seeds import sample_seeds
-from genfast.models.diffusion import PLANS
 from genfast.models.hybrid import CLIPGuide
 from genfast.models.hybrid.dit import Conditions, learned_range, places, variational_bound
-from genfast.models.hybrid.prior import TILE as PRIOR_TILE
-from genfast.models.hybrid.process import NOISE, STEPS, TILE, TIME
+from genfast.models.process import NOISE, PLANS, STEPS, TIME
 from genfast.models.transformer.blocks import Residual
 from genfast.schedulers.plan import CLIP as CLAMP
 from genfast.train import captions, checkpoint, loop, provenance
 from genfast.train.recipes import RECIPES, load_trained
 from genfast.train.settings import Settings
 
-SEED, B = 5, 6
+SEED, B, TILE = 5, 6, DiTDiffusion.TILE
 SEEDS = sample_seeds(B, SEED)
 Y = torch.tensor([0, 3, 1, 2, 2, 0])
 
@@ -339,11 +337,11 @@ def test_latent_samples_are_bitwise_the_same_for_any_batch_size(condition):
 
 
 def test_prior_samples_are_bitwise_the_same_for_any_batch_size():
-    model, n = prior(), PRIOR_TILE + 2
+    model, n = prior(), DiffusionPrior.TILE + 2
     ids, more = IDS[torch.arange(n) % B], {"plan": model.plan(3), "guidance": 2.0}
     whole = model.sample(n, SEED, ids=ids, **more)
     torch.testing.assert_close(whole.norm(dim=1), torch.ones(n))
-    for start, count in ((0, 1), (5, 3), (PRIOR_TILE - 1, 2), (4, 0)):
+    for start, count in ((0, 1), (5, 3), (DiffusionPrior.TILE - 1, 2), (4, 0)):
         part = model.sample(count, SEED, start, ids=ids[start : start + count], **more)
         assert torch.equal(part, whole[start : start + count]), start
 

@@ -1,6 +1,6 @@
 """Models on the fused ops: plain nn.Modules in their papers' letters, each with a `config`."""
 
-from genfast.models.diffusion import Diffusion, UNet
+from genfast.models.diffusion import Diffusion
 from genfast.models.gan import DCGAN, GAN, WGAN, WGANGP, CycleGAN
 from genfast.models.hybrid import (
     CLIP,
@@ -13,6 +13,7 @@ from genfast.models.hybrid import (
 )
 from genfast.models.stylegan import StyleGAN2
 from genfast.models.transformer import BERT, GPT, T5, ViT
+from genfast.models.unet import UNet
 from genfast.models.vae import VAE, ConvVAE
 
 __all__ = [

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from genfast.models.diffusion import groups
+from genfast.models.unet import groups
 from genfast.nn.convolution import Conv2d
 from genfast.nn.normalization import GroupNorm
 from genfast.ops import _check

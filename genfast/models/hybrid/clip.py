@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genfast.models.diffusion import groups
 from genfast.models.transformer import blocks
 from genfast.models.transformer.blocks import Attention, Block, FeedForward, Rotary
+from genfast.models.unet import groups
 from genfast.nn.linear import Linear
 from genfast.nn.normalization import GroupNorm, LayerNorm
 from genfast.ops import _check

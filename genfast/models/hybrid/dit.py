@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genfast.models.diffusion import timestep_embedding, zeroed
 from genfast.models.transformer import blocks
 from genfast.models.transformer.blocks import FeedForward, Residual
+from genfast.models.unet import timestep_embedding, zeroed
 from genfast.nn._tables import Tables
 from genfast.nn.linear import Linear
 from genfast.nn.normalization import LayerNorm, RMSNorm

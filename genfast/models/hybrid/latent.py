@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from genfast.models.hybrid.autoencoder import KLAutoencoder
-from genfast.models.hybrid.process import POSTERIOR, DiTDiffusion, frozen
+from genfast.models.hybrid.diffusion import POSTERIOR, DiTDiffusion, frozen
 from genfast.ops._noise import Seed
 from genfast.ops.sampling import reparameterize
 

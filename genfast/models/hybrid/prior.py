@@ -18,31 +18,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genfast import schedulers
-from genfast.models._seeds import in_tiles, sample_seeds
-from genfast.models.diffusion import timestep_embedding
 from genfast.models.hybrid.clip import CLIP
-from genfast.models.hybrid.process import DROP, NOISE, START, STEPS, TIME, frozen
+from genfast.models.hybrid.diffusion import frozen
+from genfast.models.process import NOISE, NoiseProcess
 from genfast.models.transformer import blocks
 from genfast.models.transformer.blocks import Attention, Block, FeedForward
-from genfast.nn._tables import Tables
+from genfast.models.unet import timestep_embedding
 from genfast.nn.linear import Linear
 from genfast.nn.normalization import LayerNorm
 from genfast.ops import _check
 from genfast.ops._noise import Seed
-from genfast.ops.diffusion import add_noise, denoising_loss
-from genfast.ops.rng import rand, randn
+from genfast.ops.diffusion import denoising_loss
 
-TILE = 32  # embeddings of one model call in `sample`, see `in_tiles`
 CANDIDATE = 1 << 20  # streams between the draws of one sample
 _OWN = 4  # tokens behind the text's: z_t, t, z_i^(t), the last
 _CLIP_RANGE = 5.0
 
 
-class DiffusionPrior(Tables):
+class DiffusionPrior(NoiseProcess):
     """clip: the config of a `CLIP`, whose weights are put in with `adopt`. d, layers, heads: of the
     transformer. T, schedule: of `schedulers.noise_schedule`. condition_dropout: share of training
     samples without their text, for guidance.
     """
+
+    TILE = 32
 
     def __init__(
         self,
@@ -54,11 +53,12 @@ class DiffusionPrior(Tables):
         schedule: str = "squaredcos_cap_v2",
         condition_dropout: float = 0.1,
     ):
-        super().__init__()
-        self.config = blocks.arguments(locals())
-        _check.counts(d=d, layers=layers, heads=heads, T=T)
+        config = blocks.arguments(locals())
+        super().__init__(T, schedule, "sample")
+        self.config = config
+        _check.counts(d=d, layers=layers, heads=heads)
         _check.number("condition_dropout", condition_dropout, low=0.0, high=1.0)
-        self.T, self.condition_dropout = T, condition_dropout
+        self.condition_dropout = condition_dropout
         self.clip = frozen(CLIP, clip)
         e, S = self.clip.e, self.clip.context
         self.of_token, self.of_text = Linear(self.clip.d, d), Linear(e, d)
@@ -74,9 +74,6 @@ class DiffusionPrior(Tables):
         blocks.initialise(self, layers, std=(2 / (5 * d)) ** 0.5)
         for p in (self.last, self.positions):
             nn.init.normal_(p, std=0.02)
-        self.noise = schedulers.noise_schedule(schedule, T)
-        alpha_bar = torch.from_numpy(self.noise.alpha_bar.copy())
-        self.set_tables(alpha=alpha_bar.sqrt(), sigma=(1 - alpha_bar).sqrt())
 
     def adopt(self, clip: CLIP) -> DiffusionPrior:
         """Takes the weights of a trained CLIP over. Returns itself."""
@@ -105,35 +102,17 @@ class DiffusionPrior(Tables):
     def losses(self, x: Tensor, ids: Tensor, *, seed: Seed) -> Tensor:
         """Of each pair of an image x (B, C, H, W) in [0, 1] and a text ids (B, S), (B,). seed: int,
         or int64 (B,) of one per pair."""
-        B, device = len(x), x.device
         with torch.no_grad():
             z_i = self.clip.encode_image(x) * math.sqrt(self.clip.e)
             text = self.clip.text_tokens(ids)
-        t = (rand(B, seed=seed, stream=TIME, device=device) * self.T).long()
-        drop = None
-        if self.training:
-            drop = rand(B, seed=seed, stream=DROP, device=device) < self.condition_dropout
-        alpha, sigma = self.alpha[t], self.sigma[t]
-        m = self(add_noise(z_i, alpha, sigma, seed=seed, stream=NOISE), t, *text, drop)
+        z, t, alpha, sigma = self._noised(z_i, seed)
+        m = self(z, t, *text, self._dropped(x, self.condition_dropout, seed))
         return denoising_loss(m, z_i, alpha, sigma, seed=seed, stream=NOISE, prediction="sample",
                               reduction="none")  # fmt: skip
 
-    def loss(self, x: Tensor, ids: Tensor, *, seed: Seed) -> Tensor:
-        """Mean of `losses`, ()."""
-        return self.losses(x, ids, seed=seed).mean()
-
     def plan(self, steps: int | None = None) -> schedulers.SolverPlan:
         """DDPM's, with the clamp of the module's head. steps: 1 ... T, default min(25, T)."""
-        steps = min(25, self.T) if steps is None else steps
-        if not 1 <= steps <= self.T:
-            raise ValueError(f"steps: expected an int in 1 ... {self.T}, got {steps}")
-        config = {
-            "num_train_timesteps": self.T, "prediction_type": "sample", "clip_sample": True,
-            "clip_sample_range": _CLIP_RANGE, "timestep_spacing": "trailing",
-        }  # fmt: skip
-        return schedulers.plan_from_config(
-            "DDPMScheduler", config, steps, alphas_cumprod=self.noise.alpha_bar
-        )
+        return self._plan("ddpm", steps, 25, {"clip_sample_range": _CLIP_RANGE})
 
     @torch.no_grad()
     def sample(
@@ -148,20 +127,15 @@ class DiffusionPrior(Tables):
             raise ValueError(f"ids: expected a text for each of {n} samples, got {len(ids)}")
         if candidates < 1:
             raise ValueError(f"candidates: expected an int >= 1, got {candidates}")
-        plan, device, e = plan or self.plan(), ids.device, self.clip.e
+        plan, e = plan or self.plan(), self.clip.e
 
-        def tile(first: int) -> Tensor:
-            rows = torch.arange(first, first + TILE, device=device).sub_(start).clamp_(0, n - 1)
+        def call(rows: Tensor, seeds: Tensor) -> Tensor:
             text = self.clip.text_tokens(ids[rows])
-            seeds = sample_seeds(TILE, seed, start=first, device=device)
+            model = self._denoiser(self, text, guidance)
             best = fit = None
             for k in range(candidates):
-                x_T = randn(TILE, e, seed=seeds, stream=START + k * CANDIDATE, device=device,
-                            dtype=self.alpha.dtype)  # fmt: skip
-                z = schedulers.sample(
-                    self._denoiser(text, guidance), plan, plan.init_noise_sigma * x_T, seed=seeds,
-                    stream=STEPS + k * CANDIDATE, guidance=None if guidance == 1 else guidance,
-                )  # fmt: skip
+                z = self._solve(model, plan, (e,), seeds, None if guidance == 1 else guidance,
+                                k * CANDIDATE)  # fmt: skip
                 z = F.normalize(z, dim=-1)
                 found = (z * text[-1]).sum(-1)
                 better = None if fit is None else found > fit
@@ -169,21 +143,4 @@ class DiffusionPrior(Tables):
                 fit = found if fit is None else torch.maximum(fit, found)
             return best
 
-        if not n:
-            return torch.empty(0, e, device=device, dtype=self.alpha.dtype)
-        return in_tiles(tile, n, start, TILE)
-
-    def _denoiser(self, text, guidance: float):
-        """model(x, t) as `schedulers.sample` calls it; with guidance (cond, uncond) in one pass."""
-        drop = None
-        if guidance != 1:
-            text = tuple(torch.cat([a, a]) for a in text)
-            drop = torch.arange(2 * TILE, device=text[0].device) >= TILE
-
-        def model(x, t):
-            if drop is None:
-                return self(x, torch.full((TILE,), t, device=x.device), *text)
-            m = self(torch.cat([x, x]), torch.full((2 * TILE,), t, device=x.device), *text, drop)
-            return m[:TILE], m[TILE:]
-
-        return model
+        return self._in_tiles(call, n, seed, start) if n else self.alpha.new_empty(0, e)

@@ -49,7 +49,7 @@ class DiffusionRecipe(ImageRecipe):
         "factor": Option(2, "of super-resolution"),
     }
     sample_options = {
-        "plan": Option("ddpm", "a solver of genfast.models.diffusion.PLANS"),
+        "plan": Option("ddpm", "a solver of genfast.models.process.PLANS"),
         "steps": Option(100, "of the solver; by default at most the timesteps trained"),
         "guidance": Option(1.0, "scale w of uncond + w (cond - uncond)"),
         "label": Option(-1, "draw this class; -1: one after another"),

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from genfast.models import CLIP, DiffusionPrior, DiTDiffusion, KLAutoencoder, LatentDiffusion
-from genfast.models.hybrid.process import CONDITIONS
+from genfast.models.hybrid.diffusion import CONDITIONS
 from genfast.train import captions, images
 from genfast.train.recipe import Batch, Option, Recipe, Split
 from genfast.train.recipes.images import ImageRecipe
@@ -41,7 +41,7 @@ class DiTRecipe(ImageRecipe):
         "learn_variance": Option(True, "the network also gives the variance"),
     }
     sample_options = {
-        "plan": Option("ddpm", "a solver of genfast.models.diffusion.PLANS"),
+        "plan": Option("ddpm", "a solver of genfast.models.process.PLANS"),
         "steps": Option(50, "of the solver; by default at most the timesteps trained"),
         "guidance": Option(1.5, "scale w of uncond + w (cond - uncond)"),
         "label": Option(-1, "draw this class; -1: one after another"),

@@ -17,8 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from genfast import schedulers
-from genfast.models._seeds import in_tiles, sample_seeds
-from genfast.models.diffusion import PLANS, check_process, predicted_x0
 from genfast.models.hybrid.clip import CLIP
 from genfast.models.hybrid.dit import (
     NOTHING,
@@ -27,16 +25,12 @@ from genfast.models.hybrid.dit import (
     learned_range,
     variational_bound,
 )
-from genfast.nn._tables import Tables
+from genfast.models.process import NOISE, NoiseProcess
 from genfast.ops import _check
 from genfast.ops._noise import Seed
-from genfast.ops.diffusion import add_noise, denoising_loss
-from genfast.ops.rng import rand, randn
+from genfast.ops.diffusion import denoising_loss
 
-# Images of one model call in `sample`, see `in_tiles`.
-TILE = 16
-NOISE, TIME, DROP, POSTERIOR = range(4)  # streams of a training sample's seed
-START, STEPS = 0, 1  # of a generated sample's: x_T; the solver's row k has STEPS + k
+POSTERIOR = 3  # stream of a training sample's seed, beside `process`'s
 
 
 class Condition(NamedTuple):
@@ -82,7 +76,7 @@ def frozen(build: Callable[..., nn.Module], config: dict) -> nn.Module:
     return build(**config).requires_grad_(False)
 
 
-class DiTDiffusion(Tables):
+class DiTDiffusion(NoiseProcess):
     """shape: (C, H, W) of the images. patch, d, layers, heads, qk_norm: of the `DiT`. condition: a
     key of CONDITIONS; classes: number of labels; clip: the config of a `CLIP`, for text and image,
     whose weights are put in with `adopt`. T, schedule: of `schedulers.noise_schedule`; prediction:
@@ -90,8 +84,6 @@ class DiTDiffusion(Tables):
     "ddpm"; other solvers leave it unread), trained by L_vlb with the weight `vlb`.
     condition_dropout: share of training samples without their condition, for guidance.
     """
-
-    _bounded = True  # x0 is in [-1, 1]
 
     def __init__(
         self,
@@ -111,7 +103,7 @@ class DiTDiffusion(Tables):
         vlb: float = 0.001,
         condition_dropout: float = 0.1,
     ):
-        super().__init__()
+        super().__init__(T, schedule, prediction)
         if condition not in CONDITIONS:
             raise ValueError(
                 f"condition: expected one of {', '.join(CONDITIONS)}, got {condition!r}"
@@ -123,7 +115,6 @@ class DiTDiffusion(Tables):
             raise ValueError(f"classes: expected an int >= 1 for condition 'class', got {classes}")
         _check.integer("classes", classes, low=0)
         _check.counts(patch=patch, d=d, layers=layers, heads=heads)
-        check_process(T, prediction)
         _check.number("vlb", vlb, low=0.0)
         _check.number("condition_dropout", condition_dropout, low=0.0, high=1.0)
         if learn_variance and prediction == "sample":
@@ -138,24 +129,22 @@ class DiTDiffusion(Tables):
             "vlb": vlb, "condition_dropout": condition_dropout,
         }  # fmt: skip
         C = shape[0]
-        self.shape, self.T, self.prediction, self.classes = tuple(shape), T, prediction, classes
+        self.shape, self.classes = tuple(shape), classes
         self.learn_variance, self.vlb = learn_variance, vlb
         self.condition, self.condition_dropout = condition, condition_dropout
         self.clip = frozen(CLIP, clip) if clip else None
         widths = CONDITIONS[condition].widths(classes, self.clip)
         self.dit = DiT(shape, C * (1 + learn_variance), patch, d, layers, heads, qk_norm=qk_norm,
                        **widths)  # fmt: skip
-        self.noise = schedulers.noise_schedule(schedule, T)
-        alpha_bar = torch.from_numpy(self.noise.alpha_bar.copy())
-        self.set_tables(
-            alpha=alpha_bar.sqrt(), sigma=(1 - alpha_bar).sqrt(), **learned_range(alpha_bar)
-        )
 
     def adopt(self, **parts: nn.Module) -> DiTDiffusion:
         """Takes the weights of trained parts (clip=..., autoencoder=...) over. Returns itself."""
         for name, part in parts.items():
             getattr(self, name).load_state_dict(part.state_dict())
         return self
+
+    def _tables_of(self, alpha_bar: Tensor) -> dict[str, Tensor]:
+        return super()._tables_of(alpha_bar) | learned_range(alpha_bar)
 
     # ---- what latents do otherwise --------------------------------------------------------------
 
@@ -172,29 +161,22 @@ class DiTDiffusion(Tables):
     def losses(self, x: Tensor, c: Tensor | None = None, *, seed: Seed) -> Tensor:
         """Of each sample, (B,). x (B, C, H, W) in [0, 1]; c: labels or token ids where the
         condition is class or text; seed: int, or int64 (B,) of one per sample."""
-        B, device = len(x), x.device
         with torch.no_grad():
-            self._check(c if self.condition != "image" else x, B)
+            self._check(c if self.condition != "image" else x, len(x))
             given = CONDITIONS[self.condition].train(self, x, c)
             x0 = self._enter(x, seed)
-        t = (rand(B, seed=seed, stream=TIME, device=device) * self.T).long()
+        x_t, t, alpha, sigma = self._noised(x0, seed)
         drop = None
-        if self.training and self.condition != "none":
-            drop = rand(B, seed=seed, stream=DROP, device=device) < self.condition_dropout
-        alpha, sigma = self.alpha[t], self.sigma[t]
-        x_t = add_noise(x0, alpha, sigma, seed=seed, stream=NOISE)
+        if self.condition != "none":
+            drop = self._dropped(x, self.condition_dropout, seed)
         m, v = self._split(self.dit(x_t, t, given, drop))
         loss = denoising_loss(m, x0, alpha, sigma, seed=seed, stream=NOISE,
                               prediction=self.prediction, reduction="none")  # fmt: skip
         if v is None:
             return loss
-        error = predicted_x0(self.prediction, x_t, m.detach(), alpha, sigma) - x0
+        error = self._x0(x_t, m.detach(), alpha, sigma) - x0
         bits = variational_bound(error, v, self.of_x0[t], self.low[t], self.high[t])
         return loss + self.vlb * self.T * bits  # T: of the sum over t, of which this is one term
-
-    def loss(self, x: Tensor, c: Tensor | None = None, *, seed: Seed) -> Tensor:
-        """Mean of `losses`, ()."""
-        return self.losses(x, c, seed=seed).mean()
 
     def _split(self, m: Tensor) -> tuple[Tensor, Tensor | None]:
         return m.chunk(2, 1) if self.learn_variance else (m, None)
@@ -212,23 +194,9 @@ class DiTDiffusion(Tables):
     ) -> schedulers.SolverPlan:
         """A solver plan on this model's schedule. steps: 1 ... T, default min(50, T). options: of
         the diffusers scheduler's config."""
-        if name not in PLANS:
-            raise ValueError(f"plan: expected one of {', '.join(PLANS)}, got {name!r}")
-        steps = min(50, self.T) if steps is None else steps
-        if not 1 <= steps <= self.T:
-            raise ValueError(f"steps: expected an int in 1 ... {self.T}, got {steps}")
-        scheduler, bounds = PLANS[name]
-        if not self._bounded:  # said aloud: by diffusers' defaults ddpm and ddim clamp x0 to +-1
-            bounds = {key: False for key, value in bounds.items() if value is True}
-        learned = {"variance_type": "learned_range"} if self.learn_variance else {}
-        config = {
-            "num_train_timesteps": self.T, "prediction_type": self.prediction,
-            "timestep_spacing": "trailing", **bounds,
-            **(learned if name == "ddpm" else {}), **options,
-        }  # fmt: skip
-        return schedulers.plan_from_config(
-            scheduler, config, steps, alphas_cumprod=self.noise.alpha_bar
-        )
+        if self.learn_variance and name == "ddpm":
+            options = {"variance_type": "learned_range", **options}
+        return self._plan(name, steps, 50, options)
 
     @torch.no_grad()
     def sample(
@@ -257,35 +225,20 @@ class DiTDiffusion(Tables):
                 "on labels or captions"
             )
 
-        def tile(first: int) -> Tensor:
-            rows = torch.arange(first, first + TILE, device=device).sub_(start).clamp_(0, n - 1)
-            given = CONDITIONS[self.condition].draw(self, None if c is None else c[rows])
-            seeds = sample_seeds(TILE, seed, start=first, device=device)
-            x_T = randn(TILE, *self.shape, seed=seeds, stream=START, device=device,
-                        dtype=self.alpha.dtype)  # fmt: skip
-            x0 = schedulers.sample(
-                self._denoiser(given, plan, guidance), plan, plan.init_noise_sigma * x_T,
-                seed=seeds, stream=STEPS, guidance=None if guidance == 1 else guidance,
-            )  # fmt: skip
-            return self._leave(x0)
-
-        if not n:
-            return self._leave(torch.empty(0, *self.shape, device=device, dtype=self.alpha.dtype))
-        return in_tiles(tile, n, start, TILE)
-
-    def _denoiser(self, given: Conditions, plan, guidance: float):
-        """model(x, t) as `schedulers.sample` calls it; with guidance (cond, uncond) in one pass."""
-        drop, device = None, self.alpha.device
-        if guidance != 1:
-            given = Conditions(*(None if a is None else torch.cat([a, a]) for a in given))
-            drop = torch.arange(2 * TILE, device=device) >= TILE
         # Only a plan with a learned variance reads the second half of the channels.
         reads = slice(None) if plan.steps[0].variance else slice(self.shape[0])
 
-        def model(x, t):
-            if drop is not None:
-                x = torch.cat([x, x])
-            m = self.dit(x, torch.full((len(x),), t, device=device), given, drop)[:, reads]
-            return m if drop is None else (m[:TILE], m[TILE:])
+        def model(x, t, *given):
+            *conditions, drop = given
+            return self.dit(x, t, Conditions(*conditions), drop)[:, reads]
 
-        return model
+        def call(rows: Tensor, seeds: Tensor) -> Tensor:
+            given = CONDITIONS[self.condition].draw(self, None if c is None else c[rows])
+            return self._leave(self._solve(
+                self._denoiser(model, given, guidance), plan, self.shape, seeds,
+                None if guidance == 1 else guidance,
+            ))  # fmt: skip
+
+        if not n:
+            return self._leave(self.alpha.new_empty(0, *self.shape))
+        return self._in_tiles(call, n, seed, start)
