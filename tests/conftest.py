@@ -24,6 +24,11 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("genfast")
 
 
+def pytest_configure(config):
+    if config.getoption("numprocesses", None):  # threads that wait would keep the others out
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[2]
 # (order of threads and blocks, byte that shared memory starts with, whether asynchronous copies
@@ -48,12 +49,14 @@ def build_simt(edition: str) -> Path:
     ]
     build = [_tool("cmake"), "--build", str(folder), "--target", edition]
     environment = {k: v for k, v in os.environ.items() if k not in ("LD_PRELOAD", "ASAN_OPTIONS")}
-    for command in (configure, build):
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if done.returncode:
-            pytest.fail(
-                f"{' '.join(command)}\n{(done.stdout + done.stderr)[-4000:]}", pytrace=False
-            )
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):  # of pytest -n
+        for command in (configure, build):
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
+            if done.returncode:
+                pytest.fail(
+                    f"{' '.join(command)}\n{(done.stdout + done.stderr)[-4000:]}", pytrace=False
+                )
     return next((folder / edition).glob("_C.*.so"))
 
 

@@ -39,6 +39,7 @@ TENSOR_CORES = (
     ("hopper_short", "HGMMA.64", 16, ("90a",)),
     ("hopper_backward", "HGMMA.64", 24, ("90a",)),
 )
+TENSOR_FILES = re.compile("decode|((hopper_)?(forward|backward)_b?f16)").fullmatch
 # Kernels that may spill: {part of the mangled name: (bytes stored and loaded, reason)}. The first
 # four are mma_forward by columns, keys and extras (0 none, 2 all); sums and scores take 192 of 255
 # registers with 128 columns and 144 with 256. Speeds are of an H200.
@@ -212,8 +213,9 @@ def test_resources(compiled, capsys):
 def test_tensor_cores(compiled):
     """Both products of a forward kernel, four or five of a backward one, on every architecture."""
     seen = 0
+    codes = [code for s, (_, code) in zip(SOURCES, compiled, strict=True) if TENSOR_FILES(s.stem)]
     with ThreadPoolExecutor(2) as pool:
-        counted = list(pool.map(_tensor_core_instructions, [code for _, code in compiled]))
+        counted = list(pool.map(_tensor_core_instructions, codes))
     for counts in counted:
         for (kernel, arch, found), count in counts.items():
             for part, instruction, least, architectures in TENSOR_CORES:
