@@ -50,6 +50,12 @@ def torch_state():
 
 
 @pytest.fixture
+def one_thread(torch_state):
+    """For what is tiny: two threads of a busy machine would only wait for each other."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
 def gen():
     """A torch generator of its own, for test inputs."""
     return torch.Generator().manual_seed(20240607)

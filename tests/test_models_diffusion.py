@@ -20,9 +20,7 @@ SEED, TILE = 5, Diffusion.TILE
 SEEDS = sample_seeds(6, SEED)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny(**more):

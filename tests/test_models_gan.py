@@ -50,9 +50,7 @@ MODELS = {
 DRAWING = [name for name in MODELS if name != "cyclegan"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny(name, **more):

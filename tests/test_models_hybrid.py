@@ -36,9 +36,7 @@ SEEDS = sample_seeds(B, SEED)
 Y = torch.tensor([0, 3, 1, 2, 2, 0])
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def awake(build):

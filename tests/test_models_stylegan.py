@@ -21,9 +21,7 @@ SEEDS = sample_seeds(6, SEED)
 SMALL = {"shape": SHAPE, "width": 4, "z_dim": 5, "w_dim": 6, "mapping_layers": 2}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny(**more):

@@ -27,10 +27,7 @@ SEED = 11
 VAE_RECIPE = RECIPES["vae"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These models are tiny: two threads of a busy machine would only wait for each other."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def blobs(n=120, seed=0):

@@ -23,9 +23,7 @@ SEED = 3
 PENALTIES = {"r1": 0.1, "penalty": 0.5}  # both differentiate twice
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Recipe(GANRecipe):

@@ -13,13 +13,7 @@ from genfast.train import checkpoint
 SEED = 11
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These models are tiny: two threads of a busy machine would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

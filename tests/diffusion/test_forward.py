@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from draws import draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,11 +14,6 @@ from genfast.ops.diffusion.loss import PREDICTIONS, WEIGHTINGS
 from genfast.reference import diffusion as R
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def draw(*shape, seed=0, dtype=torch.float32):
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
 
 
 def within(got, truth, scale, ulps=2.0):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from draws import draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,11 +22,6 @@ METHODS = {
     "mag": dict(method="mag", alpha=1.5),
     "tcfg": dict(method="tcfg"),
 }
-
-
-def draw(*shape, seed=0, dtype=torch.float32):
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
 
 
 def pair(dtype, shape=(3, 4, 33, 5)):

@@ -1,7 +1,9 @@
 """The diffusion family against its reference, and the reference against autograd and its peers."""
 
 import math
+from functools import partial
 
+import draws
 import numpy as np
 import pytest
 import torch
@@ -11,10 +13,7 @@ from genfast.reference import diffusion as R
 from genfast.schedulers import plan as P
 
 F64 = torch.float64
-
-
-def draw(*shape, seed=0, dtype=F64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
+draw = partial(draws.draw, dtype=F64)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from draws import draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,11 +15,6 @@ from genfast.reference import diffusion as R
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 X0, Z = 2, 9
-
-
-def draw(*shape, seed=0, dtype=torch.float32):
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
 
 
 def random_table(rows=5, seed=3, clip=0.7, used=range(10)):

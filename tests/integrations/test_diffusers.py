@@ -34,7 +34,10 @@ from genfast.integrations import diffusers as dropin  # noqa: E402
 from genfast.integrations.diffusers import base, rows  # noqa: E402
 
 diffusers.logging.set_verbosity_error()
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+    pytest.mark.usefixtures("one_thread"),  # tiny tensors
+]
 
 NAMES = list(FILES)
 #: tables that become the truth's, in float64
@@ -52,11 +55,6 @@ COUNTERS = (
     "this_corrector_order", "counter", "timestep_list",
 )  # fmt: skip
 STOCHASTIC = [n for n in NAMES if takes_generator(n)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread(torch_state):
-    torch.set_num_threads(1)  # tiny tensors
 
 
 def doubled(value):

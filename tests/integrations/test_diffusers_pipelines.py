@@ -16,14 +16,12 @@ from genfast.integrations.diffusers import rows  # noqa: E402
 from genfast.ops import _backend  # noqa: E402
 
 diffusers.logging.set_verbosity_error()
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+    pytest.mark.usefixtures("one_thread"),  # tiny tensors
+]
 
 STOCHASTIC = [n for n in FILES if takes_generator(n)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread(torch_state):
-    torch.set_num_threads(1)  # tiny tensors
 
 
 # --------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from draws import draw
 
 import genfast
 from genfast import _C
@@ -22,10 +23,6 @@ def kernels(device):
     from genfast.kernels import attention
 
     return attention
-
-
-def draw(*shape, seed=0, dtype=F32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def close(got, want, dtype=F32, factor=1.0):

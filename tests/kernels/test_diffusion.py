@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from draws import draw
 
 import genfast
 from genfast import _C
@@ -20,10 +21,6 @@ def kernels(device):
     from genfast.kernels import diffusion
 
     return diffusion
-
-
-def draw(*shape, seed=0, dtype=F32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def table_of(rows=4, clip=0.7, unused=(), seed=3):

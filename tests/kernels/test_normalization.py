@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from draws import draw
 from tolerances import yardstick
 
 import genfast
@@ -22,10 +23,6 @@ def kernels(device):
     from genfast.kernels import normalization
 
     return normalization
-
-
-def draw(*shape, seed=0, dtype=F32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def channels_last(t):
