@@ -95,20 +95,22 @@ def test_tcfg_without_a_first_singular_vector(original):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_weights_are_exact_and_independent_of_the_batch(name):
+@pytest.mark.parametrize("original", [False, True])
+def test_weights_are_exact_and_independent_of_the_batch(name, original):
+    kw = dict(METHODS[name], original=original)
     c, u = pair(torch.float32, (5, 3, 40, 41))
-    w = genfast.guidance_weights(c, u, 5.0, **METHODS[name])
+    w = genfast.guidance_weights(c, u, 5.0, **kw)
     assert w.shape == (5, 2) and w.dtype == torch.float32
-    one = genfast.guidance_weights(c[2:3], u[2:3], 5.0, **METHODS[name])
+    one = genfast.guidance_weights(c[2:3], u[2:3], 5.0, **kw)
     assert torch.equal(one[0], w[2])
     torch.set_num_threads(1)
-    assert torch.equal(w, genfast.guidance_weights(c, u, 5.0, **METHODS[name]))
+    assert torch.equal(w, genfast.guidance_weights(c, u, 5.0, **kw))
     torch.set_num_threads(2)
     with genfast.backend("reference"):
-        plain = genfast.guidance_weights(c, u, 5.0, **METHODS[name])
+        plain = genfast.guidance_weights(c, u, 5.0, **kw)
     torch.testing.assert_close(w, plain, rtol=2e-7, atol=1e-7)
     guided = w[:, 0].view(5, 1, 1, 1).double() * c + w[:, 1].view(5, 1, 1, 1).double() * u
-    truth = R.guide(c.double(), u.double(), 5.0, **METHODS[name])
+    truth = R.guide(c.double(), u.double(), 5.0, **kw)
     torch.testing.assert_close(guided, truth, rtol=1e-6, atol=2e-6)
 
 
