@@ -196,7 +196,7 @@ def test_super_resolution_reads_the_small_image(x):
     drawn = model.super_resolve(low, SEED, plan=model.plan("ddim", 3))
     assert drawn.shape == x.shape
     assert not torch.equal(drawn, model.super_resolve(1 - low, SEED, plan=model.plan("ddim", 3)))
-    with pytest.raises(ValueError, match=r"low: expected \(n, \(1, 4, 4\)\)"):
+    with pytest.raises(ValueError, match=r"low: expected \(B, 1, 4, 4\)"):
         model.super_resolve(x, SEED)
 
 
@@ -243,6 +243,13 @@ def test_discrete_likelihood_sums_to_one():
 # ---- input ---------------------------------------------------------------------------------------
 
 
+BYTES = torch.randint(0, 256, (6, 1, 8, 8), dtype=torch.uint8)
+
+
+def inpainter():
+    return tiny(classes=0, task="inpaint")
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -267,16 +274,35 @@ def test_discrete_likelihood_sums_to_one():
             lambda m: Diffusion((1, 8, 8), (8,), prediction="flow_prediction"),
             "prediction: expected one of 'epsilon', 'sample', 'v_prediction'",
         ),
-        (lambda m: m.plan("dim"), "plan: expected one of ddpm"),
+        (lambda m: m.plan("dim"), "plan: expected one of 'ddpm'"),
         (lambda m: m.plan("ddim", 0), "steps: expected an int in 1 ... 100, got 0"),
         (lambda m: m.loss(torch.zeros(2, 1, 8, 8), seed=1), "y: expected labels in 0 ... 3"),
         (lambda m: tiny(classes=0).sample(1, 0, guidance=2.0), "guidance: expected 1"),
         (lambda m: tiny(task="inpaint").sample(1, 0), "c: expected those of inpaint"),
-        (lambda m: m.sample(-1, 0), "n, start: expected ints >= 0"),
+        (lambda m: m.sample(-1, 0), "n: expected an int >= 0, got -1"),
+        (lambda m: m.loss(BYTES, Y, seed=1), "x: expected floats in .* got torch.uint8"),
+        (lambda m: m.loss(torch.zeros(6, 1, 12, 12), Y, seed=1), r"x: expected \(B, 1, 8, 8\)"),
+        (lambda m: m.loss(BYTES / 255, Y[:1], seed=1), r"y: expected shape \(6,\)"),
+        (
+            lambda m: m.loss(BYTES / 255, Y + 2, seed=1),
+            "y: expected labels in 0 ... 4, got 2 ... 5",
+        ),
+        (lambda m: m.loss(BYTES / 255, Y.float(), seed=1), "y: expected dtype int64"),
+        (lambda m: m.sample(2, 0, y=Y), r"y: expected shape \(2,\)"),
+        (lambda m: m.sample(2, None), "seed: expected an int, got NoneType"),
+        (lambda m: m.sample(2, 0, plan="ddpm"), "plan: expected a SolverPlan or None, got str"),
+        (lambda m: m.plan("ddim", 2, clip_smaple=False), "clip_smaple: no option of plan 'ddim'"),
+        (lambda m: m.bound(BYTES / 255, Y, draws=0), "draws: expected an int >= 1, got 0"),
+        (lambda m: m.bound(BYTES / 255), "y: expected labels in 0 ... 3, got none"),
+        (lambda m: m.inpaint(BYTES / 255, BYTES, 0), "task: expected a model of task 'inpaint'"),
+        (lambda m: inpainter().inpaint(BYTES, BYTES, 0), "image: expected floats in"),
+        (lambda m: inpainter().inpaint(BYTES / 255, None, 0), "known: expected a tensor of shape"),
+        (lambda m: Diffusion((8, 8)), r"shape: expected \(C, H, W\), three ints"),
+        (lambda m: Diffusion((1, 0, 8)), "shape: expected .* with C >= 1 and H, W >= 1"),
     ],
 )
 def test_bad_input_names_what_was_expected(model, call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         call(model)
 
 

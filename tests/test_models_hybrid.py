@@ -49,6 +49,8 @@ def awake(build):
 
 
 SMALL = {"d": 16, "layers": 1, "heads": 2}
+X = genfast.rand(6, 1, 8, 8, seed=1)
+BYTES = (255 * X).byte()
 IDS = captions.wanted("a seven|the digit 3|zero|a handwritten two|9|one", "")
 
 
@@ -370,7 +372,7 @@ def test_guided_step_is_dhariwal_and_nichols(prediction, w):
     alpha, sigma = model.alpha[t].item(), model.sigma[t].item()
     y = torch.zeros(TILE, dtype=torch.long) if w != 1 else None
     weights = (1.0,) if w == 1 else (w, 1 - w)
-    plain = model._denoiser(y, None, w)
+    plain = model._denoiser(model._conditional, (y, None), w)
     index = torch.arange(TILE)
     guided = model._guided(plain, weights, lambda x0: guide(x0, index))
     x = 0.3 * genfast.randn(TILE, 1, 8, 8, seed=1, dtype=torch.float64)
@@ -379,7 +381,7 @@ def test_guided_step_is_dhariwal_and_nichols(prediction, w):
 
     def x0_of(x, m):
         at = torch.full((TILE,), t)
-        return model._x0(x, m, model.alpha[at], model.sigma[at])
+        return model._x0(x, m, model.alpha[at], model.sigma[at]).clamp(-1, 1)
 
     def log_p(x):
         with torch.no_grad():
@@ -457,7 +459,7 @@ def test_sample_takes_a_weight_per_model_output():
         (lambda: CLIP(noise=math.nan), "noise: expected a finite number >= 0"),
         (lambda: KLAutoencoder(z_channels=0), "z_channels: expected an int >= 1, got 0"),
         (lambda: KLAutoencoder(widths=(8, -4)), r"widths\[1\]: expected an int >= 1, got -4"),
-        (lambda: dit().plan("dim"), "plan: expected one of ddpm"),
+        (lambda: dit().plan("dim"), "plan: expected one of 'ddpm'"),
         (lambda: dit().plan("ddim", 0), "steps: expected an int in 1 ... 100, got 0"),
         (lambda: prior().sample(2, 0, ids=IDS), "ids: expected a text for each of 2"),
         (lambda: prior().sample(6, 0, ids=IDS, candidates=0), "candidates: expected an int >= 1"),
@@ -470,11 +472,33 @@ def test_sample_takes_a_weight_per_model_output():
         (lambda: dit().dit(torch.zeros(1, 1, 8, 8), torch.zeros(1)), "y: expected a tensor"),
         (lambda: captions.tokens("x" * 40), "prompt: expected at most 39 bytes, got 40"),
         (lambda: captions.table("faces"), "data: expected a set whose classes have names"),
+        (lambda: dit().loss(BYTES, Y, seed=1), "x: expected floats in .* got torch.uint8"),
+        (lambda: dit().loss(X, Y[:1], seed=1), "c: expected labels .* of 6 samples"),
+        (lambda: dit().loss(X, Y + 2, seed=1), "c: expected labels in 0 ... 4, got 2 ... 5"),
+        (lambda: dit().loss(X, Y[:, None], seed=1), r"c: expected shape \(6,\)"),
+        (lambda: dit().sample(2, 0, c=[0, 1]), "c: expected dtype|c: expected a torch.Tensor"),
+        (lambda: dit().sample(2, 0, plan="ddpm"), "plan: expected a SolverPlan"),
+        (lambda: dit().sample(2, 0, guidance=math.nan), "guidance: expected a finite number"),
+        (lambda: latent().loss(BYTES, Y, seed=1), "x: expected floats in"),
+        (lambda: latent().adopt(dit=clip()), "dit: no part of this model"),
+        (lambda: latent().adopt(autoencoder=clip()), "autoencoder: expected a KLAutoencoder"),
+        (lambda: prior().adopt(clip(eos=2)), "clip: expected one of this model's config, .* eos"),
+        (lambda: prior().loss(X, IDS[:2], seed=1), "ids: expected a text for each of 6"),
+        (lambda: DiffusionPrior(clip().config, d=15, heads=3), "d: expected an even number"),
+        (lambda: clip().encode_image(torch.zeros(2, 1, 7, 7)), r"x: expected \(B, 1, 8, 8\)"),
+        (lambda: clip().classify(X, IDS), "prompts: expected ids"),
+        (lambda: CLIPGuide(clip(), IDS, views=2.5), "views: expected an int"),
     ],
 )
 def test_bad_input_names_what_was_expected(call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         call()
+
+
+def test_a_bad_batch_does_not_stay_in_an_autoencoders_statistics():
+    model = autoencoder().train()
+    model.loss(X * math.nan, seed=0)
+    assert model.mean.isfinite().all() and model.std.isfinite().all()
 
 
 def test_captions_are_drawn_by_seed_and_held_back_ones_never():

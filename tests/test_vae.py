@@ -163,7 +163,7 @@ def test_conv_reconstructs_and_interpolates_in_shape(conv):
     x = genfast.rand(4, 1, 8, 12, seed=1)
     assert conv.reconstruct(x).shape == x.shape
     assert conv.interpolate(x[:2], x[2:], 3).shape == (2, 3, 1, 8, 12)
-    with pytest.raises(ValueError, match="multiples of 4"):
+    with pytest.raises(ValueError, match="divisible by 4"):
         ConvVAE((1, 25, 25))
 
 

@@ -1,6 +1,8 @@
 // Noise for the CPU kernels of every family: a chunk of contract values in L1, and the walk over
 // rows and chunks that all elementwise kernels share.
 #pragma once
+#include <cstring>
+
 #include "api/rng.h"
 #include "cpu/parallel.h"
 #include "cpu/stage.h"
@@ -20,26 +22,33 @@ inline uint64_t seed_of_row(const Noise& noise, int64_t row) {
   return static_cast<uint64_t>(noise.seeds[noise.n_seeds > 1 ? row : 0]);
 }
 
-// One Philox block per lane of a pair, starting at block `first`. Even and odd lanes apart make
-// four chains in flight: with two the latency of the multiplications shows.
+// A pair's even and odd lanes apart make four chains in flight: with two the latency of the
+// multiplications shows.
+using Chains = Pair<Pair<Wide>>;
+inline Chains split(u32p x) {
+  return {{even_words(x.a), odd_words(x.a)}, {even_words(x.b), odd_words(x.b)}};
+}
+inline uint32_t split(uint32_t x) { return x; }
+inline u32p join(Chains x) { return {join_words(x.a.a, x.a.b), join_words(x.b.a, x.b.b)}; }
+
+// One Philox block per lane, its number and its seed (Key: of all, or one per lane) in two words.
+template <class Key>
+Words<u32p> philox_lanes(Key seed_low, Key seed_high, uint64_t stream, u32p low, u32p high) {
+  const u32p zero{};
+  const Words<Chains> w = philox4x32_10(
+      split(low), split(high), split(zero + static_cast<uint32_t>(stream)),
+      split(zero + static_cast<uint32_t>(stream >> 32)), split(seed_low), split(seed_high));
+  return {join(w.w0), join(w.w1), join(w.w2), join(w.w3)};
+}
+
+// Blocks from `first` on.
 inline Words<u32p> philox_blocks(uint64_t seed, uint64_t stream, uint64_t first) {
-  using Chains = Pair<Pair<Wide>>;
   u32p iota;
   for (int i = 0; i < W; ++i) iota.a[i] = i, iota.b[i] = i + W;
-  const auto split = [](u32p x) {
-    return Chains{{even_words(x.a), odd_words(x.a)}, {even_words(x.b), odd_words(x.b)}};
-  };
-  const auto join = [](Chains x) {
-    return u32p{join_words(x.a.a, x.a.b), join_words(x.b.a, x.b.b)};
-  };
   const u32p low = static_cast<uint32_t>(first) + iota;
   const u32p high = static_cast<uint32_t>(first >> 32) + (as_unsigned(low < iota) & 1u);
-  const u32p zero{};
-  const Words<Chains> w =
-      philox4x32_10<Chains>(split(low), split(high), split(zero + static_cast<uint32_t>(stream)),
-                            split(zero + static_cast<uint32_t>(stream >> 32)),
-                            static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
-  return {join(w.w0), join(w.w1), join(w.w2), join(w.w3)};
+  return philox_lanes(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), stream, low,
+                      high);
 }
 
 // How the four words of a block become four values.
@@ -86,6 +95,36 @@ const float* noise_values(uint64_t seed, uint64_t stream, uint64_t first, int n,
   return out + skip;
 }
 
+// Short rows that have their own seeds, side by side: `height` of `cols` elements, each from
+// element `first` of its noise on. One after the other, a row of 20 would cost what 64 to 128
+// values do.
+template <class Map>
+const float* noise_of_rows(const int64_t* seeds, uint64_t stream, uint64_t first, int cols,
+                           int height, NoiseChunk& buffer) {
+  constexpr int kLanes = lane<f32p>::width;
+  const int skip = static_cast<int>(first & 3), blocks = (skip + cols + 3) / 4;
+  alignas(64) uint32_t words[4][kLanes];
+  for (int at = 0, row = 0, block = 0; at < height * blocks; at += kLanes) {
+    for (int i = 0; i < kLanes; ++i) {  // past the end: the last row's, unread
+      const uint64_t seed = static_cast<uint64_t>(seeds[row]), number = (first >> 2) + block;
+      words[0][i] = static_cast<uint32_t>(seed), words[1][i] = static_cast<uint32_t>(seed >> 32);
+      words[2][i] = static_cast<uint32_t>(number);
+      words[3][i] = static_cast<uint32_t>(number >> 32);
+      if (++block == blocks) block = 0, row += row + 1 < height;
+    }
+    u32p w[4];
+    memcpy(w, words, sizeof w);
+    f32p v[4];
+    Map::map(philox_lanes(w[0], w[1], stream, w[2], w[3]), v);
+    store_interleaved(buffer.data + 4 * at, v[0], v[1], v[2], v[3]);
+  }
+  if (skip != 0 || cols % 4 != 0)
+    for (int row = 0; row < height; ++row)
+      memmove(buffer.data + row * cols, buffer.data + row * blocks * 4 + skip,
+              cols * sizeof(float));
+  return buffer.data;
+}
+
 // Calls fn(chunk number, row, first element of the chunk within the row, count) over rows x cols in
 // chunks of at most kChunk. Chunk borders depend on the shape alone, never on the threads.
 template <class Fn>
@@ -105,6 +144,21 @@ void for_chunks(int64_t rows, int64_t cols, int threads, Fn&& fn) {
   });
 }
 
+// The same, where short rows share a chunk: fn(first row, first element in it, count, rows). So
+// many that `noise_of_rows`, which makes whole blocks, has room.
+template <class Fn>
+void for_spans(int64_t rows, int64_t cols, int threads, Fn&& fn) {
+  const int64_t height = cols > 0 ? kChunk / (4 * ((cols + 3) / 4 + 1)) : 1;
+  if (height < 2 || rows < 2)
+    return for_chunks(rows, cols, threads,
+                      [&](int64_t, int64_t row, int64_t first, int n) { fn(row, first, n, 1); });
+  const int64_t spans = (rows + height - 1) / height;
+  for_chunks(spans, height * cols, threads, [&](int64_t, int64_t span, int64_t, int) {
+    const int64_t row = span * height, left = rows - row, here = left < height ? left : height;
+    fn(row, int64_t{0}, static_cast<int>(here * cols), static_cast<int>(here));
+  });
+}
+
 // Rows of dim 0 when there is one seed per row, else one row.
 inline int64_t noise_rows(const Noise& noise, const TensorView& t) {
   return noise.seeds != nullptr && noise.n_seeds > 1 && t.ndim > 0 ? t.shape[0] : 1;
@@ -117,12 +171,16 @@ struct NoiseAt {
 
   NoiseAt(const Noise& n, const TensorView& t)
       : noise(n), noise_cols(t.numel / (noise_rows(n, t) > 1 ? noise_rows(n, t) : 1)) {}
+  // Of a range within one seed row, or of several whole ones. `to`: as in `noise_values`.
   template <class Map>
-  const float* values(int64_t at, int n, NoiseChunk& buffer) const {  // range within one seed row
+  const float* values(int64_t at, int n, NoiseChunk& buffer, float* to = nullptr) const {
     const int64_t row = noise.n_seeds > 1 ? at / noise_cols : 0;
-    return noise_values<Map>(seed_of_row(noise, row), noise.stream,
-                             static_cast<uint64_t>(noise.offset + at - row * noise_cols), n,
-                             buffer);
+    const uint64_t first = static_cast<uint64_t>(noise.offset + at - row * noise_cols);
+    if (noise.n_seeds > 1 && n > noise_cols)
+      return noise_of_rows<Map>(noise.seeds + row, noise.stream, first,
+                                static_cast<int>(noise_cols), static_cast<int>(n / noise_cols),
+                                buffer);
+    return noise_values<Map>(seed_of_row(noise, row), noise.stream, first, n, buffer, to);
   }
 };
 

@@ -15,16 +15,14 @@ template <class Map>
 void fill(const RandomParams& p) {
   const Stage out(p.out);
   const int64_t rows = noise_rows(p.noise, p.out), cols = rows ? p.out.numel / rows : 0;
-  const bool per_row = p.noise.n_seeds > 1;
+  const NoiseAt noise(p.noise, p.out);
   const uint32_t mask = uniform_mask(p.distribution, p.out.dtype);
-  for_chunks(rows, cols, p.threads, [&](int64_t, int64_t row, int64_t first, int n) {
+  for_spans(rows, cols, p.threads, [&](int64_t row, int64_t first, int n, int) {
     NoiseChunk buffer;
     Chunk staged;
     const int64_t at = row * cols + first;
-    const uint64_t element = static_cast<uint64_t>(p.noise.offset + (per_row ? first : at));
     float* to = out.target(at, n, staged);
-    const float* v =
-        noise_values<Map>(seed_of_row(p.noise, row), p.noise.stream, element, n, buffer, to);
+    const float* v = noise.values<Map>(at, n, buffer, to);
     if (v != to || mask != ~0u)
       for (int i = 0; i < n; ++i) to[i] = from_bits(bits(v[i]) & mask);
     out.store(at, n, to);
@@ -35,14 +33,13 @@ void fill(const RandomParams& p) {
 template <class T>
 void fill_integers(const RandomParams& p) {
   const int64_t rows = noise_rows(p.noise, p.out), cols = rows ? p.out.numel / rows : 0;
-  const bool per_row = p.noise.n_seeds > 1, raw = p.distribution == Distribution::bits;
+  const NoiseAt noise(p.noise, p.out);
+  const bool raw = p.distribution == Distribution::bits;
   T* out = static_cast<T*>(p.out.data);
-  for_chunks(rows, cols, p.threads, [&](int64_t, int64_t row, int64_t first, int n) {
+  for_spans(rows, cols, p.threads, [&](int64_t row, int64_t first, int n, int) {
     NoiseChunk buffer;
     const int64_t at = row * cols + first;
-    const uint64_t element = static_cast<uint64_t>(p.noise.offset + (per_row ? first : at));
-    const float* v =
-        noise_values<BitsMap>(seed_of_row(p.noise, row), p.noise.stream, element, n, buffer);
+    const float* v = noise.values<BitsMap>(at, n, buffer);
     for (int i = 0; i < n; ++i) {
       const uint64_t word = bits(v[i]);
       out[at + i] = static_cast<T>(raw ? static_cast<int64_t>(word)

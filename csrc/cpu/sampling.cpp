@@ -71,9 +71,9 @@ void reparameterize(const ReparameterizeParams& p) {
 
   with_transform(p.transform, [&](auto transform) {
     using T = decltype(transform);
-    for_chunks(rows, cols, p.threads, [&](int64_t c, int64_t row, int64_t first, int n) {
+    for_spans(rows, cols, p.threads, [&](int64_t row, int64_t first, int n, int height) {
       Chunk a, b, staged;
-      NoiseChunk noise_buffer;
+      NoiseChunk noise_buffer, terms;
       const int64_t at = row * cols + first;
       const bool need_noise = want_y || p.side_kind == Side::log_prob;
       mu.prefetch(at, n), logvar.prefetch(at, n);
@@ -83,17 +83,27 @@ void reparameterize(const ReparameterizeParams& p) {
       const float* l = logvar.load(at, n, b);
       float* to = want_y ? y.target(at, n, staged) : staged.data;
       Sum sum;
+      const auto add = [&](int i, f32p term) {
+        height == 1 ? sum.add(term, n - i) : store(terms.data + i, term);
+      };
       for (int i = 0; i < n; i += kStep) {
         const f32p mi = load_pair(m + i), li = load_pair(l + i), ei = load_pair(e + i);
         const Draw<f32p> d = draw(mi, li, ei);
         const f32p yi = T::template value<f32p>(d.z);
         store(to + i, yi);
-        if (p.side_kind == Side::kl) sum.add(gaussian_kl(mi, li, d.sigma), n - i);
+        if (p.side_kind == Side::kl) add(i, gaussian_kl(mi, li, d.sigma));
         if (p.side_kind == Side::log_prob)
-          sum.add(log_density(ei, li, T::template log_slope<f32p>(d.z, yi)), n - i);
+          add(i, log_density(ei, li, T::template log_slope<f32p>(d.z, yi)));
       }
-      if (partial) partial[c] = sum.total();
       if (want_y) y.store(at, n, to);
+      if (!partial) return;
+      if (height == 1) partial[row * per_row + first / kChunk] = sum.total();
+      for (int r = 0; height > 1 && r < height; ++r) {
+        Sum own;
+        for (int i = 0; i < cols; i += kStep)
+          own.add(load_pair(terms.data + r * cols + i), static_cast<int>(cols) - i);
+        partial[row + r] = own.total();
+      }
     });
   });
 
@@ -120,8 +130,8 @@ void reparameterize_backward(const ReparameterizeBackwardParams& p) {
 
   with_transform(p.transform, [&](auto transform) {
     using T = decltype(transform);
-    for_chunks(rows, cols, p.threads, [&](int64_t, int64_t row, int64_t first, int n) {
-      Chunk a, b, g, staged_mu, staged_logvar;
+    for_spans(rows, cols, p.threads, [&](int64_t row, int64_t first, int n, int height) {
+      Chunk a, b, g, staged_mu, staged_logvar, scales;
       NoiseChunk noise_buffer;
       const int64_t at = row * cols + first;
       mu.prefetch(at, n), logvar.prefetch(at, n);
@@ -131,12 +141,16 @@ void reparameterize_backward(const ReparameterizeBackwardParams& p) {
       const float* m = mu.load(at, n, a);
       const float* l = logvar.load(at, n, b);
       const float* gy = have_y ? grad_y.load(at, n, g) : nullptr;
-      const float gs = have_side ? grad_side[row / split] * p.side_scale : 0.0f;
+      const auto side = [&](int r) { return grad_side[(row + r) / split] * p.side_scale; };
+      const f32v one = splat(have_side && height == 1 ? side(0) : 0.0f);
+      for (int r = 0; have_side && height > 1 && r < height; ++r)
+        std::fill_n(scales.data + r * cols, cols, side(r));
       float* to_mu = d_mu.target(at, n, staged_mu);
       float* to_logvar = d_logvar.target(at, n, staged_logvar);
       for (int i = 0; i < n; i += kStep) {
         const f32p mi = load_pair(m + i), li = load_pair(l + i), ei = load_pair(e + i);
         const Draw<f32p> d = draw(mi, li, ei);
+        const f32p gs = height == 1 ? f32p{one, one} : load_pair(scales.data + i);
         f32p gz{}, g_logvar{};
         if (have_y || is_log_prob) {
           const f32p yi = T::template value<f32p>(d.z);
@@ -149,7 +163,7 @@ void reparameterize_backward(const ReparameterizeBackwardParams& p) {
         }
         if (have_side && is_kl) {
           gz += mi * gs;
-          g_logvar += (d.sigma * d.sigma - 1.0f) * (0.5f * gs);
+          g_logvar += (d.sigma * d.sigma - 1.0f) * (gs * 0.5f);
         }
         store(to_mu + i, gz);
         store(to_logvar + i, g_logvar);
@@ -332,7 +346,7 @@ void relaxed_bernoulli(const RelaxedBernoulliParams& p) {
   const float inv_tau = inverse(p.tau);
   const int64_t rows = noise_rows(p.noise, p.logits), cols = rows ? p.logits.numel / rows : 0;
   const NoiseAt noise(p.noise, p.logits);
-  for_chunks(rows, cols, p.threads, [&](int64_t, int64_t row, int64_t first, int n) {
+  for_spans(rows, cols, p.threads, [&](int64_t row, int64_t first, int n, int) {
     Chunk a, g, staged;
     NoiseChunk noise_buffer;
     const int64_t at = row * cols + first;

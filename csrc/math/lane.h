@@ -177,6 +177,7 @@ struct Wide {
 };
 GENFAST_FN Wide operator^(Wide x, Wide y) { return {x.v ^ y.v}; }
 GENFAST_FN Wide operator^(Wide x, uint32_t y) { return {x.v ^ uint64_t{y}}; }
+GENFAST_FN Wide operator+(Wide x, uint32_t y) { return {x.v + uint64_t{y}}; }
 GENFAST_FN Wide operator*(Wide x, uint32_t y) {
 #if defined(__AVX512F__)
   return {(Wide::Vector)_mm512_mul_epu32((__m512i)x.v, _mm512_set1_epi64(y))};

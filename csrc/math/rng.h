@@ -14,9 +14,10 @@ struct Words {  // one Philox block; word w of block b is element 4 b + w
   U w0, w1, w2, w3;
 };
 
-// counter = (block as 64 bit, stream as 64 bit), key = seed, all little end first.
-template <class U>
-GENFAST_FN Words<U> philox4x32_10(U c0, U c1, U c2, U c3, uint32_t k0, uint32_t k1) {
+// counter = (block as 64 bit, stream as 64 bit), key = seed, all little end first. K: uint32_t, or
+// U for a key per lane.
+template <class U, class K>
+GENFAST_FN Words<U> philox4x32_10(U c0, U c1, U c2, U c3, K k0, K k1) {
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
     const U h0 = multiply_high(c0, 0xD2511F53u), l0 = c0 * 0xD2511F53u;

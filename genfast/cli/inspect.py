@@ -8,7 +8,7 @@ from pathlib import Path
 
 def add(commands) -> None:
     p = commands.add_parser("inspect", help="where a generated file or a checkpoint comes from")
-    p.add_argument("file", type=Path, help="a PNG or safetensors file of genfast")
+    p.add_argument("file", type=Path, help="a PNG, safetensors or JSON file of genfast")
     p.add_argument("--json", action="store_true", help="machine-readable")
     p.set_defaults(run=run)
 

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genfast._extras import need
+from genfast.models import _inputs
+from genfast.ops import _check
 from genfast.ops.rng import rand
 
 if TYPE_CHECKING:
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 def psnr(x: Tensor, truth: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of the whole set, dB, (). x, truth: of one shape."""
+    _inputs.floats("x", x)
+    _inputs.floats("truth", truth)
     if x.shape != truth.shape:
         raise ValueError(f"truth: expected {tuple(x.shape)}, x's, got {tuple(truth.shape)}")
     return -10 * (x - truth).square().mean().log10()
@@ -63,6 +67,8 @@ def trained_classifier(data: Split, seed: int = 0, steps: int = 400) -> Classifi
 
     The same bits for the same seed: Adam, batches of 64 in an order of contract noise.
     """
+    if not data.about.get("classes") or not len(data.train):
+        raise ValueError("data: expected labelled images to learn from, got none")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Classifier(tuple(data.about["shape"]), data.about["classes"])
@@ -83,19 +89,23 @@ def trained_classifier(data: Split, seed: int = 0, steps: int = 400) -> Classifi
     return model
 
 
-_last: list[tuple] = []  # of `classifier_of`, at most one: data, seed, classifier
+def as_it_is(data: Split) -> Split:
+    return data
+
+
+_last: list[tuple] = []  # of `classifier_of`, at most one: data, seed, labelled, classifier
 
 
 def classifier_of(
-    data: Split, seed: int = 0, labelled: Callable[[Split], Split] = lambda data: data
+    data: Split, seed: int = 0, labelled: Callable[[Split], Split] = as_it_is
 ) -> Classifier:
     """`trained_classifier`, kept until another is asked for: a run judges every epoch with it.
     labelled: makes a data set with labels of `data`."""
-    for of, its_seed, classifier in _last[:]:  # a copy: another thread may replace it
-        if of is data and its_seed == seed:
+    for of, its_seed, its_labels, classifier in _last[:]:  # a copy: another thread may replace it
+        if of is data and its_seed == seed and its_labels is labelled:
             return classifier
     classifier = trained_classifier(labelled(data), seed)
-    _last[:] = [(data, seed, classifier)]
+    _last[:] = [(data, seed, labelled, classifier)]
     return classifier
 
 
@@ -104,7 +114,13 @@ def classifier_of(
 
 def frechet_distance(features: nn.Module, real: Tensor, drawn: Tensor) -> float:
     """Squared Frechet distance of two Gaussians fitted to the features: torchmetrics' FID with
-    another extractor (Heusel et al. 2017)."""
+    another extractor (Heusel et al. 2017). real, drawn: images (N, C, H, W) in [0, 1]."""
+    for name, x in (("real", real), ("drawn", drawn)):
+        _inputs.floats(name, x)
+        if x.shape[1:] != real.shape[1:] or len(x) < 2 or not x.isfinite().all():
+            raise ValueError(
+                f"{name}: expected two or more finite images of one size, got {_check.describe(x)}"
+            )
     need("torchmetrics")
     from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -119,6 +135,7 @@ def frechet_distance(features: nn.Module, real: Tensor, drawn: Tensor) -> float:
 def classes_covered(labels: Tensor, classes: int, share: float = 0.01) -> int:
     """How many classes have at least this share of the labels (N,) int64 of drawn images: all of
     them unless a generator has lost modes."""
+    _inputs.labels("labels", labels, len(labels), classes)
     return int((labels.bincount(minlength=classes) >= max(share * len(labels), 1)).sum())
 
 
@@ -136,9 +153,12 @@ def precision_recall_density_coverage(
     density: mean number of real balls that hold a drawn sample, over k. coverage: share of real
     balls that hold a drawn one.
     """
+    _check.counts(k=k)
     for name, x in (("real", real), ("drawn", drawn)):
-        if x.dim() != 2 or len(x) <= k:
-            raise ValueError(f"{name}: expected more than k = {k} rows, got {tuple(x.shape)}")
+        if x.dim() != 2 or len(x) <= k or x.shape[1] != real.shape[1]:
+            raise ValueError(
+                f"{name}: expected more than k = {k} rows of one width, got {tuple(x.shape)}"
+            )
         if not x.isfinite().all():  # comparisons with NaN would all be false: a precision of 0
             raise ValueError(f"{name}: expected finite features, got NaN or infinite ones")
     real, drawn = real.double(), drawn.double()

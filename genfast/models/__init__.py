@@ -1,4 +1,5 @@
-"""Models on the fused ops: plain nn.Modules in their papers' letters, each with a `config`."""
+"""Models on the fused ops: plain nn.Modules in their papers' letters, each but the networks
+UNet and DiT with a `config`."""
 
 from genfast.models.diffusion import Diffusion
 from genfast.models.gan import DCGAN, GAN, WGAN, WGANGP, CycleGAN

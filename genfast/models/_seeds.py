@@ -18,8 +18,9 @@ def sample_seeds(n: int, seed: int, stream: int = 0, start: int = 0, device=None
     if isinstance(seed, Tensor):
         raise TypeError(
             f"seed: expected an int, from which every sample's seed is made, got a tensor of shape "
-            f"{tuple(seed.shape)}; `start` is the first sample's index"
+            f"shape {tuple(seed.shape)}; `start` is the first sample's index"
         )
+    integer("seed", seed)
     words = randint(0, 2**31, (n, 2), seed=seed, stream=stream, offset=2 * start, device=device)
     return words[:, 0] << 31 | words[:, 1]
 

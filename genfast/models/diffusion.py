@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genfast import schedulers
+from genfast.models import _inputs
 from genfast.models._seeds import sample_seeds
 from genfast.models.process import NOISE, NoiseProcess
 from genfast.models.unet import UNet, check_levels
@@ -89,10 +90,10 @@ _GUIDED = {
 class Diffusion(NoiseProcess):
     """A U-Net with its noise schedule.
 
-    shape: (C, H, W); H and W divisible by 2^(levels - 1). widths, blocks, attention, head_dim,
-    dropout, classes: of the `UNet`. T, schedule: of `schedulers.noise_schedule`. prediction,
-    weighting: of `genfast.denoising_loss`. label_dropout: share of training samples without their
-    label, for guidance. task: a key of TASKS; factor: of super-resolution.
+    shape: (C, H, W); H and W divisible by 2^(levels - 1), and by factor for super-resolution.
+    widths, blocks, attention, head_dim, dropout, classes: of the `UNet`. T, schedule, prediction:
+    of `NoiseProcess`. weighting: of `genfast.denoising_loss`. label_dropout: share of training
+    samples without their label, for guidance. task: a key of TASKS; factor: of super-resolution.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class Diffusion(NoiseProcess):
         super().__init__(T, schedule, prediction)
         if task not in TASKS:
             raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
+        self.shape = _inputs.image_shape(shape)
         check_levels(widths, attention)
         _check.counts(blocks=blocks, head_dim=head_dim, factor=factor)
         _check.choice("weighting", weighting, WEIGHTINGS[:-1])  # given: of tensors
@@ -127,7 +129,7 @@ class Diffusion(NoiseProcess):
             "classes": classes, "T": T, "schedule": schedule, "prediction": prediction,
             "weighting": weighting, "label_dropout": label_dropout, "task": task, "factor": factor,
         }  # fmt: skip
-        C, H, W = self.shape = tuple(shape)
+        C, H, W = self.shape
         halvings = 2 ** (len(widths) - 1)
         step = math.lcm(halvings, factor) if task == "super-resolution" else halvings
         if H % step or W % step:
@@ -147,10 +149,11 @@ class Diffusion(NoiseProcess):
         return self.unet(x if c is None else torch.cat([x, c], 1), t, y)
 
     def losses(self, x: Tensor, y: Tensor | None = None, *, seed: Seed) -> Tensor:
-        """Of each sample, (B,). x in [0, 1]; y (B,) labels of a class-conditional model; seed: int,
-        or int64 (B,) of one per sample. Ho et al., alg. 1.
+        """Of each sample, (B,). x in [0, 1]; y (B,) labels of a class-conditional model, `classes`
+        for none; seed: int, or int64 (B,) of one per sample. Ho et al., alg. 1.
         """
-        self._check_labels(y)
+        _inputs.images("x", x, self.shape)
+        self._check_labels(y, len(x))
         x0 = 2 * x - 1
         x_t, t, alpha, sigma = self._noised(x0, seed)
         if y is not None and (drop := self._dropped(x, self.label_dropout, seed)) is not None:
@@ -162,10 +165,18 @@ class Diffusion(NoiseProcess):
             weighting=self.weighting, reduction="none",
         )  # fmt: skip
 
-    def _check_labels(self, y: Tensor | None) -> None:
+    def _check_labels(self, y: Tensor | None, n: int) -> None:
         if (y is None) == bool(self.classes):
             want = f"labels in 0 ... {self.classes - 1}" if self.classes else "none"
             raise ValueError(f"y: expected {want}, got {'none' if y is None else 'labels'}")
+        if y is not None:
+            _inputs.labels("y", y, n, self.classes + 1)
+
+    def _check_task(self, task: str, call: str) -> None:
+        if self.task != task:
+            raise ValueError(
+                f"task: expected a model of task {task!r} for {call}, got one of {self.task!r}"
+            )
 
     def plan(
         self, name: str = "ddpm", steps: int | None = None, **options
@@ -202,12 +213,12 @@ class Diffusion(NoiseProcess):
         it must judge each image by itself. For plans that step from x_t and x0, such as ddpm: ddim
         takes eps before x0 is clamped, and what is left of the gradient's term then points away.
         """
-        plan = plan or self.plan()
+        plan = self.plan() if plan is None else plan
         device = self.alpha.device
         if self.classes and y is None:
             y = torch.arange(start, start + max(n, 0), device=device) % self.classes
-        self._check_labels(y)
-        _check.number("guidance", guidance)
+        self._check_sampling(n, plan, guidance)
+        self._check_labels(y, n)
         _check.number("guide_scale", guide_scale)
         if guidance != 1 and not self.classes:
             raise ValueError("guidance: expected 1 for a model without classes, got "
@@ -215,6 +226,10 @@ class Diffusion(NoiseProcess):
         if (c is None) != (self.task == "generate"):
             want = "none" if self.task == "generate" else f"those of {self.task}"
             raise ValueError(f"c: expected {want}; use sample, inpaint or super_resolve")
+        if c is not None:
+            _inputs.images("c", c, (TASKS[self.task][0](self.shape[0]), *self.shape[1:]))
+            if len(c) != n:
+                raise ValueError(f"c: expected a row for each of {n} images, got {len(c)}")
 
         def call(rows: Tensor, seeds: Tensor) -> Tensor:
             given = tuple(None if part is None else part[rows] for part in (y, c))
@@ -256,6 +271,12 @@ class Diffusion(NoiseProcess):
     def inpaint(self, image: Tensor, known: Tensor, seed: int, start: int = 0, **options) -> Tensor:
         """Draws what is unknown. image (n, C, H, W) in [0, 1]; known (n, 1, H, W): 1 where the
         image is given and kept, 0 where it is drawn. options: of `sample`. Palette, 2022."""
+        self._check_task("inpaint", "inpaint")
+        _inputs.images("image", image, self.shape)
+        want = (len(image), 1, *self.shape[1:])
+        if not isinstance(known, Tensor) or tuple(known.shape) != want:
+            got = tuple(known.shape) if isinstance(known, Tensor) else type(known).__name__
+            raise ValueError(f"known: expected a tensor of shape {want}, got {got}")
         known = known.to(image.dtype)
         c = masked(2 * image - 1, known)
         x = self.sample(len(image), seed, start, c=c, **options)
@@ -264,10 +285,9 @@ class Diffusion(NoiseProcess):
     def super_resolve(self, low: Tensor, seed: int, start: int = 0, **options) -> Tensor:
         """low (n, C, H / factor, W / factor) in [0, 1] -> (n, C, H, W). options: of `sample`. SR3,
         2021."""
+        self._check_task("super-resolution", "super_resolve")
         C, H, W = self.shape
-        want = (C, H // self.factor, W // self.factor)
-        if tuple(low.shape[1:]) != want:
-            raise ValueError(f"low: expected (n, {want}), got shape {tuple(low.shape)}")
+        _inputs.images("low", low, (C, H // self.factor, W // self.factor))
         c = enlarge(2 * low - 1, self.factor)
         return self.sample(len(low), seed, start, c=c, **options)
 
@@ -277,7 +297,12 @@ class Diffusion(NoiseProcess):
     ) -> Tensor:
         """Unbiased estimate of the variational upper bound on -log2 p(x) of each 8-bit sample, in
         bits per dimension, (B,): L_T + sum_t L_(t-1) with the posterior's variance, t stratified
-        over `draws` draws (Ho et al. 2020, eq. 5; prediction "epsilon" or any other)."""
+        over `draws` draws (Ho et al. 2020, eq. 5; prediction "epsilon" or any other). x (B, C, H,
+        W) in [0, 1]; y: the labels of a class-conditional model. Of task "generate"."""
+        self._check_task("generate", "bound")
+        _inputs.images("x", x, self.shape)
+        self._check_labels(y, len(x))
+        _check.counts(draws=draws)
         B, device = len(x), x.device
         seeds = sample_seeds(B, seed, device=device)
         x0 = 2 * x - 1

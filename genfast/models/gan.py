@@ -22,7 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from genfast.models import _inputs
 from genfast.models._seeds import evaluating, in_tiles, sample_seeds
+from genfast.ops import _check
 from genfast.ops._noise import Seed
 from genfast.ops.rng import rand, randn
 
@@ -116,8 +118,8 @@ def features(
     shape: tuple[int, int, int], width: int, levels: int, batch_norm: bool, spectral: bool
 ) -> nn.Sequential:
     """x -> (B, (width 2^(levels - 1)) H W / 4^levels): convolutions of stride 2 and LeakyReLU, with
-    BatchNorm after all but the first (Radford et al. 2016) or with spectral norm (Miyato et al.
-    2018)."""
+    BatchNorm after all but the first (Radford et al. 2016), spectral norm (Miyato et al. 2018), or
+    both."""
     layers, c = [], shape[0]
     for i in range(levels):
         batch = batch_norm and i > 0
@@ -147,37 +149,9 @@ def narrow(model: nn.Module, std: float = 0.02) -> None:
             nn.init.normal_(m.weight, 1.0, std)
 
 
-def check_counts(**counts: int) -> None:
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name}: expected an int >= 1, got {value}")
-
-
-def check_shape(shape: tuple[int, ...], levels: int = 0, least: int = 1) -> tuple[int, int, int]:
-    """levels: how often H and W are halved; least: of both."""
-    if len(shape) != 3 or shape[0] < 1 or min(shape[1:]) < least:
-        raise ValueError(
-            f"shape: expected (C, H, W) with C >= 1 and H, W >= {least}, got {tuple(shape)}"
-        )
-    if shape[1] % 2**levels or shape[2] % 2**levels:
-        raise ValueError(
-            f"shape: expected (C, H, W) with H and W divisible by {2**levels} for {levels} levels, "
-            f"got {tuple(shape)}; take fewer levels, or crop or pad the images"
-        )
-    return tuple(shape)
-
-
-def check_images(x: Tensor, shape: tuple[int, ...], name: str = "x") -> Tensor:
-    """[0, 1] -> [-1, 1]."""
-    if tuple(x.shape[1:]) != shape:
-        raise ValueError(
-            f"{name}: expected (B, {', '.join(map(str, shape))}), got shape {tuple(x.shape)}; "
-            "resize the images or build the model for this size"
-        )
-    if not x.is_floating_point():
-        raise TypeError(
-            f"{name}: expected floats in [0, 1], got {x.dtype}; divide bytes by 255: x / 255"
-        )
+def from_unit(x: Tensor, shape: tuple[int, ...], name: str = "x") -> Tensor:
+    """Images in [0, 1] -> [-1, 1]."""
+    _inputs.images(name, x, shape)
     return 2 * x - 1
 
 
@@ -204,8 +178,8 @@ class Adversarial(nn.Module):
         if objective not in OBJECTIVES:
             known = ", ".join(OBJECTIVES)
             raise ValueError(f"objective: expected one of {known}, got {objective!r}")
-        check_counts(z_dim=z_dim, noise_steps=noise_steps)
-        check_shape(shape)
+        _check.counts(z_dim=z_dim, noise_steps=noise_steps)
+        _inputs.image_shape(shape)
         numbers = {"penalty": penalty, "r1": r1, "noise": noise, "clip_weight": clip_weight}
         for name, value in numbers.items():
             if not 0 <= value < math.inf:
@@ -246,7 +220,7 @@ class Adversarial(nn.Module):
     def d_loss(self, x: Tensor, *, seed: Seed, step: int = 0) -> Tensor:
         """Of the discriminator on images x (B, C, H, W) in [0, 1], mean over the batch, (). step:
         of the training, for the instance noise."""
-        x = check_images(x, self.x_shape)
+        x = from_unit(x, self.x_shape)
         with torch.no_grad():
             fake = self.fake(self.latent(len(x), seed))
         x, fake = self.noisy(x, seed, REAL, step), self.noisy(fake, seed, FAKE, step)
@@ -281,7 +255,7 @@ class Adversarial(nn.Module):
         """Shares of x and of fake (B, C, H, W) in [0, 1] that D takes for what they are. As in
         training, BatchNorm takes the statistics of each batch. 1/2 both: D can only guess."""
         D = copy.deepcopy(self.D).train()
-        real, fake = (D(check_images(images, self.x_shape)) for images in (x, fake))
+        real, fake = (D(from_unit(images, self.x_shape)) for images in (x, fake))
         middle = OBJECTIVES[self.objective].middle(real, fake)
         return (real > middle).float().mean().item(), (fake <= middle).float().mean().item()
 
@@ -308,7 +282,7 @@ class GAN(Adversarial):
         objective: str = "non-saturating", spectral_norm: bool = False, **penalties,
     ):  # fmt: skip
         super().__init__(shape, z_dim, objective, **penalties)
-        check_counts(h_dim=h_dim)
+        _check.counts(h_dim=h_dim)
         self.config = {
             "shape": list(shape), "z_dim": z_dim, "h_dim": h_dim, "objective": objective,
             "spectral_norm": spectral_norm, **penalties,
@@ -325,17 +299,18 @@ class GAN(Adversarial):
 
 
 class DCGAN(Adversarial):
-    """`generator` and `discriminator` with BatchNorm in both. Radford et al. 2016; width: channels
-    of the discriminator's first convolution; levels: halvings of H and W, 2 for 28 x 28 where the
-    paper has 4 for 64 x 64."""
+    """`generator` and `discriminator` with BatchNorm in both, in the discriminator's if batch_norm,
+    and with spectral norm if spectral_norm (Miyato et al. 2018). Radford et al. 2016; width:
+    channels of the discriminator's first convolution; levels: halvings of H and W, 2 for 28 x 28
+    where the paper has 4 for 64 x 64."""
 
     def __init__(
         self, shape: tuple[int, int, int] = (1, 28, 28), z_dim: int = 100, width: int = 32,
         levels: int = 2, objective: str = "non-saturating", batch_norm: bool = True,
         spectral_norm: bool = False, **penalties,
     ):  # fmt: skip
-        check_counts(levels=levels, width=width)
-        super().__init__(check_shape(shape, levels), z_dim, objective, **penalties)
+        _check.counts(levels=levels, width=width)
+        super().__init__(_inputs.image_shape(shape, levels), z_dim, objective, **penalties)
         self.config = {
             "shape": list(shape), "z_dim": z_dim, "width": width, "levels": levels,
             "objective": objective, "batch_norm": batch_norm, "spectral_norm": spectral_norm,
@@ -430,8 +405,10 @@ class CycleGAN(nn.Module):
         blocks: int = 3, cycle: float = 10.0, identity: float = 0.5,
     ):  # fmt: skip
         super().__init__()
-        check_counts(width=width, d_width=d_width, blocks=blocks)
-        self.x_shape = check_shape(shape, 2, least=8)  # InstanceNorm needs more than one place
+        _check.counts(width=width, d_width=d_width, blocks=blocks)
+        self.x_shape = _inputs.image_shape(
+            shape, 2, least=8
+        )  # InstanceNorm needs more than one place
         for name, value in {"cycle": cycle, "identity": identity}.items():
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name}: expected a number >= 0, got {value}")
@@ -450,7 +427,7 @@ class CycleGAN(nn.Module):
         for name, images in {"x": x, "y": y}.items():
             if not len(images):
                 raise ValueError(f"{name}: expected at least one image in a batch, got none")
-        return check_images(x, self.x_shape, "x"), check_images(y, self.x_shape, "y")
+        return from_unit(x, self.x_shape, "x"), from_unit(y, self.x_shape, "y")
 
     def g_loss(self, x: Tensor, y: Tensor) -> Tensor:
         """Of both generators on images x of X and y of Y (B, C, H, W) in [0, 1], no pairs; mean,
@@ -479,7 +456,7 @@ class CycleGAN(nn.Module):
         if to not in ("X", "Y"):
             raise ValueError(f"to: expected X or Y, got {to!r}")
         translate = self.G if to == "Y" else self.F
-        return (translate(check_images(x, self.x_shape)) + 1) * 0.5
+        return (translate(from_unit(x, self.x_shape)) + 1) * 0.5
 
     @torch.no_grad()
     def translate(self, x: Tensor, to: str = "Y") -> Tensor:

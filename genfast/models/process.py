@@ -20,6 +20,7 @@ from genfast.ops import _check
 from genfast.ops._noise import Seed
 from genfast.ops.diffusion import add_noise
 from genfast.ops.rng import rand, randn
+from genfast.schedulers.from_config.makers import CLASSES
 
 NOISE, TIME, DROP = range(3)  # streams of a training sample's seed
 START, STEPS = 0, 1  # of a generated sample's: x_T; the solver's row k has STEPS + k
@@ -52,8 +53,8 @@ PLANS = {
 
 class NoiseProcess(Tables):
     """T, schedule: of `schedulers.noise_schedule`, T >= 2, for 1 has no posterior; prediction: what
-    a model gives, a name of `genfast.denoising_loss` but for flows, which have no place on a
-    `noise_schedule`.
+    a model gives, "epsilon", "sample" or "v_prediction" (see `genfast.denoising_loss`; flows have
+    no place on a `noise_schedule`).
     """
 
     TILE = 16  # samples of one model call in `sample`, see `in_tiles`
@@ -103,8 +104,14 @@ class NoiseProcess(Tables):
         """A solver plan on this schedule, of `default` steps or T if that is less."""
         _check.choice("plan", name, PLANS)
         steps = min(default, self.T) if steps is None else steps
-        _check.integer("steps", steps, low=1, high=self.T)
+        if type(steps) is not int or not 1 <= steps <= self.T:
+            raise ValueError(f"steps: expected an int in 1 ... {self.T}, got {steps!r}")
         scheduler, bounds = PLANS[name]
+        known, _ = CLASSES[scheduler]
+        if unknown := [key for key in options if key not in known]:
+            raise TypeError(
+                f"{unknown[0]}: no option of plan {name!r}; expected one of {', '.join(known)}"
+            )
         if not self._bounded:  # said aloud: by diffusers' defaults ddpm and ddim clamp x0 to +-1
             bounds = {key: False for key, value in bounds.items() if value is True}
         config = {
@@ -125,6 +132,15 @@ class NoiseProcess(Tables):
             return call(rows, sample_seeds(B, seed, start=first, device=device))
 
         return in_tiles(tile, n, start, B)
+
+    def _check_sampling(self, n: int, plan: schedulers.SolverPlan, guidance: float) -> None:
+        _check.integer("n", n, low=0)
+        _check.number("guidance", guidance)
+        if not isinstance(plan, schedulers.SolverPlan):
+            raise TypeError(
+                f"plan: expected a SolverPlan or None, got {_check.describe(plan)}; make one with "
+                "model.plan(name, steps)"
+            )
 
     def _solve(self, model: Callable, plan: schedulers.SolverPlan, shape: tuple[int, ...],
                seeds: Tensor, guidance=None, stream: int = 0) -> Tensor:  # fmt: skip

@@ -23,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genfast.models import _inputs
 from genfast.models._seeds import in_tiles, sample_seeds
-from genfast.models.gan import check_images
+from genfast.models.gan import from_unit
 from genfast.nn.filtering import BiasAct, Downsample2d, Upsample2d
 from genfast.ops import _check
 from genfast.ops.filtering import bias_act, upfirdn2d
@@ -253,14 +254,14 @@ class StyleGAN2(nn.Module):
         r1: float = 1.0, r1_every: int = 16, path: float = 2.0, path_every: int = 8, group: int = 4,
     ):  # fmt: skip
         super().__init__()
-        C, H, W = shape
+        C, H, W = _inputs.image_shape(shape)
         sizes = [(H, W)]
         while all(n % 2 == 0 and n > 4 for n in sizes[0]):
             sizes.insert(0, (sizes[0][0] // 2, sizes[0][1] // 2))
         if len(sizes) < 2 or max(sizes[0]) > 16:
             raise ValueError(
-                f"shape: expected (C, H, W) with H and W that halve to 16 or less, got "
-                f"{tuple(shape)}; crop or pad the images"
+                "shape: expected (C, H, W) with H and W that halve (once, at least) to 16 or less, "
+                f"got {tuple(shape)}; crop or pad the images"
             )
         _check.counts(
             r1_every=r1_every, path_every=path_every, group=group, width=width, z_dim=z_dim,
@@ -284,7 +285,8 @@ class StyleGAN2(nn.Module):
     def d_loss(self, x: Tensor, *, seed: Tensor, step: int = 0) -> Tensor:
         """Loss of D on real images x in [0, 1] and as many of G, (); R1 times its interval at each
         r1_every-th step (lazy regularisation). seed: int64 (B,), one a sample."""
-        real = check_images(x, self.x_shape)
+        real = from_unit(x, self.x_shape)
+        _inputs.seeds("seed", seed, len(x))
         with torch.no_grad():
             fake = self.G(seed, self.mixing)
         lazy = self.r1 > 0 and step % self.r1_every == 0
@@ -301,6 +303,7 @@ class StyleGAN2(nn.Module):
     def g_loss(self, *, seed: Tensor, step: int = 0) -> Tensor:
         """Loss of G on a sample of each seed, int64 (B,), (); the path length times its interval at
         each path_every-th step, on half of them. Moves w_avg and path_mean."""
+        _inputs.seeds("seed", seed)
         ws = self.G.styles(seed, self.mixing)
         if self.training:
             with torch.no_grad():
@@ -333,13 +336,14 @@ class StyleGAN2(nn.Module):
     def accuracy(self, x: Tensor, fake: Tensor) -> tuple[float, float]:
         """Shares of x and of fake (B, C, H, W) in [0, 1] that D takes for what they are; 1/2 both:
         D can only guess."""
-        real, fake = (self.D(check_images(images, self.x_shape)) for images in (x, fake))
+        real, fake = (self.D(from_unit(images, self.x_shape)) for images in (x, fake))
         return (real > 0).float().mean().item(), (fake <= 0).float().mean().item()
 
     @torch.no_grad()
     def sample(self, n: int, seed: int, start: int = 0, psi: float = 1.0) -> Tensor:
         """Images of samples start ... start + n - 1, (n, C, H, W) in [0, 1]: the same bits for
         sample i however the samples are cut into calls (see `in_tiles`). psi: truncation."""
+        _check.number("psi", psi)
         device = self.path_mean.device
 
         def tile(at: int) -> Tensor:
@@ -353,6 +357,8 @@ class StyleGAN2(nn.Module):
     def mix(self, coarse: Tensor, fine: Tensor, cut: int) -> Tensor:
         """Images with the styles of seeds `coarse` in layers below cut, of `fine` from it on, and
         the noise of coarse; (B, C, H, W) in [0, 1]. Karras et al. 2019, figure 3."""
+        _inputs.seeds("coarse", coarse)
+        _inputs.seeds("fine", fine, len(coarse))
         layers = torch.arange(self.G.synthesis.layers, device=coarse.device)[:, None]
         ws = torch.where(layers < cut, self.G.styles(coarse), self.G.styles(fine))
         return (self.G.synthesis(ws, coarse) * 0.5 + 0.5).clamp(0, 1)

@@ -24,8 +24,8 @@ from genfast.ops.linear import linear
 
 
 def timestep_embedding(t: Tensor, width: int, longest: float = 10_000.0) -> Tensor:
-    """cos and sin of t at width / 2 frequencies from 1 to 1 / longest (Vaswani et al. 2017);
-    t (B,) -> (B, width) float32."""
+    """cos and sin of t at width / 2 frequencies from 1 on towards 1 / longest, which is left out
+    (Vaswani et al. 2017); t (B,) -> (B, width) float32, width even."""
     half = width // 2
     ramp = torch.arange(half, device=t.device, dtype=torch.float32) / half
     angle = t.float()[:, None] * torch.exp(-math.log(longest) * ramp)
@@ -76,7 +76,7 @@ class AttentionBlock(nn.Module):
         B, C, H, W = x.shape
         tokens = self.norm(x).flatten(2).mT  # (B, H W, C)
         qkv = self.qkv(tokens).unflatten(-1, (3, self.heads, C // self.heads))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, H W, head_dim), a view
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, H W, C / heads)
         h = attention(q, k, v).transpose(1, 2).flatten(2)
         return x + self.out(h).mT.unflatten(2, (H, W))
 
@@ -121,7 +121,9 @@ class UNet(nn.Module):
 
     widths: channels of each level, halving H and W in between. blocks: ResBlocks a level (one more
     on the way up). attention: the levels, counted from 0, that attend, next to the middle, which
-    always does. classes: y is in 0 ... classes, where `classes` itself means none given; 0: no y.
+    always does. head_dim: least width of an attention head. dropout: before each ResBlock's second
+    convolution, in training. classes: y is in 0 ... classes, where `classes` itself means none
+    given; 0: no y.
     """
 
     def __init__(

@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from genfast.models import _inputs
 from genfast.models._seeds import in_tiles, sample_seeds
 from genfast.nn.linear import Linear
 from genfast.ops import _check
@@ -43,11 +44,16 @@ class GaussianVAE(nn.Module):
         raise NotImplementedError
 
     def _shaped(self, x: Tensor) -> Tensor:
-        """(B, ...) with x_shape's number of values a sample -> (B, *x_shape)."""
-        if x.dim() < 2 or math.prod(x.shape[1:]) != math.prod(self.x_shape):
+        """Samples of x_shape, or flat; of any shape where x_shape is flat -> (B, *x_shape)."""
+        _inputs.floats("x", x)
+        values = math.prod(self.x_shape)
+        flat = x.dim() == 2 or len(self.x_shape) == 1
+        fits = math.prod(x.shape[1:]) == values if flat else x.shape[1:] == self.x_shape
+        if x.dim() < 2 or not fits:
             raise ValueError(
-                f"x: expected (B, ...) with {math.prod(self.x_shape)} values a sample, got shape "
-                f"{tuple(x.shape)}; resize the images or build the model for this size"
+                f"x: expected (B, {', '.join(map(str, self.x_shape))}) or {values} values a "
+                f"sample, got shape {tuple(x.shape)}; resize the images or build the model for "
+                "this size"
             )
         return x.reshape(len(x), *self.x_shape)
 
@@ -80,8 +86,7 @@ class GaussianVAE(nn.Module):
         """Lower bound on ln p(x) of each sample, (B,), nats, tighter than the elbo:
         ln 1/K sum_k p(x, z_k) / q(z_k|x). Burda et al., "Importance weighted autoencoders", 2016.
         """
-        if draws < 1:
-            raise ValueError(f"draws: expected an int >= 1, got {draws}")
+        _check.counts(draws=draws)
         mu, logvar = self.encode(x)
         seeds = sample_seeds(len(x), seed, device=mu.device)
         total = torch.full(mu.shape[:1], -math.inf, device=mu.device, dtype=mu.dtype)
@@ -98,7 +103,7 @@ class GaussianVAE(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
-        """Mean of p(x|z) at z = mu(x), (B, *x_shape) in (0, 1)."""
+        """Mean of p(x|z) at z = mu(x), (B, *x_shape) in [0, 1]."""
         return torch.sigmoid(self.decode(self.encode(x)[0]))
 
     def prior(self, n: int, seed: int, start: int = 0) -> Tensor:
@@ -114,7 +119,7 @@ class GaussianVAE(nn.Module):
     @torch.no_grad()
     def sample(self, n: int, seed: int, start: int = 0) -> Tensor:
         """Means of p(x|z) for samples start ... start + n - 1 of the prior, (n, *x_shape) in
-        (0, 1). The same bits for sample i however the samples are cut into calls (see TILE).
+        [0, 1]. The same bits for sample i however the samples are cut into calls (see TILE).
         """
         _check.integer("seed", seed)
         return in_tiles(
@@ -124,8 +129,8 @@ class GaussianVAE(nn.Module):
     @torch.no_grad()
     def interpolate(self, x0: Tensor, x1: Tensor, steps: int = 8) -> Tensor:
         """Means of p(x|z) on the straight line between mu(x0) and mu(x1), (B, steps, *x_shape)."""
-        if steps < 2:
-            raise ValueError(f"steps: expected an int >= 2, got {steps}")
+        _check.integer("steps", steps, low=2)
+        _check.same_shape("x1", x1, "x0", x0)
         z0, z1 = self.encode(x0)[0], self.encode(x1)[0]
         t = torch.linspace(0, 1, steps, dtype=z0.dtype, device=z0.device)[:, None]
         z = torch.lerp(z0[:, None], z1[:, None], t)
@@ -172,11 +177,7 @@ class ConvVAE(GaussianVAE):
         super().__init__()
         _check.counts(width=width, z_dim=z_dim)
         _check.number("beta", beta, low=0.0)
-        if len(shape) != 3 or shape[1] % 4 or shape[2] % 4:
-            raise ValueError(
-                f"shape: expected (C, H, W) with H and W multiples of 4, got {tuple(shape)}; crop "
-                "or pad the images"
-            )
+        shape = _inputs.image_shape(shape, 2)
         self.config = {"shape": list(shape), "width": width, "z_dim": z_dim, "beta": beta}
         self.x_shape, self.z_dim, self.beta = tuple(shape), z_dim, beta
         C, H, W = shape

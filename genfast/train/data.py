@@ -75,7 +75,7 @@ def _faces() -> Images:
 
 def _photos() -> Images:
     """Every 32 x 32 patch, side by side, of scikit-learn's two photos, half as large:
-    120 of china.jpg (label 0) and of flower.jpg (1), RGB."""
+    60 of china.jpg (label 0), 60 of flower.jpg (1), RGB."""
     need("PIL")
     from PIL import Image
 

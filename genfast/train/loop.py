@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from genfast._extras import need
 from genfast._files import held, remove_leftovers, write_atomic
 from genfast.models._seeds import sample_seeds
+from genfast.ops import _check
 from genfast.ops.rng import rand
 from genfast.train import alarms, checkpoint, state
 from genfast.train.players import alone, means, seats, together, torch_seed
@@ -52,6 +53,7 @@ class Processes:
         AcceleratorState._reset_state()  # the precision is the run's, not the process's
         precision = "no" if settings.precision == "fp32" else settings.precision
         # Unless told so, accelerate makes of N processes without a GPU N runs of one each.
+        _check.choice("device", device, ("auto", "cpu"))
         cpu = device == "cpu" or not torch.accelerator.is_available()
         if cpu and precision == "fp16":  # accelerate would train in fp32
             raise ValueError(
@@ -191,6 +193,8 @@ def train(
     where another process trains into out.
     """
     s, processes = settings, Processes(settings, device)
+    if not len(data.train):
+        raise ValueError("data: expected samples to train on, got an empty training part")
     devices = [processes.device] if processes.device.type == "cuda" else []
     alone_here = held(out) if processes.main else contextlib.nullcontext()
     with torch.random.fork_rng(devices), alone_here:

@@ -1,7 +1,7 @@
 """Where a generated file comes from: written into it, and read back by `genfast inspect`.
 
 The facts are one JSON object under the key `genfast`: a text chunk of a PNG, the metadata of a
-safetensors file.
+safetensors file; of a text file they are FILE.json beside it.
 """
 
 from __future__ import annotations

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from genfast.ops import _check
+
 Batch = tuple[Tensor, ...]  # each (B, ...)
 
 
@@ -83,8 +85,7 @@ class Player:
         if self.optimizer not in OPTIMIZERS:
             known = ", ".join(OPTIMIZERS)
             raise ValueError(f"optimizer: expected one of {known}, got {self.optimizer!r}")
-        if self.every < 1:
-            raise ValueError(f"every: expected an int >= 1, got {self.every}")
+        _check.counts(every=self.every)
         if not self.lr > 0:
             raise ValueError(f"lr: expected a multiple > 0, got {self.lr}")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from genfast._extras import need
+from genfast.ops import _check
 
 # name -> share of the peak at progress p in [0, 1] after the warm-up.
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -33,10 +34,10 @@ class Settings:
     lr: float = _setting(3e-3, "peak of the learning-rate schedule")
     schedule: str = _setting("cosine", f"after the warm-up: {', '.join(SCHEDULES)}")
     warmup: float = _setting(0.05, "share of all steps spent rising to the peak")
-    weight_decay: float = _setting(0.0, "of AdamW (Loshchilov & Hutter 2019)")
+    weight_decay: float = _setting(0.0, "of the optimizer (AdamW: Loshchilov & Hutter 2019)")
     clip: float = _setting(50.0, "largest norm of the gradient")
     ema: float = _setting(0.0, "decay of the average of the weights that is evaluated and kept")
-    patience: int = _setting(8, "epochs without a better validation loss before stopping")
+    patience: int = _setting(8, "epochs without a better one, as validation says, before stopping")
     coverage_floor: float = _setting(0.05, "watched coverage under which a run has collapsed")
     accuracy_ceiling: float = _setting(
         0.99, "watched accuracy of a discriminator, on real and on fake, above which it has won"
@@ -49,14 +50,14 @@ class Settings:
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "patience", "alarm_after"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected an int >= 1, got {getattr(self, name)}")
+            _check.integer(name, getattr(self, name), low=1)
+        _check.integer("save_every", self.save_every, low=0)
+        for name in ("lr", "clip", "weight_decay", "warmup", "ema"):
+            _check.number(name, getattr(self, name))
         for name in ("lr", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}")
-        for name in ("weight_decay", "save_every"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
+        _check.number("weight_decay", self.weight_decay, low=0.0)
         for name, table in CHOICES.items():
             if getattr(self, name) not in table:
                 raise ValueError(

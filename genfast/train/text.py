@@ -132,7 +132,7 @@ def parted(
 @dataclass(frozen=True)
 class Windows:
     """Sample i: tokens i S ... i S + S of one long row of documents, (S + 1,); each text byte is a
-    target once. count: windows."""
+    target once. size: S."""
 
     ids: Tensor
     size: int

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from genfast.models import _inputs
 from genfast.models.unet import groups
 from genfast.nn.convolution import Conv2d
 from genfast.nn.normalization import GroupNorm
@@ -68,9 +69,7 @@ class KLAutoencoder(nn.Module):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """mu, logvar of q(z|x), each (B, c, h, w)."""
-        if x.dim() != 4 or tuple(x.shape[1:]) != self.shape:
-            raise ValueError(f"x: expected (B, *{self.shape}), got {tuple(x.shape)}; resize the "
-                             "images or build the model for this size")  # fmt: skip
+        _inputs.images("x", x, self.shape)
         mu, logvar = self.encoder(2 * x - 1).chunk(2, 1)
         return mu, logvar
 
@@ -83,7 +82,7 @@ class KLAutoencoder(nn.Module):
         return (z - self.mean[:, None, None]) / self.std[:, None, None]
 
     def image(self, z: Tensor) -> Tensor:
-        """Means of p(x|z), in (0, 1), for standardised latents z."""
+        """Means of p(x|z), in [0, 1], for standardised latents z."""
         return torch.sigmoid(self.decode(z * self.std[:, None, None] + self.mean[:, None, None]))
 
     def forward(
@@ -102,8 +101,10 @@ class KLAutoencoder(nn.Module):
         if z[:, 0].numel() < 2:  # one value has no variance
             return
         var, mean = torch.var_mean(z.to(self.mean.dtype), (0, 2, 3))  # autocast's are of 16 bits
-        self.mean.lerp_(mean, _MOMENTUM)
-        self.std.copy_(self.std.square().lerp(var, _MOMENTUM).sqrt())
+        good = mean.isfinite() & var.isfinite()  # one bad batch would stay in them for good
+        self.mean.copy_(torch.where(good, self.mean.lerp(mean, _MOMENTUM), self.mean))
+        std = self.std.square().lerp(var, _MOMENTUM).sqrt()
+        self.std.copy_(torch.where(good, std, self.std))
 
     def loss(self, x: Tensor, *, seed: Seed | None = None, stream: int = 0) -> Tensor:
         """Mean of -ln p(x|z) + beta KL over the batch, (), nats a sample."""
@@ -112,5 +113,5 @@ class KLAutoencoder(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
-        """Mean of p(x|z) at z = mu(x), (B, C, H, W) in (0, 1)."""
+        """Mean of p(x|z) at z = mu(x), (B, C, H, W) in [0, 1]."""
         return torch.sigmoid(self.decode(self.encode(x)[0]))

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genfast.models import _inputs
 from genfast.models.transformer import blocks
 from genfast.models.transformer.blocks import Attention, Block, FeedForward, Rotary
 from genfast.models.unet import groups
@@ -57,7 +58,7 @@ class TextEncoder(nn.Module):
         blocks.initialise(self, layers, std=(2 / (5 * d)) ** 0.5)
 
     def forward(self, ids: Tensor) -> Tensor:
-        blocks.check_ids("ids", ids, self.vocab, self.context)
+        _inputs.ids("ids", ids, self.vocab, self.context)
         x, turn = self.embed(ids), self.rotary.tables(ids.device)[2][: ids.shape[1]]
         for block in self.blocks:
             x = block(x, causal=True, turn=turn)
@@ -112,11 +113,10 @@ class CLIP(nn.Module):
         _check.counts(vocab=vocab, context=context, d=d, layers=layers, heads=heads, e=e)
         _check.integer("shift", shift, low=0)
         _check.number("noise", noise, low=0.0)
-        if len(shape) != 3 or width % 4 or width < 4:
-            raise ValueError(
-                f"shape, width: expected (C, H, W) and a multiple of 4, got {tuple(shape)} and "
-                f"{width}"
-            )
+        self.shape = _inputs.image_shape(shape)
+        _check.integer("width", width, low=4)
+        if width % 4:
+            raise ValueError(f"width: expected a multiple of 4, got {width}")
         self.e, self.eos, self.context, self.d = e, eos, context, d
         self.shift, self.noise = shift, noise
         self.image = ImageEncoder(tuple(shape), width, e)  # its last layer is W_i
@@ -126,6 +126,7 @@ class CLIP(nn.Module):
 
     def encode_image(self, x: Tensor) -> Tensor:
         """z_i (B, e) of x (B, C, H, W) in [0, 1]."""
+        _inputs.images("x", x, self.shape)
         return F.normalize(self.image(2 * x - 1), dim=-1)
 
     def text_tokens(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,6 +161,8 @@ class CLIP(nn.Module):
         if len(x) != len(ids):
             raise ValueError(f"ids: expected a text for each of {len(x)} images, got {len(ids)}")
         if self.training:
+            _inputs.images("x", x, self.shape)
+            _inputs.seeds("seed", seed, len(x))
             x = self.augment(x, seed)
         logits = self(x, ids)
         pairs = torch.arange(len(x), device=x.device)
@@ -182,6 +185,10 @@ class CLIP(nn.Module):
     def classify(self, x: Tensor, prompts: Tensor) -> Tensor:
         """Zero-shot: the class of each image, (B,) int64, whose texts it fits best. prompts
         (classes, P, S): P texts a class, whose embeddings are averaged (Radford et al., 3.1.4)."""
+        if not isinstance(prompts, Tensor) or prompts.dim() != 3:
+            raise ValueError(
+                f"prompts: expected ids (classes, P, S) int64, got {_check.describe(prompts)}"
+            )
         z_t = self.encode_text(prompts.flatten(0, 1)).unflatten(0, prompts.shape[:2]).mean(1)
         return (self.encode_image(x) @ F.normalize(z_t, dim=-1).T).argmax(1)
 

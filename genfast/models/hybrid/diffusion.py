@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from genfast import schedulers
+from genfast.models import _inputs
 from genfast.models.hybrid.clip import CLIP
 from genfast.models.hybrid.dit import (
     NOTHING,
@@ -34,10 +35,12 @@ POSTERIOR = 3  # stream of a training sample's seed, beside `process`'s
 
 
 class Condition(NamedTuple):
-    """c: in words, of `sample`. widths: (classes, CLIP or None) -> arguments of `DiT`. train:
-    (model, x, c) -> `Conditions` of images x; draw: (model, c) -> those of `sample`."""
+    """c: in words, of `sample`. check: (model, c, n) refuses another. widths: (classes, CLIP or
+    None) -> arguments of `DiT`. train: (model, x, c) -> `Conditions` of images x; draw: (model, c)
+    -> those of `sample`."""
 
     c: str
+    check: Callable
     widths: Callable
     train: Callable
     draw: Callable
@@ -54,17 +57,24 @@ def _unit(z: Tensor) -> Tensor:
 
 
 CONDITIONS = {
-    "none": Condition("none", lambda n, clip: {}, lambda m, x, c: NOTHING, lambda m, c: NOTHING),
+    "none": Condition(
+        "none", lambda m, c, n: None, lambda n, clip: {}, lambda m, x, c: NOTHING,
+        lambda m, c: NOTHING,
+    ),
     "class": Condition(
-        "labels (n,) int64", lambda n, clip: {"classes": n},
+        "labels (n,) int64", lambda m, c, n: _inputs.labels("c", c, n, m.classes + 1),
+        lambda n, clip: {"classes": n},
         lambda m, x, c: Conditions(y=c), lambda m, c: Conditions(y=c),
     ),
     "text": Condition(
-        "token ids (n, S) int64", lambda n, clip: {"z": clip.e, "tokens": clip.d},
+        "token ids (n, S) int64",
+        lambda m, c, n: _inputs.ids("c", c, m.clip.config["vocab"], m.clip.context),
+        lambda n, clip: {"z": clip.e, "tokens": clip.d},
         lambda m, x, c: _text(m, c), _text,
     ),
     "image": Condition(
-        "CLIP's image embeddings (n, e)", lambda n, clip: {"z": clip.e},
+        "CLIP's image embeddings (n, e)", lambda m, c, n: _inputs.images("c", c, (m.clip.e,)),
+        lambda n, clip: {"z": clip.e},
         lambda m, x, c: Conditions(z=_unit(m.clip.encode_image(x))),
         lambda m, c: Conditions(z=_unit(c)),
     ),
@@ -76,13 +86,33 @@ def frozen(build: Callable[..., nn.Module], config: dict) -> nn.Module:
     return build(**config).requires_grad_(False)
 
 
+_PARTS = ("clip", "autoencoder")
+
+
+def takes_over(name: str, own: nn.Module | None, part: nn.Module) -> None:
+    """Loads the weights of `part`, a model built alike, into a frozen part."""
+    if own is None:
+        raise TypeError(f"{name}: no part of this model")
+    if not isinstance(part, type(own)):
+        raise TypeError(
+            f"{name}: expected a {type(own).__name__}, got {type(part).__name__}; pass the model"
+        )
+    if part.config != own.config:
+        other = [key for key in own.config if part.config.get(key) != own.config[key]]
+        raise ValueError(
+            f"{name}: expected one of this model's config, got other {', '.join(other)}; build the "
+            f"model with {name}={name}.config"
+        )
+    own.load_state_dict(part.state_dict())
+
+
 class DiTDiffusion(NoiseProcess):
     """shape: (C, H, W) of the images. patch, d, layers, heads, qk_norm: of the `DiT`. condition: a
     key of CONDITIONS; classes: number of labels; clip: the config of a `CLIP`, for text and image,
-    whose weights are put in with `adopt`. T, schedule: of `schedulers.noise_schedule`; prediction:
-    of `genfast.denoising_loss`. learn_variance: the network also gives the variance (for the plan
-    "ddpm"; other solvers leave it unread), trained by L_vlb with the weight `vlb`.
-    condition_dropout: share of training samples without their condition, for guidance.
+    whose weights are put in with `adopt`. T, schedule, prediction: of `NoiseProcess`.
+    learn_variance: the network also gives the variance (for the plan "ddpm"; other solvers leave it
+    unread), trained by L_vlb with the weight `vlb`. condition_dropout: share of training samples
+    without their condition, for guidance.
     """
 
     def __init__(
@@ -104,6 +134,7 @@ class DiTDiffusion(NoiseProcess):
         condition_dropout: float = 0.1,
     ):
         super().__init__(T, schedule, prediction)
+        self.shape = _inputs.image_shape(shape)
         if condition not in CONDITIONS:
             raise ValueError(
                 f"condition: expected one of {', '.join(CONDITIONS)}, got {condition!r}"
@@ -114,6 +145,8 @@ class DiTDiffusion(NoiseProcess):
         if condition == "class" and classes < 1:
             raise ValueError(f"classes: expected an int >= 1 for condition 'class', got {classes}")
         _check.integer("classes", classes, low=0)
+        if classes and condition != "class":
+            raise ValueError(f"classes: expected 0 for condition {condition!r}, got {classes}")
         _check.counts(patch=patch, d=d, layers=layers, heads=heads)
         _check.number("vlb", vlb, low=0.0)
         _check.number("condition_dropout", condition_dropout, low=0.0, high=1.0)
@@ -129,7 +162,7 @@ class DiTDiffusion(NoiseProcess):
             "vlb": vlb, "condition_dropout": condition_dropout,
         }  # fmt: skip
         C = shape[0]
-        self.shape, self.classes = tuple(shape), classes
+        self.classes = classes
         self.learn_variance, self.vlb = learn_variance, vlb
         self.condition, self.condition_dropout = condition, condition_dropout
         self.clip = frozen(CLIP, clip) if clip else None
@@ -140,7 +173,7 @@ class DiTDiffusion(NoiseProcess):
     def adopt(self, **parts: nn.Module) -> DiTDiffusion:
         """Takes the weights of trained parts (clip=..., autoencoder=...) over. Returns itself."""
         for name, part in parts.items():
-            getattr(self, name).load_state_dict(part.state_dict())
+            takes_over(name, getattr(self, name, None) if name in _PARTS else None, part)
         return self
 
     def _tables_of(self, alpha_bar: Tensor) -> dict[str, Tensor]:
@@ -150,6 +183,7 @@ class DiTDiffusion(NoiseProcess):
 
     def _enter(self, x: Tensor, seed: Seed) -> Tensor:
         """Images in [0, 1] -> x0 of the process."""
+        _inputs.images("x", x, self.shape)
         return 2 * x - 1
 
     def _leave(self, x0: Tensor) -> Tensor:
@@ -162,7 +196,8 @@ class DiTDiffusion(NoiseProcess):
         """Of each sample, (B,). x (B, C, H, W) in [0, 1]; c: labels or token ids where the
         condition is class or text; seed: int, or int64 (B,) of one per sample."""
         with torch.no_grad():
-            self._check(c if self.condition != "image" else x, len(x))
+            if self.condition != "image":
+                self._check(c, len(x))
             given = CONDITIONS[self.condition].train(self, x, c)
             x0 = self._enter(x, seed)
         x_t, t, alpha, sigma = self._noised(x0, seed)
@@ -182,10 +217,12 @@ class DiTDiffusion(NoiseProcess):
         return m.chunk(2, 1) if self.learn_variance else (m, None)
 
     def _check(self, c: Tensor | None, n: int) -> None:
-        want = CONDITIONS[self.condition].c
-        if (c is None) != (self.condition == "none") or (c is not None and len(c) != n):
-            got = "None" if c is None else f"shape {tuple(c.shape)}"
-            raise ValueError(f"c: expected {want} of {n} samples, got {got}")
+        condition = CONDITIONS[self.condition]
+        tensor = isinstance(c, Tensor) and c.dim() > 0
+        if (c is None) != (self.condition == "none") or (tensor and len(c) != n):
+            got = f"shape {tuple(c.shape)}" if tensor else _check.describe(c)
+            raise ValueError(f"c: expected {condition.c} of {n} samples, got {got}")
+        condition.check(self, c, n)
 
     # ---- sampling -------------------------------------------------------------------------------
 
@@ -215,9 +252,10 @@ class DiTDiffusion(NoiseProcess):
         c: a row per image, see CONDITIONS; labels default to i % classes. plan: default
         `self.plan()`. guidance: scale w of uncond + w (cond - uncond), 1: none.
         """
-        plan, device = plan or self.plan(), self.alpha.device
+        plan, device = self.plan() if plan is None else plan, self.alpha.device
+        self._check_sampling(n, plan, guidance)
         if self.condition == "class" and c is None:
-            c = torch.arange(start, start + max(n, 0), device=device) % self.classes
+            c = torch.arange(start, start + n, device=device) % self.classes
         self._check(c, n)
         if guidance != 1 and self.condition == "none":
             raise ValueError(

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from genfast.models.hybrid.clip import CLIP
+from genfast.ops import _check
 
 
 class CLIPGuide:
-    """clip: in eval mode; ids (P, S) int64: prompts. Image i is guided to prompt i % P; its K =
-    `views` are functions of i alone.
+    """clip: in eval mode; it is frozen. ids (P, S) int64: prompts. Image i is guided to prompt
+    i % P; its K = `views` are functions of i alone.
 
     Called with x0 (B, C, H, W) in [-1, 1] and index (B,): ln p(prompt | x0) but for a constant,
     (B,).
@@ -28,8 +29,7 @@ class CLIPGuide:
     def __init__(self, clip: CLIP, ids: Tensor, views: int = 8):
         if not len(ids):
             raise ValueError("ids: expected at least one prompt (P, S), got none")
-        if views < 1:
-            raise ValueError(f"views: expected an int >= 1, got {views}")
+        _check.counts(views=views)
         with torch.no_grad():
             self.z_t = clip.encode_text(ids)
         self.clip, self.views = clip.requires_grad_(False), views

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genfast import schedulers
+from genfast.models import _inputs
 from genfast.models.hybrid.clip import CLIP
-from genfast.models.hybrid.diffusion import frozen
+from genfast.models.hybrid.diffusion import frozen, takes_over
 from genfast.models.process import NOISE, NoiseProcess
 from genfast.models.transformer import blocks
 from genfast.models.transformer.blocks import Attention, Block, FeedForward
@@ -57,6 +58,8 @@ class DiffusionPrior(NoiseProcess):
         super().__init__(T, schedule, "sample")
         self.config = config
         _check.counts(d=d, layers=layers, heads=heads)
+        if d % 2:  # cos and sin of the time
+            raise ValueError(f"d: expected an even number, got {d}")
         _check.number("condition_dropout", condition_dropout, low=0.0, high=1.0)
         self.condition_dropout = condition_dropout
         self.clip = frozen(CLIP, clip)
@@ -77,7 +80,7 @@ class DiffusionPrior(NoiseProcess):
 
     def adopt(self, clip: CLIP) -> DiffusionPrior:
         """Takes the weights of a trained CLIP over. Returns itself."""
-        self.clip.load_state_dict(clip.state_dict())
+        takes_over("clip", self.clip, clip)
         return self
 
     def forward(
@@ -102,6 +105,8 @@ class DiffusionPrior(NoiseProcess):
     def losses(self, x: Tensor, ids: Tensor, *, seed: Seed) -> Tensor:
         """Of each pair of an image x (B, C, H, W) in [0, 1] and a text ids (B, S), (B,). seed: int,
         or int64 (B,) of one per pair."""
+        if len(x) != len(ids):
+            raise ValueError(f"ids: expected a text for each of {len(x)} images, got {len(ids)}")
         with torch.no_grad():
             z_i = self.clip.encode_image(x) * math.sqrt(self.clip.e)
             text = self.clip.text_tokens(ids)
@@ -123,11 +128,12 @@ class DiffusionPrior(NoiseProcess):
         start + n - 1 of `seed`, the same bits however they are cut into calls. candidates: draws
         of which the one nearest to z_t is kept. guidance: scale w of uncond + w (cond - uncond),
         1: none."""
+        plan, e = self.plan() if plan is None else plan, self.clip.e
+        self._check_sampling(n, plan, guidance)
+        _inputs.ids("ids", ids, self.clip.config["vocab"], self.clip.context)
         if len(ids) != n:
             raise ValueError(f"ids: expected a text for each of {n} samples, got {len(ids)}")
-        if candidates < 1:
-            raise ValueError(f"candidates: expected an int >= 1, got {candidates}")
-        plan, e = plan or self.plan(), self.clip.e
+        _check.counts(candidates=candidates)
 
         def call(rows: Tensor, seeds: Tensor) -> Tensor:
             text = self.clip.text_tokens(ids[rows])

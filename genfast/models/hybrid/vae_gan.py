@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from genfast.models import _inputs
 from genfast.models._seeds import evaluating
 from genfast.models.gan import (
     FAKE,
@@ -23,11 +24,9 @@ from genfast.models.gan import (
     OBJECTIVES,
     REAL,
     Adversarial,
-    check_counts,
-    check_images,
-    check_shape,
     discriminator,
     features,
+    from_unit,
     generator,
     narrow,
 )
@@ -47,8 +46,8 @@ class VAEGAN(Adversarial):
         self, shape: tuple[int, int, int] = (1, 28, 28), z_dim: int = 32, width: int = 32,
         levels: int = 2, gamma: float = 1e-3, **penalties,
     ):  # fmt: skip
-        check_counts(levels=levels, width=width)
-        super().__init__(check_shape(shape, levels), z_dim, "non-saturating", **penalties)
+        _check.counts(levels=levels, width=width)
+        super().__init__(_inputs.image_shape(shape, levels), z_dim, "non-saturating", **penalties)
         _check.number("gamma", gamma, low=0.0, open_low=True)
         self.config = {
             "shape": list(shape), "z_dim": z_dim, "width": width, "levels": levels, "gamma": gamma,
@@ -64,7 +63,7 @@ class VAEGAN(Adversarial):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """mu, logvar of q(z|x), each (B, z_dim); x (B, C, H, W) in [0, 1]."""
-        mu, logvar = self.E(check_images(x, self.x_shape)).chunk(2, 1)
+        mu, logvar = self.E(from_unit(x, self.x_shape)).chunk(2, 1)
         return mu, logvar
 
     def _drawn(self, x: Tensor, seed: Seed) -> tuple[Tensor, Tensor]:
@@ -77,7 +76,7 @@ class VAEGAN(Adversarial):
     def _unlikely(self, x: Tensor, z: Tensor) -> Tensor:
         """L_like of each sample but for its constant, (B,)."""
         body = self.D[:-2]  # without the linear layer and the flattening after it
-        real, ours = body(check_images(x, self.x_shape)), body(self.fake(z))
+        real, ours = body(from_unit(x, self.x_shape)), body(self.fake(z))
         return 0.5 * (real - ours).to(z.dtype).square().sum(1)
 
     def e_loss(self, x: Tensor, *, seed: Seed, step: int = 0) -> Tensor:
@@ -101,7 +100,7 @@ class VAEGAN(Adversarial):
         with torch.no_grad():
             codes = self._drawn(x, seed)[0], self.latent(len(x), seed)
             fakes = [self.noisy(self.fake(code), seed, FAKE, step) for code in codes]
-        real = self.noisy(check_images(x, self.x_shape), seed, REAL, step)
+        real = self.noisy(from_unit(x, self.x_shape), seed, REAL, step)
         judged, game = self.judged(real), OBJECTIVES[self.objective]
         loss = 0.5 * sum(game.D(judged, self.judged(fake)).mean() for fake in fakes)
         return loss + self.penalties(real, fakes, seed)

@@ -19,7 +19,6 @@ from genfast.models._bare import LINEAR, bare
 from genfast.models.transformer.cache import LayerCache
 from genfast.nn.linear import Linear
 from genfast.nn.normalization import LayerNorm, RMSNorm
-from genfast.ops._road import DIRECT, is_compiling, plain_gate
 from genfast.ops.attention import attention, attention_with_kvcache
 from genfast.ops.attention.parts import apart
 from genfast.ops.filtering import bias_act, gated_act
@@ -233,23 +232,3 @@ def initialise(model: nn.Module, layers: int, std: float = 0.02) -> None:
 def arguments(scope: dict) -> dict:
     """The constructor's arguments out of its locals(): a model's `config`."""
     return {k: v for k, v in scope.items() if k not in ("self", "__class__")}
-
-
-def check_ids(name: str, ids: Tensor, vocab: int, longest: int | None = None) -> None:
-    """ids (B, S) int64 in [0, vocab) with S <= longest. Values are checked of plain tensors on the
-    CPU only: no sync elsewhere, and nothing to trace."""
-    if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
-        got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-        raise TypeError(f"{name}: expected an int64 tensor of token ids, got {got}")
-    if ids.dim() != 2:
-        raise ValueError(f"{name}: expected shape (B, S), got {tuple(ids.shape)}")
-    if longest is not None and ids.shape[1] > longest:
-        raise ValueError(
-            f"{name}: expected at most {longest} tokens (the model's context), got {ids.shape[1]}; "
-            "cut the text or build the model with a longer context"
-        )
-    readable = ids.device.type == "cpu" and not is_compiling() and plain_gate(ids) == DIRECT
-    if readable and ids.numel():
-        low, high = (int(x) for x in ids.aminmax())
-        if low < 0 or high >= vocab:
-            raise ValueError(f"{name}: expected ids in [0, {vocab}), got {low} ... {high}")

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genfast.models import _inputs
 from genfast.models.transformer import blocks
 from genfast.models.transformer.blocks import Attention, Block, FeedForward, Rotary
 from genfast.models.transformer.cache import KVCache
@@ -77,7 +78,7 @@ class GPT(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids (B, S) int64 -> logits of the next token at every place, (B, S, V)."""
-        blocks.check_ids("ids", ids, self.vocab, self.context)
+        _inputs.ids("ids", ids, self.vocab, self.context)
         x, S, turn = self.embed(ids), ids.shape[1], None
         if self.positions is not None:
             x = x + self.positions.weight[:S]
@@ -93,12 +94,14 @@ class GPT(nn.Module):
 
     def nll(self, ids: Tensor) -> Tensor:
         """-ln p(ids[b, s] | ids[b, :s]) for s >= 1, (B, S - 1), nats. ids (B, S) int64."""
+        _inputs.ids("ids", ids, self.vocab, self.context + 1, least=2)
         logits = self(ids[:, :-1]).flatten(0, 1)
         nll = F.cross_entropy(logits.float(), ids[:, 1:].flatten(), reduction="none")
         return nll.view(len(ids), -1)
 
     def loss(self, ids: Tensor) -> Tensor:
         """Mean nll of a token, (), nats. ids (B, S) int64 with 2 <= S <= context + 1."""
+        _inputs.ids("ids", ids, self.vocab, self.context + 1, least=2)
         return F.cross_entropy(self(ids[:, :-1]).flatten(0, 1).float(), ids[:, 1:].flatten())
 
     # ---- generation -----------------------------------------------------------------------------

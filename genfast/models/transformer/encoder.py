@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genfast.models import _inputs
 from genfast.models.transformer import blocks
 from genfast.models.transformer.blocks import Attention, Block, FeedForward
 from genfast.nn.linear import Linear
@@ -62,7 +63,13 @@ class BERT(nn.Module):
             )
 
         self.blocks = nn.ModuleList(block() for _ in range(layers))
-        self.f = blocks.row("activation", activation, blocks.ACTIVATIONS).f
+        of_head = blocks.row("activation", activation, blocks.ACTIVATIONS)
+        if mlm and of_head.gated:
+            raise ValueError(
+                f"activation: expected one without a gate for the head, got {activation!r}; take "
+                "mlm=False"
+            )
+        self.f = of_head.f
         self.head = Linear(d, d) if mlm else None
         self.head_norm = LayerNorm(d, eps) if mlm else None
         self.head_bias = nn.Parameter(torch.zeros(vocab)) if mlm else None
@@ -75,7 +82,7 @@ class BERT(nn.Module):
         """Hidden states (B, S, d) of ids (B, S) int64. seen: (B, S) bool, false = padding.
         segments: (B, S) int64, default 0.
         """
-        blocks.check_ids("ids", ids, self.vocab, self.context)
+        _inputs.ids("ids", ids, self.vocab, self.context)
         for name, given, dtype in (("seen", seen, torch.bool), ("segments", segments, torch.int64)):
             if given is not None and (given.shape != ids.shape or given.dtype != dtype):
                 raise ValueError(
@@ -114,7 +121,9 @@ class BERT(nn.Module):
 
     def loss(self, ids: Tensor, mask_id: int, seeds: Tensor, ordinary: int | None = None) -> Tensor:
         """Mean cross-entropy of the chosen tokens, (), nats; see `mask_tokens`."""
-        given, chosen = mask_tokens(ids, mask_id, seeds, ordinary or self.vocab)
+        given, chosen = mask_tokens(
+            ids, mask_id, seeds, self.vocab if ordinary is None else ordinary
+        )
         return F.cross_entropy(self.logits(self(given)[chosen]).float(), ids[chosen])
 
 

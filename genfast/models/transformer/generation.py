@@ -7,14 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from genfast.models import _inputs
 from genfast.models._seeds import sample_seeds
-from genfast.models.transformer.blocks import check_ids
+from genfast.ops import _check
 from genfast.ops.sampling import sample_tokens
 
 
 def _prompts(prompts, model, tokens: int) -> list[Tensor]:
-    if tokens < 0:
-        raise ValueError(f"tokens: expected an int >= 0, got {tokens}")
+    _check.integer("tokens", tokens, low=0)
+    if not isinstance(prompts, Tensor | list | tuple) or getattr(prompts, "ndim", 2) != 2:
+        raise TypeError(
+            f"prompts: expected (B, S) or a list of (S_b,) int64, got {_check.describe(prompts)}"
+        )
     found = list(prompts)
     for b, p in enumerate(found):
         name = f"prompts[{b}]"
@@ -24,7 +28,7 @@ def _prompts(prompts, model, tokens: int) -> list[Tensor]:
                 f"{name}: expected (S,) token ids with S >= 1, got {got}; "
                 "start an empty prompt with the tokenizer's first token"
             )
-        check_ids(name, p[None], model.vocab)
+        _inputs.ids(name, p[None], model.vocab)
         if len(p) > model.context:
             raise ValueError(
                 f"{name}: expected at most {model.context} tokens (the model's context), got "
@@ -34,10 +38,6 @@ def _prompts(prompts, model, tokens: int) -> list[Tensor]:
             raise ValueError(
                 f"tokens: expected at most {model.context - len(p)} behind the {len(p)} of {name} "
                 f"(the model's context is {model.context}), got {tokens}"
-            )
-        if int(p.min()) < 0 or int(p.max()) >= model.vocab:
-            raise ValueError(
-                f"{name}: expected ids in [0, {model.vocab}), got {int(p.min())} ... {int(p.max())}"
             )
     return found
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genfast.models import _inputs
 from genfast.models.transformer import blocks
 from genfast.models.transformer.beam import beam_search
 from genfast.models.transformer.blocks import Attention, Block, FeedForward
@@ -102,7 +103,8 @@ class DecoderBlock(nn.Module):
 
 class T5(nn.Module):
     """vocab V, d, layers L of the encoder, decoder_layers (default L), heads H, head_dim D (default
-    d / H), hidden: inner width (default 4 d). pad, eos: token ids; a target starts with pad.
+    d / H), hidden: inner width (default 4 d). buckets, longest: of the relative positions. pad,
+    eos: token ids; decoding starts from pad, which `loss` puts in front of a target.
     """
 
     def __init__(
@@ -124,7 +126,11 @@ class T5(nn.Module):
     ):
         super().__init__()
         self.config = blocks.arguments(locals())
-        _check.counts(vocab=vocab, d=d, layers=layers, heads=heads)
+        decoder_layers = layers if decoder_layers is None else decoder_layers
+        _check.counts(vocab=vocab, d=d, layers=layers, decoder_layers=decoder_layers, heads=heads)
+        _check.integer("buckets", buckets, low=4)
+        for name, token in (("pad", pad), ("eos", eos)):
+            _check.integer(name, token, low=0, high=vocab - 1)
         D, hidden = head_dim or blocks.divides("heads", heads, "d", d), hidden or 4 * d
         self.vocab, self.d, self.pad, self.eos = vocab, d, pad, eos
 
@@ -146,14 +152,14 @@ class T5(nn.Module):
         self.encoder = nn.ModuleList(Block(*parts(), norm(), norm()) for _ in range(layers))
         self.encoder_norm = norm()
         self.decoder_bias = RelativeBias(heads, buckets, longest, both_sides=False)
-        self.decoder = nn.ModuleList(decoder_block() for _ in range(decoder_layers or layers))
+        self.decoder = nn.ModuleList(decoder_block() for _ in range(decoder_layers))
         self.decoder_norm = norm()
         self.head = None if tied else Linear(d, vocab, bias=False)
         _initialise(self, D)
 
     def encode(self, ids: Tensor, seen: Tensor | None = None) -> Tensor:
         """Memory (B, S, d) of ids (B, S) int64. seen: (B, S) bool, default ids != pad."""
-        blocks.check_ids("ids", ids, self.vocab)
+        _inputs.ids("ids", ids, self.vocab)
         if not ids.shape[1]:
             raise ValueError("ids: expected sources of at least one token, got an empty one")
         x, S = self.embed(ids), ids.shape[1]
@@ -164,12 +170,18 @@ class T5(nn.Module):
         return self.encoder_norm(x)
 
     def _seen(self, ids: Tensor, seen: Tensor | None) -> Tensor:
-        return ids != self.pad if seen is None else seen
+        if seen is None:
+            return ids != self.pad
+        if not isinstance(seen, Tensor) or seen.dtype != torch.bool or seen.shape != ids.shape:
+            raise ValueError(
+                f"seen: expected bool of ids' shape {tuple(ids.shape)}, got {_check.describe(seen)}"
+            )
+        return seen
 
     def decode(self, ids: Tensor, memory: Tensor, seen: Tensor) -> Tensor:
         """Logits of the next token at every place (B, T, V), of ids (B, T) int64 that start with
         pad. seen (B, S) bool: which of the memory's tokens are real."""
-        blocks.check_ids("ids", ids, self.vocab)
+        _inputs.ids("ids", ids, self.vocab)
         x, T = self.embed(ids), ids.shape[1]
         mask, seen = self.decoder_bias(T, T).to(x.dtype), seen[:, None, None]
         for block in self.decoder:
@@ -189,6 +201,9 @@ class T5(nn.Module):
 
     def loss(self, ids: Tensor, target: Tensor, seen: Tensor | None = None) -> Tensor:
         """Mean cross-entropy of the target's tokens, pad left out, (), nats."""
+        _inputs.ids("target", target, self.vocab, least=1)
+        if _inputs.readable(target) and not (target != self.pad).any():
+            raise ValueError(f"target: expected tokens, got nothing but pad ({self.pad})")
         logits = self(ids, target, seen).flatten(0, 1).float()
         return F.cross_entropy(logits, target.flatten(), ignore_index=self.pad)
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genfast.models import _inputs
 from genfast.models.transformer import blocks
 from genfast.models.transformer.blocks import Attention, Block, FeedForward
 from genfast.nn.linear import Linear
@@ -37,6 +38,8 @@ class ViT(nn.Module):
         self.config = blocks.arguments(locals())
         _check.counts(channels=channels, classes=classes, d=d, layers=layers, heads=heads)
         self.size = (image, image) if isinstance(image, int) else tuple(image)
+        for n in self.size:
+            _check.integer("image", n, low=1)
         self.patch, self.channels = patch, channels
         rows, columns = (blocks.divides("patch", patch, "image", n) for n in self.size)
         self.embed = Linear(channels * patch * patch, d)
@@ -60,6 +63,7 @@ class ViT(nn.Module):
 
     def patches(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, H W / P^2, C P P), row by row."""
+        _inputs.floats("x", x)
         if x.dim() != 4 or tuple(x.shape[1:]) != (self.channels, *self.size):
             raise ValueError(
                 f"x: expected (B, C, H, W) = (B, {self.channels}, {self.size[0]}, {self.size[1]}), "
@@ -82,5 +86,6 @@ class ViT(nn.Module):
         return self.head(self.hidden(x)[:, 0])
 
     def loss(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy, (), nats. labels (B,) int64."""
+        """Mean cross-entropy, (), nats. labels (B,) int64 in [0, classes)."""
+        _inputs.labels("labels", labels, len(x), self.head.out_features)
         return F.cross_entropy(self(x).float(), labels)

@@ -39,7 +39,7 @@ OBJECTIVE = {
 
 class AdversarialRecipe(ImageRecipe):
     """A generator and a discriminator. Which epoch is best says the FID in the features of a
-    classifier of the training part: the losses cannot. optimizers: of both players."""
+    classifier of the training part: the losses cannot. optimizer: of both players."""
 
     best = "classifier_fid"
     optimizer: dict = {"arguments": {"betas": (0.5, 0.999)}}  # Radford et al. 2016
