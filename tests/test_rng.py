@@ -287,6 +287,19 @@ def test_rows_are_functions_of_their_seed():
         assert_same_bits(genfast.randn(1, 3, 701, seed=seeds[b : b + 1], offset=9)[0], whole[b])
 
 
+@pytest.mark.parametrize("cols", [1, 2, 3, 4, 20, 33, 252, 508, 509])
+def test_short_rows_are_made_side_by_side(cols):
+    """Of several seeds in one chunk: each row as alone, whatever its part of a Philox block."""
+    seeds = genfast.randint(-(2**31), 2**31, (300,), seed=1) * 2**31
+    for offset in (0, 1, 3, 2**34 - 2):
+        whole = genfast.randn(300, cols, seed=seeds, offset=offset)
+        words = genfast.randint(0, 10**6, (300, cols), seed=seeds, offset=offset)
+        for b in (0, 1, 127, 128, 299):
+            alone = dict(seed=seeds[b].item(), offset=offset)
+            assert_same_bits(whole[b], genfast.randn(cols, **alone))
+            assert torch.equal(words[b], genfast.randint(0, 10**6, (cols,), **alone))
+
+
 LAYOUTS = {
     "transposed": lambda: torch.empty(7, 129, 5).transpose(0, 2),
     "channels_last": lambda: torch.empty(5, 3, 11, 13).to(memory_format=torch.channels_last),

@@ -493,6 +493,26 @@ def test_batch_order_and_size_never_matter(name):
     assert torch.equal(f(x, seed=seeds, stream=2, offset=3), whole)
 
 
+@pytest.mark.parametrize("cols", [1, 7, 20, 508])
+def test_short_rows_are_as_alone(cols):
+    """Several in one chunk: draws, the sum of each row and every gradient, to the bit."""
+    mu, logvar, g = randn(130, cols), randn(130, cols) - 1, randn(130, cols)
+    seeds, g_kl = torch.arange(130) * 2**40 - 9, randn(130)
+    for seed, row in ((seeds, lambda b: (seeds[b : b + 1], 0)), (3, lambda b: (3, b * cols))):
+
+        def run(at, seed, offset):
+            inputs = [x[at].clone().requires_grad_() for x in (mu, logvar)]
+            outs = genfast.reparameterize(
+                *inputs, seed=seed, offset=offset, return_kl=True, kl_reduction="none"
+            )
+            return *outs, *torch.autograd.grad(outs, inputs, (g[at], g_kl[at]))
+
+        whole = run(slice(None), seed, 0)
+        for b in (0, 1, 41, 42, 129):
+            for a, c in zip(run(slice(b, b + 1), *row(b)), whole, strict=True):
+                assert torch.equal(a[0], c[b])
+
+
 @pytest.mark.parametrize("name", BATCHED)
 def test_seeds_come_from_torch_when_none_are_given(name):
     f, x = BATCHED[name], randn(3, 50)
