@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import genfast
 from genfast.benchmarks.harness import Case, Work, assert_bitwise, assert_judged
+from genfast.models._seeds import sample_seeds
 from genfast.reference import rng as noise
 from genfast.reference import sampling as reference
 
@@ -91,6 +92,44 @@ def _reparameterize(shape, backward, device):
         rivals={"eager": calls["eager"]()},
         late={"compile": calls["compile"]},
         proof=partial(_prove_reparameterize, mu, logvar, (dz, dkl) if backward else None),
+    )
+
+
+def _each_by_its_seed(shape, device):
+    """Training of a VAE: every sample has its own seed and its own KL."""
+    mu, logvar, dz = _inputs(3, shape, device)
+    seeds, dkl = sample_seeds(len(mu), SEED, device=device), dz[:, 0].contiguous()
+    eps = [noise.random(shape[1:], "normal", seed) for seed in seeds.tolist()]
+
+    def fused(mu, logvar):
+        return genfast.reparameterize(mu, logvar, seed=seeds, return_kl=True, kl_reduction="none")
+
+    def eager(mu, logvar):
+        kl = -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum(1)
+        return mu + torch.exp(0.5 * logvar) * torch.randn_like(mu), kl
+
+    def proof():
+        def values(dtype, forward):
+            x = [v.to(dtype, copy=True).requires_grad_() for v in (mu, logvar)]
+            out = forward(*x)
+            return *out, *torch.autograd.grad(out, x, (dz.to(dtype), dkl.to(dtype)))
+
+        def plain(mu, logvar):
+            z = reference.reparameterize(mu, logvar, torch.stack(eps).to(mu))
+            return z, reference.gaussian_kl(mu, logvar, reduction="none")
+
+        three = (torch.float32, fused), (torch.float32, plain), (torch.float64, plain)
+        for name, *found in zip(
+            ("z", "kl", "d_mu", "d_logvar"), *(values(*v) for v in three), strict=True
+        ):
+            assert_judged(name, *found, 3.0 if name.startswith("d_") else 2.0)
+
+    step = partial(_step, inputs=(mu, logvar), grads=(dz, dkl))
+    return Work(
+        ours=step(fused),
+        rivals={"eager": step(eager)},
+        late={"compile": lambda: step(torch.compile(eager, dynamic=False))},
+        proof=proof,
     )
 
 
@@ -346,6 +385,13 @@ CASES = [
     _gaussian((16, 4, 64, 64), True, targets={"eager": 6.0, "compile": 4.0}),
     _gaussian((64, 16, 128, 128), True, targets={"eager": 6.0, "compile": 4.0}),
     _gaussian((128, 20), True, note="the latent of the 784-400-20 VAE"),
+    Case(
+        "sampling",
+        "reparameterize+kl of each sample fwd+bwd",
+        (128, 20),
+        partial(_each_by_its_seed, (128, 20)),
+        bytes=4 * 128 * 20 * 8,
+    ),
     _gaussian((16, 4, 64, 64), False),
     Case(
         "sampling",

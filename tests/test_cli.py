@@ -380,6 +380,9 @@ def test_diffusion_from_the_command_line(task, tmp_path, capsys):
     assert run("evaluate", "--from", folder, "--count", "20", "--steps", "2") == 0
     shown = capsys.readouterr().out
     assert ("bits per dimension" if task == "generate" else "PSNR, dB, what was given") in shown
+    if task != "generate":
+        assert run("evaluate", "--from", folder, "--count", "20", "--label", "3") == 2
+        assert "--label: no option here" in capsys.readouterr().err
     for label in ("10", "-2"):
         assert run("generate", "--from", folder, "--seed", "1", "--label", label) == 2
         assert (

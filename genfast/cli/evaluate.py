@@ -5,7 +5,16 @@ from __future__ import annotations
 import json
 
 from genfast._extras import need
-from genfast.cli._args import add_options, chosen, folder, output_file, positive, seed, threads
+from genfast.cli._args import (
+    add_options,
+    chosen,
+    flag,
+    folder,
+    output_file,
+    positive,
+    seed,
+    threads,
+)
 from genfast.train.recipes import RECIPES, load_trained
 
 OPTIONS = {name: recipe.sample_options for name, recipe in RECIPES.items()}
@@ -20,7 +29,9 @@ def add(commands) -> None:
     p.add_argument("--count", type=positive, default=500,
                    help="samples drawn to judge generation (default: 500)")  # fmt: skip
     p.add_argument("--threads", type=threads, help="of torch")
-    p.add_argument("--json", type=output_file(".json"), metavar="F.json")
+    p.add_argument(
+        "--json", type=output_file(".json"), metavar="F.json", help="write the metrics there too"
+    )
     add_options(p.add_argument_group("options of the models"), OPTIONS)
     p.set_defaults(run=run)
 
@@ -36,6 +47,8 @@ def run(args) -> None:
         torch.set_num_threads(args.threads)
     model, about = load_trained(args.folder)
     recipe, given = RECIPES[about["model"]], chosen(args, about["model"], OPTIONS)
+    for name in set(given) & set(recipe.unread(model)):
+        raise ValueError(f"{flag(name)}: no option here; nothing that judges this model reads it")
     options = recipe.sample_defaults(model, given) | given
     name = args.data_name or about.get("data")
     if name is None:  # `genfast.train.loop.train` without notes

@@ -36,7 +36,9 @@ def add(commands) -> None:
                    help="TOML or YAML with these names; flags win")  # fmt: skip
     p.add_argument("--resume", action="store_true", default=unset,
                    help="go on with the run in --out, with its settings")  # fmt: skip
-    p.add_argument("--device", choices=("auto", "cpu"), default=unset)
+    p.add_argument(
+        "--device", choices=("auto", "cpu"), default=unset, help="auto: a GPU where there is one"
+    )
     p.add_argument("--threads", type=threads, default=unset, help="of torch")
     own = "; ".join(
         f"{name}: {', '.join(f'{flag(k)} {v}' for k, v in recipe.settings.items())}"

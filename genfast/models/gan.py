@@ -182,8 +182,7 @@ class Adversarial(nn.Module):
         _inputs.image_shape(shape)
         numbers = {"penalty": penalty, "r1": r1, "noise": noise, "clip_weight": clip_weight}
         for name, value in numbers.items():
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name}: expected a number >= 0, got {value}")
+            _check.number(name, value, low=0.0)
         self.x_shape, self.z_dim, self.objective = tuple(shape), z_dim, objective
         self.penalty, self.r1, self.clip_weight = penalty, r1, clip_weight
         self.noise, self.noise_steps = noise, noise_steps

@@ -104,8 +104,9 @@ class NoiseProcess(Tables):
         """A solver plan on this schedule, of `default` steps or T if that is less."""
         _check.choice("plan", name, PLANS)
         steps = min(default, self.T) if steps is None else steps
-        if type(steps) is not int or not 1 <= steps <= self.T:
-            raise ValueError(f"steps: expected an int in 1 ... {self.T}, got {steps!r}")
+        _check.integer("steps", steps)
+        if not 1 <= steps <= self.T:
+            raise ValueError(f"steps: expected an int in 1 ... {self.T}, got {steps}")
         scheduler, bounds = PLANS[name]
         known, _ = CLASSES[scheduler]
         if unknown := [key for key in options if key not in known]:

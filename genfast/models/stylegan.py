@@ -244,8 +244,8 @@ class Discriminator(nn.Module):
 class StyleGAN2(nn.Module):
     """shape: (C, H, W); the first size is H, W halved while they are even and above 4 (28: 7, 32:
     4). width: channels of the last size, twice as many at each one before, at most most_width.
-    r1: gamma, every r1_every steps; path: weight of the path length, every path_every; mixing:
-    share of style mixing; group: of the minibatch deviation.
+    mapping_layers: from z to w. r1: gamma, every r1_every steps; path: weight of the path length,
+    every path_every; mixing: share of style mixing; group: of the minibatch deviation.
     """
 
     def __init__(

@@ -196,6 +196,8 @@ def train(
     if not len(data.train):
         raise ValueError("data: expected samples to train on, got an empty training part")
     devices = [processes.device] if processes.device.type == "cuda" else []
+    if processes.main:
+        out.mkdir(parents=True, exist_ok=True)
     alone_here = held(out) if processes.main else contextlib.nullcontext()
     with torch.random.fork_rng(devices), alone_here:
         return _train(name, recipe, model, data, s, out, notes or {}, show, resume, processes)

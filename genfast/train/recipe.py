@@ -158,6 +158,10 @@ class Recipe(ABC):
         """Writes what the calls of `sample` gave, with its provenance; out None: stdout, or
         nothing. Returns a line for the user."""
 
+    def unread(self, model: nn.Module) -> Sequence[str]:
+        """The `sample_options` that `evaluate` does not read."""
+        return ()
+
     @abstractmethod
     def evaluate(
         self, model: nn.Module, data: Split, seed: int, count: int, options: dict

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genfast.models import _inputs
 from genfast.models.transformer import blocks
 from genfast.models.transformer.blocks import FeedForward, Residual
 from genfast.models.unet import timestep_embedding, zeroed
@@ -104,7 +105,8 @@ class DiT(Tables):
     """x (B, C, H, W), t (B,), conditions -> (B, outputs, H, W). The network alone; with its noise
     schedule: `DiTDiffusion`, and on latents `LatentDiffusion`.
 
-    shape: (C, H, W), H and W divisible by `patch`. classes, z, tokens: number of labels, widths of
+    shape: (C, H, W), H and W divisible by `patch`. outputs: channels, twice C with a learned
+    variance. qk_norm: RMS norm of queries and keys. classes, z, tokens: number of labels, widths of
     the embedding and of the tokens, 0 for none of them. In place of a condition that is dropped
     stands a learned one.
     """
@@ -123,7 +125,7 @@ class DiT(Tables):
         qk_norm: bool = False,
     ):
         super().__init__()
-        C, H, W = self.shape = tuple(shape)
+        C, H, W = self.shape = _inputs.image_shape(shape)
         self.grid = tuple(blocks.divides("patch", patch, "H, W", n) for n in (H, W))
         if d % 8:
             raise ValueError(f"d: expected a multiple of 8 (of the fixed positions), got {d}")

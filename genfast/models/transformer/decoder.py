@@ -28,7 +28,8 @@ POSITIONS = ("rotary", "learned")
 class GPT(nn.Module):
     """vocab V, d, layers L, heads H, kv_heads (default H), hidden: inner width (default 4 d, gated
     8 d / 3), context: longest sequence. positions: rotary or learned. norm, activation: rows of
-    `blocks.NORMS`, `blocks.ACTIVATIONS`. tied: W_v is the embedding (Press & Wolf 2017).
+    `blocks.NORMS`, `blocks.ACTIVATIONS`; eps: added to the norms' variance. bias: of linear layers
+    and norms. rotary_base: of the rotary positions. tied: W_v is the embedding (Press & Wolf 2017).
     """
 
     def __init__(

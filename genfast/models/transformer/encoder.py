@@ -27,7 +27,8 @@ SHARE, HIDDEN, REPLACED = 0.15, 0.8, 0.1
 
 class BERT(nn.Module):
     """vocab V, d, layers L, heads H, hidden: inner width (default 4 d), context: longest sequence,
-    types: segment types. mlm: with the head behind `logits`; pooler: with the one behind `pool`.
+    types: segment types. activation: a row of `blocks.ACTIVATIONS`; eps: added to the norms'
+    variance. mlm: with the head behind `logits`; pooler: with the one behind `pool`.
     """
 
     def __init__(
@@ -89,6 +90,8 @@ class BERT(nn.Module):
                     f"{name}: expected {dtype} of ids' shape {tuple(ids.shape)}, got {given.dtype} "
                     f"{tuple(given.shape)}"
                 )
+        if segments is not None:
+            _inputs.ids("segments", segments, self.types)
         S = ids.shape[1]
         kind = self.segments.weight[0] if segments is None else self.segments(segments)
         x = self.norm(self.embed(ids) + kind + self.positions.weight[:S])
@@ -120,7 +123,11 @@ class BERT(nn.Module):
         return F.normalize((h * weight).sum(1) / weight.sum(1).clamp_min(1e-9), dim=-1)
 
     def loss(self, ids: Tensor, mask_id: int, seeds: Tensor, ordinary: int | None = None) -> Tensor:
-        """Mean cross-entropy of the chosen tokens, (), nats; see `mask_tokens`."""
+        """Mean cross-entropy of the chosen tokens, (), nats; see `mask_tokens`. mask_id: the token
+        that hides; ordinary: default V."""
+        _check.integer("mask_id", mask_id, low=0, high=self.vocab - 1)
+        if ordinary is not None:
+            _check.integer("ordinary", ordinary, low=1, high=self.vocab)
         given, chosen = mask_tokens(
             ids, mask_id, seeds, self.vocab if ordinary is None else ordinary
         )

@@ -80,8 +80,11 @@ def generate(
     (the whole batch as it is) is fastest. Raises TypeError / ValueError naming the argument.
     """
     found = _prompts(prompts, model, tokens)
-    if tile is not None and tile < 1:
-        raise ValueError(f"tile: expected an int >= 1 or None, got {tile}")
+    _check.integer("start", start, low=0)
+    if tile is not None:
+        _check.integer("tile", tile, low=1)
+    if eos is not None:
+        _check.integer("eos", eos)
     if not found:
         return []
     filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}

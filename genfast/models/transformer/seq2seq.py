@@ -103,8 +103,10 @@ class DecoderBlock(nn.Module):
 
 class T5(nn.Module):
     """vocab V, d, layers L of the encoder, decoder_layers (default L), heads H, head_dim D (default
-    d / H), hidden: inner width (default 4 d). buckets, longest: of the relative positions. pad,
-    eos: token ids; decoding starts from pad, which `loss` puts in front of a target.
+    d / H), hidden: inner width (default 4 d). buckets, longest: of the relative positions.
+    activation: a row of `blocks.ACTIVATIONS`; tied: logits by the embedding; eps: added to the
+    norms' variance. pad, eos: token ids; decoding starts from pad, which `loss` puts in front of a
+    target.
     """
 
     def __init__(

@@ -19,7 +19,9 @@ from genfast.ops import _check
 
 
 class ViT(nn.Module):
-    """image: (H, W) or one int for a square; patch P; channels C; classes: of the head."""
+    """image: (H, W) or one int for a square; patch P; channels C; classes: of the head.
+    hidden: inner width (default 4 d); activation: a row of `blocks.ACTIVATIONS`; eps: added to the
+    norms' variance."""
 
     def __init__(
         self,

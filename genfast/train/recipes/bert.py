@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -39,6 +40,9 @@ class BERTRecipe(TextRecipe):
         logits = model.logits(model(ids.masked_fill(holes, text.MASK)[None]))[0]
         ids[holes] = text.BYTES + logits[holes][:, text.BYTES :].argmax(-1)
         return [text.decode(ids.tolist())] * count
+
+    def unread(self, model: BERT) -> Sequence[str]:
+        return tuple(self.sample_options)
 
     @torch.no_grad()
     def evaluate(self, model: BERT, data: Split, seed, count, options) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -91,6 +92,9 @@ class CycleGANRecipe(ImageRecipe):
         index = order[torch.arange(start, start + count) % len(given)]
         # One tile for every image: its bits do not depend on its neighbours in any case.
         return model.translate(given[index], options["to"])
+
+    def unread(self, model: CycleGAN) -> Sequence[str]:
+        return tuple(self.sample_options)
 
     @torch.no_grad()
     def evaluate(self, model: CycleGAN, data: Split, seed, count, options) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -170,6 +171,11 @@ class DiffusionRecipe(ImageRecipe):
             f"{features.kind} accuracy, what was given": right(shown),
             f"{features.kind} accuracy, the truth": right(x),
         }
+
+    def unread(self, model: Diffusion) -> Sequence[str]:
+        if model.task == "generate":
+            return ("given",)
+        return ("label", "given", "clip", "prompt", "clip_scale")
 
     @torch.no_grad()
     def evaluate(self, model: Diffusion, data: Split, seed, count, options) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -58,6 +59,9 @@ class GPTRecipe(TextRecipe):
             **options,
         )
         return [prompt + text.decode(y.tolist()) for y in found]
+
+    def unread(self, model: GPT) -> Sequence[str]:
+        return tuple(self.sample_options)
 
     @torch.no_grad()
     def evaluate(self, model: GPT, data: Split, seed, count, options) -> dict[str, float]:

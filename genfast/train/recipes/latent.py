@@ -6,6 +6,7 @@ weights travel in the checkpoint.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -106,6 +107,9 @@ class DiTRecipe(ImageRecipe):
         z = model.clip.encode_image(x)
         plan = model.plan(options["plan"], options["steps"])
         return x, y, model.sample(count, seed, c=z, plan=plan, guidance=options["guidance"])
+
+    def unread(self, model: DiTDiffusion) -> Sequence[str]:
+        return ("label", "prompt") if model.condition == "image" else ()
 
     @torch.no_grad()
     def evaluate(self, model: DiTDiffusion, data: Split, seed, count, options) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -51,6 +52,9 @@ class T5Recipe(TextRecipe):
         """The best answer that the search finds: the same for every sample."""
         ids = torch.tensor([text.encode(options["prompt"]) + [text.EOS]])
         return self._answer(model, ids, options) * count
+
+    def unread(self, model: T5) -> Sequence[str]:
+        return ("prompt",)
 
     def evaluate(self, model: T5, data: Split, seed, count, options) -> dict[str, float]:
         """On `count` test pairs: bits a byte of the answers (their end is one) beside those of
