@@ -495,6 +495,13 @@ def test_bad_input_names_what_was_expected(call, message):
         call()
 
 
+def test_a_part_is_taken_over_whatever_sequence_its_config_holds():
+    model, part = prior(), clip()
+    part.config["shape"] = list(part.config["shape"])
+    model.clip.config["shape"] = tuple(model.clip.config["shape"])
+    model.adopt(part)
+
+
 def test_a_bad_batch_does_not_stay_in_an_autoencoders_statistics():
     model = autoencoder().train()
     model.loss(X * math.nan, seed=0)

@@ -34,13 +34,16 @@ def image_shape(shape: Iterable[int], levels: int = 0, least: int = 1) -> tuple[
     return tuple(shape)
 
 
-def images(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+def images(
+    name: str, x: Tensor, shape: tuple[int, ...],
+    remedy: str = "resize the images or build the model for this size",
+) -> None:  # fmt: skip
     """x (B, *shape), floats."""
     floats(name, x)
     if tuple(x.shape[1:]) != tuple(shape) or x.dim() != 1 + len(shape):
         raise ValueError(
             f"{name}: expected (B, {', '.join(map(str, shape))}), got shape {tuple(x.shape)}; "
-            "resize the images or build the model for this size"
+            f"{remedy}"
         )
 
 

@@ -405,9 +405,8 @@ class CycleGAN(nn.Module):
     ):  # fmt: skip
         super().__init__()
         _check.counts(width=width, d_width=d_width, blocks=blocks)
-        self.x_shape = _inputs.image_shape(
-            shape, 2, least=8
-        )  # InstanceNorm needs more than one place
+        # InstanceNorm needs more than one place
+        self.x_shape = _inputs.image_shape(shape, 2, least=8)
         for name, value in {"cycle": cycle, "identity": identity}.items():
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name}: expected a number >= 0, got {value}")

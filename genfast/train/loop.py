@@ -50,10 +50,10 @@ class Processes:
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
 
+        _check.choice("device", device, ("auto", "cpu"))
         AcceleratorState._reset_state()  # the precision is the run's, not the process's
         precision = "no" if settings.precision == "fp32" else settings.precision
         # Unless told so, accelerate makes of N processes without a GPU N runs of one each.
-        _check.choice("device", device, ("auto", "cpu"))
         cpu = device == "cpu" or not torch.accelerator.is_available()
         if cpu and precision == "fp16":  # accelerate would train in fp32
             raise ValueError(

@@ -52,7 +52,7 @@ class Settings:
         for name in ("epochs", "batch_size", "patience", "alarm_after"):
             _check.integer(name, getattr(self, name), low=1)
         _check.integer("save_every", self.save_every, low=0)
-        for name in ("lr", "clip", "weight_decay", "warmup", "ema"):
+        for name in ("lr", "clip", "warmup", "ema"):
             _check.number(name, getattr(self, name))
         for name in ("lr", "clip"):
             if not 0 < getattr(self, name) < math.inf:

@@ -9,6 +9,7 @@ as CONDITIONS says.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -73,7 +74,8 @@ CONDITIONS = {
         lambda m, x, c: _text(m, c), _text,
     ),
     "image": Condition(
-        "CLIP's image embeddings (n, e)", lambda m, c, n: _inputs.images("c", c, (m.clip.e,)),
+        "CLIP's image embeddings (n, e)",
+        lambda m, c, n: _inputs.images("c", c, (m.clip.e,), "make them with clip.encode_image"),
         lambda n, clip: {"z": clip.e},
         lambda m, x, c: Conditions(z=_unit(m.clip.encode_image(x))),
         lambda m, c: Conditions(z=_unit(c)),
@@ -97,8 +99,9 @@ def takes_over(name: str, own: nn.Module | None, part: nn.Module) -> None:
         raise TypeError(
             f"{name}: expected a {type(own).__name__}, got {type(part).__name__}; pass the model"
         )
-    if part.config != own.config:
-        other = [key for key in own.config if part.config.get(key) != own.config[key]]
+    theirs, ours = (json.loads(json.dumps(m.config)) for m in (part, own))  # tuples are lists
+    if theirs != ours:
+        other = [key for key in ours if theirs.get(key) != ours[key]]
         raise ValueError(
             f"{name}: expected one of this model's config, got other {', '.join(other)}; build the "
             f"model with {name}={name}.config"
