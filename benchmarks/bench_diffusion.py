@@ -242,20 +242,22 @@ GUIDANCE = {
 }
 
 
-def _guide(method, shape, device):
+def _guide(method, shape, by_sample, device):
     cond, uncond = _inputs(2, shape, device)
     uncond = 0.8 * cond + 0.2 * uncond
     options = GUIDANCE[method]
+    scale = torch.linspace(1.0, 9.0, shape[0], device=device) if by_sample else 5.0
 
     def proof():
-        plain = lambda k: reference.guide(cond.to(k), uncond.to(k), 5.0, **options)  # noqa: E731
-        got = genfast.guide(cond, uncond, 5.0, **options)
+        plain = lambda k: reference.guide(cond.to(k), uncond.to(k), scale, **options)  # noqa: E731
+        got = genfast.guide(cond, uncond, scale, **options)
         assert_judged(method, got, plain(torch.float32), plain(torch.float64))
 
-    eager = partial(reference.GUIDANCE[method], cond, uncond, 5.0)
+    spread = _spread(scale, cond) if by_sample else scale
+    eager = partial(reference.GUIDANCE[method], cond, uncond, spread)
     named = {k: v for k, v in options.items() if k != "method"}
     return Work(
-        ours=lambda: genfast.guide(cond, uncond, 5.0, **options),
+        ours=lambda: genfast.guide(cond, uncond, scale, **options),
         rivals={"eager": lambda: eager(**named)},
         proof=proof,
     )
@@ -284,6 +286,7 @@ def _case(name, shape, setup, passes, **more):
 
 
 LATENT, IMAGE, BATCH = (1, 4, 64, 64), (4, 3, 512, 512), (64, 3, 256, 256)
+POINTS, EMBEDDINGS = (4096, 2), (256, 32)  # short rows
 
 CASES = [
     *(_solver_case(name, LATENT) for name in SOLVERS),
@@ -295,29 +298,42 @@ CASES = [
         for name in ("ddim", "dpm++2m", "ddpm")
     ),
     _case("add_noise", BATCH, _add_noise, 2, targets={"eager": 5.0}),
-    _case("add_noise", (8, 4, 64, 64), _add_noise, 2),
+    *(_case("add_noise", shape, _add_noise, 2) for shape in ((8, 4, 64, 64), POINTS, EMBEDDINGS)),
     *(
         Case(
             "diffusion",
             f"loss {prediction}{', given noise' * given} fwd+bwd",
-            BATCH,
-            partial(_loss, BATCH, prediction, given),
-            bytes=4 * math.prod(BATCH) * (passes + 2 * given),
-            targets={"eager": 4.0} if given else {"eager": 4.0, "eager, redrawn": 4.0},
+            shape,
+            partial(_loss, shape, prediction, given),
+            bytes=4 * math.prod(shape) * (passes + 2 * given),
+            targets={"eager": target} | ({} if given else {"eager, redrawn": max(1.0, target)}),
             note="eager reads a stored eps, redrawn draws it as a training step does",
         )
-        for given in (False, True)
+        for shape, given, target in (
+            (BATCH, False, 4.0),
+            (BATCH, True, 4.0),
+            (POINTS, False, 0.0),
+            (POINTS, True, 1.0),
+            (EMBEDDINGS, False, 0.0),
+            (EMBEDDINGS, True, 1.0),
+        )
         for prediction, passes in (("epsilon", 3), ("v_prediction", 5))
     ),
     *(
         Case(
             "diffusion",
-            f"guide {method}",
-            (4, 4, 128, 128),
-            partial(_guide, method, (4, 4, 128, 128)),
-            bytes=4 * math.prod((4, 4, 128, 128)) * passes,
+            f"guide {method}{', a scale of each' * by_sample}",
+            shape,
+            partial(_guide, method, shape, by_sample),
+            bytes=4 * math.prod(shape) * passes,
         )
-        for method, passes in (("cfg", 3), ("rescale", 5), ("apg", 5))
+        for method, shape, by_sample, passes in (
+            ("cfg", (4, 4, 128, 128), False, 3),
+            ("rescale", (4, 4, 128, 128), False, 5),
+            ("apg", (4, 4, 128, 128), False, 5),
+            ("cfg", (4, 4, 128, 128), True, 3),
+            ("cfg", POINTS, True, 3),
+        )
     ),
     _case("dynamic_threshold", (4, 3, 256, 256), _threshold, 1),
 ]

@@ -404,17 +404,24 @@ CASES = [
     _relax("gumbel_softmax", (4096, 1024), targets={"eager": 4.0}),
     _relax("gumbel_softmax", (4096, 1024), backward=True),
     _relax("gumbel_softmax", (4096, 1024), hard=True),
+    *(
+        _relax("gumbel_softmax", (3840, 10), hard, backward, note="30 variables of 10 classes")
+        for hard, backward in ((False, False), (False, True), (True, True))
+    ),
     _relax("relaxed_bernoulli", (4096, 1024)),
     _relax("relaxed_bernoulli", (4096, 1024), backward=True),
     _bernoulli((128, 784)),
     _bernoulli((128, 784), backward=True),
     _bernoulli((64, 3, 128, 128), backward=True),
-    Case(
-        "sampling",
-        "sample_categorical",
-        (4096, 1024),
-        partial(_categorical, (4096, 1024)),
-        bytes=4 * 4096 * 1024,
+    *(
+        Case(
+            "sampling",
+            "sample_categorical",
+            shape,
+            partial(_categorical, shape),
+            bytes=4 * shape[0] * shape[1],
+        )
+        for shape in ((4096, 1024), (3840, 10))
     ),
     _draw_tokens("sample_tokens", None, None),
     _draw_tokens("sample_tokens top_k=50", 50, None),

@@ -48,6 +48,22 @@ def test_sums_of_long_samples():
     assert ((found / (n * math.log(2)) - 1).abs() < 1e-6).all()
 
 
+@pytest.mark.parametrize("pixels", [1, 7, 16, 33, 508, 600])
+def test_short_samples_are_as_alone(pixels):
+    logits, x = draw(1100, pixels)
+    g, _ = draw(1100)
+
+    def run(at):
+        inputs = [t[at].clone().requires_grad_() for t in (logits, x)]
+        nll = genfast.bernoulli_nll(*inputs)
+        return nll, *torch.autograd.grad(nll, inputs, g[at])
+
+    whole = run(slice(None))
+    for b in (0, 1, 41, 1023, 1024, 1099):
+        for alone, all_of_them in zip(run(slice(b, b + 1)), whole, strict=True):
+            assert torch.equal(alone[0], all_of_them[b])
+
+
 def test_strides_and_extremes():
     logits, x = draw(6, 40)
     want = genfast.bernoulli_nll(logits, x)

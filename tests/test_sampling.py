@@ -4,6 +4,7 @@ The noise of every expected value is the contract's own, so values compare one b
 """
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -511,6 +512,39 @@ def test_short_rows_are_as_alone(cols):
         for b in (0, 1, 41, 42, 129):
             for a, c in zip(run(slice(b, b + 1), *row(b)), whole, strict=True):
                 assert torch.equal(a[0], c[b])
+
+
+@pytest.mark.parametrize("classes", [1, 2, 10, 16, 33, 64, 65])
+def test_short_rows_of_classes_are_as_alone(classes):
+    """Several in one chunk, a NaN and one without a finite logit among them."""
+    logits, g = randn(130, classes), randn(130, classes)
+    logits[3, classes // 2], logits[8] = math.nan, -math.inf
+    seeds = torch.arange(130) * 2**40 - 9
+    for seed, row in (
+        (seeds, lambda b: (seeds[b : b + 1], 0)),
+        (seeds[0].item(), lambda b: (seeds[0].item(), b * classes)),
+    ):
+
+        def run(at, seed, offset):
+            x = logits[at].clone().requires_grad_()
+            outs = []
+            for hard in (False, True):
+                y = genfast.gumbel_softmax(x, tau=0.7, hard=hard, seed=seed, offset=offset)
+                outs += y, *torch.autograd.grad(y, x, g[at])
+            return outs
+
+        whole = run(slice(None), seed, 0)
+        for b in (0, 1, 3, 8, 41, 129):
+            for alone, all_of_them in zip(run(slice(b, b + 1), *row(b)), whole, strict=True):
+                assert torch.equal(alone[0].nan_to_num(9), all_of_them[b].nan_to_num(9))
+        finite = torch.arange(130).remainder(11) > 2
+        finite[3], finite[8] = False, False
+        for f in (genfast.sample_categorical, partial(genfast.sample_tokens, temperature=0.8)):
+            whole = f(logits[finite], seed=seed if isinstance(seed, int) else seed[finite])
+            for i, b in enumerate(finite.nonzero().flatten().tolist()[:20]):
+                own = seed if isinstance(seed, int) else seeds[b : b + 1]
+                offset = i * classes if isinstance(seed, int) else 0
+                assert f(logits[b : b + 1], seed=own, offset=offset)[0] == whole[i]
 
 
 @pytest.mark.parametrize("name", BATCHED)

@@ -1,6 +1,7 @@
 // Noise for the CPU kernels of every family: a chunk of contract values in L1, and the walk over
 // rows and chunks that all elementwise kernels share.
 #pragma once
+#include <algorithm>
 #include <cstring>
 
 #include "api/rng.h"
@@ -144,19 +145,45 @@ void for_chunks(int64_t rows, int64_t cols, int threads, Fn&& fn) {
   });
 }
 
-// The same, where short rows share a chunk: fn(first row, first element in it, count, rows). So
-// many that `noise_of_rows`, which makes whole blocks, has room.
+// How many rows share a chunk, where each makes noise of its own (`noise_of_rows`, in whole blocks)
+// or not. Whole turns if they can be, which need no buffer.
+inline int64_t rows_of_chunk(int64_t cols, bool own_noise) {
+  const int64_t most = cols > 0 ? kChunk / (own_noise ? 4 * ((cols + 3) / 4 + 1) : cols) : 1;
+  int64_t whole = kTurn;
+  while (whole > 1 && whole / 2 * cols % kTurn == 0) whole /= 2;
+  return most > whole ? most / whole * whole : most;
+}
+
+// As for_chunks, where up to `most` short rows share a chunk: fn(first row, first element in it,
+// count, rows).
 template <class Fn>
-void for_spans(int64_t rows, int64_t cols, int threads, Fn&& fn) {
-  const int64_t height = cols > 0 ? kChunk / (4 * ((cols + 3) / 4 + 1)) : 1;
-  if (height < 2 || rows < 2)
+void for_spans(int64_t rows, int64_t cols, int64_t most, int threads, Fn&& fn) {
+  if (most < 2 || rows < 2)
     return for_chunks(rows, cols, threads,
                       [&](int64_t, int64_t row, int64_t first, int n) { fn(row, first, n, 1); });
-  const int64_t spans = (rows + height - 1) / height;
-  for_chunks(spans, height * cols, threads, [&](int64_t, int64_t span, int64_t, int) {
-    const int64_t row = span * height, left = rows - row, here = left < height ? left : height;
+  const int64_t spans = (rows + most - 1) / most;
+  for_chunks(spans, most * cols, threads, [&](int64_t, int64_t span, int64_t, int) {
+    const int64_t row = span * most, left = rows - row, here = left < most ? left : most;
     fn(row, int64_t{0}, static_cast<int>(here * cols), static_cast<int>(here));
   });
+}
+
+// A coefficient of a chunk: of one row, or of an element each, of short rows side by side.
+struct Same {
+  f32v value;
+  explicit Same(float v) : value(splat(v)) {}
+  f32v operator()(int) const { return value; }
+};
+struct Each {
+  const float* values;
+  f32v operator()(int i) const { return load(values + i); }
+};
+
+// to[i] = value of the row of i, `height` rows of `cols` elements side by side: whole vectors, of
+// which the next row's cover what is too much.
+inline void spread(const float* values, int height, int64_t cols, NoiseChunk& to) {
+  for (int64_t r = 0, at = 0; r < height; ++r, at += cols)
+    for (int64_t i = 0; i < cols; i += W) store(to.data + at + i, splat(values[r]));
 }
 
 // Rows of dim 0 when there is one seed per row, else one row.
@@ -167,10 +194,17 @@ inline int64_t noise_rows(const Noise& noise, const TensorView& t) {
 // Element index of the noise, and its key, for element `first` of row `row`.
 struct NoiseAt {
   const Noise& noise;
+  bool own_rows;       // a seed per row
   int64_t noise_cols;  // elements that share a seed: numel / noise rows
 
   NoiseAt(const Noise& n, const TensorView& t)
-      : noise(n), noise_cols(t.numel / (noise_rows(n, t) > 1 ? noise_rows(n, t) : 1)) {}
+      : noise(n),
+        own_rows(noise_rows(n, t) > 1),
+        noise_cols(t.numel / (own_rows ? noise_rows(n, t) : 1)) {}
+  // How many rows of `cols` elements share a chunk: none that are parts of one that shares a seed.
+  int64_t height(int64_t cols) const {
+    return own_rows && noise_cols != cols ? 1 : rows_of_chunk(cols, own_rows);
+  }
   // Of a range within one seed row, or of several whole ones. `to`: as in `noise_values`.
   template <class Map>
   const float* values(int64_t at, int n, NoiseChunk& buffer, float* to = nullptr) const {

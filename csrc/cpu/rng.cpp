@@ -16,8 +16,9 @@ void fill(const RandomParams& p) {
   const Stage out(p.out);
   const int64_t rows = noise_rows(p.noise, p.out), cols = rows ? p.out.numel / rows : 0;
   const NoiseAt noise(p.noise, p.out);
+  const int64_t most = noise.height(cols);
   const uint32_t mask = uniform_mask(p.distribution, p.out.dtype);
-  for_spans(rows, cols, p.threads, [&](int64_t row, int64_t first, int n, int) {
+  for_spans(rows, cols, most, p.threads, [&](int64_t row, int64_t first, int n, int) {
     NoiseChunk buffer;
     Chunk staged;
     const int64_t at = row * cols + first;
@@ -34,9 +35,10 @@ template <class T>
 void fill_integers(const RandomParams& p) {
   const int64_t rows = noise_rows(p.noise, p.out), cols = rows ? p.out.numel / rows : 0;
   const NoiseAt noise(p.noise, p.out);
+  const int64_t most = noise.height(cols);
   const bool raw = p.distribution == Distribution::bits;
   T* out = static_cast<T*>(p.out.data);
-  for_spans(rows, cols, p.threads, [&](int64_t row, int64_t first, int n, int) {
+  for_spans(rows, cols, most, p.threads, [&](int64_t row, int64_t first, int n, int) {
     NoiseChunk buffer;
     const int64_t at = row * cols + first;
     const float* v = noise.values<BitsMap>(at, n, buffer);

@@ -11,6 +11,7 @@ namespace genfast::cpu {
 namespace {
 
 constexpr int kChunk = 1024;  // 4 KiB of fp32: eight buffers fit the 32 KiB L1
+constexpr int kTurn = 64;     // elements: the most that a body takes at a time, a group of noise
 
 struct alignas(64) Chunk {
   float data[kChunk];
@@ -34,18 +35,24 @@ class Stage {
     direct_ = dense_ && dtype_ == Dtype::f32;
   }
 
-  // Elements [first, first + n) as fp32. A partial chunk is always copied and zero padded, so the
-  // body may run over whole vectors.
+  // Elements [first, first + n) as fp32. What ends within a turn of the body is copied and zero
+  // padded, so that it may run over whole vectors.
   const float* load(int64_t first, int n, Chunk& buffer) const {
-    if (direct_ && n == kChunk) return reinterpret_cast<const float*>(base_) + first;
+    if (in_place(n)) return reinterpret_cast<const float*>(base_) + first;
     if (dense_)
       to_f32(base_ + first * size_, dtype_, n, buffer.data);
     else
       walk(first, n, [&](int at, int64_t offset, int64_t stride, int count) {
         gather_f32(base_ + offset * size_, dtype_, stride, count, buffer.data + at);
       });
-    for (int i = n; i < ((n + 63) & ~63); ++i) buffer.data[i] = 0.0f;
+    for (int i = n; i < ((n + kTurn - 1) & -kTurn); ++i) buffer.data[i] = 0.0f;
     return buffer.data;
+  }
+
+  void put(int64_t first, int n, Chunk& from) const {
+    float* to = target(first, n, from);
+    if (to != from.data) __builtin_memcpy(to, from.data, n * sizeof(float));
+    store(first, n, to);
   }
 
   // Asks for the cache lines of elements [first, first + n), so that they arrive while the noise
@@ -58,10 +65,10 @@ class Stage {
 
   // Where the body writes elements [first, first + n); `store` then brings them home.
   float* target(int64_t first, int n, Chunk& buffer) const {
-    return direct_ && n == kChunk ? reinterpret_cast<float*>(base_) + first : buffer.data;
+    return in_place(n) ? reinterpret_cast<float*>(base_) + first : buffer.data;
   }
   void store(int64_t first, int n, const float* from) const {
-    if (direct_ && n == kChunk) return;
+    if (in_place(n)) return;
     if (dense_)
       from_f32(from, n, base_ + first * size_, dtype_);
     else
@@ -71,6 +78,7 @@ class Stage {
   }
 
  private:
+  bool in_place(int n) const { return direct_ && n % kTurn == 0; }
   // Calls run(at, element offset, stride, count) for the innermost runs that cover the range.
   template <class Run>
   void walk(int64_t first, int n, Run&& run) const {

@@ -271,6 +271,52 @@ def test_nothing_expanded():
     assert genfast.add_noise(x.detach(), 0.5, 0.5, seed=1, out=x.detach()).shape == (5, 0)
 
 
+@pytest.mark.parametrize("cols", [1, 2, 7, 20, 33, 508])
+def test_short_rows_are_as_alone(cols):
+    """Several in one chunk, coefficients of zero among them: to the bit, and NaN is not read."""
+    B = 1100 if cols < 8 else 130
+    x0, z, output = (draw(B, cols, seed=i) for i in (1, 2, 3))
+    alpha, sigma, g = draw(B, seed=4).abs(), draw(B, seed=5).abs(), draw(B, seed=6)
+    alpha[5], sigma[7], x0[5], z[7] = 0.0, 0.0, math.nan, math.nan
+    seeds = torch.arange(B) * 2**40 - 9
+
+    def run(at, noise):
+        a, s, x = alpha[at], sigma[at], x0[at]
+        mixes = [genfast.add_noise(x, a, s, **noise), genfast.scale_noise(x, s, **noise)]
+        if "noise" in noise:
+            mixes.append(genfast.velocity(x, a.double(), s.double(), **noise))
+        for prediction in PREDICTIONS:
+            o = output[at].clone().requires_grad_()
+            loss = genfast.denoising_loss(
+                o, x, a, s, **noise, prediction=prediction, weighting="min_snr", reduction="none"
+            )
+            mixes += loss, *torch.autograd.grad(loss, o, g[at])
+        return [*mixes, genfast.scale_model_input(x, s)]
+
+    for kind in (
+        lambda b: {"seed": seeds[b : b + 1] if b is not None else seeds},
+        lambda b: {"seed": 3, "offset": (b or 0) * cols},
+        lambda b: {"noise": z[b : b + 1] if b is not None else z},
+    ):
+        whole = run(slice(None), kind(None))
+        assert whole[0][5].isfinite().all()
+        assert whole[0][7].isfinite().all()
+        for b in (0, 1, 5, 7, 41, B - 1):
+            for alone, all_of_them in zip(run(slice(b, b + 1), kind(b)), whole, strict=True):
+                assert torch.equal(alone[0].nan_to_num(9), all_of_them[b].nan_to_num(9))
+
+
+def test_coefficients_of_tokens_and_seeds_of_samples():
+    """Short rows that are parts of what shares a seed."""
+    x0, alpha, sigma = draw(9, 11, 3, seed=1), draw(9, 11, seed=2), draw(9, 11, seed=3)
+    seeds = torch.arange(9)
+    whole = genfast.add_noise(x0, alpha, sigma, seed=seeds)
+    for b in range(9):
+        for t in (0, 5, 10):
+            one = genfast.add_noise(x0[b, t], alpha[b, t], sigma[b, t], seed=b, offset=3 * t)
+            assert torch.equal(one, whole[b, t])
+
+
 def test_zero_terminal_snr():
     """alpha = 0: the limit of the weights, no NaN."""
     output, x0, *_ = loss_inputs(torch.float32)

@@ -58,6 +58,25 @@ def test_guide_of_numbers_alone(name):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("original", [False, True])
+@pytest.mark.parametrize("shape", [(300, 2), (4, 700), (3,)], ids=str)
+def test_guide_by_sample(shape, original):
+    """A scale of each sample gives the bits of that number."""
+    cond, uncond = draw(*shape, seed=1), draw(*shape, seed=2)
+    scale = draw(shape[0], seed=3) * 4
+    scale[0] = 0.0
+    whole = genfast.guide(cond, uncond, scale, original=original)
+    weights = genfast.guidance_weights(cond, uncond, scale, original=original)
+    for b in range(0, shape[0], 37):
+        at = slice(b, b + 1)
+        alone = genfast.guide(cond[at], uncond[at], scale[b].item(), original=original)
+        assert torch.equal(alone[0], whole[b])
+        assert torch.equal(
+            weights[b],
+            genfast.guidance_weights(cond[at], uncond[at], scale[at], original=original)[0],
+        )
+
+
 def test_apg_with_momentum():
     c, u = pair(torch.float32)
     average = 0.5 * draw(*c.shape, seed=3)

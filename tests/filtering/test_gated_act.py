@@ -43,6 +43,21 @@ def test_value_and_gradient(name, act, dtype):
         yardstick(f"{name} {act} {i}", *values, kind="output" if i < 2 else "gradient")
 
 
+@pytest.mark.parametrize("half", [1, 4, 16, 63, 64, 65, 1025])
+def test_short_rows_are_as_alone(half):
+    x, g = randn(700, 2 * half), randn(700, half, seed=2)
+
+    def run(at):
+        given = x[at].clone().requires_grad_()
+        y = genfast.gated_act(given)
+        return y, *torch.autograd.grad(y, given, g[at])
+
+    whole = run(slice(None))
+    for b in (0, 1, 41, 511, 512, 699):
+        for alone, all_of_them in zip(run(slice(b, b + 1)), whole, strict=True):
+            assert torch.equal(alone[0], all_of_them[b])
+
+
 def test_far_arguments_stay_finite():
     x = torch.tensor([-1e4, -200.0, 200.0, 1e4, 1.0, 2.0, 3.0, 1.0]).requires_grad_()
     for act in ("sigmoid", "swish", "gelu", "gelu_tanh"):

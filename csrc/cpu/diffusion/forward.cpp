@@ -11,23 +11,78 @@ void diffusion_mix(const MixParams& p) {
   const int64_t cols = rows > 0 ? p.p.numel / rows : 0;
   const NoiseAt noise(p.noise, p.p);
   const bool second = p.draws || p.q.defined();
-  const int threads = threads_for(p.p, p.draws, p.threads);
-  for_chunks(rows, cols, threads, [&](int64_t, int64_t r, int64_t first, int n) {
+  const auto one = [&](int64_t r, int64_t first, int n) {
     const int64_t at = r * cols + first, group = r * p.groups / rows;
+    Chunk pb, qb, staged;
+    NoiseChunk drawn;
     const double b = value_of(p.b, group);
     const double a = p.a_is_one_minus_b ? 1.0 - b : value_of(p.a, group);
-    Chunk pb, qb, staged;
-    NoiseChunk noise_buffer;
     const float ca = static_cast<float>(a) * p.a_sign, cb = static_cast<float>(b) * p.b_sign;
     Terms terms;
     if (ca != 0.0f) terms.add(from.load(at, n, pb), ca);
     if (second && cb != 0.0f)
-      terms.add(p.draws ? noise.values<NormalMap>(at, n, noise_buffer) : other.load(at, n, qb), cb);
+      terms.add(p.draws ? noise.values<NormalMap>(at, n, drawn) : other.load(at, n, qb), cb);
     float* to = out.target(at, n, staged);
     terms.sum(n, to);
     out.store(at, n, to);
+  };
+  // Rows of a group each, or all of one, side by side; false where a coefficient is 0, for what it
+  // scales is not read.
+  const bool same = p.groups == 1;
+  const auto several = [&](int64_t r, int n, int height) {
+    float a[kChunk], b[kChunk];
+    const auto scaled = [](float sign) { return [=](double v) { return v * sign; }; };
+    if (p.a_is_one_minus_b)
+      values_of(p.b, same, r, height, a, [&](double v) { return (1.0 - v) * p.a_sign; });
+    else
+      values_of(p.a, same, r, height, a, scaled(p.a_sign));
+    if (second) values_of(p.b, same, r, height, b, scaled(p.b_sign));
+    bool zero = false;
+    for (int k = 0; k < height; ++k) zero |= a[k] == 0.0f || (second && b[k] == 0.0f);
+    if (zero) return false;
+    const int64_t at = r * cols;
+    Chunk pb, qb, staged;
+    NoiseChunk as, bs, drawn;
+    spread(a, height, cols, as);
+    const float* u = from.load(at, n, pb);
+    float* to = out.target(at, n, staged);
+    if (second) {
+      spread(b, height, cols, bs);
+      const float* v = p.draws ? noise.values<NormalMap>(at, n, drawn) : other.load(at, n, qb);
+      for (int i = 0; i < n; i += W)
+        store(to + i, load(u + i) * load(as.data + i) + load(v + i) * load(bs.data + i));
+    } else {
+      for (int i = 0; i < n; i += W) store(to + i, load(u + i) * load(as.data + i));
+    }
+    out.store(at, n, to);
+    return true;
+  };
+  const int threads = threads_for(p.p, p.draws, p.threads);
+  const int64_t most = same || p.groups == rows ? noise.height(cols) : 1;
+  for_spans(rows, cols, most, threads, [&](int64_t r, int64_t first, int n, int height) {
+    if (height == 1) return one(r, first, n);
+    if (several(r, n, height)) return;
+    for (int k = 0; k < height; ++k) one(r + k, 0, static_cast<int>(cols));
   });
 }
+
+namespace {
+
+template <class Fn>
+void with_prediction(Prediction prediction, Fn&& fn) {
+  switch (prediction) {
+    case Prediction::epsilon:
+      return fn(std::integral_constant<Prediction, Prediction::epsilon>{});
+    case Prediction::sample:
+      return fn(std::integral_constant<Prediction, Prediction::sample>{});
+    case Prediction::v:
+      return fn(std::integral_constant<Prediction, Prediction::v>{});
+    case Prediction::flow:
+      return fn(std::integral_constant<Prediction, Prediction::flow>{});
+  }
+}
+
+}  // namespace
 
 void denoising_loss(const LossParams& p) {
   const bool backward = p.d_output.defined(), forward = p.per_sample.defined();
@@ -51,58 +106,63 @@ void denoising_loss(const LossParams& p) {
   const float* grad = static_cast<const float*>(p.grad.data);
   const int threads = threads_for(p.output, needs_noise && !p.z.defined(), p.threads);
 
-  for_chunks(rows, cols, threads, [&](int64_t c, int64_t b, int64_t first, int n) {
+  const auto scale_of = [&](int64_t b) {
+    const double g = !p.grad.defined() ? 1.0 : p.grad.numel > 1 ? grad[b] : grad[0];
+    return static_cast<float>(2.0 * g * weight_of(b) * p.total_scale / static_cast<double>(cols));
+  };
+  const auto alphas_of = [&](int64_t b, int n, float* to) {
+    if (p.flow_alpha)
+      values_of(p.sigma, false, b, n, to, [](double v) { return 1.0 - v; });
+    else
+      values_of(p.alpha, false, b, n, to, [](double v) { return v; });
+  };
+  const auto sigmas_of = [&](int64_t b, int n, float* to) {
+    values_of(p.sigma, false, b, n, to, [](double v) { return v; });
+  };
+
+  const int64_t most = noise.height(cols);
+  for_spans(rows, cols, most, threads, [&](int64_t b, int64_t first, int n, int height) {
     const int64_t at = b * cols + first;
-    Chunk ob, xb, zb, staged;
-    NoiseChunk noise_buffer;
+    Chunk ob, xb, zb, home;
+    NoiseChunk drawn, staged, alphas, sigmas, scales;
     const float* o = output.load(at, n, ob);
     const float* x = needs_x0 ? clean.load(at, n, xb) : o;
     const float* e = !needs_noise    ? o
                      : p.z.defined() ? z.load(at, n, zb)
-                                     : noise.values<NormalMap>(at, n, noise_buffer);
-    const double s = value_of(p.sigma, b);
-    const f32v sigma = splat(static_cast<float>(s));
-    const f32v alpha = splat(static_cast<float>(p.flow_alpha ? 1.0 - s : value_of(p.alpha, b)));
-    const auto differences = [&](auto prediction, float scale, float* to) {
-      for (int i = 0; i < n; i += W) {
-        const f32v target =
-            loss_target<f32v>(decltype(prediction)::value, load(x + i), load(e + i), alpha, sigma);
-        store(to + i, (load(o + i) - target) * scale);
+                                     : noise.values<NormalMap>(at, n, drawn);
+    float* to = forward || !backward ? staged.data : d_output.target(at, n, home);
+    const auto run = [&](auto alpha, auto sigma, auto scale) {
+      const auto differences = [&](auto prediction, auto factor) {
+        for (int i = 0; i < n; i += W) {
+          const f32v target = loss_target<f32v>(decltype(prediction)::value, load(x + i),
+                                                load(e + i), alpha(i), sigma(i));
+          store(to + i, (load(o + i) - target) * factor(i));
+        }
+      };
+      with_prediction(p.prediction, [&](auto prediction) {
+        forward ? differences(prediction, Same(1.0f)) : differences(prediction, scale);
+      });
+      if (forward) {
+        for (int k = 0; k < height; ++k)
+          partial[b * per_row + first / kChunk + k] =
+              square_sum(to + k * cols, height == 1 ? n : static_cast<int>(cols));
+        if (backward) {  // the same rounding as in a pass of its own
+          float* gradient = d_output.target(at, n, home);
+          for (int i = 0; i < n; i += W) store(gradient + i, load(to + i) * scale(i));
+          to = gradient;
+        }
       }
     };
-    const auto run = [&](float scale, float* to) {
-      switch (p.prediction) {
-        case Prediction::epsilon:
-          return differences(std::integral_constant<Prediction, Prediction::epsilon>{}, scale, to);
-        case Prediction::sample:
-          return differences(std::integral_constant<Prediction, Prediction::sample>{}, scale, to);
-        case Prediction::v:
-          return differences(std::integral_constant<Prediction, Prediction::v>{}, scale, to);
-        case Prediction::flow:
-          return differences(std::integral_constant<Prediction, Prediction::flow>{}, scale, to);
-      }
-    };
-    float* to = forward || !backward ? staged.data : d_output.target(at, n, staged);
-    float scale = 1.0f;
-    if (backward) {
-      const double g = !p.grad.defined() ? 1.0 : p.grad.numel > 1 ? grad[b] : grad[0];
-      scale =
-          static_cast<float>(2.0 * g * weight_of(b) * p.total_scale / static_cast<double>(cols));
-    }
-    run(forward ? 1.0f : scale, to);
-    if (forward) {
-      for (int i = n; i < ((n + 7) & ~7); ++i) to[i] = 0.0f;
-      f64x8 sum{};
-      for (int i = 0; i < n; i += 8) {
-        const f64x8 d = widen(to + i);
-        sum += d * d;
-      }
-      partial[c] = total(sum);
-      if (backward) {  // the same rounding as in a pass of its own
-        float* home = d_output.target(at, n, staged);
-        for (int i = 0; i < n; i += W) store(home + i, load(to + i) * scale);
-        to = home;
-      }
+    float alpha[kChunk], sigma[kChunk], scale[kChunk];
+    const bool both = p.prediction == Prediction::v;  // the others read neither
+    if (both) alphas_of(b, height, alpha), sigmas_of(b, height, sigma);
+    for (int k = 0; k < height && backward; ++k) scale[k] = scale_of(b + k);
+    if (height == 1) {
+      run(Same(alpha[0]), Same(sigma[0]), Same(scale[0]));
+    } else {
+      if (both) spread(alpha, height, cols, alphas), spread(sigma, height, cols, sigmas);
+      if (backward) spread(scale, height, cols, scales);
+      run(Each{alphas.data}, Each{sigmas.data}, Each{scales.data});
     }
     if (backward) d_output.store(at, n, to);
   });

@@ -20,9 +20,9 @@ void guidance_weights(const GuidanceParams& p) {
       const int64_t at = b * cols + first;
       const float* c = cond.load(at, n, cb);
       const float* u = other.load(at, n, ub);
-      f64x8 sc{}, su{}, cc{}, uu{}, cu{};
+      Eight sc{}, su{}, cc{}, uu{}, cu{};
       for (int i = 0; i < n; i += 8) {  // a partial chunk is padded with zeros
-        const f64x8 ci = widen(c + i), ui = widen(u + i);
+        const Eight ci = widen(c + i), ui = widen(u + i);
         sc += ci;
         su += ui;
         cc += ci * ci;  // products of two floats are exact in double

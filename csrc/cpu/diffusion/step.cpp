@@ -233,8 +233,12 @@ bool flat_step(const StepParams& p) {
   Walk together = nullptr;
   if constexpr (wide) together = shared_walk(out, outputs);
   const bool own_rows = guides && p.weights.numel > out[0].n;
-  const int64_t rows = own_rows ? batch_of(p.x) : draws ? noise_rows(p.noise, p.x) : 1;
-  const int64_t n = rows > 0 ? p.x.numel / rows : 0;
+  int64_t rows = own_rows ? batch_of(p.x) : draws ? noise_rows(p.noise, p.x) : 1;
+  int64_t n = rows > 0 ? p.x.numel / rows : 0;
+  if (draws && rows > 1 && noise.height(n) > 1) {  // short rows share a block
+    n *= noise.height(n);
+    rows = (p.x.numel + n - 1) / n;
+  }
   const int64_t block = outputs > 1 || predicts || draws ? kChunk : 8 * kChunk;
   const int64_t per_row = (n + block - 1) / block, blocks = rows * per_row;
   const int threads = threads_for(p.x, draws, p.threads);
@@ -244,7 +248,8 @@ bool flat_step(const StepParams& p) {
     Chunk x0;
     for (int64_t b = blocks * task / tasks; b < blocks * (task + 1) / tasks; ++b) {
       const int64_t r = b / per_row, first = (b - r * per_row) * block, at = r * n + first;
-      const int count = static_cast<int>(std::min(block, n - first)), whole = count / W * W;
+      const int count = static_cast<int>(std::min({block, n - first, p.x.numel - at}));
+      const int whole = count / W * W;
       const float* weights =
           guides ? static_cast<const float*>(p.weights.data) + (own_rows ? r * out[0].n : 0)
                  : nullptr;
@@ -395,7 +400,7 @@ void diffusion_step(const StepParams& p) {
         store(extra[2].data + i, d * d);
       }
       for (int i = n; i < ((n + 7) & ~7); ++i) extra[2].data[i] = 0.0f;
-      f64x8 sum{};
+      Eight sum{};
       for (int i = 0; i < n; i += 8) sum += widen(extra[2].data + i);
       partial[c] = -0.5 * total(sum) -
                    n * (std::log(std::fabs(static_cast<double>(std))) + 0.91893853320467274);

@@ -96,7 +96,7 @@ void each_row(const Call& call) {
   };
   const auto make = [&] {
     const auto buffer = [&](bool direct) { return Floats(E::value || direct ? 0 : cut.buffer()); };
-    return Scratch{Sample(C),
+    return Scratch{Sample(call.affine, gated),
                    buffer(call.x.direct()),
                    buffer(call.grad.direct() && call.dx.direct()),
                    Floats(plain ? 0 : C),
@@ -285,15 +285,16 @@ void each_column(const Call& call) {
   struct Scratch {  // k = rstd a
     Sample sample;
     Floats mean, rstd, k, u, v, s1, s2, held, given;
+    int64_t n = -1;
   };
   const auto make = [&] {
     const int64_t buffer = E::value ? 0 : cut.buffer();
-    return Scratch{Sample(C), Floats(C), Floats(C), Floats(C),      Floats(C),
-                   Floats(C), Floats(C), Floats(C), Floats(buffer), Floats(buffer)};
+    return Scratch{Sample(call.affine), Floats(C), Floats(C), Floats(C),      Floats(C),
+                   Floats(C),           Floats(C), Floats(C), Floats(buffer), Floats(buffer)};
   };
   const auto load_sample = [&](int64_t n, Scratch& of) {
-    if (of.sample.of == n) return;
-    of.sample.load(call.affine, n);
+    if (of.n == n) return;
+    of.sample.load(call.affine, of.n = n);
     for (int64_t c = 0, g = n * G; c < C; c += width, ++g)
       for (int64_t i = c; i < c + width; ++i) {
         of.mean[i] = call.mean(g), of.rstd[i] = call.rstd(g);

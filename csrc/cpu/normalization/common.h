@@ -385,16 +385,30 @@ class Affine {
   TensorView scale_, shift_, gate_;
 };
 
-// Per-task vectors of a sample.
+// Per-task vectors of a sample; without a condition those of all.
 struct Sample {
-  Floats a, b, gate, scratch;
-  int64_t of = -1;
-  explicit Sample(int64_t channels) : a(channels), b(channels), gate(channels), scratch(channels) {}
-  void load(const Affine& affine, int64_t sample) {
-    if (sample == of) return;
-    affine.of(of = sample, 0, affine.channels(), a, b, scratch);
-    affine.gate(sample, gate);
+  const float *a, *b;
+  Floats gate;
+  explicit Sample(const Affine& affine, bool gated = false)
+      : a(affine.w()),
+        b(affine.b()),
+        gate(gated ? affine.channels() : 0),
+        own_a_(own(affine)),
+        own_b_(own(affine)),
+        scratch_(own(affine)) {
+    if (gated && !affine.by_sample()) affine.gate(0, gate);
   }
+  void load(const Affine& affine, int64_t sample) {
+    if (sample == of_ || !affine.by_sample()) return;
+    affine.of(of_ = sample, 0, affine.channels(), own_a_, own_b_, scratch_);
+    a = own_a_, b = own_b_;
+    if (gate != nullptr) affine.gate(sample, gate);
+  }
+
+ private:
+  static int64_t own(const Affine& affine) { return affine.by_sample() ? affine.channels() : 0; }
+  Floats own_a_, own_b_, scratch_;
+  int64_t of_ = -1;
 };
 
 // ---- cuts -----------------------------------------------------------------------------------

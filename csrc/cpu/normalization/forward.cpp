@@ -45,7 +45,7 @@ void each_row(const Call& call) {
     Floats buffer, added;
   };
   const auto make = [&] {
-    return Scratch{Sample(C), Floats(E::value ? 0 : cut.buffer()),
+    return Scratch{Sample(call.affine, p.add.defined()), Floats(E::value ? 0 : cut.buffer()),
                    Floats(E::value || call.add.direct() ? 0 : cut.buffer())};
   };
   cut.each(threads_for(p), make, [&](int64_t unit, Scratch& of) {
@@ -127,11 +127,12 @@ void each_column(const Call& call) {
   const Held<Moments> moments(cut.units() * G);
   struct Scratch {
     Sample sample;
-    Floats mean, s1, s2, buffer;
+    Floats mean, k, s1, s2, buffer;
     Vector<double> total;  // [2][C]
   };
   const auto make = [&] {
-    return Scratch{Sample(C),
+    return Scratch{Sample(call.affine),
+                   Floats(C),
                    Floats(C),
                    Floats(C),
                    Floats(C),
@@ -190,20 +191,20 @@ void each_column(const Call& call) {
   const auto apply = [&](int64_t unit, Scratch& of) {
     const int64_t n = cut.sample(unit);
     of.sample.load(call.affine, n);
-    float *a = of.sample.a, *b = of.sample.b, *mean = of.mean;
+    const float *a = of.sample.a, *b = of.sample.b;
+    float *k = of.k, *mean = of.mean;
     for (int64_t g = 0; g < G; ++g) {
       const Statistics s = found[n * G + g];
-      for (int64_t c = g * width; c < (g + 1) * width; ++c) a[c] *= s.rstd, mean[c] = s.mean;
+      for (int64_t c = g * width; c < (g + 1) * width; ++c) k[c] = a[c] * s.rstd, mean[c] = s.mean;
     }
-    of.sample.of = -1;  // a now holds more
     cut.blocks(unit, applied, [&](int64_t first, int64_t rows) {
       const T* q = source<E>(call.x, first * C, rows * C, of.buffer);
       T* y = target<E>(call.y, first * C, of.buffer);
       const int64_t step = C, end = rows * C;  // by reference, each store could have changed them
       over(C, [=](int64_t c, auto lanes) {
-        const f32v k = load(a + c), shift = load(b + c), m = load(mean + c);
+        const f32v slope = load(k + c), shift = load(b + c), m = load(mean + c);
         for (int64_t i = c; i < end; i += step) {
-          put(y + i, Act::value((take(q + i, lanes) - m) * k + shift), lanes);
+          put(y + i, Act::value((take(q + i, lanes) - m) * slope + shift), lanes);
         }
       });
       finish<E>(call.y, first * C, rows * C, y);

@@ -49,6 +49,18 @@ def _cfg_weights(scale: float, original: bool) -> tuple[float, float]:
     return (1.0 + w, -w) if original else (w, 1.0 - w)
 
 
+def _is_finite(scale) -> bool:
+    return isinstance(scale, (int, float)) and scale - scale == 0
+
+
+def _cfg_of_samples(cond, uncond, scale, original):
+    """u + w (c - u) = (1 - w) u + w c with w (B,) as a mix: one pass, no weights in memory."""
+    p, q, w = (cond, uncond, scale.neg()) if original else (uncond, cond, scale)
+    out = torch.empty_like(cond)
+    taken = kernels.diffusion_mix(out, p, q, 0, None, 0, 0, False, None, w, 1, 1, True)
+    return out if taken else None
+
+
 def _native(cond, uncond, average, scale, method, original, o_0, o_1):
     width = 2 if average is None else 3
     weights = torch.empty((cond.shape[0], width), dtype=torch.float32, device=cond.device)
@@ -145,12 +157,13 @@ def guidance_weights(
         return under(guidance_weights, locals())
     o_0, o_1 = _options(method, options)
     code = _CODES[method]
-    plain = isinstance(cond, Tensor) and not is_compiling() and isinstance(scale, (int, float))
-    if plain and scale - scale == 0 and (average is None or method == "apg"):
+    plain = isinstance(cond, Tensor) and not is_compiling() and (average is None or method == "apg")
+    each = scale if isinstance(scale, Tensor) else None
+    if plain and (each is not None or _is_finite(scale)):
         with torch.no_grad():
-            if gate(cond, uncond, average) == DIRECT and cond.dim():
-                number = _common.cached((float(scale),), cond.device)
-                found = _native(cond, uncond, average, number, code, original, o_0, o_1)
+            if gate(cond, uncond, average, each) == DIRECT and cond.dim():
+                scales = _common.cached((float(scale),), cond.device) if each is None else each
+                found = _native(cond, uncond, average, scales, code, original, o_0, o_1)
                 if found is not None:
                     return found
     _validate(cond, uncond, average, method)
@@ -189,9 +202,15 @@ def guide(
         _check.tensor("cond", cond)
         return cond
     models = (cond, uncond) if average is None else (cond, uncond, average)
-    road = gate(*models) if not is_compiling() and isinstance(cond, Tensor) else 0
-    if road == DIRECT and isinstance(scale, (int, float)) and type(method) is str:
-        if method == "cfg" and average is None and not options and scale - scale == 0:
+    each = scale if isinstance(scale, Tensor) else None
+    road = gate(*models, each) if not is_compiling() and isinstance(cond, Tensor) else 0
+    if road == DIRECT and (each is not None or _is_finite(scale)) and type(method) is str:
+        plain = method == "cfg" and average is None and not options
+        if plain and each is not None and each.dim() == 1 and each.dtype == torch.float32:
+            out = _cfg_of_samples(cond, uncond, each, original)
+            if out is not None:
+                return out
+        if plain and each is None:
             weights = _common.cached(_cfg_weights(scale, original), cond.device)  # of all samples
         else:
             weights = guidance_weights(

@@ -259,10 +259,10 @@ def denoising_loss(
                     found = _native(*args)
                 elif (
                     isinstance(sigma, Tensor)
-                    and isinstance(alpha, Tensor)
-                    and (_common.on_kernel(model_output, x0, noise))
+                    and (alpha is None or isinstance(alpha, Tensor))
+                    and (model_output.is_cpu or _common.on_kernel(model_output, x0, noise))
                 ):
-                    found = _Loss.apply(*args)
+                    found = _Loss.quick(*args)
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
             found = None  # the checks below name the argument
     if found is None:
