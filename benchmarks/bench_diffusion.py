@@ -206,7 +206,7 @@ def _loss(shape, prediction, given, device):
         return call
 
     def proof():
-        n = max(1, 2**18 // math.prod(shape[1:]))
+        n = min(shape[0], max(1, 2**18 // math.prod(shape[1:])))
         z = eps[:n] if given else noise.random((n, *shape[1:]), "normal", SEED).to(device)
         some = dict(options, noise=z) if given else options
 

@@ -182,8 +182,12 @@ struct Each {
 // to[i] = value of the row of i, `height` rows of `cols` elements side by side: whole vectors, of
 // which the next row's cover what is too much.
 inline void spread(const float* values, int height, int64_t cols, NoiseChunk& to) {
-  for (int64_t r = 0, at = 0; r < height; ++r, at += cols)
-    for (int64_t i = 0; i < cols; i += W) store(to.data + at + i, splat(values[r]));
+  float* at = to.data;
+  if (cols <= W)
+    for (int r = 0; r < height; ++r, at += cols) store(at, splat(values[r]));
+  else
+    for (int r = 0; r < height; ++r, at += cols)
+      for (int64_t i = 0; i < cols; i += W) store(at + i, splat(values[r]));
 }
 
 // Rows of dim 0 when there is one seed per row, else one row.

@@ -33,13 +33,16 @@ void diffusion_mix(const MixParams& p) {
     float a[kChunk], b[kChunk];
     const auto scaled = [](float sign) { return [=](double v) { return v * sign; }; };
     if (p.a_is_one_minus_b)
-      values_of(p.b, same, r, height, a, [&](double v) { return (1.0 - v) * p.a_sign; });
+      values_of(p.b, same, r, height, a, [sign = p.a_sign](double v) { return (1.0 - v) * sign; });
     else
       values_of(p.a, same, r, height, a, scaled(p.a_sign));
-    if (second) values_of(p.b, same, r, height, b, scaled(p.b_sign));
-    bool zero = false;
-    for (int k = 0; k < height; ++k) zero |= a[k] == 0.0f || (second && b[k] == 0.0f);
-    if (zero) return false;
+    int zeros = 0;
+    for (int k = 0; k < height; ++k) zeros |= a[k] == 0.0f;
+    if (second) {
+      values_of(p.b, same, r, height, b, scaled(p.b_sign));
+      for (int k = 0; k < height; ++k) zeros |= b[k] == 0.0f;
+    }
+    if (zeros != 0) return false;
     const int64_t at = r * cols;
     Chunk pb, qb, staged;
     NoiseChunk as, bs, drawn;
