@@ -26,14 +26,14 @@ void diffusion_mix(const MixParams& p) {
     terms.sum(n, to);
     out.store(at, n, to);
   };
-  // Rows of a group each, or all of one, side by side; false where a coefficient is 0, for what it
-  // scales is not read.
+  // Rows of a group each, or all of one, side by side.
   const bool same = p.groups == 1;
   const auto several = [&](int64_t r, int n, int height) {
     float a[kChunk], b[kChunk];
     const auto scaled = [](float sign) { return [=](double v) { return v * sign; }; };
+    const auto rest = [sign = p.a_sign](double v) { return (1.0 - v) * sign; };
     if (p.a_is_one_minus_b)
-      values_of(p.b, same, r, height, a, [sign = p.a_sign](double v) { return (1.0 - v) * sign; });
+      values_of(p.b, same, r, height, a, rest);
     else
       values_of(p.a, same, r, height, a, scaled(p.a_sign));
     int zeros = 0;
@@ -42,30 +42,33 @@ void diffusion_mix(const MixParams& p) {
       values_of(p.b, same, r, height, b, scaled(p.b_sign));
       for (int k = 0; k < height; ++k) zeros |= b[k] == 0.0f;
     }
-    if (zeros != 0) return false;
     const int64_t at = r * cols;
     Chunk pb, qb, staged;
     NoiseChunk as, bs, drawn;
     spread(a, height, cols, as);
-    const float* u = from.load(at, n, pb);
-    float* to = out.target(at, n, staged);
+    const float *u = from.load(at, n, pb), *v = nullptr;
+    float* to = zeros != 0 ? staged.data : out.target(at, n, staged);
     if (second) {
       spread(b, height, cols, bs);
-      const float* v = p.draws ? noise.values<NormalMap>(at, n, drawn) : other.load(at, n, qb);
+      v = p.draws ? noise.values<NormalMap>(at, n, drawn) : other.load(at, n, qb);
       for (int i = 0; i < n; i += W)
         store(to + i, load(u + i) * load(as.data + i) + load(v + i) * load(bs.data + i));
     } else {
       for (int i = 0; i < n; i += W) store(to + i, load(u + i) * load(as.data + i));
     }
-    out.store(at, n, to);
-    return true;
+    if (zeros == 0) return out.store(at, n, to);
+    for (int k = 0; k < height; ++k) {  // what 0 scales does not count, NaN included
+      const bool with_u = a[k] != 0.0f, with_v = second && b[k] != 0.0f;
+      if (with_u && (with_v || !second)) continue;
+      for (int64_t i = k * cols; i < (k + 1) * cols; ++i)
+        to[i] = with_u ? u[i] * a[k] : with_v ? v[i] * b[k] : 0.0f;
+    }
+    out.put(at, n, staged);
   };
   const int threads = threads_for(p.p, p.draws, p.threads);
   const int64_t most = same || p.groups == rows ? noise.height(cols) : 1;
   for_spans(rows, cols, most, threads, [&](int64_t r, int64_t first, int n, int height) {
-    if (height == 1) return one(r, first, n);
-    if (several(r, n, height)) return;
-    for (int k = 0; k < height; ++k) one(r + k, 0, static_cast<int>(cols));
+    height == 1 ? one(r, first, n) : several(r, n, height);
   });
 }
 
