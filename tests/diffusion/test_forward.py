@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import genfast
 from genfast.ops.diffusion.loss import PREDICTIONS, WEIGHTINGS
 from genfast.reference import diffusion as R
+from genfast.schedulers import dpm_solver_plan
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -304,6 +305,39 @@ def test_short_rows_are_as_alone(cols):
         for b in (0, 1, 5, 7, 41, B - 1):
             for alone, all_of_them in zip(run(slice(b, b + 1), kind(b)), whole, strict=True):
                 assert torch.equal(alone[0].nan_to_num(9), all_of_them[b].nan_to_num(9))
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 6, 5), (1, 4, 6, 5), (3, 1, 6, 5), (2, 4, 1, 5)], ids=str)
+def test_channels_inside_are_walked_as_they_lie(shape):
+    """The bits of contiguous tensors, whichever of them lie so."""
+    x, z, known = (draw(*shape, seed=i) for i in (1, 2, 3))
+    alpha, sigma = draw(shape[0], seed=4), draw(shape[0], seed=5)
+    mask = draw(1, 1, *shape[2:], seed=6).sigmoid().expand(shape)
+    table = dpm_solver_plan(8).table_on()
+
+    def run(x, z, known, mask):
+        yield genfast.velocity(x, alpha, sigma, noise=z)
+        yield genfast.scale_noise(x, sigma, noise=z)
+        yield genfast.guide(x, z, 3.0)
+        yield genfast.guide(x, z, sigma)
+        yield genfast.guide(x, z, sigma, method="rescale", rescale=0.7)
+        yield genfast.diffusion_step(x, z, table, 3, history=(known,))
+        yield genfast.diffusion_step(x, (z, known), table, 0, weights=2.0)
+        yield genfast.diffusion_step(x, z, table, 0, mask=mask, known=known, known_noise=x)
+        yield genfast.diffusion_step(x, z, table, torch.arange(shape[0]), history=(known,))
+
+    def inside(t):
+        return t.contiguous(memory_format=torch.channels_last)
+
+    plain = list(run(x, z, known, mask.contiguous()))
+    for found in (
+        run(inside(x), inside(z), inside(known), inside(mask)),
+        run(inside(x), inside(z), inside(known), mask),
+        run(inside(x), z, known, mask),
+        run(x, inside(z), known, mask),
+    ):
+        for a, b in zip(found, plain, strict=True):
+            assert torch.equal(a, b)
 
 
 def test_coefficients_of_tokens_and_seeds_of_samples():

@@ -142,6 +142,46 @@ inline int threads_for(const TensorView& t, bool draws, int threads) {
   return t.numel < (draws ? 32 : 64) * kChunk ? 1 : threads;
 }
 
+// Tensors that lie alike, as those of a network with its channels inside do, in the order in which
+// memory has them: then they are contiguous. Dimension 0 stays first, so that samples stay whole.
+class MemoryOrder {
+ public:
+  explicit MemoryOrder(const TensorView& t) : dims_(t.ndim) {
+    int n = 0;
+    for (int i = 0; i < dims_; ++i)
+      if (t.shape[i] != 1 || i == 0) from_[n++] = i;
+    const int first = dims_ > 0 && t.shape[0] == 1 ? 1 : 0;  // has any stride
+    std::sort(from_ + first, from_ + n, [&](int i, int j) { return t.strides[i] > t.strides[j]; });
+    for (int i = 1; i < dims_; ++i)
+      if (t.shape[i] == 1) from_[n++] = i;
+  }
+  void add(TensorView& t) {
+    if (t.defined()) tensors_[count_++] = &t;
+  }
+  // False, and nothing is changed, where they do not.
+  bool apply() {
+    if (dims_ < 2 || from_[0] != 0) return false;
+    TensorView ordered[kMost];
+    for (int k = 0; k < count_; ++k) {
+      const TensorView& t = *tensors_[k];
+      if (t.ndim != dims_) return false;
+      ordered[k] = t;
+      for (int i = 0; i < t.ndim; ++i) {
+        ordered[k].shape[i] = t.shape[from_[i]];
+        ordered[k].strides[i] = t.strides[from_[i]];
+      }
+      if (!is_contiguous(ordered[k])) return false;
+    }
+    for (int k = 0; k < count_; ++k) *tensors_[k] = ordered[k];
+    return true;
+  }
+
+ private:
+  static constexpr int kMost = 7 + kOutputs + kModels + kHistory;
+  int dims_, from_[kMaxDims], count_ = 0;
+  TensorView* tensors_[kMost];
+};
+
 inline void advise(const TensorView& t) {
   if (t.defined()) advise_huge_pages(t.data, t.numel * dtype_bytes(t.dtype));
 }

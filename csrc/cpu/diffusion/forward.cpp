@@ -4,7 +4,13 @@
 
 namespace genfast::cpu::GENFAST_ISA {
 
-void diffusion_mix(const MixParams& p) {
+void diffusion_mix(const MixParams& given) {
+  MixParams p = given;
+  if (!p.draws && !is_contiguous(p.out) && (p.groups == 1 || p.groups == batch_of(p.p))) {
+    MemoryOrder order(p.out);
+    for (TensorView* t : {&p.out, &p.p, &p.q}) order.add(*t);
+    order.apply();
+  }
   const Stage out(p.out), from(p.p), other(p.q);
   advise(p.out);
   const int64_t rows = std::max(p.groups, noise_rows(p.noise, p.p));

@@ -53,7 +53,8 @@ void guidance_weights(const GuidanceParams& p) {
 }
 
 // Magnitudes order as their bits do: a histogram of the upper bits finds the bin of the wanted
-// rank, a second pass collects that bin (and the next, for the interpolation).
+// rank, a second pass collects that bin (and the next, for the interpolation). Of a short sample
+// everything is collected at once: the histogram's bins alone take 2 us.
 void dynamic_threshold(const ThresholdParams& p) {
   const Stage x(p.x), m(p.m);
   const bool convert = p.m.defined();
@@ -89,8 +90,31 @@ void dynamic_threshold(const ThresholdParams& p) {
 
   const double rank = p.ratio * static_cast<double>(n - 1);
   const int64_t low = static_cast<int64_t>(rank), high = std::min(low + 1, n - 1);
-  const std::unique_ptr<uint32_t[]> counts(new uint32_t[splits * kBins]);
-  for (int64_t b = 0; b < batch; ++b) {
+  // The bound of a sample from `count` magnitudes around the wanted ones, `before` smaller ones
+  // aside.
+  const auto bound = [&](float* all, int64_t count, int64_t before) -> float {
+    for (int64_t i = 0; i < count; ++i)
+      if (all[i] != all[i]) return NAN;
+    float* at = all + (low - before);
+    std::nth_element(all, at, all + count, [](float a, float c) { return a < c; });
+    const double lower = *at;
+    double upper = lower;
+    if (high > low) {
+      upper = INFINITY;
+      for (const float* f = at + 1; f < all + count; ++f)
+        if (*f < upper) upper = *f;
+    }
+    const double weight = rank - static_cast<double>(low);  // inf - inf is avoided
+    const double q = upper == lower || weight == 0 ? lower : lower + weight * (upper - lower);
+    return static_cast<float>(std::min(std::max(q, 1.0), p.max));
+  };
+  const auto whole = [&](int64_t b) {
+    float all[kChunk], *to = all;
+    over(b, 0, [&](const float* a, int count) { to = std::copy_n(a, count, to); });
+    result[b] = bound(all, n, 0);
+  };
+  const auto by_bins = [&](int64_t b) {
+    const std::unique_ptr<uint32_t[]> counts(new uint32_t[splits * kBins]);
     parallel_for(splits, p.threads, [&](int64_t split) {
       uint32_t* histogram = counts.get() + split * kBins;
       __builtin_memset(histogram, 0, kBins * sizeof(uint32_t));
@@ -125,25 +149,15 @@ void dynamic_threshold(const ThresholdParams& p) {
           if (wanted(static_cast<int>(bits(a[i]) >> kShift))) *to++ = a[i];
       });
     });
-    bool nan = false;
-    for (int64_t i = 0; i < count; ++i) nan |= all[i] != all[i];
-    if (nan) {
-      result[b] = NAN;
-      continue;
-    }
-    float* at = all.get() + (low - before);
-    std::nth_element(all.get(), at, all.get() + count, [](float a, float c) { return a < c; });
-    const double lower = *at;
-    double upper = lower;
-    if (high > low) {
-      upper = INFINITY;
-      for (const float* f = at + 1; f < all.get() + count; ++f)
-        if (*f < upper) upper = *f;
-    }
-    const double weight = rank - static_cast<double>(low);  // inf - inf is avoided
-    const double q = upper == lower || weight == 0 ? lower : lower + weight * (upper - lower);
-    result[b] = static_cast<float>(std::min(std::max(q, 1.0), p.max));
-  }
+    result[b] = bound(all.get(), count, before);
+  };
+  // Samples side by side, where one alone has no work for several threads.
+  const int64_t per_task = std::max<int64_t>(1, 4 * kChunk / n);
+  const int threads = splits > 1 ? 1 : threads_for(p.x, true, p.threads);
+  parallel_for((batch + per_task - 1) / per_task, threads, [&](int64_t task) {
+    for (int64_t b = task * per_task; b < std::min(batch, (task + 1) * per_task); ++b)
+      n <= kChunk ? whole(b) : by_bins(b);
+  });
 }
 
 }  // namespace genfast::cpu::GENFAST_ISA

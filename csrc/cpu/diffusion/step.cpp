@@ -1,6 +1,7 @@
 // The affine step on the CPU, its log-probability and its gradients. One pass: every source that
 // some output needs is read once, in chunks that stay in L1.
 #include <cmath>
+#include <optional>
 
 #include "cpu/diffusion/chunks.h"
 
@@ -95,6 +96,20 @@ bool overlaps_a_source(const StepParams& p) {
 template <class T>
 const T* flat(const TensorView& t) {
   return t.dtype == kDtype<T> && is_contiguous(t) ? static_cast<const T*>(t.data) : nullptr;
+}
+
+// Everything in the order of memory, where no noise and no sum follows the logical one.
+bool in_memory_order(StepParams& p) {
+  if (p.draws || p.log_prob.defined() ||
+      (p.index.defined() && p.index.numel > 1 && p.index.numel != batch_of(p.x)))
+    return false;
+  MemoryOrder order(p.out[0]);
+  for (TensorView* t : {&p.x, &p.z, &p.log_variance, &p.mask, &p.known, &p.known_z, &p.sample})
+    order.add(*t);
+  for (TensorView& t : p.out) order.add(t);
+  for (TensorView& t : p.models) order.add(t);
+  for (TensorView& t : p.history) order.add(t);
+  return order.apply();
 }
 
 // x0 = clamp(d_x x + d_m m), n a multiple of W; a source that is not read is null.
@@ -298,7 +313,13 @@ bool flat_step(const StepParams& p) {
 
 }  // namespace
 
-void diffusion_step(const StepParams& p) {
+void diffusion_step(const StepParams& given) {
+  std::optional<StepParams> ordered;
+  if (!is_contiguous(given.out[0])) {
+    ordered = given;
+    if (!in_memory_order(*ordered)) ordered.reset();
+  }
+  const StepParams& p = ordered ? *ordered : given;
   if (flat_step(p)) return;
   const bool judge = p.log_prob.defined(), blend = p.mask.defined();
   const bool dynamic = p.threshold.defined(), learned = p.variance != Variance::fixed;
