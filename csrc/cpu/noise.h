@@ -1,7 +1,6 @@
 // Noise for the CPU kernels of every family: a chunk of contract values in L1, and the walk over
 // rows and chunks that all elementwise kernels share.
 #pragma once
-#include <algorithm>
 #include <cstring>
 
 #include "api/rng.h"

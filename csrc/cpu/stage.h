@@ -11,7 +11,7 @@ namespace genfast::cpu {
 namespace {
 
 constexpr int kChunk = 1024;  // 4 KiB of fp32: eight buffers fit the 32 KiB L1
-constexpr int kTurn = 64;     // elements: the most that a body takes at a time, a group of noise
+constexpr int kTurn = 64;     // a multiple of what a body takes at a time, on every ISA level
 
 struct alignas(64) Chunk {
   float data[kChunk];

@@ -243,6 +243,23 @@ def test_loss_matches_what_add_noise_did():
         assert loss == 0
 
 
+@pytest.mark.parametrize("prediction", ["v_prediction", "flow_prediction"])
+@pytest.mark.parametrize("flow", [True, False])
+def test_one_coefficient_of_many_dimensions(flow, prediction):
+    """Gradients through it and past it, as through a number."""
+    x0, output = draw(4, 6, seed=1), draw(4, 6, seed=2)
+
+    def run(shape):
+        leaves = [t.clone().requires_grad_() for t in (output, x0, torch.full(shape, 0.4))]
+        alpha = None if flow else torch.full(shape, 0.6)
+        loss = genfast.denoising_loss(*leaves[:2], alpha, leaves[2], seed=1, prediction=prediction)
+        found = torch.autograd.grad(loss, leaves, allow_unused=True)
+        return loss, *(torch.zeros(()) if g is None else g.reshape(-1) for g in found)
+
+    for a, b in zip(run((1, 1, 1)), run(()), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_loss_per_sample_and_layout():
     output, x0, _, alpha, sigma = loss_inputs(torch.float32, (2, 3, 20, 21))
     kw = dict(seed=3, prediction="v_prediction", weighting="min_snr")

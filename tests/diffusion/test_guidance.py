@@ -325,6 +325,8 @@ BAD = [
         lambda: genfast.guide(X, X, method="mag", eta=1.0),
     ),
     ("scale of another batch", ValueError, "scale:", lambda: genfast.guide(X, X, torch.ones(3))),
+    ("no batch", ValueError, "cond:", lambda: genfast.guide(X.sum(), X.sum(), torch.ones(1))),
+    ("a list", TypeError, "cond:", lambda: genfast.guide([1.0], X, torch.ones(1))),
     ("scale NaN", ValueError, "scale:", lambda: genfast.guide(X, X, math.nan)),
     ("average without apg", TypeError, "average:", lambda: genfast.guide(X, X, average=X)),
     ("x0 empty", ValueError, "x0:", lambda: genfast.dynamic_threshold(X[:, :0])),

@@ -166,6 +166,7 @@ void denoising_loss(const LossParams& p) {
       }
     };
     float alpha[kChunk], sigma[kChunk], scale[kChunk];
+    alpha[0] = sigma[0] = scale[0] = 0.0f;
     const bool both = p.prediction == Prediction::v;  // the others read neither
     if (both) alphas_of(b, height, alpha), sigmas_of(b, height, sigma);
     for (int k = 0; k < height && backward; ++k) scale[k] = scale_of(b + k);

@@ -16,7 +16,14 @@ from torch import Tensor
 from genfast.ops import _check
 from genfast.ops._backend import kernels, under
 from genfast.ops._force import forced_reference, may_compose
-from genfast.ops._road import DIRECT, define, gate, is_compiling, transforming
+from genfast.ops._road import (
+    DIRECT,
+    KERNEL_DTYPES,
+    define,
+    gate,
+    is_compiling,
+    transforming,
+)
 from genfast.ops.diffusion import _common
 from genfast.ops.diffusion.step import COEF, COLUMNS, diffusion_step
 from genfast.reference import diffusion as reference
@@ -204,7 +211,12 @@ def guide(
     models = (cond, uncond) if average is None else (cond, uncond, average)
     each = scale if isinstance(scale, Tensor) else None
     road = gate(*models, each) if not is_compiling() and isinstance(cond, Tensor) else 0
-    if road == DIRECT and (each is not None or _is_finite(scale)) and type(method) is str:
+    if (
+        road == DIRECT
+        and (_is_finite(scale) if each is None else cond.dtype in KERNEL_DTYPES)
+        and cond.dim()
+        and type(method) is str
+    ):
         plain = method == "cfg" and average is None and not options
         if plain and each is not None and each.dim() == 1 and each.dtype == torch.float32:
             out = _cfg_of_samples(cond, uncond, each, original)
@@ -218,7 +230,7 @@ def guide(
             )
         out = torch.empty_like(cond)
         row = _common.cached(_IDENTITY, cond.device, 1)
-        if cond.dim() and kernels.diffusion_step(
+        if kernels.diffusion_step(
             (out,), cond, models, weights, row, None, 0, None, None, 0, None, 0, 0, False, None
         ):
             return out

@@ -194,6 +194,11 @@ class _Loss(Node):
         return (*_gradients(ctx, g_total, g_each, _native_backward), *[None] * 9)
 
 
+def _by_sample(value) -> bool:
+    """A tensor that needs no reshaping: (1, 1, 1) would give the composite a dimension more."""
+    return isinstance(value, Tensor) and value.dim() < 2
+
+
 def _code(name, value, table):
     if value not in table:
         _check.choice(name, value, table)
@@ -258,8 +263,9 @@ def denoising_loss(
                 if road == DIRECT:
                     found = _native(*args)
                 elif (
-                    isinstance(sigma, Tensor)
-                    and (alpha is None or isinstance(alpha, Tensor))
+                    _by_sample(sigma)
+                    and (alpha is None or _by_sample(alpha))
+                    and model_output.dtype is not torch.float64
                     and (model_output.is_cpu or _common.on_kernel(model_output, x0, noise))
                 ):
                     found = _Loss.quick(*args)
