@@ -156,17 +156,19 @@ def assert_bitwise(name: str, got: Tensor, want: Tensor) -> None:
 
 
 def assert_judged(
-    name: str, got: Tensor, yardstick: Tensor, truth: Tensor, factor: float = 2.0
-) -> None:
+    name: str, got: Tensor, yardstick: Tensor, truth: Tensor, factor: float = 2.0,
+    summed: float = 0.0,
+) -> None:  # fmt: skip
     """Largest error of `got` <= factor x that of plain PyTorch in the same dtype, + 2 rounding
-    steps of the largest value. truth: the reference in float64.
+    steps of the largest value, or of `summed` where that is larger: the size of terms that cancel.
+    truth: the reference in float64.
     """
     if got.shape != truth.shape:
         raise AssertionError(f"{name}: expected shape {tuple(truth.shape)}, got {tuple(got.shape)}")
     truth = truth.double()
     error = (got.double() - truth).abs().max().item()
     allowed = (yardstick.double() - truth).abs().max().item() * factor
-    allowed += 2 * torch.finfo(got.dtype).eps * truth.abs().max().item()
+    allowed += 2 * torch.finfo(got.dtype).eps * max(truth.abs().max().item(), summed)
     if not error <= allowed:  # also catches NaN
         raise AssertionError(f"{name}: error {error:.3g} against float64, allowed {allowed:.3g}")
 

@@ -38,6 +38,14 @@ def threads(text: str) -> int:
     return value
 
 
+def shape(text: str) -> tuple[int, ...]:
+    """Of a tensor: 16x4x32x32, or with commas."""
+    parts = text.lower().replace(",", "x").split("x")
+    if not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"expected a shape such as 16x4x32x32, got {text!r}")
+    return tuple(positive(part) for part in parts)
+
+
 def seed(text: str) -> int:
     value = int(text[:40]) if text.isdecimal() else -1
     if not 0 <= value < 2**63:

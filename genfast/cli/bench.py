@@ -6,7 +6,9 @@ import difflib
 import sys
 
 from genfast._extras import need
-from genfast.cli._args import output_file, threads
+from genfast.cli._args import flag, output_file, shape, threads
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add(commands) -> None:
@@ -14,6 +16,13 @@ def add(commands) -> None:
         "bench", help="time the kernels against PyTorch on this machine, each proved first"
     )
     p.add_argument("family", nargs="*", help="rng, sampling, ... (default: all)")
+    p.add_argument("--shape", action="append", type=shape, metavar="AxBxC", default=[],
+                   help="not the grid, but all ops that take this shape; repeatable")  # fmt: skip
+    p.add_argument("--sweep", action="store_true",
+                   help="as --shape, of 16 shapes that are on no grid")  # fmt: skip
+    p.add_argument("--dtype", choices=DTYPES, help="of --shape and --sweep (default: float32)")
+    p.add_argument("--channels-last", action="store_true",
+                   help="of --shape and --sweep: images with their channels inside")  # fmt: skip
     p.add_argument("--quick", action="store_true", help="short readings, no torch.compile")
     p.add_argument("--only", metavar="TEXT", help="cases whose id contains TEXT")
     p.add_argument("--list", action="store_true", help="print the ids of the cases and stop")
@@ -32,12 +41,7 @@ def run(args) -> int:
 
     if args.calibrate:
         return calibrate(args)
-    cases = harness.load_cases(args.family, args.device)
-    if not cases:
-        raise ValueError(
-            f"family: expected one with cases on {args.device} here, got {', '.join(args.family)}; "
-            "schedulers needs diffusers (genfast[diffusers])"
-        )
+    cases = shaped(args) if args.shape or args.sweep else grid(args)
     if args.only:
         chosen = [case for case in cases if args.only in case.id]
         if not chosen:
@@ -55,6 +59,34 @@ def run(args) -> int:
     return measure(cases, harness.Settings(args.threads, args.quick, args.device), args)
 
 
+def grid(args) -> list:
+    from genfast.benchmarks import harness
+
+    for name in ("dtype", "channels_last"):
+        if getattr(args, name):
+            raise ValueError(f"{flag(name)}: of --shape and --sweep; the grid has its own cases")
+    cases = harness.load_cases(args.family, args.device)
+    if not cases:
+        raise ValueError(
+            f"family: expected one with cases on {args.device} here, got {', '.join(args.family)}; "
+            "schedulers needs diffusers (genfast[diffusers])"
+        )
+    return cases
+
+
+def shaped(args) -> list:
+    import torch
+
+    from genfast.benchmarks import shapes
+
+    return shapes.cases(
+        [*args.shape, *(shapes.SWEEP if args.sweep else ())],
+        args.family,
+        getattr(torch, args.dtype or DTYPES[0]),
+        args.channels_last,
+    )
+
+
 def check_device(args) -> None:
     if args.device == "cuda":
         import torch
@@ -68,7 +100,7 @@ def calibrate(args) -> int:
     from genfast.ops._choice import ALL_SIZES
 
     check_device(args)
-    unused = ("family", "quick", "only", "list", "json", "plot", "check")
+    unused = ("family", "shape", "sweep", "dtype", "quick", "only", "list", "json", "plot", "check")
     if more := [name for name in unused if getattr(args, name)]:
         raise ValueError(
             f"--calibrate: measures all that the table chooses, got {', '.join(more)} too; leave "

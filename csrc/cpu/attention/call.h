@@ -67,7 +67,7 @@ void forward(const AttentionParams& p) {
     parts = {memory.data(), 0};
     take_parts();
   }
-  parallel_for(bundles, threads, [&](int64_t bundle) {
+  parallel_for(bundles, threads, Order::in_order, [&](int64_t bundle) {
     slots.with([&](char* base) {
       Arena arena{base, 0};
       const ForwardScratch<Unit> x = f.lay_out(arena);
@@ -90,7 +90,7 @@ void run_with_scratch(const Backward<Unit>& f, bool for_mask, int64_t tasks, int
   Arena sizes;
   f.lay_out(sizes, for_mask);
   Slots slots(workers(threads, tasks), sizes.used);
-  parallel_for(tasks, slots.count(), [&](int64_t task) {
+  parallel_for(tasks, slots.count(), Order::in_order, [&](int64_t task) {
     slots.with([&](char* base) {
       Arena arena{base, 0};
       [[maybe_unused]] const typename Unit::Turn turn;

@@ -142,7 +142,7 @@ void some(const LinearParams& p) {
   const Memory memory(4 * panels * NR * K);
   float* packed = reinterpret_cast<float*>(memory.data());  // [block][panel][input][NR]
   const auto depth_of = [=](int64_t k) { return std::min(kInputs, K - k); };
-  parallel_for(panels * blocks, p.threads, [&](int64_t task) {
+  parallel_for(panels * blocks, p.threads, Order::in_order, [&](int64_t task) {
     const int64_t k = task / panels * kInputs, m = task % panels * NR;
     pack(x + m * p.x.strides[0] + k, p.x.strides[0], std::min<int64_t>(NR, M - m), depth_of(k),
          packed + k * panels * NR + m * depth_of(k));
@@ -155,7 +155,7 @@ void some(const LinearParams& p) {
   const int64_t ld = odd_lines(panels * NR), lda = odd_lines(outputs);
   Slots slots(workers(p.threads, tasks),
               4 * (round_up(outputs, W) * ld + (rows_of_inputs ? 0 : kInputs * lda)));
-  parallel_for(tasks, p.threads, [&](int64_t task) {
+  parallel_for(tasks, p.threads, Order::in_order, [&](int64_t task) {
     const int64_t o = task * outputs, n = std::min(outputs, N - o);
     if (n <= 0) return;
     slots.with([&](char* base) {
@@ -253,10 +253,10 @@ void many(const LinearParams& p) {
   Slots slots(workers(p.threads, groups * parts), 4 * rows * (NR + (apart ? lda : 0)));
   for (int64_t begin = 0; begin < N; begin += at_once) {
     const int64_t end = std::min(N, begin + at_once), panels = (end - begin + NR - 1) / NR;
-    parallel_for(panels * blocks, p.threads, [&](int64_t task) {
+    parallel_for(panels * blocks, p.threads, Order::in_order, [&](int64_t task) {
       pack_panel(begin, begin + task / blocks * NR, task % blocks * kInputs);
     });
-    parallel_for(groups * parts, p.threads, [&](int64_t task) {
+    parallel_for(groups * parts, p.threads, Order::in_order, [&](int64_t task) {
       const int64_t m = task / parts * rows, part_of = task % parts;
       const int n = static_cast<int>(std::min(rows, M - m));
       if (n <= 0) return;

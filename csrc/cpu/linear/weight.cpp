@@ -42,7 +42,7 @@ void linear_weight(const LinearWeightParams& p) {
   float* db = static_cast<float*>(p.dbias.data);
 
   Slots slots(workers(p.threads, tasks()), 4 * kRows * (lda + NR) + 4 * NR * outputs + 8 * outputs);
-  parallel_for(tasks(), p.threads, [&](int64_t task) {
+  parallel_for(tasks(), p.threads, Order::in_order, [&](int64_t task) {
     slots.with([&](char* base) {
       float* grads = reinterpret_cast<float*>(base);  // [row][lda]
       float* panel = grads + kRows * lda;             // [row][NR]
