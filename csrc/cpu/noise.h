@@ -182,7 +182,9 @@ struct Each {
 // which the next row's cover what is too much.
 inline void spread(const float* values, int height, int64_t cols, NoiseChunk& to) {
   float* at = to.data;
-  if (cols <= W)
+  if (cols == 1)
+    memcpy(at, values, height * sizeof(float));
+  else if (cols <= W)
     for (int r = 0; r < height; ++r, at += cols) store(at, splat(values[r]));
   else
     for (int r = 0; r < height; ++r, at += cols)

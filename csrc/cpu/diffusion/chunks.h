@@ -113,6 +113,42 @@ GENFAST_FN double square_sum(const float* differences, int n) {
   return total(sum);
 }
 
+// The same of each of `height` rows of `cols` side by side.
+template <int kCols>
+void square_sums(const float* differences, int height, double* to) {
+  for (int k = 0; k < height; ++k) {
+    double squares[4] = {};
+    for (int i = 0; i < kCols; ++i) {
+      const double d = differences[k * kCols + i];
+      squares[i] = d * d;
+    }
+    to[k] = (squares[0] + squares[1]) + (squares[2] + squares[3]);
+  }
+}
+inline void square_sums(const float* differences, int height, int cols, double* to) {
+  switch (cols) {  // a vector of eight for one number took 5 ns
+    case 1:
+      return square_sums<1>(differences, height, to);
+    case 2:
+      return square_sums<2>(differences, height, to);
+    case 3:
+      return square_sums<3>(differences, height, to);
+    case 4:
+      return square_sums<4>(differences, height, to);
+  }
+  for (int k = 0; k < height; ++k) to[k] = square_sum(differences + k * cols, cols);
+}
+
+// Of n numbers, in eight chains.
+inline double total(const double* v, int64_t n) {
+  double s[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    for (int k = 0; k < 8; ++k) s[k] += v[i + k];
+  for (; i < n; ++i) s[0] += v[i];
+  return ((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7]));
+}
+
 // Value of a coefficient for one group.
 inline double value_of(const Coefficient& c, int64_t group) {
   if (c.data == nullptr) return c.value;

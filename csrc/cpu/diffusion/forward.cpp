@@ -106,10 +106,13 @@ void denoising_loss(const LossParams& p) {
   const bool needs_noise = p.prediction != Prediction::sample;
   const bool needs_x0 = p.prediction != Prediction::epsilon;
   const int64_t per_row = (cols + kChunk - 1) / kChunk;
-  std::unique_ptr<double[]> partial;
-  if (forward) partial.reset(new double[rows * per_row + 1]);
+  // By row, and by chunk of rows that have several.
+  std::unique_ptr<double[]> losses, partial;
+  if (forward) losses.reset(new double[rows + 1]);
+  if (forward && per_row != 1) partial.reset(new double[rows * per_row]);
 
   const auto weight_of = [&](int64_t b) {
+    if (p.weighting == Weighting::none) return 1.0;
     if (p.weighting == Weighting::given) return value_of(p.weight, b);
     const double sigma = value_of(p.sigma, b);
     const double alpha = p.flow_alpha ? 1.0 - sigma : value_of(p.alpha, b);
@@ -118,9 +121,14 @@ void denoising_loss(const LossParams& p) {
   const float* grad = static_cast<const float*>(p.grad.data);
   const int threads = threads_for(p.output, needs_noise && !p.z.defined(), p.threads);
 
-  const auto scale_of = [&](int64_t b) {
+  const auto scale_of = [&](int64_t b, double weight) {
     const double g = !p.grad.defined() ? 1.0 : p.grad.numel > 1 ? grad[b] : grad[0];
-    return static_cast<float>(2.0 * g * weight_of(b) * p.total_scale / static_cast<double>(cols));
+    return static_cast<float>(2.0 * g * weight * p.total_scale / static_cast<double>(cols));
+  };
+  float* per_sample = static_cast<float*>(p.per_sample.data);
+  const auto conclude = [&](int64_t b, double squares, double weight) {
+    losses[b] = squares / static_cast<double>(cols) * weight;
+    per_sample[b] = static_cast<float>(losses[b]);
   };
   const auto alphas_of = [&](int64_t b, int n, float* to) {
     if (p.flow_alpha)
@@ -143,6 +151,8 @@ void denoising_loss(const LossParams& p) {
                      : p.z.defined() ? z.load(at, n, zb)
                                      : noise.values<NormalMap>(at, n, drawn);
     float* to = forward || !backward ? staged.data : d_output.target(at, n, home);
+    double weights[kChunk];
+    for (int k = 0; k < height; ++k) weights[k] = weight_of(b + k);
     const auto run = [&](auto alpha, auto sigma, auto scale) {
       const auto differences = [&](auto prediction, auto factor) {
         for (int i = 0; i < n; i += W) {
@@ -155,9 +165,13 @@ void denoising_loss(const LossParams& p) {
         forward ? differences(prediction, Same(1.0f)) : differences(prediction, scale);
       });
       if (forward) {
-        for (int k = 0; k < height; ++k)
-          partial[b * per_row + first / kChunk + k] =
-              square_sum(to + k * cols, height == 1 ? n : static_cast<int>(cols));
+        if (per_row > 1) {
+          partial[b * per_row + first / kChunk] = square_sum(to, n);
+        } else {
+          double squares[kChunk];
+          square_sums(to, height, static_cast<int>(cols), squares);
+          for (int k = 0; k < height; ++k) conclude(b + k, squares[k], weights[k]);
+        }
         if (backward) {  // the same rounding as in a pass of its own
           float* gradient = d_output.target(at, n, home);
           for (int i = 0; i < n; i += W) store(gradient + i, load(to + i) * scale(i));
@@ -169,7 +183,7 @@ void denoising_loss(const LossParams& p) {
     alpha[0] = sigma[0] = scale[0] = 0.0f;
     const bool both = p.prediction == Prediction::v;  // the others read neither
     if (both) alphas_of(b, height, alpha), sigmas_of(b, height, sigma);
-    for (int k = 0; k < height && backward; ++k) scale[k] = scale_of(b + k);
+    for (int k = 0; k < height && backward; ++k) scale[k] = scale_of(b + k, weights[k]);
     if (height == 1) {
       run(Same(alpha[0]), Same(sigma[0]), Same(scale[0]));
     } else {
@@ -181,17 +195,14 @@ void denoising_loss(const LossParams& p) {
   });
 
   if (!forward) return;
-  float* per_sample = static_cast<float*>(p.per_sample.data);
-  double all = 0;
-  for (int64_t b = 0; b < rows; ++b) {
+  for (int64_t b = 0; b < rows && per_row != 1; ++b) {
     double sum = 0;
     for (int64_t c = b * per_row; c < (b + 1) * per_row; ++c) sum += partial[c];
-    const double loss = sum / static_cast<double>(cols) * weight_of(b);
-    per_sample[b] = static_cast<float>(loss);
-    all += loss;
+    conclude(b, sum, weight_of(b));
   }
   if (p.total.defined())
-    *static_cast<float*>(p.total.data) = static_cast<float>(all * p.total_scale);
+    *static_cast<float*>(p.total.data) =
+        static_cast<float>(total(losses.get(), rows) * p.total_scale);
 }
 
 }  // namespace genfast::cpu::GENFAST_ISA

@@ -300,9 +300,35 @@ struct Moments {
   }
 };
 
-// Of n numbers that read(first, count) hands out in blocks. A block lies in L1: its mean first,
-// then the squares around it, as one pass over both would cancel where the mean is large. The
-// differences are summed too: the mean is rounded, and of equal numbers nothing else would be left.
+// Of a block, which lies in L1: its sum first, then the squares around its mean, as one pass over
+// both would cancel where the mean is large. The differences are summed too: the mean is rounded,
+// and of equal numbers nothing else would be left.
+template <class T>
+GENFAST_FN float block_sum(const T* q, int64_t n) {
+  return horizontal_sum(
+      vector_sum<f32v>(n, [=](int64_t i, auto lanes) { return take(q + i, lanes); }));
+}
+template <class T>
+GENFAST_FN f32p differences_of(const T* q, int64_t n, float mean) {
+  return vector_sum<f32p>(n, [=](int64_t i, auto lanes) {
+    const f32v d = take(q + i, lanes, mean) - mean;
+    return f32p{d, d * d};
+  });
+}
+template <class T>
+GENFAST_FN float block_squares(const T* q, int64_t n) {
+  return horizontal_sum(vector_sum<f32v>(n, [=](int64_t i, auto lanes) {
+    const f32v d = take(q + i, lanes);
+    return d * d;
+  }));
+}
+// sum, squares: of the differences from k, of `count` numbers.
+inline Moments moments_of(double count, float k, float sum, float squares) {
+  const double s = sum / count, left = squares - s * s * count;
+  return {count, k + s, left < 0 ? 0.0 : left};
+}
+
+// Of n numbers that read(first, count) hands out in blocks.
 template <class Read>
 GENFAST_FN Statistics statistics(int64_t n, bool rms, float eps, Read&& read) {
   Moments all;
@@ -310,25 +336,43 @@ GENFAST_FN Statistics statistics(int64_t n, bool rms, float eps, Read&& read) {
     const int64_t count = std::min(kBlock, n - at);
     const auto* q = read(at, count);
     if (rms) {
-      const f32v squares = vector_sum<f32v>(count, [=](int64_t i, auto lanes) {
-        const f32v d = take(q + i, lanes);
-        return d * d;
-      });
-      all.add({static_cast<double>(count), 0, horizontal_sum(squares)});
+      all.add({static_cast<double>(count), 0, block_squares(q, count)});
       continue;
     }
-    const float k = horizontal_sum(vector_sum<f32v>(
-                        count, [=](int64_t i, auto lanes) { return take(q + i, lanes); })) /
-                    count;
-    const f32p found = vector_sum<f32p>(count, [=](int64_t i, auto lanes) {
-      const f32v d = take(q + i, lanes, k) - k;
-      return f32p{d, d * d};
-    });
-    const double s = static_cast<double>(horizontal_sum(found.a)) / count;
-    const double squares = horizontal_sum(found.b) - s * s * count;
-    all.add({static_cast<double>(count), k + s, std::max(squares, 0.0)});
+    const float k = block_sum(q, count) / count;
+    const f32p found = differences_of(q, count, k);
+    all.add(moments_of(static_cast<double>(count), k, horizontal_sum(found.a),
+                       horizontal_sum(found.b)));
   }
   return all.statistics(eps);
+}
+
+// Rows whose statistics are made at once, step by step: one after the other, each waits for its
+// own sums, division and root (of 32 numbers 36 ns a row, at once 19; of 768 300 and 193).
+constexpr int kTogether = 8;
+inline int64_t rows_together(int64_t channels) {
+  return std::clamp<int64_t>(kBlock / channels, 1, kTogether);
+}
+template <class T>
+GENFAST_FN void statistics_of_rows(const T* q, int rows, int64_t n, bool rms, float eps,
+                                   Statistics* to) {
+  if (n > kBlock) {
+    *to = statistics(n, rms, eps, [=](int64_t at, int64_t) { return q + at; });
+    return;
+  }
+  float k[kTogether] = {}, sums[kTogether] = {}, squares[kTogether] = {};
+  if (rms) {
+    for (int r = 0; r < rows; ++r) squares[r] = block_squares(q + r * n, n);
+  } else {
+    for (int r = 0; r < rows; ++r) k[r] = block_sum(q + r * n, n);
+    for (int r = 0; r < kTogether; ++r) k[r] /= n;
+    for (int r = 0; r < rows; ++r) {
+      const f32p found = differences_of(q + r * n, n, k[r]);
+      sums[r] = horizontal_sum(found.a), squares[r] = horizontal_sum(found.b);
+    }
+  }
+  for (int r = 0; r < kTogether; ++r)
+    to[r] = moments_of(static_cast<double>(n), k[r], sums[r], squares[r]).statistics(eps);
 }
 
 // ---- the affine -----------------------------------------------------------------------------

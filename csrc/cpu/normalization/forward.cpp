@@ -56,22 +56,27 @@ void each_row(const Call& call) {
       if (p.add.defined())
         block = call.summed<E>(first * C, rows * C, block, of.sample.gate, of.buffer, of.added);
       T* results = target<E>(call.y, first * C, of.buffer);
-      // Lines to come: two rows on (7 % of the time from memory), or of the next block, which is
-      // widened or summed as a whole.
-      const Ahead next(call.x, (first + (row_by_row ? 2 : rows)) * C);
+      // Lines to come: of the next rows (7 % of the time from memory), or of the next block, which
+      // is widened or summed as a whole.
+      const int64_t most = rows_together(C), rest = row_by_row ? most : rows;
+      const Ahead next(call.x, first * C + std::min(rest * C, 2 * kBlock));
       const Ahead next_y(call.y, (first + rows) * C);
-      for (int64_t r = 0; r < rows; ++r) {
-        const T* q = block + r * C;
-        T* y = results + r * C;
-        const Statistics s =
-            statistics(C, p.rms, p.eps, [&](int64_t at, int64_t) { return q + at; });
-        call.keep(first + r, s);
-        over(C, [&](int64_t c, auto lanes) {
-          next.read(r * C + c);
-          if (widened) next_y.write(r * C + c);
-          const f32v h = (take(q + c, lanes) - s.mean) * s.rstd;
-          put(y + c, Act::value(h * load(a + c) + load(b + c)), lanes);
-        });
+      for (int64_t begin = 0; begin < rows; begin += most) {
+        const int here = static_cast<int>(std::min(most, rows - begin));
+        Statistics found[kTogether];
+        statistics_of_rows(block + begin * C, here, C, p.rms, p.eps, found);
+        for (int64_t r = begin; r < begin + here; ++r) {
+          const T* q = block + r * C;
+          T* y = results + r * C;
+          const Statistics s = found[r - begin];
+          call.keep(first + r, s);
+          over(C, [=](int64_t c, auto lanes) {
+            next.read(r * C + c);
+            if (widened) next_y.write(r * C + c);
+            const f32v h = (take(q + c, lanes) - s.mean) * s.rstd;
+            put(y + c, Act::value(h * load(a + c) + load(b + c)), lanes);
+          });
+        }
       }
       finish<E>(call.y, first * C, rows * C, results);
     });

@@ -72,7 +72,7 @@ void reparameterize(const ReparameterizeParams& p) {
       for (int r = 0; height > 1 && r < height; ++r) {
         Sum own;
         for (int i = 0; i < cols; i += kStep)
-          own.add(load_pair(terms.data + r * cols + i), static_cast<int>(cols) - i);
+          own.add(terms.data + r * cols + i, static_cast<int>(cols) - i);
         partial[row + r] = own.total();
       }
     });
@@ -81,6 +81,10 @@ void reparameterize(const ReparameterizeParams& p) {
   if (!partial) return;
   float* side = static_cast<float*>(p.side.data);
   const int64_t chunks = rows * per_row / std::max<int64_t>(p.rows, 1);
+  if (chunks == 1) {  // in vectors
+    for (int64_t r = 0; r < p.rows; ++r) side[r] = static_cast<float>(partial[r] * p.side_scale);
+    return;
+  }
   for (int64_t r = 0; r < p.rows; ++r) {
     double s = 0;
     for (int64_t c = r * chunks; c < (r + 1) * chunks; ++c) s += partial[c];

@@ -25,6 +25,13 @@ class Sum {
     store(t, term);
     for (int j = 0; j < left; ++j) tail_ += t[j];
   }
+  void add(const float* terms, int left) {
+    if (left >= kStep) {
+      lanes_ += load_pair(terms);
+      return;
+    }
+    for (int j = 0; j < left; ++j) tail_ += terms[j];
+  }
   double total() const { return static_cast<double>(lane_sum(lanes_)) + tail_; }
 
  private:
