@@ -356,6 +356,28 @@ def test_tokens_equal_the_reference(filters, dtype):
         assert (double == got).float().mean() > 0.95  # fp64 sums: only near ties may differ
 
 
+LOGITS = {
+    "spread": lambda x: 10 * x,
+    "close": lambda x: 0.01 * x,
+    "equal": torch.zeros_like,
+    "ties": lambda x: (4 * x).round() / 4,
+    "masked": lambda x: x.index_fill(1, torch.arange(1, x.shape[1], 3), -math.inf),
+    "one far ahead": lambda x: x.index_fill(1, torch.tensor([x.shape[1] // 2]), 200.0),
+}
+
+
+@pytest.mark.parametrize("kind", LOGITS)
+def test_nucleus_of_wide_rows(kind):
+    """Whole rows are not sorted there: of equal numbers the first ones stay, as in the reference."""
+    for classes in (65, 300, 20000):
+        logits = LOGITS[kind](randn(2, classes, scale=1))
+        for p in (0.0, 1e-9, 0.1, 0.5, 0.9, 0.999, 1 - 1e-7):
+            kept = reference.filter_logits(logits, None, torch.tensor([p, p]))
+            for seed in range(3):
+                got = genfast.sample_tokens(logits, top_p=p, seed=seed)
+                assert torch.equal(got, genfast.sample_categorical(kept, seed=seed)), (classes, p)
+
+
 def test_settings_per_row():
     logits = randn(6, 300, scale=3)
     settings = dict(
