@@ -368,7 +368,7 @@ LOGITS = {
 
 @pytest.mark.parametrize("kind", LOGITS)
 def test_nucleus_of_wide_rows(kind):
-    """Whole rows are not sorted there: of equal numbers the first ones stay, as in the reference."""
+    """Whole rows are not sorted there: of equal numbers the first stay, as in the reference."""
     for classes in (65, 300, 20000):
         logits = LOGITS[kind](randn(2, classes, scale=1))
         for p in (0.0, 1e-9, 0.1, 0.5, 0.9, 0.999, 1 - 1e-7):
