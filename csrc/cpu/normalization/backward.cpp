@@ -222,7 +222,7 @@ void each_run(const Call& call) {
     double *s1 = sums + n * 2 * C + channel, *s2 = s1 + C;
     call.affine.of(n, channel, cut.width, of.a, of.b, of.scale);
     const float mean = call.mean(g), rstd = call.rstd(g);
-    // body(count, dx, vectors), where vectors(i, lanes) is dz and x - mean, for a channel
+    // body(first, count, dx, vectors), where vectors(i, lanes) is dz and x - mean, for a channel
     const auto each = [&](int64_t c, auto again, auto&& body) {
       constexpr bool ready = kept && decltype(again)::value;
       const float k = rstd * of.a[c], b = of.b[c];
@@ -232,7 +232,7 @@ void each_run(const Call& call) {
         const T* q = source<E>(call.x, first, count, of.held);
         T* dx = target<E>(call.dx, first, of.given);
         const T* d = ready ? dx : source<E>(call.grad, first, count, of.given);
-        body(count, dx, [=](int64_t i, auto lanes) {
+        body(first, count, dx, [=](int64_t i, auto lanes) {
           const f32v from = take(q + i, lanes, mean) - mean, g = take(d + i, lanes);
           if constexpr (ready) return f32p{g, from};
           return f32p{times_slope<Act>(g, [&] { return from * k + b; }), from};
@@ -243,7 +243,7 @@ void each_run(const Call& call) {
     OfGroup group;
     for (int64_t c = 0; c < cut.width; ++c) {
       double sum = 0, sum_h = 0;
-      each(c, std::false_type{}, [&](int64_t count, T* dx, auto&& vectors) {
+      each(c, std::false_type{}, [&](int64_t, int64_t count, T* dx, auto&& vectors) {
         const f32p found = vector_sum<f32p>(count, [&](int64_t i, auto lanes) {
           const f32p v = vectors(i, lanes);
           if constexpr (kept) put(dx + i, v.a, lanes);
@@ -258,11 +258,19 @@ void each_run(const Call& call) {
     const float u = group.u(rstd, static_cast<double>(cut.run));
     const float v = group.v(rstd, static_cast<double>(cut.run));
     for (int64_t c = 0; c < cut.width; ++c)
-      each(c, std::true_type{}, [&](int64_t count, T* dx, auto&& vectors) {
+      each(c, std::true_type{}, [&](int64_t first, int64_t count, T* dx, auto&& vectors) {
         const float k = rstd * of.a[c];
-        over(count, [=](int64_t i, auto lanes) {
+        const int64_t next = first + cut.ahead();
+        const Ahead next_x(call.x, next), next_grad(call.grad, next), next_dx(call.dx, next);
+        const auto write = [=](int64_t i, auto lanes) {
           const f32p of = vectors(i, lanes);
           put(dx + i, of.a * k + (of.b * u + v), lanes);
+        };
+        // Of three tensors that lie in a cache this took 1.3 times as long, from memory 0.7 times.
+        if (p.x.numel < 1 << 20) return over(count, write);
+        over(count, [=](int64_t i, auto lanes) {
+          next_x.read(i), next_grad.read(i), next_dx.write(i);
+          write(i, lanes);
         });
       });
   });

@@ -583,6 +583,9 @@ struct Runs {
         inner(p.planes.inner),
         run(width * inner),
         count(p.planes.outer * groups) {}
+  // How far on the lines are that a last pass asks for, of the next group: without, its first pass
+  // waited for memory ((16, 128, 32, 32) 2.0 ms, with 1.0).
+  int64_t ahead() const { return std::min(run, 8 * kBlock); }
   // Calls body(group, its sample, its first channel, scratch) for every group.
   template <class Make, class Body>
   void each(int threads, Make&& make, Body&& body) const {

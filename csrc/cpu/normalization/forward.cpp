@@ -109,7 +109,9 @@ void each_run(const Call& call) {
                       count = std::min(kBlock, cut.inner - at);
         const T* q = source<E>(call.x, first, count, of.buffer);
         T* y = target<E>(call.y, first, of.buffer);
+        const Ahead next(call.x, first + cut.ahead()), next_y(call.y, first + cut.ahead());
         over(count, [=](int64_t i, auto lanes) {
+          next.read(i), next_y.write(i);
           put(y + i, Act::value((take(q + i, lanes) - mean) * k + b), lanes);
         });
         finish<E>(call.y, first, count, y);
