@@ -6,7 +6,7 @@
 #   PYTHON=python3 RESULTS=dir COMMIT=hash LIMIT=540 SITE=dir PARTS="tests auto …" benchmarks/gpu.sh
 #
 # SITE: where genfast is installed already (pip install --target), instead of building it. PARTS: of
-# tests, auto, cuda, sanitizer, triton, models, calibrate and triton-attention, those to run.
+# tests, auto, cuda, sanitizer, triton, models, sweep, calibrate and triton-attention, those to run.
 #
 # Needs nvcc 12.8 or newer, torch >= 2.10 with CUDA, and, already installed: pybind11,
 # scikit-build-core, cmake, ninja, numpy, hypothesis, pytest, pytest-benchmark, rich.
@@ -57,14 +57,14 @@ part() {
   GENFAST_BACKEND=$backend timeout -s INT -k 15 "$limit" "$python" -m pytest -q -m gpu \
     -p no:cacheprovider --junitxml="$work/tests-$name.xml" "$@" || failed=1
 }
-# grid BACKEND FAMILY [SECONDS]
+# grid BACKEND FAMILY [SECONDS], or sweep for a family: all ops, 16 shapes that are on no grid
 grid() {
   local limit; limit=$(least "${3:-60}" "$(left)")
   [ "$limit" -gt 10 ] || { echo "== benchmark, $1, $2: no time left"; return; }
   echo "== benchmark, $1, $2"
   GENFAST_BACKEND=$1 timeout "$limit" "$python" -c \
     'import sys; from genfast.cli import main; sys.exit(main(sys.argv[1:]))' \
-    bench "$2" --device cuda --quick --json "$work/bench-$1-$2.json" >"$work/table-$1-$2.txt" \
+    bench "${2/#sweep/--sweep}" --device cuda --quick --json "$work/bench-$1-$2.json" >"$work/table-$1-$2.txt" \
     || failed=1
   cat "$work/table-$1-$2.txt"
 }
@@ -81,6 +81,7 @@ if wanted cuda; then for family in rng sampling diffusion; do grid cuda "$family
 if wanted models; then
   for family in models transformers; do grid auto "$family"; done
 fi
+if wanted sweep; then grid auto sweep 240; fi
 limit=$(least 60 "$(left)")
 if wanted calibrate && [ "$limit" -gt 10 ]; then
   GENFAST_CHOICES="$work/choices.json" timeout "$limit" "$python" -c \

@@ -161,6 +161,9 @@ def show(rows: Sequence[Row], settings: Settings, console=None) -> None:
         for rival, target in row.missed.items():
             line = f"below target: {row.case.id} {row.ratios[rival]:.2f}x {rival}, wanted {target}x"
             console.print(line, style="red", markup=False, highlight=False)
+    if missed := sum(bool(row.missed) for row in rows):
+        line = f"below target: {missed} of {len(rows)} cases"
+        console.print(line, style="red", markup=False, highlight=False)
 
 
 def plot(path: Path, rows: Sequence[Row], settings: Settings) -> None:

@@ -60,6 +60,9 @@ class Given:
     )
     alpha = cached_property(lambda self: (1 - self.sigma**2).sqrt())
     seeds = cached_property(lambda self: torch.arange(self.shape[0], device=self.device))
+    generators = cached_property(
+        lambda self: [torch.Generator(self.device).manual_seed(n) for n in range(self.shape[0])]
+    )
     weight = cached_property(lambda self: self.draw((self.channels,), 4))
     bias = cached_property(lambda self: self.draw((self.channels,), 5))
     matrix = cached_property(lambda self: self.draw((self.channels, self.channels), 6))
@@ -100,6 +103,11 @@ def norms(shape) -> bool:
     return rows(shape) and shape[-1] > 1
 
 
+def batches(shape) -> bool:
+    """Of which one generator each is not too slow to time."""
+    return shape[0] <= 4096
+
+
 def classes(shape) -> bool:
     return rows(shape) and shape[-1] <= MOST_CLASSES
 
@@ -121,6 +129,12 @@ def heads(shape) -> bool:
 
 
 # ---- what PyTorch's users write -------------------------------------------------------------
+
+
+def _randn_of_each(t: Given) -> Tensor:
+    own = [torch.randn(t.shape[1:], generator=g, dtype=t.dtype, device=t.device)
+           for g in t.generators]  # fmt: skip
+    return torch.stack(own)
 
 
 def _drawn(mean: Tensor, log_variance: Tensor) -> Tensor:
@@ -168,7 +182,7 @@ LINES = (
          lambda t: torch.randn(t.shape, dtype=t.dtype, device=t.device)),
     Line("rng", "randn, a seed of each",
          lambda t: genfast.randn(t.shape, seed=t.seeds, dtype=t.dtype, device=t.device),
-         lambda t: torch.randn(t.shape, dtype=t.dtype, device=t.device)),
+         lambda t: _randn_of_each(t), (), False, batches),
     Line("rng", "rand",
          lambda t: genfast.rand(t.shape, seed=SEED, dtype=t.dtype, device=t.device),
          lambda t: torch.rand(t.shape, dtype=t.dtype, device=t.device)),
@@ -180,7 +194,7 @@ LINES = (
          lambda t, m, v: genfast.reparameterize(m, v, seed=SEED, return_kl=True),
          lambda t, m, v: (_drawn(m, v), _kl(m, v).sum() / t.shape[0]), ("x", "y"), True),
     Line("sampling", "reparameterize+kl of each sample",
-         lambda t, m, v: genfast.reparameterize(m, v, seed=t.seeds, return_kl=True,
+         lambda t, m, v: genfast.reparameterize(m, v, seed=SEED, return_kl=True,
                                                 kl_reduction="none"),
          lambda t, m, v: (_drawn(m, v), _kl(m, v)), ("x", "y"), True),
     Line("sampling", "gaussian_kl",
@@ -210,7 +224,8 @@ LINES = (
          lambda t, x: t.spread(t.alpha) * x + t.spread(t.sigma) * torch.randn_like(x), ("x",)),
     Line("diffusion", "add_noise, a seed of each",
          lambda t, x: genfast.add_noise(x, t.alpha, t.sigma, seed=t.seeds),
-         lambda t, x: t.spread(t.alpha) * x + t.spread(t.sigma) * torch.randn_like(x), ("x",)),
+         lambda t, x: t.spread(t.alpha) * x + t.spread(t.sigma) * _randn_of_each(t), ("x",), False,
+         batches),
     Line("diffusion", "add_noise, given noise",
          lambda t, x, n: genfast.add_noise(x, t.alpha, t.sigma, noise=n),
          lambda t, x, n: t.spread(t.alpha) * x + t.spread(t.sigma) * n, ("x", "y")),

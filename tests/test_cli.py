@@ -17,7 +17,7 @@ import torch
 import genfast
 from genfast import cli
 from genfast._archs import best, covers
-from genfast.benchmarks import harness, report
+from genfast.benchmarks import harness, report, shapes
 from genfast.cli import bench
 from genfast.info import collect
 from genfast.models import VAE
@@ -259,6 +259,47 @@ def test_bench_list_times_nothing(capsys, monkeypatch):
     assert capsys.readouterr().out.splitlines() == [c.id for c in harness.load_cases(["rng"])]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(7,), (1, 1), (5, 3, 12), (2, 3, 5, 6)], ids=str)
+def test_ops_of_a_users_shape_pass_their_proofs(shape, dtype):
+    for channels_last in (False, True)[: 1 + (len(shape) == 4)]:
+        found = shapes.cases([shape], dtype=dtype, channels_last=channels_last)
+        assert len({c.id for c in found}) == len(found) >= 14
+        for c in found:
+            work = c.setup(torch.device("cpu"))
+            harness.prove(c, work)
+            ours, eager = work.ours(), work.rivals["eager"]()
+            assert [y.shape for y in ours] == [y.shape for y in eager] or c.name in OTHER_SHAPES
+
+
+# Of multinomial, whose draws keep a dimension; of 1 / sigma for a sample's threshold.
+OTHER_SHAPES = {"sample_categorical", "sample_tokens top_p"}
+
+
+def test_a_wrong_answer_for_a_users_shape_shows_no_times(capsys, fast, monkeypatch):
+    line = shapes.Line("rng", "wrong", lambda t, x: 1.01 * genfast.tanh_normal(x, x, seed=1),
+                       lambda t, x: x, ("x",))  # fmt: skip
+    right = genfast.tanh_normal
+    monkeypatch.setattr(shapes, "LINES", (line,))
+    monkeypatch.setattr(
+        genfast, "tanh_normal",
+        lambda *args, **more: right(*args, **more) * (1 + (genfast.get_backend() == "auto")),
+    )  # fmt: skip
+    assert run("bench", "--shape", "4x5", "--threads", "1") == 1
+    seen = capsys.readouterr()
+    assert "wrong: error" in seen.err and "GB/s" not in seen.out
+
+
+def test_bench_of_a_users_shape(capsys, fast):
+    assert run("bench", "diffusion", "--shape", "3,5", "--shape", "2x3x4x4", "--dtype", "bfloat16",
+               "--only", "add_noise", "--threads", "1") == 0  # fmt: skip
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in ("(3,5)", "(2,3,4,4)", "bfloat16", "vs eager"))
+    assert run("bench", "--sweep", "--list") == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert len(set(listed)) == len(listed) == len(shapes.cases(shapes.SWEEP)) > 400
+
+
 # ---- train and generate --------------------------------------------------------------------------
 
 
@@ -424,6 +465,32 @@ WRONG = {
     "json folder": (["bench", "--json", "no/such/rows.json"], "does not exist"),
     "json is a folder": (["bench", "--json", "FOLDER.json"], "expected a file, got the folder"),
     "calibrate a family": (["bench", "rng", "--calibrate"], "--calibrate: measures all"),
+    "shape": (
+        ["bench", "--shape", "4xb"],
+        "--shape: expected a shape such as 16x4x32x32, got '4xb'",
+    ),
+    "shape of none": (["bench", "--shape", "4x0"], "--shape: expected an int >= 1, got '0'"),
+    "huge shape": (["bench", "--shape", "65536x65536"], "--shape: expected at most 2**28 numbers"),
+    "family of a shape": (
+        ["bench", "models", "--shape", "4x4"],
+        "family: expected one of rng, sampling, diffusion, attention, filtering, normalization",
+    ),
+    "shape that none takes": (
+        ["bench", "attention", "--shape", "4x4"],
+        "--shape: expected one that an op of attention takes, got (4, 4)",
+    ),
+    "rows with channels last": (
+        ["bench", "--shape", "4x4", "--channels-last"],
+        "got no images for --channels-last",
+    ),
+    "dtype of the grid": (
+        ["bench", "--dtype", "bfloat16"],
+        "--dtype: of --shape and --sweep; the grid has its own",
+    ),
+    "calibrate a shape": (
+        ["bench", "--calibrate", "--shape", "4x4"],
+        "--calibrate: measures all that the table",
+    ),
     "unknown model": (["train", "vea", "--data", "mnist5k", "--out", "."], "expected one of vae"),
     "unknown data": (["train", "vae", "--data", "mnist", "--out", "."], "expected one of mnist5k"),
     "learning rate": (
