@@ -59,7 +59,7 @@ void each_row(const Call& call) {
       // Lines to come: of the next rows (7 % of the time from memory), or of the next block, which
       // is widened or summed as a whole.
       const int64_t most = rows_together(C), rest = row_by_row ? most : rows;
-      const Ahead next(call.x, first * C + std::min(rest * C, 2 * kBlock));
+      const Ahead next(call.x, first * C + std::min(rest * C, kBlock));
       const Ahead next_y(call.y, (first + rows) * C);
       for (int64_t begin = 0; begin < rows; begin += most) {
         const int here = static_cast<int>(std::min(most, rows - begin));
