@@ -142,13 +142,13 @@ void each_row(const Call& call) {
         const f32p found = vector_sum<f32p>(C, [&](int64_t c, auto lanes) {
           next_x.read(r * C + c), next_grad.read(r * C + c), next_dx.write(r * C + c);
           const f32v h = (take(q + c, lanes, mean) - mean) * rstd;
-          const f32v d =
-              times_slope<Act>(take(g + c, lanes), [&] { return h * load(a + c) + load(b + c); });
+          const f32v d = times_slope<Act>(
+              take(g + c, lanes), [&] { return h * take(a + c, lanes) + take(b + c, lanes); });
           if constexpr (decltype(keep)::value) {
             store(dz + c, load(dz + c) + d);
             store(dzh + c, load(dzh + c) + d * h);
           }
-          const f32v scaled = d * load(a + c);
+          const f32v scaled = d * take(a + c, lanes);
           if constexpr (!plain) store(t + c, scaled);
           return f32p{scaled, scaled * h};
         });
@@ -156,7 +156,7 @@ void each_row(const Call& call) {
         const float m2 = horizontal_sum(found.b) / C;
         over(C, [&](int64_t c, auto lanes) {
           const f32v h = (take(q + c, lanes, mean) - mean) * rstd;
-          const f32v scaled = plain ? take(g + c, lanes) * load(a + c) : load(t + c);
+          const f32v scaled = plain ? take(g + c, lanes) * take(a + c, lanes) : load(t + c);
           f32v d = ((scaled - m1) - h * m2) * rstd;
           if constexpr (summed) {
             const int64_t at = r * C + c;
@@ -320,7 +320,7 @@ void each_column(const Call& call) {
       const T* g = source<E>(call.grad, first * C, rows * C, of.given);
       T* dx = target<E>(call.dx, first * C, of.given);
       add_columns(rows, C, s1, s2, [&](int64_t c, auto lanes) {
-        const f32v m = load(of.mean + c), k = load(of.k + c), b = load(of.sample.b + c);
+        const f32v m = load(of.mean + c), k = load(of.k + c), b = take(of.sample.b + c, lanes);
         return [=](int64_t r) {
           const int64_t i = r * C + c;
           const f32v from = take(q + i, lanes) - m;
@@ -365,7 +365,7 @@ void each_column(const Call& call) {
       const T* d = kept ? dx : source<E>(call.grad, first * C, rows * C, of.given);
       const int64_t step = C, end = rows * C;  // by reference, each store could have changed them
       over(C, [&, step, end](int64_t c, auto lanes) {
-        const f32v m = load(of.mean + c), k = load(of.k + c), b = load(of.sample.b + c);
+        const f32v m = load(of.mean + c), k = load(of.k + c), b = take(of.sample.b + c, lanes);
         const f32v u = load(of.u + c), v = load(of.v + c);
         for (int64_t i = c; i < end; i += step) {
           const f32v from = take(q + i, lanes) - m;

@@ -378,16 +378,15 @@ GENFAST_FN void statistics_of_rows(const T* q, int rows, int64_t n, bool rms, fl
 // ---- the affine -----------------------------------------------------------------------------
 
 // a and b of z = h a + b for a sample, h = (x - mean) rstd: w (1 + scale), b (1 + scale) + shift.
-// Whole vectors of fp32 are read where they lie: copied into new memory, w and b of 100,000
-// channels made a norm take up to four times as long.
+// Those of fp32 are read where they lie, the last vector as a part: copied into new memory, w and b
+// of 100,000 channels made a norm take up to four times as long.
 class Affine {
  public:
   explicit Affine(const NormalizeParams& p)
       : channels_(p.planes.channels),
-        padded_((channels_ + W - 1) / W * W),
-        copies_(in_place(p.w) && in_place(p.b) ? 0 : 2 * padded_),
-        w_(vectors_of(p.w, 1.0f, copies_)),
-        b_(vectors_of(p.b, 0.0f, copies_ + padded_)),
+        copies_(in_place(p.w) && in_place(p.b) ? 0 : 2 * channels_),
+        w_(values_of(p.w, 1.0f, copies_)),
+        b_(values_of(p.b, 0.0f, copies_ + channels_)),
         scale_(p.scale),
         shift_(p.shift),
         gate_(p.gate) {}
@@ -415,12 +414,9 @@ class Affine {
   void gate(int64_t sample, float* to) const { read(gate_, sample, to, 1.0f); }
 
  private:
-  bool in_place(const TensorView& t) const {
-    return t.defined() && t.dtype == Dtype::f32 && channels_ == padded_;
-  }
-  const float* vectors_of(const TensorView& t, float otherwise, float* to) const {
+  static bool in_place(const TensorView& t) { return t.defined() && t.dtype == Dtype::f32; }
+  const float* values_of(const TensorView& t, float otherwise, float* to) const {
     if (in_place(t)) return static_cast<const float*>(t.data);
-    std::fill(to + channels_, to + padded_, 0.0f);
     read(t, 0, to, otherwise);
     return to;
   }
@@ -434,7 +430,7 @@ class Affine {
     to_f32(static_cast<const char*>(t.data) + first * dtype_bytes(t.dtype), t.dtype,
            static_cast<int>(n), to);
   }
-  int64_t channels_, padded_;
+  int64_t channels_;
   Held<float> copies_;
   const float *w_, *b_;
   TensorView scale_, shift_, gate_;

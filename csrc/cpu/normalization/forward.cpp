@@ -74,7 +74,7 @@ void each_row(const Call& call) {
             next.read(r * C + c);
             if (widened) next_y.write(r * C + c);
             const f32v h = (take(q + c, lanes) - s.mean) * s.rstd;
-            put(y + c, Act::value(h * load(a + c) + load(b + c)), lanes);
+            put(y + c, Act::value(h * take(a + c, lanes) + take(b + c, lanes)), lanes);
           });
         }
       }
@@ -209,7 +209,7 @@ void each_column(const Call& call) {
       T* y = target<E>(call.y, first * C, of.buffer);
       const int64_t step = C, end = rows * C;  // by reference, each store could have changed them
       over(C, [=](int64_t c, auto lanes) {
-        const f32v slope = load(k + c), shift = load(b + c), m = load(mean + c);
+        const f32v slope = load(k + c), shift = take(b + c, lanes), m = load(mean + c);
         for (int64_t i = c; i < end; i += step) {
           put(y + i, Act::value((take(q + i, lanes) - m) * slope + shift), lanes);
         }
