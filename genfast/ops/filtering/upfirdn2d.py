@@ -148,7 +148,7 @@ class _Upfirdn(Node):
 
 def _pair(name: str, value) -> tuple[int, int]:
     """(along W, along H) of an int or of two."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    if type(value) is not int and isinstance(value, Sequence) and not isinstance(value, str):
         values = tuple(value)
         if len(values) != 2:
             raise ValueError(f"{name}: expected an int or two, (along W, along H), got {value!r}")
@@ -161,9 +161,8 @@ def _pair(name: str, value) -> tuple[int, int]:
 
 def _quad(value) -> tuple[int, int, int, int]:
     """(left, right, top, bottom) of an int, of two (W, H), or of four."""
-    values = (
-        tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
-    )
+    several = type(value) is not int and isinstance(value, Sequence) and not isinstance(value, str)
+    values = tuple(value) if several else (value,)
     for v in values:
         _check.integer("padding", v, low=-_MOST, high=_MOST)
     if len(values) not in (1, 2, 4):
