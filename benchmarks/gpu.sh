@@ -62,7 +62,7 @@ grid() {
   local limit; limit=$(least "${3:-60}" "$(left)")
   [ "$limit" -gt 10 ] || { echo "== benchmark, $1, $2: no time left"; return; }
   echo "== benchmark, $1, $2"
-  GENFAST_BACKEND=$1 timeout "$limit" "$python" -c \
+  GENFAST_BACKEND=$1 timeout -s INT -k 15 "$limit" "$python" -c \
     'import sys; from genfast.cli import main; sys.exit(main(sys.argv[1:]))' \
     bench "${2/#sweep/--sweep}" --device cuda --quick --json "$work/bench-$1-$2.json" >"$work/table-$1-$2.txt" \
     || failed=1
@@ -81,7 +81,6 @@ if wanted cuda; then for family in rng sampling diffusion; do grid cuda "$family
 if wanted models; then
   for family in models transformers; do grid auto "$family"; done
 fi
-if wanted sweep; then grid auto sweep 240; fi
 limit=$(least 60 "$(left)")
 if wanted calibrate && [ "$limit" -gt 10 ]; then
   GENFAST_CHOICES="$work/choices.json" timeout "$limit" "$python" -c \
@@ -89,6 +88,7 @@ if wanted calibrate && [ "$limit" -gt 10 ]; then
     bench --calibrate --device cuda | tee "$work/table-calibrated.txt" || failed=1
 fi
 if wanted calibrate; then for family in normalization filtering; do grid cuda "$family"; done; fi
+if wanted sweep; then grid auto sweep 240; fi
 # Last, and with what is left: compiling some 60 kernels takes longer than their timing.
 if wanted triton-attention; then grid triton attention 240; fi
 

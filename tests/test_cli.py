@@ -265,6 +265,7 @@ def test_ops_of_a_users_shape_pass_their_proofs(shape, dtype):
     for channels_last in (False, True)[: 1 + (len(shape) == 4)]:
         found = shapes.cases([shape], dtype=dtype, channels_last=channels_last)
         assert len({c.id for c in found}) == len(found) >= 14
+        assert not channels_last or {"rng", "attention"}.isdisjoint(c.family for c in found)
         for c in found:
             work = c.setup(torch.device("cpu"))
             harness.prove(c, work)
@@ -272,7 +273,7 @@ def test_ops_of_a_users_shape_pass_their_proofs(shape, dtype):
             assert [y.shape for y in ours] == [y.shape for y in eager] or c.name in OTHER_SHAPES
 
 
-# Of multinomial, whose draws keep a dimension; of 1 / sigma for a sample's threshold.
+# Of multinomial, whose draws keep a dimension.
 OTHER_SHAPES = {"sample_categorical", "sample_tokens top_p"}
 
 
@@ -288,6 +289,38 @@ def test_a_wrong_answer_for_a_users_shape_shows_no_times(capsys, fast, monkeypat
     assert run("bench", "--shape", "4x5", "--threads", "1") == 1
     seen = capsys.readouterr()
     assert "wrong: error" in seen.err and "GB/s" not in seen.out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_gradient_of_zeros_fails_its_proof(dtype, monkeypatch):
+    """That of a mean is small beside the normals that it is of."""
+    right = genfast.denoising_loss
+
+    def wrong(output, *args, **more):
+        found = right(output, *args, **more)
+        return found if genfast.get_backend() != "auto" else found.detach() + 0 * output.sum()
+
+    monkeypatch.setattr(genfast, "denoising_loss", wrong)
+    found = [c for c in shapes.cases([(4096, 10), (2, 3, 5, 5)], ["diffusion"], dtype)
+             if "loss" in c.name and "bwd" in c.name]  # fmt: skip
+    assert len(found) == 4
+    for c in found:
+        with pytest.raises(harness.ProofFailed, match="loss.*error"):
+            harness.prove(c, c.setup(torch.device("cpu")))
+
+
+def test_an_interrupt_keeps_what_was_measured(fast, capsys, monkeypatch, tmp_path):
+    def interrupted(cases, settings):
+        yield None
+        yield harness.run_case(cases[0], settings, harness.measure_limits(settings))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(harness, "run", interrupted)
+    out = tmp_path / "rows.json"
+    assert run("bench", "rng", "--shape", "4x5", "--json", str(out)) == 130
+    seen = capsys.readouterr()
+    assert "stopped after 1 of 3 cases" in seen.err and "randn" in seen.out
+    assert len(json.loads(out.read_text())["rows"]) == 1
 
 
 def test_bench_of_a_users_shape(capsys, fast):
@@ -470,7 +503,7 @@ WRONG = {
         "--shape: expected a shape such as 16x4x32x32, got '4xb'",
     ),
     "shape of none": (["bench", "--shape", "4x0"], "--shape: expected an int >= 1, got '0'"),
-    "huge shape": (["bench", "--shape", "65536x65536"], "--shape: expected at most 2**28 numbers"),
+    "huge shape": (["bench", "--shape", "65536x65536"], "--shape: expected at most 2**26 numbers"),
     "family of a shape": (
         ["bench", "models", "--shape", "4x4"],
         "family: expected one of rng, sampling, diffusion, attention, filtering, normalization",
@@ -481,11 +514,19 @@ WRONG = {
     ),
     "rows with channels last": (
         ["bench", "--shape", "4x4", "--channels-last"],
-        "got no images for --channels-last",
+        "--channels-last: expected shapes of images such as 16x4x32x32, got (4, 4)",
     ),
     "dtype of the grid": (
         ["bench", "--dtype", "bfloat16"],
         "--dtype: of --shape and --sweep; the grid has its own",
+    ),
+    "long attention": (
+        ["bench", "attention", "--shape", "1x16x32768x64"],
+        "--shape: expected one that an op of attention takes, got (1, 16, 32768, 64)",
+    ),
+    "calibrate an order": (
+        ["bench", "--calibrate", "--channels-last"],
+        "--calibrate: measures all that the table",
     ),
     "calibrate a shape": (
         ["bench", "--calibrate", "--shape", "4x4"],

@@ -179,7 +179,7 @@ struct Each {
 };
 
 // to[i] = value of the row of i, `height` rows of `cols` elements side by side: whole vectors, of
-// which the next row's cover what is too much.
+// which the next row's cover what is too much. What lies beyond the last row counts for nothing.
 inline void spread(const float* values, int height, int64_t cols, NoiseChunk& to) {
   float* at = to.data;
   if (cols == 1)

@@ -79,8 +79,9 @@ def shaped(args) -> list:
 
     from genfast.benchmarks import shapes
 
+    sweep = [s for s in shapes.SWEEP if shapes.images(s) or not args.channels_last]
     return shapes.cases(
-        [*args.shape, *(shapes.SWEEP if args.sweep else ())],
+        [*args.shape, *(sweep if args.sweep else ())],
         args.family,
         getattr(torch, args.dtype or DTYPES[0]),
         args.channels_last,
@@ -100,7 +101,8 @@ def calibrate(args) -> int:
     from genfast.ops._choice import ALL_SIZES
 
     check_device(args)
-    unused = ("family", "shape", "sweep", "dtype", "quick", "only", "list", "json", "plot", "check")
+    unused = ("family", "shape", "sweep", "dtype", "channels_last", "quick", "only", "list",
+              "json", "plot", "check")  # fmt: skip
     if more := [name for name in unused if getattr(args, name)]:
         raise ValueError(
             f"--calibrate: measures all that the table chooses, got {', '.join(more)} too; leave "
@@ -129,7 +131,7 @@ def measure(cases, settings, args) -> int:
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=errors,
         transient=True, disable=not sys.stderr.isatty(),
     )  # fmt: skip
-    rows = []
+    rows, stopped = [], False
     try:
         with bar:
             task = bar.add_task("limits of this machine", total=len(cases) + 1)
@@ -142,9 +144,14 @@ def measure(cases, settings, args) -> int:
         errors.print(f"proof failed: {failure}", style="bold red", markup=False, highlight=False)
         errors.print("no times are shown after a wrong answer", style="red")
         return 1
+    except KeyboardInterrupt:  # what was measured stays measured
+        if not rows:
+            raise
+        stopped = True
+        errors.print(f"stopped after {len(rows)} of {len(cases)} cases", style="yellow")
     report.show(rows, settings)
     if args.json:
         report.write_json(args.json, rows, settings)
     if args.plot:
         report.plot(args.plot, rows, settings)
-    return int(args.check and any(row.missed for row in rows))
+    return 130 if stopped else int(args.check and any(row.missed for row in rows))

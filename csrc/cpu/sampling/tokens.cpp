@@ -89,7 +89,7 @@ void keep_nucleus(float* x, int64_t n, float top, float p) {
   while (static_cast<int64_t>(list.size()) > kSorted) {
     const auto [most, least] = std::minmax_element(list.begin(), list.end(), ByValue{});
     const double first = distance_of(most->value), width = distance_of(least->value) - first;
-    if (!(width > 0)) break;  // all the same: in the order of their indices
+    if (!(width > 0)) break;  // no bins: all the same, or as far in fp64
     Bins bins(first, width);
     for (const Candidate& c : list) bins.add(distance_of(c.value), mass_of(c.value));
     const int last = bins.reaching(target, before);
