@@ -331,6 +331,7 @@ def test_bench_of_a_users_shape(capsys, fast):
     assert run("bench", "--sweep", "--list") == 0
     listed = capsys.readouterr().out.splitlines()
     assert len(set(listed)) == len(listed) == len(shapes.cases(shapes.SWEEP)) > 400
+    assert len(shapes.cases([(4, 5), (4, 5)])) == len(shapes.cases([(4, 5)]))
 
 
 # ---- train and generate --------------------------------------------------------------------------

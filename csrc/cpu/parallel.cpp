@@ -16,7 +16,7 @@
 namespace genfast::cpu {
 namespace {
 
-// Tasks that were not begun yet; its own line, since every thread counts in it.
+// Tasks that were not begun yet, on a cache line of its own: every thread may count in it.
 struct alignas(64) Range {
   std::atomic<int64_t> next{0};
   int64_t end = 0;
