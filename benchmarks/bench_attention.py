@@ -72,7 +72,7 @@ def _sdpa_by(name, *tensors, **options):
 def _as_rows(q, k, v):
     """One query of grouped heads, those of a group as its rows: enable_gqa repeats k and v."""
     rows = q.view(*k.shape[:2], -1, q.shape[-1])
-    return F.scaled_dot_product_attention(rows, k, v).view(q.shape)
+    return F.scaled_dot_product_attention(rows, k, v).reshape(q.shape)
 
 
 def _fused_rivals(leaves, grad, options):

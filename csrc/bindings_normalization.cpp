@@ -51,15 +51,16 @@ bool fill(NormalizeParams& p, const TensorView& x, const TensorView& statistics,
 bool normalize(TensorArgument& y, TensorArgument& statistics, TensorArgument& sum,
                TensorArgument& x, TensorArgument& w, TensorArgument& b, TensorArgument& scale,
                TensorArgument& shift, TensorArgument& add, TensorArgument& gate, int64_t groups,
-               bool rms, int act, float eps) {
+               bool rms, int act, float eps, TensorArgument& scratch) {
   NormalizeParams p;
   if (!given({&y, &x}) ||
-      !same_device({&y, &statistics, &sum, &x, &w, &b, &scale, &shift, &add, &gate}) ||
-      y.dtype != x.dtype || !same_memory(y, x) || sum.defined() != add.defined() ||
+      !same_device({&y, &statistics, &sum, &x, &w, &b, &scale, &shift, &add, &gate, &scratch}) ||
+      !vector_of(scratch, Dtype::f32, scratch.numel) || y.dtype != x.dtype || !same_memory(y, x) ||
+      sum.defined() != add.defined() ||
       !fill(p, x, statistics, w, b, scale, shift, add, gate, groups, rms, act, eps))
     return false;
   if (sum.defined() && (sum.dtype != x.dtype || !same_memory(sum, x))) return false;
-  p.y = y, p.sum = sum;
+  p.y = y, p.sum = sum, p.scratch = scratch;
   return run(p, x, GENFAST_KERNEL(normalize));
 }
 
@@ -102,7 +103,10 @@ bool normalize_backward(TensorArgument& grad, TensorArgument& grad_sum, TensorAr
 }  // namespace
 
 void register_normalization(py::module_& m) {
-  m.def("normalize", &normalize);
+  m.def("normalize", &normalize, py::arg("y"), py::arg("statistics"), py::arg("sum"), py::arg("x"),
+        py::arg("w"), py::arg("b"), py::arg("scale"), py::arg("shift"), py::arg("add"),
+        py::arg("gate"), py::arg("groups"), py::arg("rms"), py::arg("act"), py::arg("eps"),
+        py::arg("scratch") = py::none());
   m.def("normalize_backward", &normalize_backward, py::arg("grad"), py::arg("grad_sum"),
         py::arg("dx"), py::arg("dw"), py::arg("db"), py::arg("d_scale"), py::arg("d_shift"),
         py::arg("d_add"), py::arg("d_gate"), py::arg("statistics"), py::arg("x"), py::arg("w"),

@@ -27,7 +27,17 @@ struct NormalizeParams {
   NormActivation act = NormActivation::linear;
   float eps = 1e-5f;
   int threads = 1;
+  // CUDA, of long or scattered groups: f32, two numbers of each channel of each part of a sample's
+  // places, in [outer * parts][3][channels], then two of each group. Undefined: a block a group.
+  TensorView scratch;
 
+  int64_t parts() const { return parts_in(scratch, planes.outer, true); }
+  // What a scratch has room for, 0 where that is not enough.
+  int64_t parts_in(const TensorView& t, int64_t samples, bool of_groups) const {
+    const int64_t room = t.numel - (of_groups ? 2 * group_count() : 0);
+    const int64_t each = 3 * samples * planes.channels;
+    return t.defined() && each > 0 && room > 0 ? room / each : 0;
+  }
   int64_t group_count() const { return planes.outer * (groups > 0 ? groups : planes.inner); }
   float* mean() const { return rms ? nullptr : static_cast<float*>(statistics.data); }
   float* rstd() const { return static_cast<float*>(statistics.data) + (rms ? 0 : group_count()); }
@@ -41,8 +51,8 @@ struct NormalizeBackwardParams {
   TensorView d_gate;        // with gate: f32 [outer, channels], contiguous
   TensorView dw, db;        // f32 [channels] or undefined
   TensorView d_scale, d_shift;  // f32 [outer, channels], contiguous, or undefined
-  // CUDA: f32, the sums of parts of rows, [samples * parts][3][channels], and with gate two numbers
-  // a group; wanted with any gradient of a parameter.
+  // CUDA: f32, the sums of parts of rows, [samples * parts][3][channels], and with gate or of group
+  // norms two numbers a group; wanted with any gradient of a parameter, and of long groups.
   TensorView scratch;
 
   bool by_sample() const {
@@ -50,10 +60,8 @@ struct NormalizeBackwardParams {
            forward.gate.defined();
   }
   int64_t samples() const { return by_sample() ? forward.planes.outer : 1; }  // summed apart
-  int64_t parts() const {  // what the scratch has room for: 0 is not enough
-    const int64_t room = scratch.numel - (forward.gate.defined() ? 2 * forward.group_count() : 0);
-    const int64_t each = 3 * samples() * forward.planes.channels;
-    return each > 0 && room > 0 ? room / each : 0;
+  int64_t parts() const {
+    return forward.parts_in(scratch, samples(), forward.groups > 0 || forward.gate.defined());
   }
 };
 

@@ -248,10 +248,12 @@ def _feature_and_size(entry: str, args: tuple) -> tuple[str, int]:
     return _features(entry)[widest > WIDE_BACKWARD], size
 
 
-def norm_feature(scale, shift, add, act: int) -> str:
-    """PyTorch has kernels of its own for a plain norm, and several passes for the others."""
-    plain = scale is shift is add is None and act == 0
-    return "plain normalize" if plain else "normalize"
+def norm_feature(scale, shift, add, act: int, training: bool = False) -> str:
+    """PyTorch has kernels of its own for a plain norm, and a node of C++ for its gradient; several
+    passes for the others."""
+    if not (scale is shift is add is None and act == 0):
+        return "normalize"
+    return "plain training" if training else "plain normalize"
 
 
 # Backend -> what makes the function of an entry point, on a torch with GPU support.

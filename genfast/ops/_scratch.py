@@ -117,19 +117,47 @@ def _attention_backward(dout, dlse, dq, dk, dv, dmask, dsinks, q, k, v, *rest):
     return q.new_empty(room, dtype=torch.float32)
 
 
+def _group_parts(x, groups) -> int:
+    """Parts of a sample's places where a group is too long for a block or lies scattered (in_strips
+    of csrc/cuda/normalization/strips.cuh), else 0: of 16384 elements of all channels, or of 8192 of
+    one, and shorter ones until 512 blocks run, but 16 places at the least."""
+    samples, channels = x.shape[:2]
+    per_sample = x.numel() // max(samples, 1)
+    inside = not x.is_contiguous()
+    if per_sample // groups <= 24576 and not (inside and x.numel() >= 2**18):
+        return 0
+    places = per_sample // channels
+    each, most, units = (
+        (per_sample, 16384, samples) if inside else (places, 8192, samples * channels)
+    )
+    parts = max(each // most, min(each // 2048, 512 // units))
+    return max(min(parts, places // 16), 1)
+
+
+def _normalize(y, statistics, total, x, *rest):
+    """Two numbers of each part's channels, in room for three, and two of each group."""
+    groups = rest[6]
+    if not groups or not (n := _group_parts(x, groups)):
+        return None
+    samples, channels = x.shape[:2]
+    return x.new_empty(samples * (n * 3 * channels + 2 * groups), dtype=torch.float32)
+
+
 def _normalize_backward(grad, grad_sum, dx, dw, db, d_scale, d_shift, d_add, d_gate, *rest):
     """Three sums of each channel over parts of at least 32 rows, of up to 512 in all; with a gate
-    two numbers a group too (a row, as gated calls are no group norms)."""
-    if dw is db is d_scale is d_shift is d_gate is None:
+    two numbers a group too (a row, as gated calls are no group norms). Of group norms as in the
+    forward, wanted or not."""
+    x, (scale, shift, gate, groups) = rest[1], (*rest[4:6], *rest[7:9])
+    n = _group_parts(x, groups) if groups else 0
+    if n == 0 and dw is db is d_scale is d_shift is d_gate is None:
         return None
-    scale, shift, gate, groups = *rest[4:6], *rest[7:9]
-    C = grad.shape[1 if groups else -1]
+    C = x.shape[1 if groups else -1]
     by_sample = groups or any(t is not None for t in (scale, shift, gate))
-    samples = grad.shape[0] if by_sample else 1
-    rows = grad.numel() // max(C, 1)
-    n = min(max(rows // max(samples, 1) // 32, 1), max(512 // max(samples, 1), 1))
-    room = samples * n * 3 * C + (0 if gate is None else 2 * rows)
-    return grad.new_empty(room, dtype=torch.float32)
+    samples = x.shape[0] if by_sample else 1
+    rows = x.numel() // max(C, 1)
+    n = n or min(max(rows // max(samples, 1) // 32, 1), max(512 // max(samples, 1), 1))
+    of_groups = samples * groups if groups else 0 if gate is None else rows
+    return x.new_empty(samples * n * 3 * C + 2 * of_groups, dtype=torch.float32)
 
 
 def _bias_act_backward(grad, dz, db, d_strength, source, *rest):
@@ -152,13 +180,14 @@ ROOM = {
     "attention_forward": _attention_forward,
     "attention_cached": _attention_cached,
     "attention_backward": _attention_backward,
+    "normalize": _normalize,
     "normalize_backward": _normalize_backward,
     "bias_act_backward": _bias_act_backward,
 }
 
 
 # Entry point -> the place of a tensor that always is one, where that is not the second.
-GIVEN = {"dynamic_threshold": 0, "attention_backward": 7, "normalize_backward": 0}
+GIVEN = {"dynamic_threshold": 0, "attention_backward": 7, "normalize": 0, "normalize_backward": 0}
 
 
 def with_scratch(name: str, native):

@@ -18,7 +18,7 @@ from torch import Tensor
 from genfast.ops import _check, _road
 from genfast.ops._backend import kernels, norm_feature, under
 from genfast.ops._common import cast, composite_dtype, like, on_kernel, wide_dtype
-from genfast.ops._force import forced_reference, may_compose
+from genfast.ops._force import forced_reference, get_backend, may_compose
 from genfast.ops._road import (
     DIRECT,
     GRAD,
@@ -48,8 +48,8 @@ _TENSORS = (
 _REST = "int groups, bool rms, int act, float eps"
 
 
-def _feature(x, weight, bias, scale, shift, add, gate, groups, rms, act, eps) -> str:
-    return norm_feature(scale, shift, add, act)
+def _feature(x, weight, bias, scale, shift, add, gate, groups, rms, act, eps, training=False):
+    return norm_feature(scale, shift, add, act, training)
 
 
 # ---- native calls ------------------------------------------------------------------------------
@@ -296,6 +296,15 @@ class _NormalizeAffine(Node):
 # ---- the road ----------------------------------------------------------------------------------
 
 
+def _by_torch(x, weight, bias, groups, rms, eps):
+    """A plain norm that the table gives to PyTorch, None where it needs casts or checks."""
+    C = x.shape[1 if groups else -1]
+    for t in (weight, bias):
+        if t is not None and (t.dtype != x.dtype or t.shape != (C,)):
+            return None
+    return cast(reference.normalize(x, weight, bias, groups=groups, rms=rms, eps=eps), x)
+
+
 def _norm(x, weight, bias, scale, shift, groups, rms, act, eps, add=None, gate=None):
     if not is_compiling():
         try:
@@ -307,10 +316,14 @@ def _norm(x, weight, bias, scale, shift, groups, rms, act, eps, add=None, gate=N
                     y, total = torch.empty_like(x), None if add is None else torch.empty_like(x)
                     if kernels.normalize(y, None, total, *args):
                         return y if add is None else (total, y)
-                elif x.is_cpu or on_kernel("normalize", *args[:7], feature=_feature(*args)):
+                elif x.is_cpu or on_kernel("normalize", *args[:7], feature=_feature(*args, True)):
                     if scale is shift is add is gate is None:
                         return _NormalizeAffine.quick(x, weight, bias, groups, rms, code, eps)
                     return _Normalize.quick(*args)
+                elif code == 0 and scale is shift is add is None and get_backend() == "auto":
+                    y = _by_torch(x, weight, bias, groups, rms, eps)
+                    if y is not None:
+                        return y
         except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError):
             pass  # the checks below name the argument
     return _slow(x, weight, bias, scale, shift, groups, rms, act, eps, add, gate)
@@ -361,12 +374,13 @@ def _slow(x, weight, bias, scale, shift, groups, rms, act, eps, add, gate):
     )  # fmt: skip
     tensors = (x, weight, bias, scale, shift, add, gate)
     rest = (groups, rms, _CODES[act], float(eps))
+    training = not is_compiling() and _road.gate(*tensors) == GRAD
     if (
         forced_reference()
         or wide_dtype(*tensors) == torch.float64
         or transforming()
         or not (is_compiling() or x.numel())  # contiguous with any strides, which no kernel takes
-        or not on_kernel("normalize", *tensors, feature=_feature(*tensors, *rest))
+        or not on_kernel("normalize", *tensors, feature=_feature(*tensors, *rest, training))
     ):
         y, total = _composite(*tensors, *rest)
         return y if add is None else (total, y)

@@ -92,8 +92,10 @@ def step(
     outs = None
     if weights is None and plan.threshold is None and not _is_traced():
         try:  # the kernel without ceremony; it refuses other devices and anything unusual
+            if x.is_cuda and type(x) is torch.Tensor:  # a fake one's table would be kept
+                table = plan.table_on(x.device)
             if recycle and writes:
-                outs = _recycling(row, r, outputs, x, m, history, held, noise, seed, stream)
+                outs = _recycling(row, table, r, outputs, x, m, history, held, noise, seed, stream)
             else:
                 outs = _step_row(
                     table, r, outputs, x, m, held, noise, seed, stream + r, _LEARNED[variance], 0
@@ -110,7 +112,7 @@ def step(
     return SolverState(outs[0], history, r + 1, outs[place] if denoised and place >= 0 else None)
 
 
-def _recycling(row, r, outputs, x, m, history, held, noise, seed, stream):
+def _recycling(row, table, r, outputs, x, m, history, held, noise, seed, stream):
     """Outputs by the kernel, new history entries in the memory of those that they replace."""
     if gate(x, m, noise, *held) != DIRECT:
         return None
@@ -125,7 +127,7 @@ def _recycling(row, r, outputs, x, m, history, held, noise, seed, stream):
     outs = tuple(outs)
     number, seeds = (0, seed) if isinstance(seed, torch.Tensor) else (seed or 0, None)
     done = _C.diffusion_step(
-        outs, x, (m,), None, row.table, None, r, held, noise, number, seeds, stream + r, 0,
+        outs, x, (m,), None, table, None, r, held, noise, number, seeds, stream + r, 0,
         seed is not None, _LEARNED[row.variance],
     )  # fmt: skip
     return outs if done else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from genfast import schedulers
 from genfast._native import _C
 
 from .conftest import same_bits
@@ -332,3 +333,16 @@ def test_loss(cuda, shape, dtype, layout, seeds, prediction, weighting, given, f
         exact(both(cuda, "denoising_loss", outputs, *head, each, total, 0.25, *tail))
     for grad in (torch.tensor([1.7]), torch.linspace(-1, 1, shape[0])):
         exact(both(cuda, "denoising_loss", [d], *head, None, None, 0.25, grad, d))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("seed", [None, 5])
+def test_a_whole_step_in_one_call(cuda, seed, dtype):
+    """`step_row`, which the solver plans and the drop-in schedulers call, on a GPU's tensors."""
+    plan = schedulers.dpm_solver_plan(20)
+    x, m, h = (data((2, 3, 5, 7), dtype, salt) for salt in (1, 2, 3))
+    call = (plan.table_on("cpu"), 7, 2, x, m, (h,), None, seed, 3, None, 0)
+    before = cuda.count("launches")
+    got, want = cuda.module.step_row(*call), _C.step_row(*call)
+    assert cuda.count("launches") == before + 1
+    exact(zip(got, want, strict=True))

@@ -12,7 +12,7 @@ from genfast._native import _C
 from genfast.ops._scratch import ROOM
 from genfast.reference.normalization import ACTIVATIONS
 
-from .helpers import FLOATS, both, data
+from .helpers import FLOATS, data
 
 LAST = torch.channels_last
 # name -> shape, groups (0: the last dimension's), memory format, misaligned
@@ -31,7 +31,16 @@ SHAPES = {
     "aligned-columns": ((2, 16, 5, 7), 2, LAST, False),
     "long-columns": ((1, 24, 10, 40), 3, LAST, False),
     "vectors": ((5, 12), 3, None, False),
+    # In strips: groups too long for a block, or scattered in much memory; ends that are not whole.
+    "strips": ((2, 6, 96, 104), 2, None, False),
+    "odd-strips": ((1, 4, 111, 113), 2, None, False),
+    "one-channel-strips": ((1, 2, 160, 160), 2, None, False),
+    "scattered-strips": ((3, 40, 46, 50), 8, LAST, False),
+    "odd-scattered-strips": ((1, 22, 113, 107), 11, LAST, False),
+    "misaligned-strips": ((1, 8, 60, 120), 2, None, True),
+    "wide-scattered-strips": ((1, 1300, 15, 14), 2, LAST, False),
 }
+STRIPS = [name for name in SHAPES if "strips" in name]
 
 
 def given(name, dtype, *wanted, rms=False, act="linear"):
@@ -64,17 +73,27 @@ def close(pairs, scale=1.0):
         torch.testing.assert_close(gpu, cpu, rtol=2 * eps, atol=scale * (16e-7 + 2 * eps) * most)
 
 
+def forward(cuda, written, *call):
+    """The outputs at these places, of the CUDA kernel with its scratch and of the CPU's."""
+    outputs, scratch = [call[i] for i in written], ROOM["normalize"](*call)
+    if scratch is not None:
+        scratch.fill_(torch.nan)
+    found = cuda.call("normalize", outputs, *call, scratch)
+    assert _C.normalize(*call)
+    close(zip(found, outputs, strict=True))
+
+
 def check(cuda, x, *rest, parts=None):
     """Forward, and backward with every gradient that there is, on both sides."""
     w, b, scale, shift, add, gate = rest[:6]
     y, statistics = torch.empty_like(x), statistics_of(x, rest)
     total = None if add is None else torch.empty_like(x)
     written = [0, 1] if total is None else [0, 1, 2]
-    close(both(cuda, "normalize", written, y, statistics, total, x, *rest))
+    forward(cuda, written, y, statistics, total, x, *rest)
     if total is not None:
         x = total
     else:
-        close(both(cuda, "normalize", [0], y, None, None, x, *rest))
+        forward(cuda, [0], y, None, None, x, *rest)
 
     C = x.shape[1 if rest[6] else -1]
     grad, dx = torch.empty_like(x).copy_(data(x.shape, x.dtype, 8)), torch.empty_like(x)
@@ -137,6 +156,31 @@ def test_a_large_mean_does_not_cancel(cuda):
     (got,) = cuda.call("normalize", [y], y, None, None, x, *[None] * 6, 0, False, 0, 1e-5)
     exact = torch.nn.functional.layer_norm(x.double(), (2000,))
     torch.testing.assert_close(got.double(), exact, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", STRIPS)
+def test_strips(cuda, name):
+    """They are what long and scattered groups get room for; without it a block takes a group, and
+    a large mean cancels in neither."""
+    x, *rest = given(name, torch.float32, "w", "b")
+    y, statistics = torch.empty_like(x), statistics_of(x, rest)
+    call = (y, statistics, None, x + 1024, *rest)
+    room = ROOM["normalize"](*call)
+    assert room is not None
+    exact = torch.nn.functional.group_norm(
+        call[3].double(), rest[6], rest[0].double(), rest[1].double()
+    )
+    for scratch in (room.fill_(torch.nan), None):
+        got, found = cuda.call("normalize", [y, statistics], *call, scratch)
+        torch.testing.assert_close(got.double(), exact, rtol=0, atol=4e-4)
+        means = call[3].double().reshape(-1, x[0].numel() // rest[6]).mean(1)
+        torch.testing.assert_close(found[: len(means)].double(), means, rtol=2e-7, atol=0)
+
+
+def test_short_groups_are_a_block_each(cuda):
+    for name in set(SHAPES) - set(STRIPS):
+        x, *rest = given(name, torch.float32)
+        assert ROOM["normalize"](torch.empty_like(x), None, None, x, *rest) is None
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8)])

@@ -1,12 +1,22 @@
 // The gradient of the norms on CUDA. dz = grad act'(z), h = (x - mean) rstd, and of a channel's
 // places S1 = sum dz, S2 = sum dz h, S3 = sum d_sum add. First dx of every group, then, where
 // gradients of parameters are wanted, the sums by parts of rows, and their total in a fixed order.
-#include "cuda/normalization/common.cuh"
+// Of long or scattered groups (strips.cuh) the sums come first: a group's means are made of them.
+#include "cuda/normalization/strips.cuh"
 
 namespace genfast::cuda {
 namespace {
 
 constexpr int kSums = 3, kRowsOfBlock = 8;
+
+float* floats(const TensorView& t) { return static_cast<float*>(t.data); }
+
+// Of lane i: one number for all, or one of each.
+__device__ __forceinline__ float lane(float v, int) { return v; }
+template <int W>
+__device__ __forceinline__ float lane(const float (&v)[W], int i) {
+  return v[i];
+}
 
 template <int W>
 struct Gradient {
@@ -33,13 +43,14 @@ struct Gradient {
         means(means_),
         act(q.forward.act) {}
 
-  // h and dz of W elements of one group and one sample.
-  __device__ __forceinline__ void slopes(int64_t at, float m, float r, const float (&a)[W],
+  // h and dz of W elements of one sample, and of one group where M is one number.
+  template <class M>
+  __device__ __forceinline__ void slopes(int64_t at, const M& m, const M& r, const float (&a)[W],
                                          const float (&k)[W], float (&h)[W], float (&d)[W]) const {
     read(x, at, h);
     read(grad, at, d);
 #pragma unroll
-    for (int i = 0; i < W; ++i) h[i] = (h[i] - m) * r;
+    for (int i = 0; i < W; ++i) h[i] = (h[i] - lane(m, i)) * lane(r, i);
     if (act == NormActivation::linear) return;
     with_activation(act, [&](auto of) {
       using Act = decltype(of);
@@ -48,11 +59,13 @@ struct Gradient {
     });
   }
   // dz, in place, becomes the gradient of x, or of the sum in its place.
-  __device__ __forceinline__ void finish(int64_t at, float r, float m1, float m2,
+  template <class M>
+  __device__ __forceinline__ void finish(int64_t at, const M& r, const M& m1, const M& m2,
                                          const float (&a)[W], const float (&h)[W],
                                          float (&d)[W]) const {
 #pragma unroll
-    for (int i = 0; i < W; ++i) d[i] = (d[i] * a[i] - m1 - h[i] * m2) * r;
+    for (int i = 0; i < W; ++i)
+      d[i] = (d[i] * a[i] - lane(m1, i) - h[i] * lane(m2, i)) * lane(r, i);
     if (!grad_sum.defined()) return;
     float g[W];
     read(grad_sum, at, g);
@@ -63,32 +76,44 @@ struct Gradient {
   template <class Team>
   __device__ __forceinline__ void operator()(const Team& team, int64_t group, float*) const {
     const GroupPlace place(layout, group);
+    const int64_t chunk = static_cast<int64_t>(team.size()) * kPieces<W> * W;
     const float m = mean != nullptr ? mean[group] : 0.0f, r = rstd[group];
-    LongSum s1, s2;
-    float a[W], k[W], h[W], d[W];
-    place.template each<W>(team, [&](int64_t, int64_t at, int64_t c) {
-      affine.at(place.sample, c, a, k);
-      slopes(at, m, r, a, k, h, d);
-      float of_d = 0.0f, of_dh = 0.0f;
+    float h[kPieces<W>][W], d[kPieces<W>][W];
+    const auto slopes_of = [&](int64_t base) {
+      float a[W], k[W];
+      place.template pieces<W>(team, base, [&](int u, int64_t at, int64_t c) {
+        affine.at(place.sample, c, a, k);
+        slopes(at, m, r, a, k, h[u], d[u]);
+      });
+    };
+    double s1 = 0, s2 = 0;
+    for (int64_t base = 0; base < layout.count; base += chunk) {
+      slopes_of(base);
+      float a[W], k[W], of_d = 0.0f, of_dh = 0.0f;
+      place.template pieces<W>(team, base, [&](int u, int64_t, int64_t c) {
+        affine.at(place.sample, c, a, k);
 #pragma unroll
-      for (int i = 0; i < W; ++i) of_d += d[i] * a[i], of_dh += d[i] * a[i] * h[i];
-      s1.add(of_d), s2.add(of_dh);
-    });
-    const auto mean_of = [&](LongSum& s) { return static_cast<float>(s.of(team) / layout.count); };
-    const float m2 = mean_of(s2), m1 = mean != nullptr ? mean_of(s1) : 0.0f;
+        for (int i = 0; i < W; ++i) of_d += d[u][i] * a[i], of_dh += d[u][i] * a[i] * h[u][i];
+      });
+      s1 += of_d, s2 += of_dh;
+    }
+    const float m2 = layout.mean_of(team.reduce(s2, Add()));
+    const float m1 = mean != nullptr ? layout.mean_of(team.reduce(s1, Add())) : 0.0f;
     if (means != nullptr && team.rank() == 0) means[2 * group] = m1, means[2 * group + 1] = m2;
-    // Read once more, from a cache: in registers they would be 48 floats of a row of 768.
-    place.template each<W>(team, [&](int64_t, int64_t at, int64_t c) {
-      affine.at(place.sample, c, a, k);
-      slopes(at, m, r, a, k, h, d);
-      finish(at, r, m1, m2, a, h, d);
-      write(dx, at, d);
-      if (!gate.defined()) return;
-      read(gate, place.sample * gate.step + c, a);
+    for (int64_t base = 0; base < layout.count; base += chunk) {
+      if (layout.count > chunk) slopes_of(base);
+      place.template pieces<W>(team, base, [&](int u, int64_t at, int64_t c) {
+        float a[W], k[W];
+        affine.at(place.sample, c, a, k);
+        finish(at, r, m1, m2, a, h[u], d[u]);
+        write(dx, at, d[u]);
+        if (!gate.defined()) return;
+        read(gate, place.sample * gate.step + c, a);
 #pragma unroll
-      for (int i = 0; i < W; ++i) d[i] *= a[i];
-      write(d_add, at, d);
-    });
+        for (int i = 0; i < W; ++i) d[u][i] *= a[i];
+        write(d_add, at, d[u]);
+      });
+    }
   }
 };
 
@@ -97,6 +122,7 @@ struct Partial {
   float* sums;
   int64_t parts, rows;  // of a sample
   bool gated;
+  int64_t step;  // units from a sample to the next: `parts`, if those are not added yet
 
   __device__ __forceinline__ float* of(int64_t unit, int sum, int64_t channels) const {
     return sums + (unit * kSums + sum) * channels;
@@ -204,7 +230,7 @@ __global__ void __launch_bounds__(32 * kRowsOfBlock, 2)
     };
     for (int64_t n = warp; n < p.samples; n += kRowsOfBlock) {
       double s1 = 0, s2 = 0, s3 = 0;
-      for (int64_t unit = n * partial.parts; unit < (n + 1) * partial.parts; ++unit) {
+      for (int64_t unit = n * partial.step; unit < n * partial.step + partial.parts; ++unit) {
         s1 += partial.of(unit, 0, C)[c], s2 += partial.of(unit, 1, C)[c];
         if (partial.gated) s3 += partial.of(unit, 2, C)[c];
       }
@@ -225,36 +251,150 @@ __global__ void __launch_bounds__(32 * kRowsOfBlock, 2)
   if (to != nullptr) to[c] = static_cast<float>(total);
 }
 
-float* floats(const TensorView& t) { return static_cast<float*>(t.data); }
+// ---- long or scattered groups
+// --------------------------------------------------------------------
+
+template <int W>
+struct StripGroups {  // what the groups of a thread's channels have
+  float m[W], r[W], a[W], k[W];
+
+  __device__ __forceinline__ StripGroups(const Strip<W>& strip, const Gradient<W>& of) {
+    of.affine.at(strip.sample, strip.channel, a, k);
+#pragma unroll
+    for (int i = 0; i < W; ++i) {
+      const int64_t group = strip.group(i);
+      m[i] = of.mean[group], r[i] = of.rstd[group];
+    }
+  }
+};
+
+template <int W>
+__global__ void __launch_bounds__(kStrip, 2)
+    strip_sums(const __grid_constant__ Strips strips, const __grid_constant__ Gradient<W> of) {
+  const Strip<W> strip(strips);
+  float s1[W] = {}, s2[W] = {};
+  if (strip.steps > 0) {
+    const StripGroups<W> g(strip, of);
+#pragma unroll 2
+    for (int i = 0; i < strip.steps; ++i) {
+      float h[W], d[W];
+      of.slopes(strip.first + i * strip.step, g.m, g.r, g.a, g.k, h, d);
+#pragma unroll
+      for (int j = 0; j < W; ++j) s1[j] += d[j], s2[j] += d[j] * h[j];
+    }
+  }
+  strip.leave(strips, 0.0f, s1, s2, JoinSums());
+}
+
+// A block adds a group's parts, channel by channel, into the first part's place.
+__global__ void __launch_bounds__(kStrip, 4)
+    group_means(const __grid_constant__ Strips strips, const __grid_constant__ Affine affine,
+                float* means) {
+  const Layout& of = strips.layout;
+  const int64_t group = blockIdx.x, sample = group / of.groups, unit = sample * strips.parts;
+  const int64_t first = (group - sample * of.groups) * of.width;
+  const int lanes = of.width < kStrip ? static_cast<int>(of.width) : kStrip;
+  const int t = static_cast<int>(threadIdx.x), row = t / lanes, rows = kStrip / lanes;
+  Two all{};
+  for (int64_t j = t - row * lanes; j - t % lanes < of.width; j += lanes) {
+    const int64_t c = first + j;
+    float s1[1] = {}, s2[1] = {}, a[1], k[1];
+    if (j < of.width && row < rows) {
+      for (int64_t part = row; part < strips.parts; part += rows)
+        s1[0] += strips.of(unit + part, 0)[c], s2[0] += strips.of(unit + part, 1)[c];
+    }
+    fold_rows(row, rows, lanes, 0.0f, s1, s2, JoinSums());
+    if (j >= of.width || row > 0) continue;
+    strips.of(unit, 0)[c] = s1[0], strips.of(unit, 1)[c] = s2[0];
+    affine.at(sample, c, a, k);
+    all.a += a[0] * s1[0], all.b += a[0] * s2[0];
+  }
+  all = BlockTeam().reduce(all, JoinSums());
+  if (t == 0) means[2 * group] = all.a / of.count, means[2 * group + 1] = all.b / of.count;
+}
+
+template <int W>
+__global__ void __launch_bounds__(kStrip, 2)
+    strip_gradient(const __grid_constant__ Strips strips, const __grid_constant__ Gradient<W> of) {
+  const Strip<W> strip(strips);
+  if (strip.steps == 0) return;
+  const StripGroups<W> g(strip, of);
+  float m1[W], m2[W];
+#pragma unroll
+  for (int i = 0; i < W; ++i) {
+    const int64_t group = strip.group(i);
+    m1[i] = of.means[2 * group], m2[i] = of.means[2 * group + 1];
+  }
+#pragma unroll 2
+  for (int i = 0; i < strip.steps; ++i) {
+    const int64_t at = strip.first + i * strip.step;
+    float h[W], d[W];
+    of.slopes(at, g.m, g.r, g.a, g.k, h, d);
+    of.finish(at, g.r, m1, m2, g.a, h, d);
+    write(of.dx, at, d);
+  }
+}
+
+// ---- launches
+// ------------------------------------------------------------------------------------
+
+bool wants_parameters(const NormalizeBackwardParams& q) {
+  return q.dw.defined() || q.db.defined() || q.d_scale.defined() || q.d_shift.defined() ||
+         q.d_gate.defined();
+}
+
+const char* conclude(const NormalizeBackwardParams& q, const Partial& partial, int64_t samples) {
+  const NormalizeParams& p = q.forward;
+  const int64_t C = p.planes.channels;
+  const Parameters to{
+      Line(p.w),         Line(p.b),         Line(p.scale),    floats(q.dw), floats(q.db),
+      floats(q.d_scale), floats(q.d_shift), floats(q.d_gate), samples,      C};
+  return launch(finish_parameters, blocks_for(C, 32), dim3(32 * kRowsOfBlock), 0, p.x, to, partial);
+}
+
+template <int W>
+const char* gradients_in_strips(const NormalizeBackwardParams& q, const Layout& layout) {
+  const TensorView& on = q.forward.x;
+  const int64_t groups = q.forward.group_count();
+  const Strips strips(layout, floats(q.scratch), q.parts(), W);
+  float* means = floats(q.scratch) + q.scratch.numel - 2 * groups;
+  const Gradient<W> of(q, layout, means);
+  const char* error = launch(strip_sums<W>, strips.blocks(), dim3(kStrip), 0, on, strips, of);
+  if (error == nullptr)
+    error = launch(group_means, dim3(static_cast<unsigned>(groups)), dim3(kStrip), 0, on, strips,
+                   of.affine, means);
+  if (error == nullptr)
+    error = launch(strip_gradient<W>, strips.blocks(), dim3(kStrip), 0, on, strips, of);
+  if (error != nullptr || !wants_parameters(q)) return error;
+  return conclude(q, Partial{strips.sums, 1, 0, false, strips.parts}, layout.samples);
+}
 
 template <int W>
 const char* gradients(const NormalizeBackwardParams& q, const Layout& layout) {
   const NormalizeParams& p = q.forward;
   const TensorView& on = p.x;
-  const bool wanted = q.dw.defined() || q.db.defined() || q.d_scale.defined() ||
-                      q.d_shift.defined() || q.d_gate.defined();
+  const bool wanted = wants_parameters(q);
   const int64_t C = layout.channels, groups = p.group_count();
-  Partial partial{floats(q.scratch), 1, layout.inner, p.gate.defined()};
-  const int64_t samples = q.samples();
+  Partial partial{floats(q.scratch), 1, layout.inner, p.gate.defined(), 1};
+  int64_t samples = q.samples();
   if (samples == 1) partial.rows *= layout.samples;
   if (wanted && layout.order != Order::runs) partial.parts = q.parts();
   const int64_t units = samples * partial.parts;
   float* means = partial.gated && wanted ? partial.sums + units * kSums * C : nullptr;
   const Gradient<W> of(q, layout, means);
-  const char* error = launch_each(of, groups, layout.count, false, on);
+  const char* error = launch_each<W>(of, groups, layout.count, on);
   if (error != nullptr || !wanted) return error;
   if (layout.order == Order::runs) {
-    error = launch_each(RunSums<W>{of, partial}, samples * C, layout.inner, false, on);
+    error = launch_each<W>(RunSums<W>{of, partial}, samples * C, layout.inner, on);
   } else {
     const int64_t blocks = units * ((C + 32 * W - 1) / (32 * W));
     error = launch(column_sums<W>, dim3(static_cast<unsigned>(blocks)), dim3(32 * kRowsOfBlock), 0,
                    on, of, partial);
   }
   if (error != nullptr) return error;
-  Parameters to{Line(p.w),         Line(p.b),         Line(p.scale),    floats(q.dw), floats(q.db),
-                floats(q.d_scale), floats(q.d_shift), floats(q.d_gate), samples,      C};
-  if (samples == 1 && !q.by_sample()) to.samples = partial.parts, partial.parts = 1;
-  return launch(finish_parameters, blocks_for(C, 32), dim3(32 * kRowsOfBlock), 0, on, to, partial);
+  if (samples == 1 && !q.by_sample()) samples = partial.parts, partial.parts = 1;
+  partial.step = partial.parts;
+  return conclude(q, partial, samples);
 }
 
 }  // namespace
@@ -270,7 +410,12 @@ const char* normalize_backward(const NormalizeBackwardParams& q) {
     return nullptr;
   }
   const Layout layout(q.forward);
-  if (layout.whole(q.forward, {&q.grad, &q.dx, &q.grad_sum, &q.d_add}))
+  if (in_strips(layout) && q.parts() > 0) {
+    if (layout.whole(q.forward, {&q.grad, &q.dx}, layout.side_by_side()))
+      return gradients_in_strips<kGroup>(q, layout);
+    return gradients_in_strips<1>(q, layout);
+  }
+  if (layout.whole(q.forward, {&q.grad, &q.dx, &q.grad_sum, &q.d_add}, layout.line))
     return gradients<kGroup>(q, layout);
   return gradients<1>(q, layout);
 }

@@ -45,6 +45,11 @@ __device__ __forceinline__ int64_t quotient(int64_t i, int64_t d) {
   return i / d;
 }
 
+// Pieces of W elements that a thread reads before it uses the first, and keeps in registers where a
+// group has no more for its team: 32 floats on 16 bytes.
+template <int W>
+constexpr int kPieces = W == kGroup ? 4 : 8;
+
 // rows: a group is a row. runs: channels outside, a group is `width` runs of `inner` places.
 // columns: channels inside, a group is `width` channels of each of `inner` places.
 enum class Order : uint8_t { rows, runs, columns };
@@ -57,6 +62,7 @@ struct Layout {
   int64_t line = 1;    // elements of a group side by side
   int64_t count = 1;   // elements of a group
   int64_t samples = 0;
+  double inverse = 1;  // 1 / count
 
   explicit Layout(const NormalizeParams& p)
       : channels(p.planes.channels), inner(p.planes.inner), samples(p.planes.outer) {
@@ -65,9 +71,15 @@ struct Layout {
     width = order == Order::rows ? channels : channels / p.groups;
     line = order == Order::runs ? inner : width;
     count = order == Order::rows ? channels : width * inner;
+    inverse = 1.0 / static_cast<double>(count);
   }
-  // Lines of whole groups of 8, and nothing off 16 bytes.
-  bool whole(const NormalizeParams& p, std::initializer_list<const TensorView*> more) const {
+  __device__ __forceinline__ float mean_of(double sum) const {
+    return static_cast<float>(sum * inverse);
+  }
+  int64_t side_by_side() const { return order == Order::runs ? inner : channels; }
+  // Lines of whole groups of 8, and nothing off 16 bytes. line: elements side by side.
+  bool whole(const NormalizeParams& p, std::initializer_list<const TensorView*> more,
+             int64_t line) const {
     bool fits = line % kGroup == 0;
     const auto on_16 = [&](const TensorView& t) {
       fits = fits && reinterpret_cast<uintptr_t>(t.data) % 16 == 0;
@@ -94,21 +106,23 @@ struct GroupPlace {
     channel = (group - sample * of.groups) * of.width;
     if (of.order == Order::columns) first = sample * of.channels * of.inner + channel;
   }
-  // fn(j, at, c) for this thread's pieces of W elements: element j of the group lies at `at`, of
-  // channel c (of runs all W are).
+  // fn(u, at, c) for this thread's pieces u < kPieces<W> of W elements among those of a team from
+  // element `base` of the group on: they lie at `at`, of channel c (of runs all W are).
   template <int W, class Team, class Fn>
-  __device__ __forceinline__ void each(const Team& team, Fn&& fn) const {
-    for (int64_t j = static_cast<int64_t>(team.rank()) * W; j < of.count;
-         j += static_cast<int64_t>(team.size()) * W) {
+  __device__ __forceinline__ void pieces(const Team& team, int64_t base, Fn&& fn) const {
+#pragma unroll
+    for (int u = 0; u < kPieces<W>; ++u) {
+      const int64_t j = base + static_cast<int64_t>(u * team.size() + team.rank()) * W;
+      if (j >= of.count) continue;
       if (of.order == Order::rows) {
-        fn(j, first + j, j);
+        fn(u, first + j, j);
         continue;
       }
       const int64_t q = quotient(j, of.line), r = j - q * of.line;
       if (of.order == Order::runs)
-        fn(j, first + j, channel + q);
+        fn(u, first + j, channel + q);
       else
-        fn(j, first + q * of.channels + r, channel + r);
+        fn(u, first + q * of.channels + r, channel + r);
     }
   }
 };
@@ -173,11 +187,17 @@ class LongSum {
   double total_ = 0;
 };
 
-// Op(team, group, cache) for every group; the same for any kind of row.
-template <class Op>
-const char* launch_each(const Op& op, int64_t rows, int64_t count, bool wants_cache,
-                        const TensorView& on) {
-  return launch_rows(op, Groups(rows * count, rows, Noise()), wants_cache, on);
+// Op(team, group, null) for every group, or any other kind of row: by a warp, or a block of as many
+// threads as hold it in registers.
+template <int W, class Op>
+const char* launch_each(const Op& op, int64_t rows, int64_t count, const TensorView& on) {
+  if (count <= kWarpColumns)
+    return launch(each_row<WarpTeam, Op>, blocks_for(rows, kWarpsPerBlock),
+                  dim3(32 * kWarpsPerBlock), 0, on, op, rows, int64_t{0});
+  int threads = 64;
+  while (threads < 512 && threads * kPieces<W> * W < count) threads *= 2;
+  return launch(each_row<BlockTeam, Op>, blocks_for(rows, 1), dim3(threads), 0, on, op, rows,
+                int64_t{0});
 }
 
 }  // namespace genfast::cuda

@@ -1,7 +1,7 @@
-// Group, layer and RMS norm on CUDA: a group by a warp or a block, which keeps its values in shared
-// memory between the statistics and the result (up to 24,576; larger groups are read again, from
-// the second-level cache where they fit it).
-#include "cuda/normalization/common.cuh"
+// Group, layer and RMS norm on CUDA: a group by a warp or a block, which keeps its values in
+// registers between the statistics and the result (up to 16,384; larger ones are read again, from
+// the second-level cache where they fit it). Group norms of long or scattered groups: strips.cuh.
+#include "cuda/normalization/strips.cuh"
 
 namespace genfast::cuda {
 namespace {
@@ -51,59 +51,162 @@ struct Normalize {
   }
 
   template <class Team>
-  __device__ __forceinline__ void operator()(const Team& team, int64_t group, float* cache) const {
+  __device__ __forceinline__ void operator()(const Team& team, int64_t group, float*) const {
     const GroupPlace place(layout, group);
-    // Neighbouring threads keep element i of their pieces side by side: no two in one bank. What a
-    // thread has put down is read by the same thread.
-    const int64_t pieces = layout.count / W;
-    const auto again = [&](int64_t j, int64_t at, float (&v)[W]) {
-      if (cache == nullptr) return read(add.defined() ? sum : x, at, v);
-#pragma unroll
-      for (int i = 0; i < W; ++i) v[i] = cache[j / W + i * pieces];
+    const int64_t chunk = static_cast<int64_t>(team.size()) * kPieces<W> * W;
+    const bool held = layout.count <= chunk;
+    const Line& from = add.defined() ? sum : x;
+    float v[kPieces<W>][W];
+    const auto again = [&](int64_t base) {
+      if (held) return;
+      place.template pieces<W>(team, base,
+                               [&](int u, int64_t at, int64_t) { read(from, at, v[u]); });
     };
-    LongSum first;
-    place.template each<W>(team, [&](int64_t j, int64_t at, int64_t c) {
-      float v[W], part = 0.0f;
-      first_read(place.sample, at, c, v);
+    // In fp32 over a chunk, up to 32 terms, then in double, whose additions are a 64th of the speed
+    // on small GPUs.
+    const auto sum_of = [&](auto term, auto get) {
+      double total = 0;
+      for (int64_t base = 0; base < layout.count; base += chunk) {
+        get(base);
+        float part = 0.0f;
+        place.template pieces<W>(team, base, [&](int u, int64_t, int64_t) {
 #pragma unroll
-      for (int i = 0; i < W; ++i) {
-        if (cache != nullptr) cache[j / W + i * pieces] = v[i];
-        part += rms ? v[i] * v[i] : v[i];
+          for (int i = 0; i < W; ++i) part += term(v[u][i]);
+        });
+        total += part;
       }
-      first.add(part);
-    });
-    double squares = first.of(team);
-    float m = 0.0f;
-    if (!rms) {
-      m = static_cast<float>(squares / layout.count);
-      LongSum second;
-      place.template each<W>(team, [&](int64_t j, int64_t at, int64_t) {
-        float v[W], part = 0.0f;
-        again(j, at, v);
-#pragma unroll
-        for (int i = 0; i < W; ++i) part += (v[i] - m) * (v[i] - m);
-        second.add(part);
-      });
-      squares = second.of(team);
+      return layout.mean_of(team.reduce(total, Add()));
+    };
+    const auto first = [&](int64_t base) {
+      place.template pieces<W>(
+          team, base, [&](int u, int64_t at, int64_t c) { first_read(place.sample, at, c, v[u]); });
+    };
+    const auto square = [](float t) { return t * t; };
+    float m = 0.0f, variance;
+    if (rms) {
+      variance = sum_of(square, first);
+    } else {
+      m = sum_of([](float t) { return t; }, first);
+      variance = sum_of([&](float t) { return square(t - m); }, again);
     }
-    const auto r = static_cast<float>(1.0 / sqrt(squares / layout.count + eps));
+    const float r = 1.0f / sqrtf(variance + eps);
     if (team.rank() == 0) {
       if (mean != nullptr) mean[group] = m;
       if (rstd != nullptr) rstd[group] = r;
     }
-    place.template each<W>(team, [&](int64_t j, int64_t at, int64_t c) {
-      float v[W], a[W], k[W];
-      again(j, at, v);
-      affine.at(place.sample, c, a, k);
-      with_activation(act, [&](auto of) {
-        using Act = decltype(of);
+    for (int64_t base = 0; base < layout.count; base += chunk) {
+      again(base);
+      place.template pieces<W>(team, base, [&](int u, int64_t at, int64_t c) {
+        float a[W], k[W];
+        affine.at(place.sample, c, a, k);
+        with_activation(act, [&](auto of) {
+          using Act = decltype(of);
 #pragma unroll
-        for (int i = 0; i < W; ++i) v[i] = Act::value((v[i] - m) * r * a[i] + k[i]);
+          for (int i = 0; i < W; ++i) v[u][i] = Act::value((v[u][i] - m) * r * a[i] + k[i]);
+        });
+        write(y, at, v[u]);
       });
-      write(y, at, v);
-    });
+    }
   }
 };
+
+// Moments of each channel of each part.
+template <int W>
+__global__ void __launch_bounds__(kStrip, 3)
+    strip_moments(const __grid_constant__ Strips strips, const __grid_constant__ Line x) {
+  const Strip<W> strip(strips);
+  float mean[W] = {}, squares[W] = {};
+#pragma unroll 1
+  for (int i = 0; i < strip.steps; i += kSteps) {
+    const int n = strip.steps - i < kSteps ? strip.steps - i : kSteps;
+    float v[kSteps][W];
+#pragma unroll
+    for (int u = 0; u < kSteps; ++u)
+      if (u < n) read(x, strip.first + (i + u) * strip.step, v[u]);
+    const float inverse = 1.0f / n;
+#pragma unroll
+    for (int j = 0; j < W; ++j) {
+      Two of_these{static_cast<float>(n), 0.0f, 0.0f};
+#pragma unroll
+      for (int u = 0; u < kSteps; ++u) of_these.a += u < n ? v[u][j] : 0.0f;
+      of_these.a *= inverse;
+#pragma unroll
+      for (int u = 0; u < kSteps; ++u) {
+        const float d = u < n ? v[u][j] - of_these.a : 0.0f;
+        of_these.b += d * d;
+      }
+      const Two all = JoinMoments()({static_cast<float>(i), mean[j], squares[j]}, of_these);
+      mean[j] = all.a, squares[j] = all.b;
+    }
+  }
+  strip.leave(strips, static_cast<float>(strip.steps), mean, squares, JoinMoments());
+}
+
+// A block adds the moments of a group.
+__global__ void __launch_bounds__(kStrip, 4)
+    group_statistics(const __grid_constant__ Strips strips, float* mean, float* rstd, float eps) {
+  const int64_t group = blockIdx.x;
+  const Two all = of_group(strips, group, JoinMoments(), [&](int64_t unit, int64_t c, int64_t n) {
+    return Two{static_cast<float>(n), strips.of(unit, 0)[c], strips.of(unit, 1)[c]};
+  });
+  if (threadIdx.x != 0) return;
+  mean[group] = all.a;
+  rstd[group] =
+      static_cast<float>(1.0 / sqrt(static_cast<double>(all.b) / strips.layout.count + eps));
+}
+
+template <int W>
+__global__ void __launch_bounds__(kStrip, 3)
+    strip_normalize(const __grid_constant__ Strips strips, const __grid_constant__ Affine affine,
+                    const __grid_constant__ Line x, const __grid_constant__ Line y,
+                    const float* mean, const float* rstd, NormActivation act) {
+  const Strip<W> strip(strips);
+  if (strip.steps == 0) return;
+  float m[W], r[W], a[W], k[W];
+  affine.at(strip.sample, strip.channel, a, k);
+#pragma unroll
+  for (int j = 0; j < W; ++j) {
+    const int64_t group = strip.group(j);
+    m[j] = mean[group], r[j] = rstd[group];
+  }
+#pragma unroll 1
+  for (int i = 0; i < strip.steps; i += kSteps) {
+    float v[kSteps][W];
+#pragma unroll
+    for (int u = 0; u < kSteps; ++u)
+      if (i + u < strip.steps) read(x, strip.first + (i + u) * strip.step, v[u]);
+    with_activation(act, [&](auto of) {
+      using Act = decltype(of);
+#pragma unroll
+      for (int u = 0; u < kSteps; ++u)
+#pragma unroll
+        for (int j = 0; j < W; ++j) v[u][j] = Act::value((v[u][j] - m[j]) * r[j] * a[j] + k[j]);
+    });
+#pragma unroll
+    for (int u = 0; u < kSteps; ++u)
+      if (i + u < strip.steps) write(y, strip.first + (i + u) * strip.step, v[u]);
+  }
+}
+
+template <int W>
+const char* normalize_in_strips(const NormalizeParams& p, const Layout& layout) {
+  const int64_t groups = p.group_count();
+  const Strips strips(layout, static_cast<float*>(p.scratch.data), p.parts(), W);
+  float* mean = p.mean();
+  float* rstd = p.rstd();
+  if (!p.statistics.defined()) {
+    mean = static_cast<float*>(p.scratch.data) + p.scratch.numel - 2 * groups;
+    rstd = mean + groups;
+  }
+  const char* error =
+      launch(strip_moments<W>, strips.blocks(), dim3(kStrip), 0, p.x, strips, Line(p.x));
+  if (error == nullptr)
+    error = launch(group_statistics, dim3(static_cast<unsigned>(groups)), dim3(kStrip), 0, p.x,
+                   strips, mean, rstd, p.eps);
+  if (error != nullptr) return error;
+  return launch(strip_normalize<W>, strips.blocks(), dim3(kStrip), 0, p.x, strips,
+                Affine(p, layout), Line(p.x), Line(p.y), mean, rstd, p.act);
+}
 
 }  // namespace
 
@@ -111,9 +214,14 @@ const char* normalize(const NormalizeParams& p) {
   if (p.x.numel == 0) return nullptr;
   const Layout layout(p);
   const int64_t groups = p.group_count();
-  if (layout.whole(p, {&p.y, &p.sum}))
-    return launch_each(Normalize<kGroup>(p, layout), groups, layout.count, true, p.x);
-  return launch_each(Normalize<1>(p, layout), groups, layout.count, true, p.x);
+  if (in_strips(layout) && p.parts() > 0) {
+    if (layout.whole(p, {&p.y}, layout.side_by_side()))
+      return normalize_in_strips<kGroup>(p, layout);
+    return normalize_in_strips<1>(p, layout);
+  }
+  if (layout.whole(p, {&p.y, &p.sum}, layout.line))
+    return launch_each<kGroup>(Normalize<kGroup>(p, layout), groups, layout.count, p.x);
+  return launch_each<1>(Normalize<1>(p, layout), groups, layout.count, p.x);
 }
 
 }  // namespace genfast::cuda

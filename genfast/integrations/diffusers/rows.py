@@ -28,6 +28,7 @@ FROM_X, FROM_M, FROM_Z = -1, -2, -3
 _REFERENCES = ((X, FROM_X, "x"), (M, FROM_M, "m"), (Z, FROM_Z, "z"))
 
 _gate, _plain_gate, _DIRECT = _road.gate, _road.plain_gate, _road.DIRECT
+_is_traced = torch.compiler.is_dynamo_compiling
 _step_row, _kernel = _road._C.step_row, _road._C.diffusion_step
 
 
@@ -147,8 +148,10 @@ def step(row: Row, x, m, held=(), z=None, upcast=False, seed=None, stream=0):
     """
     extras = row.extras if row.threshold is None else _thresholded(row, x, m)
     if extras is not _REFUSED:
+        real = x.is_cuda and type(x) is torch.Tensor and not _is_traced()  # or fakes would be kept
+        table = row.table_on(x.device) if real else row.table
         outs = _step_row(
-            row.table, 0, row.n_out, x, m, held, z, seed, stream, extras, 2 if upcast else 1
+            table, 0, row.n_out, x, m, held, z, seed, stream, extras, 2 if upcast else 1
         )  # fmt: skip
         if outs is None:
             outs = _mixed(row, x, m, held, z, upcast, seed, stream, extras)

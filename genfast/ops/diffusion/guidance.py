@@ -6,6 +6,7 @@ depend neither on the threads nor on the batch it came in.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from functools import lru_cache
 from typing import Any
@@ -50,19 +51,13 @@ def _identity_row(device) -> Tensor:
 
 
 @lru_cache(256)
-def _cfg_weights(scale: float, original: bool) -> tuple[float, float]:
-    """Those of the kernel, which reads the scale in fp32 and computes in fp64."""
-    w = torch.tensor(scale, dtype=torch.float32, device="cpu").item()
-    return (1.0 + w, -w) if original else (w, 1.0 - w)
-
-
 def _is_finite(scale) -> bool:
     return isinstance(scale, (int, float)) and scale - scale == 0
 
 
-def _cfg_of_samples(cond, uncond, scale, original):
-    """u + w (c - u) = (1 - w) u + w c with w (B,) as a mix: one pass, no weights in memory."""
-    p, q, w = (cond, uncond, scale.neg()) if original else (uncond, cond, scale)
+def _cfg_as_mix(cond, uncond, scale, original):
+    """u + w (c - u) = (1 - w) u + w c with w a float or (B,): one pass, no weights in memory."""
+    p, q, w = (cond, uncond, -scale) if original else (uncond, cond, scale)
     out = torch.empty_like(cond)
     taken = kernels.diffusion_mix(out, p, q, 0, None, 0, 0, False, None, w, 1, 1, True)
     return out if taken else None
@@ -218,16 +213,15 @@ def guide(
         and type(method) is str
     ):
         plain = method == "cfg" and average is None and not options
-        if plain and each is not None and each.dim() == 1 and each.dtype == torch.float32:
-            out = _cfg_of_samples(cond, uncond, each, original)
+        if plain and (each is None or (each.dim() == 1 and each.dtype == torch.float32)):
+            # a number in fp32, as the kernel of the weights reads it
+            w = ctypes.c_float(scale).value if each is None else each
+            out = _cfg_as_mix(cond, uncond, w, original)
             if out is not None:
                 return out
-        if plain and each is None:
-            weights = _common.cached(_cfg_weights(scale, original), cond.device)  # of all samples
-        else:
-            weights = guidance_weights(
-                cond, uncond, scale, method=method, original=original, average=average, **options
-            )
+        weights = guidance_weights(
+            cond, uncond, scale, method=method, original=original, average=average, **options
+        )
         out = torch.empty_like(cond)
         row = _common.cached(_IDENTITY, cond.device, 1)
         if kernels.diffusion_step(
