@@ -70,14 +70,18 @@ grid() {
 }
 wanted() { [[ -z "${PARTS:-}" || " $PARTS " == *" $1 "* ]]; }
 if wanted tests; then part cuda cuda 100 tests/test_gpu.py -k "not sanitizer"; fi
-if wanted auto; then for family in attention rng sampling diffusion; do grid auto "$family"; done; fi
+if wanted auto; then
+  for family in attention rng sampling diffusion normalization filtering; do grid auto "$family"; done
+fi
 if wanted cuda; then grid cuda attention; fi
 if wanted sanitizer; then part sanitizer cuda 90 tests/test_gpu.py -k sanitizer; fi
 if wanted triton; then
-  for family in rng sampling diffusion; do grid triton "$family"; done
+  for family in rng sampling diffusion normalization; do grid triton "$family"; done
   part triton auto 90 tests/kernels
 fi
-if wanted cuda; then for family in rng sampling diffusion; do grid cuda "$family"; done; fi
+if wanted cuda; then
+  for family in rng sampling diffusion normalization; do grid cuda "$family"; done
+fi
 if wanted models; then
   for family in models transformers; do grid auto "$family"; done
 fi
@@ -87,7 +91,6 @@ if wanted calibrate && [ "$limit" -gt 10 ]; then
     'import sys; from genfast.cli import main; sys.exit(main(sys.argv[1:]))' \
     bench --calibrate --device cuda | tee "$work/table-calibrated.txt" || failed=1
 fi
-if wanted calibrate; then for family in normalization filtering; do grid cuda "$family"; done; fi
 if wanted sweep; then grid auto sweep 240; fi
 # Last, and with what is left: compiling some 60 kernels takes longer than their timing.
 if wanted triton-attention; then grid triton attention 240; fi

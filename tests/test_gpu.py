@@ -159,6 +159,54 @@ def test_gradients(name):
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-5)
 
 
+# Group norms whose groups many blocks share: long ones, and with the channels last scattered ones.
+LONG_GROUPS = {
+    "long": ((2, 6, 96, 104), 2, torch.contiguous_format),
+    "odd": ((1, 4, 111, 113), 2, torch.contiguous_format),
+    "scattered": ((3, 40, 46, 50), 8, torch.channels_last),
+    "odd scattered": ((1, 22, 113, 107), 11, torch.channels_last),
+}
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", LONG_GROUPS)
+def test_long_groups(name, dtype):
+    shape, groups, memory_format = LONG_GROUPS[name]
+    x, g = (t.contiguous(memory_format=memory_format) for t in inputs(2, shape, dtype))
+    C = shape[1]
+    w, rows = inputs(1, (C,), dtype)[0], inputs(1, (shape[0], C), dtype)[0]
+    found = []
+    for device in ("cpu", "cuda", "cuda"):
+        leaves = [t.to(device).detach().requires_grad_() for t in (x, w, w, rows, rows)]
+        call = {"scale": leaves[3], "shift": leaves[4], "act": "silu"}
+        y = genfast.group_norm(leaves[0], groups, *leaves[1:3], **call)
+        found.append([t.cpu() for t in (y, *torch.autograd.grad(y, leaves, g.to(device)))])
+    for cpu, gpu, again in zip(*found, strict=True):
+        assert torch.equal(gpu, again) and gpu.stride() == cpu.stride()
+        most = 40 * torch.finfo(dtype).eps * cpu.abs().max().item()
+        torch.testing.assert_close(gpu, cpu, rtol=0, atol=most)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", ["group_norm", "layer_norm", "rms_norm"])
+def test_gradients_of_plain_norms_by_the_automatic_choice(name, dtype):
+    """They may be PyTorch's: the dtype is x's under autocast too, and gradients have gradients."""
+    x, w = (t.cuda().requires_grad_() for t in inputs(2, (4, 16), dtype))
+    w = w[0].detach().requires_grad_()
+    before = (4,) if name == "group_norm" else ()
+    found = {}
+    for backend in ("auto", "reference"):
+        with torch.autocast("cuda", torch.bfloat16):
+            genfast.set_backend(backend)
+            y = getattr(genfast, name)(x, *before, w)
+        assert y.dtype == dtype
+        first = torch.autograd.grad(y.float().square().sum(), (x, w), create_graph=True)
+        total = sum(g.float().square().sum() for g in first)
+        found[backend] = (y, *first, *torch.autograd.grad(total, (x, w)))
+    for a, b in zip(*found.values(), strict=True):
+        assert (a - b).abs().max() <= 100 * torch.finfo(dtype).eps * b.abs().max()
+
+
 def test_strided_and_misaligned():
     x = inputs(1, (64, 130), torch.float16)[0]
     for view in (x.t(), x[:, 1:], x[::2, ::3], x.flatten()[3:]):

@@ -10,6 +10,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import genfast
 import genfast.nn
 from genfast.ops._common import composite_dtype
+from genfast.ops.normalization import _by_torch
 from genfast.reference import normalization as reference
 from genfast.reference.normalization import ACTIVATIONS
 
@@ -449,3 +450,21 @@ def test_off_the_cpu_the_composite_casts_nothing():
     assert composite_dtype(x, w.bfloat16(), None) == torch.bfloat16
     assert composite_dtype(x, w) == torch.float32
     assert composite_dtype(torch.empty(2, 8, dtype=torch.bfloat16)) == torch.float32
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_norms_by_pytorch(kind, dtype):
+    """What a GPU's table may choose for a gradient: the same function; None where it is not."""
+    x, weight, bias, *_ = inputs(kind, (2, 8, 5, 8), ("weight", "bias"), dtype)
+    settings = (4 if kind == "group" else 0, kind == "rms", 1e-5)
+    bias = None if kind == "rms" else bias
+    x.requires_grad_(), weight.requires_grad_()
+    found = []
+    for y in (_by_torch(x, weight, bias, *settings), KINDS[kind][0](x, weight, bias, None, None)):
+        assert y.dtype == dtype
+        found.append((y, *torch.autograd.grad(y, (x, weight), torch.ones_like(y))))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=8 * torch.finfo(dtype).eps * b.abs().max())
+    assert _by_torch(x, weight.double(), None, *settings) is None
+    assert _by_torch(x, weight[:4], None, *settings) is None

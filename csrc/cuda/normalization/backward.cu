@@ -43,12 +43,10 @@ struct Gradient {
         means(means_),
         act(q.forward.act) {}
 
-  // h and dz of W elements of one sample, and of one group where M is one number.
+  // x and grad, in place, become h and dz, of one sample, and of one group where M is one number.
   template <class M>
-  __device__ __forceinline__ void slopes(int64_t at, const M& m, const M& r, const float (&a)[W],
+  __device__ __forceinline__ void slopes(const M& m, const M& r, const float (&a)[W],
                                          const float (&k)[W], float (&h)[W], float (&d)[W]) const {
-    read(x, at, h);
-    read(grad, at, d);
 #pragma unroll
     for (int i = 0; i < W; ++i) h[i] = (h[i] - lane(m, i)) * lane(r, i);
     if (act == NormActivation::linear) return;
@@ -78,41 +76,47 @@ struct Gradient {
     const GroupPlace place(layout, group);
     const int64_t chunk = static_cast<int64_t>(team.size()) * kPieces<W> * W;
     const float m = mean != nullptr ? mean[group] : 0.0f, r = rstd[group];
-    float h[kPieces<W>][W], d[kPieces<W>][W];
-    const auto slopes_of = [&](int64_t base) {
-      float a[W], k[W];
-      place.template pieces<W>(team, base, [&](int u, int64_t at, int64_t c) {
-        affine.at(place.sample, c, a, k);
-        slopes(at, m, r, a, k, h[u], d[u]);
-      });
+    float h[kPieces<W>][W], d[kPieces<W>][W], a[W], k[W];
+    const auto slopes_of = [&](int64_t c) {
+      affine.at(place.sample, c, a, k);
+      slopes(m, r, a, k, h[0], d[0]);
     };
     double s1 = 0, s2 = 0;
     for (int64_t base = 0; base < layout.count; base += chunk) {
-      slopes_of(base);
-      float a[W], k[W], of_d = 0.0f, of_dh = 0.0f;
-      place.template pieces<W>(team, base, [&](int u, int64_t, int64_t c) {
-        affine.at(place.sample, c, a, k);
+      const Pieces<W, Team> pieces(place, team, base);
+      pieces.load(x, h), pieces.load(grad, d);
+      float of_d = 0.0f, of_dh = 0.0f;
+      pieces.each(
+          [&](int64_t, int64_t c) {
+            slopes_of(c);
 #pragma unroll
-        for (int i = 0; i < W; ++i) of_d += d[u][i] * a[i], of_dh += d[u][i] * a[i] * h[u][i];
-      });
+            for (int i = 0; i < W; ++i) of_d += d[0][i] * a[i], of_dh += d[0][i] * a[i] * h[0][i];
+          },
+          h, d);
       s1 += of_d, s2 += of_dh;
     }
     const float m2 = layout.mean_of(team.reduce(s2, Add()));
     const float m1 = mean != nullptr ? layout.mean_of(team.reduce(s1, Add())) : 0.0f;
     if (means != nullptr && team.rank() == 0) means[2 * group] = m1, means[2 * group + 1] = m2;
+    const bool held = layout.count <= chunk;
     for (int64_t base = 0; base < layout.count; base += chunk) {
-      if (layout.count > chunk) slopes_of(base);
-      place.template pieces<W>(team, base, [&](int u, int64_t at, int64_t c) {
-        float a[W], k[W];
-        affine.at(place.sample, c, a, k);
-        finish(at, r, m1, m2, a, h[u], d[u]);
-        write(dx, at, d[u]);
-        if (!gate.defined()) return;
-        read(gate, place.sample * gate.step + c, a);
+      const Pieces<W, Team> pieces(place, team, base);
+      if (!held) pieces.load(x, h), pieces.load(grad, d);
+      pieces.each(
+          [&](int64_t at, int64_t c) {
+            if (held)
+              affine.at(place.sample, c, a, k);
+            else
+              slopes_of(c);
+            finish(at, r, m1, m2, a, h[0], d[0]);
+            write(dx, at, d[0]);
+            if (!gate.defined()) return;
+            read(gate, place.sample * gate.step + c, a);
 #pragma unroll
-        for (int i = 0; i < W; ++i) d[u][i] *= a[i];
-        write(d_add, at, d[u]);
-      });
+            for (int i = 0; i < W; ++i) d[0][i] *= a[i];
+            write(d_add, at, d[0]);
+          },
+          h, d);
     }
   }
 };
@@ -150,7 +154,8 @@ __global__ void __launch_bounds__(32 * kRowsOfBlock, 2)
       const int64_t group =
           layout.order == Order::rows ? place : sample * layout.groups + c / layout.width;
       const float r = of.rstd[group];
-      of.slopes(at, of.mean != nullptr ? of.mean[group] : 0.0f, r, a, k, h, d);
+      read(of.x, at, h), read(of.grad, at, d);
+      of.slopes(of.mean != nullptr ? of.mean[group] : 0.0f, r, a, k, h, d);
 #pragma unroll
       for (int i = 0; i < W; ++i) s[0][i] += d[i], s[1][i] += d[i] * h[i];
       if (!partial.gated) continue;
@@ -193,7 +198,8 @@ struct RunSums {
     LongSum s1, s2;
     for (int64_t j = static_cast<int64_t>(team.rank()) * W; j < layout.inner;
          j += static_cast<int64_t>(team.size()) * W) {
-      of.slopes(row * layout.inner + j, m, r, a, k, h, d);
+      read(of.x, row * layout.inner + j, h), read(of.grad, row * layout.inner + j, d);
+      of.slopes(m, r, a, k, h, d);
       float of_d = 0.0f, of_dh = 0.0f;
 #pragma unroll
       for (int i = 0; i < W; ++i) of_d += d[i], of_dh += d[i] * h[i];
@@ -251,8 +257,7 @@ __global__ void __launch_bounds__(32 * kRowsOfBlock, 2)
   if (to != nullptr) to[c] = static_cast<float>(total);
 }
 
-// ---- long or scattered groups
-// --------------------------------------------------------------------
+// ---- long or scattered groups -------------------------------------------------------------------
 
 template <int W>
 struct StripGroups {  // what the groups of a thread's channels have
@@ -268,6 +273,28 @@ struct StripGroups {  // what the groups of a thread's channels have
   }
 };
 
+// fn(at, h, dz) of each of a thread's steps, two of which are on their way at once.
+template <int W, class Fn>
+__device__ __forceinline__ void each_step(const Strip<W>& strip, const Gradient<W>& of,
+                                          const StripGroups<W>& g, Fn&& fn) {
+#pragma unroll 1
+  for (int i = 0; i < strip.steps; i += 2) {
+    float h[2][W], d[2][W];
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      if (i + u >= strip.steps) continue;
+      const int64_t at = strip.first + (i + u) * strip.step;
+      read(of.x, at, h[u]), read(of.grad, at, d[u]);
+    }
+#pragma unroll 1
+    for (int u = i; u < i + 2 && u < strip.steps; ++u) {
+      of.slopes(g.m, g.r, g.a, g.k, h[0], d[0]);
+      fn(strip.first + u * strip.step, h[0], d[0]);
+      turn(h), turn(d);
+    }
+  }
+}
+
 template <int W>
 __global__ void __launch_bounds__(kStrip, 2)
     strip_sums(const __grid_constant__ Strips strips, const __grid_constant__ Gradient<W> of) {
@@ -275,13 +302,10 @@ __global__ void __launch_bounds__(kStrip, 2)
   float s1[W] = {}, s2[W] = {};
   if (strip.steps > 0) {
     const StripGroups<W> g(strip, of);
-#pragma unroll 2
-    for (int i = 0; i < strip.steps; ++i) {
-      float h[W], d[W];
-      of.slopes(strip.first + i * strip.step, g.m, g.r, g.a, g.k, h, d);
+    each_step(strip, of, g, [&](int64_t, const float (&h)[W], const float (&d)[W]) {
 #pragma unroll
       for (int j = 0; j < W; ++j) s1[j] += d[j], s2[j] += d[j] * h[j];
-    }
+    });
   }
   strip.leave(strips, 0.0f, s1, s2, JoinSums());
 }
@@ -325,18 +349,13 @@ __global__ void __launch_bounds__(kStrip, 2)
     const int64_t group = strip.group(i);
     m1[i] = of.means[2 * group], m2[i] = of.means[2 * group + 1];
   }
-#pragma unroll 2
-  for (int i = 0; i < strip.steps; ++i) {
-    const int64_t at = strip.first + i * strip.step;
-    float h[W], d[W];
-    of.slopes(at, g.m, g.r, g.a, g.k, h, d);
+  each_step(strip, of, g, [&](int64_t at, const float (&h)[W], float (&d)[W]) {
     of.finish(at, g.r, m1, m2, g.a, h, d);
     write(of.dx, at, d);
-  }
+  });
 }
 
-// ---- launches
-// ------------------------------------------------------------------------------------
+// ---- launches -----------------------------------------------------------------------------------
 
 bool wants_parameters(const NormalizeBackwardParams& q) {
   return q.dw.defined() || q.db.defined() || q.d_scale.defined() || q.d_shift.defined() ||

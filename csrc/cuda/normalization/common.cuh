@@ -50,6 +50,18 @@ __device__ __forceinline__ int64_t quotient(int64_t i, int64_t d) {
 template <int W>
 constexpr int kPieces = W == kGroup ? 4 : 8;
 
+// The first behind the last.
+template <int N, int W>
+__device__ __forceinline__ void turn(float (&v)[N][W]) {
+#pragma unroll
+  for (int i = 0; i < W; ++i) {
+    const float first = v[0][i];
+#pragma unroll
+    for (int u = 0; u + 1 < N; ++u) v[u][i] = v[u + 1][i];
+    v[N - 1][i] = first;
+  }
+}
+
 // rows: a group is a row. runs: channels outside, a group is `width` runs of `inner` places.
 // columns: channels inside, a group is `width` channels of each of `inner` places.
 enum class Order : uint8_t { rows, runs, columns };
@@ -106,23 +118,44 @@ struct GroupPlace {
     channel = (group - sample * of.groups) * of.width;
     if (of.order == Order::columns) first = sample * of.channels * of.inner + channel;
   }
-  // fn(u, at, c) for this thread's pieces u < kPieces<W> of W elements among those of a team from
-  // element `base` of the group on: they lie at `at`, of channel c (of runs all W are).
-  template <int W, class Team, class Fn>
-  __device__ __forceinline__ void pieces(const Team& team, int64_t base, Fn&& fn) const {
+  // fn(at, c) of element j: it lies at `at`, of channel c.
+  template <class Fn>
+  __device__ __forceinline__ void find(int64_t j, Fn&& fn) const {
+    if (of.order == Order::rows) return fn(first + j, j);
+    const int64_t q = quotient(j, of.line), r = j - q * of.line;
+    if (of.order == Order::runs)
+      fn(first + j, channel + q);
+    else
+      fn(first + q * of.channels + r, channel + r);
+  }
+};
+
+// The pieces of W elements (of runs all of one channel) that a thread has of a group at once: those
+// of its team from element `base` on.
+template <int W, class Team>
+struct Pieces {
+  const GroupPlace& place;
+  int64_t begin, step;
+
+  __device__ __forceinline__ Pieces(const GroupPlace& group, const Team& team, int64_t base)
+      : place(group),
+        begin(base + static_cast<int64_t>(team.rank()) * W),
+        step(static_cast<int64_t>(team.size()) * W) {}
+  // All on their way before the first is used.
+  __device__ __forceinline__ void load(const Line& t, float (&v)[kPieces<W>][W]) const {
 #pragma unroll
+    for (int u = 0; u < kPieces<W>; ++u)
+      if (const int64_t j = begin + u * step; j < place.of.count)
+        place.find(j, [&](int64_t at, int64_t) { read(t, at, v[u]); });
+  }
+  // fn(at, c) of each, whose values stand first in the `held` meanwhile. One copy of the code: four
+  // made ten times the instructions and took nvcc as much longer.
+  template <class Fn, class... V>
+  __device__ __forceinline__ void each(Fn&& fn, V&... held) const {
+#pragma unroll 1
     for (int u = 0; u < kPieces<W>; ++u) {
-      const int64_t j = base + static_cast<int64_t>(u * team.size() + team.rank()) * W;
-      if (j >= of.count) continue;
-      if (of.order == Order::rows) {
-        fn(u, first + j, j);
-        continue;
-      }
-      const int64_t q = quotient(j, of.line), r = j - q * of.line;
-      if (of.order == Order::runs)
-        fn(u, first + j, channel + q);
-      else
-        fn(u, first + q * of.channels + r, channel + r);
+      if (const int64_t j = begin + u * step; j < place.of.count) place.find(j, fn);
+      (turn(held), ...);
     }
   }
 };

@@ -31,11 +31,8 @@ struct Normalize {
         rms(p.rms),
         eps(p.eps) {}
 
-  // x, or x + gate add rounded to the dtype of `sum`, which is written.
-  __device__ __forceinline__ void first_read(int64_t sample, int64_t at, int64_t c,
-                                             float (&v)[W]) const {
-    read(x, at, v);
-    if (!add.defined()) return;
+  // x becomes x + gate add rounded to the dtype of `sum`, which is written.
+  __device__ __forceinline__ void join(int64_t sample, int64_t at, int64_t c, float (&v)[W]) const {
     float h[W];
     read(add, at, h);
     if (gate.defined()) {
@@ -55,57 +52,51 @@ struct Normalize {
     const GroupPlace place(layout, group);
     const int64_t chunk = static_cast<int64_t>(team.size()) * kPieces<W> * W;
     const bool held = layout.count <= chunk;
-    const Line& from = add.defined() ? sum : x;
     float v[kPieces<W>][W];
-    const auto again = [&](int64_t base) {
-      if (held) return;
-      place.template pieces<W>(team, base,
-                               [&](int u, int64_t at, int64_t) { read(from, at, v[u]); });
-    };
     // In fp32 over a chunk, up to 32 terms, then in double, whose additions are a 64th of the speed
     // on small GPUs.
-    const auto sum_of = [&](auto term, auto get) {
+    const auto mean_of = [&](bool first, float around, bool squares) {
       double total = 0;
       for (int64_t base = 0; base < layout.count; base += chunk) {
-        get(base);
+        const Pieces<W, Team> pieces(place, team, base);
+        if (first || !held) pieces.load(first || !add.defined() ? x : sum, v);
+        if (first && add.defined())
+          pieces.each([&](int64_t at, int64_t c) { join(place.sample, at, c, v[0]); }, v);
         float part = 0.0f;
-        place.template pieces<W>(team, base, [&](int u, int64_t, int64_t) {
 #pragma unroll
-          for (int i = 0; i < W; ++i) part += term(v[u][i]);
-        });
+        for (int u = 0; u < kPieces<W>; ++u) {
+          if (pieces.begin + u * pieces.step >= layout.count) continue;
+#pragma unroll
+          for (int i = 0; i < W; ++i) {
+            const float t = v[u][i] - around;
+            part += squares ? t * t : t;
+          }
+        }
         total += part;
       }
       return layout.mean_of(team.reduce(total, Add()));
     };
-    const auto first = [&](int64_t base) {
-      place.template pieces<W>(
-          team, base, [&](int u, int64_t at, int64_t c) { first_read(place.sample, at, c, v[u]); });
-    };
-    const auto square = [](float t) { return t * t; };
-    float m = 0.0f, variance;
-    if (rms) {
-      variance = sum_of(square, first);
-    } else {
-      m = sum_of([](float t) { return t; }, first);
-      variance = sum_of([&](float t) { return square(t - m); }, again);
-    }
-    const float r = 1.0f / sqrtf(variance + eps);
+    const float m = rms ? 0.0f : mean_of(true, 0.0f, false);
+    const float r = 1.0f / sqrtf(mean_of(rms, m, true) + eps);
     if (team.rank() == 0) {
       if (mean != nullptr) mean[group] = m;
       if (rstd != nullptr) rstd[group] = r;
     }
     for (int64_t base = 0; base < layout.count; base += chunk) {
-      again(base);
-      place.template pieces<W>(team, base, [&](int u, int64_t at, int64_t c) {
-        float a[W], k[W];
-        affine.at(place.sample, c, a, k);
-        with_activation(act, [&](auto of) {
-          using Act = decltype(of);
+      const Pieces<W, Team> pieces(place, team, base);
+      if (!held) pieces.load(add.defined() ? sum : x, v);
+      pieces.each(
+          [&](int64_t at, int64_t c) {
+            float a[W], k[W];
+            affine.at(place.sample, c, a, k);
+            with_activation(act, [&](auto of) {
+              using Act = decltype(of);
 #pragma unroll
-          for (int i = 0; i < W; ++i) v[u][i] = Act::value((v[u][i] - m) * r * a[i] + k[i]);
-        });
-        write(y, at, v[u]);
-      });
+              for (int i = 0; i < W; ++i) v[0][i] = Act::value((v[0][i] - m) * r * a[i] + k[i]);
+            });
+            write(y, at, v[0]);
+          },
+          v);
     }
   }
 };
@@ -156,7 +147,7 @@ __global__ void __launch_bounds__(kStrip, 4)
 }
 
 template <int W>
-__global__ void __launch_bounds__(kStrip, 3)
+__global__ void __launch_bounds__(kStrip, 2)
     strip_normalize(const __grid_constant__ Strips strips, const __grid_constant__ Affine affine,
                     const __grid_constant__ Line x, const __grid_constant__ Line y,
                     const float* mean, const float* rstd, NormActivation act) {
@@ -175,16 +166,16 @@ __global__ void __launch_bounds__(kStrip, 3)
 #pragma unroll
     for (int u = 0; u < kSteps; ++u)
       if (i + u < strip.steps) read(x, strip.first + (i + u) * strip.step, v[u]);
-    with_activation(act, [&](auto of) {
-      using Act = decltype(of);
+#pragma unroll 1
+    for (int u = i; u < i + kSteps && u < strip.steps; ++u) {
+      with_activation(act, [&](auto of) {
+        using Act = decltype(of);
 #pragma unroll
-      for (int u = 0; u < kSteps; ++u)
-#pragma unroll
-        for (int j = 0; j < W; ++j) v[u][j] = Act::value((v[u][j] - m[j]) * r[j] * a[j] + k[j]);
-    });
-#pragma unroll
-    for (int u = 0; u < kSteps; ++u)
-      if (i + u < strip.steps) write(y, strip.first + (i + u) * strip.step, v[u]);
+        for (int j = 0; j < W; ++j) v[0][j] = Act::value((v[0][j] - m[j]) * r[j] * a[j] + k[j]);
+      });
+      write(y, strip.first + u * strip.step, v[0]);
+      turn(v);
+    }
   }
 }
 
