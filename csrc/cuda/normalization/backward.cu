@@ -76,8 +76,9 @@ struct Gradient {
     const GroupPlace place(layout, group);
     const int64_t chunk = static_cast<int64_t>(team.size()) * kPieces<W> * W;
     const float m = mean != nullptr ? mean[group] : 0.0f, r = rstd[group];
-    float h[kPieces<W>][W], d[kPieces<W>][W], a[W], k[W];
-    const auto slopes_of = [&](int64_t c) {
+    float h[kPieces<W>][W], d[kPieces<W>][W];
+    const auto slopes_of = [&](int64_t c, float (&a)[W]) {
+      float k[W];
       affine.at(place.sample, c, a, k);
       slopes(m, r, a, k, h[0], d[0]);
     };
@@ -88,7 +89,8 @@ struct Gradient {
       float of_d = 0.0f, of_dh = 0.0f;
       pieces.each(
           [&](int64_t, int64_t c) {
-            slopes_of(c);
+            float a[W];
+            slopes_of(c, a);
 #pragma unroll
             for (int i = 0; i < W; ++i) of_d += d[0][i] * a[i], of_dh += d[0][i] * a[i] * h[0][i];
           },
@@ -104,10 +106,11 @@ struct Gradient {
       if (!held) pieces.load(x, h), pieces.load(grad, d);
       pieces.each(
           [&](int64_t at, int64_t c) {
+            float a[W], k[W];
             if (held)
               affine.at(place.sample, c, a, k);
             else
-              slopes_of(c);
+              slopes_of(c, a);
             finish(at, r, m1, m2, a, h[0], d[0]);
             write(dx, at, d[0]);
             if (!gate.defined()) return;

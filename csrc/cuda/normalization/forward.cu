@@ -103,7 +103,7 @@ struct Normalize {
 
 // Moments of each channel of each part.
 template <int W>
-__global__ void __launch_bounds__(kStrip, 3)
+__global__ void __launch_bounds__(kStrip, 2)
     strip_moments(const __grid_constant__ Strips strips, const __grid_constant__ Line x) {
   const Strip<W> strip(strips);
   float mean[W] = {}, squares[W] = {};

@@ -7,10 +7,9 @@
 
 namespace genfast::cuda {
 
-constexpr int kStrip = 256;  // threads of a block
-constexpr int kSteps = 4;    // loads of a thread that are under way at once
-constexpr int64_t kScattered =
-    1 << 18;  // elements from which scattered groups are worth 3 launches
+constexpr int kStrip = 256;              // threads of a block
+constexpr int kSteps = 4;                // loads of a thread that are under way at once
+constexpr int64_t kScattered = 1 << 18;  // elements from which 3 launches are worth it
 
 // What a walk over elements left behind: of `n` of them, two numbers.
 struct Two {
