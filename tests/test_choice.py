@@ -337,6 +337,8 @@ def test_pytorchs_calls_on_a_gpu_are_refused_by_the_kernels(monkeypatch):
     for modulation in ((row, None, None, None, 0, False, 0), (None, None, None, None, 0, False, 1)):
         assert norm(x, *rest, *modulation, 1e-5)
     assert gradient(x) and "reference" not in t.asked and len(t.asked) >= 3
+    # With statistics a gradient is wanted, for which the table has been asked before.
+    assert norm(x, row, *rest[1:], None, None, None, None, 0, False, 0, 1e-5)
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])

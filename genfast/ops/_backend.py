@@ -177,7 +177,13 @@ def _auto(name: str):
         return run
 
     def unless_composed(*args):
-        if next(_tensors(args)).is_cuda and composes(name, _feature_and_size(name, args)[0]):
+        # With statistics, which a gradient wants, the table has been asked before.
+        asked = name == "normalize" and args[1] is not None
+        if (
+            not asked
+            and next(_tensors(args)).is_cuda
+            and composes(name, _feature_and_size(name, args)[0])
+        ):
             return refused
         return run(*args)
 

@@ -124,9 +124,10 @@ def _group_parts(x, groups) -> int:
     samples, channels = x.shape[:2]
     per_sample = x.numel() // max(samples, 1)
     inside = not x.is_contiguous()
-    if per_sample // groups <= 24576 and not (inside and x.numel() >= 2**18):
+    places = per_sample // max(channels, 1)
+    long = per_sample // groups > 24576 and (inside or places >= 1024)
+    if not long and not (inside and x.numel() >= 2**18):
         return 0
-    places = per_sample // channels
     each, most, units = (
         (per_sample, 16384, samples) if inside else (places, 8192, samples * channels)
     )

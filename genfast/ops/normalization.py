@@ -52,6 +52,13 @@ def _feature(x, weight, bias, scale, shift, add, gate, groups, rms, act, eps, tr
     return norm_feature(scale, shift, add, act, training)
 
 
+def _training(x, weight, bias, *rest):
+    """The feature where a gradient is wanted. PyTorch's group norm on a GPU loses the memory order,
+    and its norms have weights of x's dtype alone: others' training is not what was timed."""
+    alike = all(t is None or t.dtype == x.dtype for t in (weight, bias))
+    return _feature(x, weight, bias, *rest, training=alike and x.is_contiguous())
+
+
 # ---- native calls ------------------------------------------------------------------------------
 
 
@@ -296,12 +303,12 @@ class _NormalizeAffine(Node):
 # ---- the road ----------------------------------------------------------------------------------
 
 
-def _by_torch(x, weight, bias, groups, rms, eps):
-    """A plain norm that the table gives to PyTorch, None where it needs casts or checks."""
+def _by_torch(x, weight, bias, scale, shift, add, gate, groups, rms, act, eps):
+    """A plain norm that the table gives to PyTorch, None where the checks must name something."""
     C = x.shape[1 if groups else -1]
-    for t in (weight, bias):
-        if t is not None and (t.dtype != x.dtype or t.shape != (C,)):
-            return None
+    wrong = any(t is not None and t.shape != (C,) for t in (weight, bias))
+    if wrong or gate is not None or not 0.0 <= eps < math.inf:
+        return None
     return cast(reference.normalize(x, weight, bias, groups=groups, rms=rms, eps=eps), x)
 
 
@@ -316,12 +323,12 @@ def _norm(x, weight, bias, scale, shift, groups, rms, act, eps, add=None, gate=N
                     y, total = torch.empty_like(x), None if add is None else torch.empty_like(x)
                     if kernels.normalize(y, None, total, *args):
                         return y if add is None else (total, y)
-                elif x.is_cpu or on_kernel("normalize", *args[:7], feature=_feature(*args, True)):
+                elif x.is_cpu or on_kernel("normalize", *args[:7], feature=_training(*args)):
                     if scale is shift is add is gate is None:
                         return _NormalizeAffine.quick(x, weight, bias, groups, rms, code, eps)
                     return _Normalize.quick(*args)
-                elif code == 0 and scale is shift is add is None and get_backend() == "auto":
-                    y = _by_torch(x, weight, bias, groups, rms, eps)
+                elif _training(*args) == "plain training" and get_backend() == "auto":
+                    y = _by_torch(*args)
                     if y is not None:
                         return y
         except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError):
@@ -374,13 +381,15 @@ def _slow(x, weight, bias, scale, shift, groups, rms, act, eps, add, gate):
     )  # fmt: skip
     tensors = (x, weight, bias, scale, shift, add, gate)
     rest = (groups, rms, _CODES[act], float(eps))
-    training = not is_compiling() and _road.gate(*tensors) == GRAD
+    feature = _feature
+    if not is_compiling() and _road.gate(*tensors) == GRAD:
+        feature = _training
     if (
         forced_reference()
         or wide_dtype(*tensors) == torch.float64
         or transforming()
         or not (is_compiling() or x.numel())  # contiguous with any strides, which no kernel takes
-        or not on_kernel("normalize", *tensors, feature=_feature(*tensors, *rest, training))
+        or not on_kernel("normalize", *tensors, feature=feature(*tensors, *rest))
     ):
         y, total = _composite(*tensors, *rest)
         return y if add is None else (total, y)

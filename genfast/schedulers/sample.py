@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from genfast.ops import _check, _noise
-from genfast.ops._road import _C, DIRECT, gate
+from genfast.ops._road import _C, DIRECT, gate, transforming
 from genfast.ops.diffusion import (
     diffusion_step,
     dynamic_threshold,
@@ -92,7 +92,7 @@ def step(
     outs = None
     if weights is None and plan.threshold is None and not _is_traced():
         try:  # the kernel without ceremony; it refuses other devices and anything unusual
-            if x.is_cuda and type(x) is torch.Tensor:  # a fake one's table would be kept
+            if x.is_cuda and type(x) is torch.Tensor and not transforming():  # it keeps the table
                 table = plan.table_on(x.device)
             if recycle and writes:
                 outs = _recycling(row, table, r, outputs, x, m, history, held, noise, seed, stream)

@@ -183,6 +183,27 @@ def test_short_groups_are_a_block_each(cuda):
         assert ROOM["normalize"](torch.empty_like(x), None, None, x, *rest) is None
 
 
+def test_vectors_of_groups_take_one_road(cuda):
+    """Of many numbers too, with room for the sums of the backward or without: the same bits."""
+    x, grad, dx, dw = (data((520, 512), torch.float32, i) for i in range(4))
+    statistics = torch.empty(2 * 520 * 32)
+    rest = (*[None] * 6, 32, False, 0, 1e-5)
+    assert _C.normalize(torch.empty_like(x), statistics, None, x, *rest)
+    found = []
+    for wanted in (dw[0], None):
+        call = (grad, None, dx, wanted, *[None] * 5, statistics, x, *rest)
+        found += cuda.call("normalize_backward", [dx], *call, ROOM["normalize_backward"](*call))
+    assert torch.equal(*found)
+
+
+def test_means_whose_square_overflows_in_strips(cuda):
+    x, *rest = given("strips", torch.float32)
+    y, x = torch.empty_like(x), x + 3e19
+    call = (y, None, None, x, *rest)
+    (got,) = cuda.call("normalize", [y], *call, ROOM["normalize"](*call))
+    assert _C.normalize(*call) and got.isfinite().all() and y.isfinite().all()
+
+
 @pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8)])
 def test_sums_of_nothing_are_zero(cuda, shape):
     x, dw, d_scale = torch.empty(shape), torch.ones(8), torch.ones(shape[0], 8)

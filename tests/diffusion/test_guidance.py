@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import genfast
 from genfast import schedulers as S
+from genfast.ops.diffusion import guidance
 from genfast.reference import diffusion as R
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -314,6 +315,8 @@ def test_outputs_that_are_zero_or_constant(method, backend):
             assert genfast.guide(*pair, 5.0, method=method, **options).isfinite().all()
 
 
+IDENTITY = torch.tensor([guidance._IDENTITY])  # out_0 = m
+
 BAD = [
     ("cond no tensor", TypeError, "cond:", lambda: genfast.guide(1.0, X)),
     ("uncond of another shape", ValueError, "uncond:", lambda: genfast.guide(X, X[0])),
@@ -327,6 +330,8 @@ BAD = [
     ("scale of another batch", ValueError, "scale:", lambda: genfast.guide(X, X, torch.ones(3))),
     ("no batch", ValueError, "cond:", lambda: genfast.guide(X.sum(), X.sum(), torch.ones(1))),
     ("a list", TypeError, "cond:", lambda: genfast.guide([1.0], X, torch.ones(1))),
+    ("scale a list", TypeError, "scale:", lambda: genfast.guide(X, X, [1.0, 2.0])),
+    ("scale complex", TypeError, "scale:", lambda: genfast.guide(X, X, 5 + 0j)),
     ("scale NaN", ValueError, "scale:", lambda: genfast.guide(X, X, math.nan)),
     ("average without apg", TypeError, "average:", lambda: genfast.guide(X, X, average=X)),
     ("x0 empty", ValueError, "x0:", lambda: genfast.dynamic_threshold(X[:, :0])),
@@ -367,3 +372,18 @@ def test_bad_input(error, name, call, backend):
     with genfast.backend(backend), pytest.raises(error) as caught:
         call()
     assert str(caught.value).startswith(name), caught.value
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("original", [False, True])
+@pytest.mark.parametrize("scale", [0, 1, True, 0.1, 7.5, -2.0, 1e30])
+def test_a_number_is_a_scale_of_each_sample(scale, original, dtype):
+    """The same bits, and those of a solver step with weights."""
+    c, u = (torch.randn(3, 4, 9, generator=torch.Generator().manual_seed(i)).to(dtype)
+            for i in range(2))  # fmt: skip
+    each = torch.full((3,), float(scale))
+    for got in (genfast.guide(c, u, each, original=original),
+                genfast.diffusion_step(c, (c, u), IDENTITY, weights=genfast.guidance_weights(
+                    c, u, scale, original=original))):  # fmt: skip
+        want = genfast.guide(c, u, scale, original=original)
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)

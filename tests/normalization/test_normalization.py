@@ -10,7 +10,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import genfast
 import genfast.nn
 from genfast.ops._common import composite_dtype
-from genfast.ops.normalization import _by_torch
+from genfast.ops.normalization import _by_torch, _training
 from genfast.reference import normalization as reference
 from genfast.reference.normalization import ACTIVATIONS
 
@@ -457,16 +457,22 @@ def test_off_the_cpu_the_composite_casts_nothing():
 def test_plain_norms_by_pytorch(kind, dtype):
     """What a GPU's table may choose for a gradient: the same function; None where it is not."""
     x, weight, bias, *_ = inputs(kind, (2, 8, 5, 8), ("weight", "bias"), dtype)
-    settings = (4 if kind == "group" else 0, kind == "rms", 1e-5)
+    settings = (4 if kind == "group" else 0, kind == "rms", 0, 1e-5)
+    nothing = (None,) * 4
     bias = None if kind == "rms" else bias
     x.requires_grad_(), weight.requires_grad_()
     found = []
     ours = KINDS[kind][0](x, weight, bias, None, None, eps=1e-5)
-    for y in (_by_torch(x, weight, bias, *settings), ours):
+    for y in (_by_torch(x, weight, bias, *nothing, *settings), ours):
         assert y.dtype == dtype
         found.append((y, *torch.autograd.grad(y, (x, weight), torch.ones_like(y))))
     for a, b in zip(*found, strict=True):
         most = 8 * torch.finfo(dtype).eps * b.abs().max().item()
         torch.testing.assert_close(a, b, rtol=0, atol=most)
-    assert _by_torch(x, weight.double(), None, *settings) is None
-    assert _by_torch(x, weight[:4], None, *settings) is None
+    assert _by_torch(x, weight[:4], None, *nothing, *settings) is None
+    assert _by_torch(x, weight, None, *nothing[1:], weight, *settings) is None
+    for eps in (-1.0, torch.inf, torch.nan):
+        assert _by_torch(x, weight, None, *nothing, *settings[:3], eps) is None
+    assert _training(x, weight, bias, *nothing, *settings) == "plain training"
+    assert _training(x, weight.double(), bias, *nothing, *settings) == "plain normalize"
+    assert _training(x.mT, weight, bias, *nothing, *settings) == "plain normalize"

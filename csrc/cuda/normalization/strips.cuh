@@ -10,6 +10,7 @@ namespace genfast::cuda {
 constexpr int kStrip = 256;              // threads of a block
 constexpr int kSteps = 4;                // loads of a thread that are under way at once
 constexpr int64_t kScattered = 1 << 18;  // elements from which 3 launches are worth it
+constexpr int64_t kRun = 1024;           // places of a channel that are worth a block
 
 // What a walk over elements left behind: of `n` of them, two numbers.
 struct Two {
@@ -23,7 +24,9 @@ __device__ __forceinline__ Two shuffle_xor(Two v, int bits) {
 // for computing sample variances", 1979.
 struct JoinMoments {
   __device__ __forceinline__ Two operator()(Two x, Two y) const {
-    const float n = x.n + y.n, share = n > 0.0f ? y.n / n : 0.0f, d = y.a - x.a;
+    if (x.n == 0.0f) return y;  // of a large mean d d would be inf, which times 0 is NaN
+    if (y.n == 0.0f) return x;
+    const float n = x.n + y.n, share = y.n / n, d = y.a - x.a;
     return {n, x.a + d * share, x.b + y.b + d * d * x.n * share};
   }
 };
@@ -159,9 +162,9 @@ __device__ __forceinline__ Two of_group(const Strips& s, int64_t group, Join joi
 
 // Whether a call's groups are walked so.
 inline bool in_strips(const Layout& of) {
-  if (of.order == Order::rows) return false;
-  return of.count > kCachedColumns ||
-         (of.order == Order::columns && of.samples * of.channels * of.inner >= kScattered);
+  if (of.order == Order::runs) return of.count > kCachedColumns && of.inner >= kRun;
+  return of.order == Order::columns && of.inner > 1 &&
+         (of.count > kCachedColumns || of.samples * of.channels * of.inner >= kScattered);
 }
 
 }  // namespace genfast::cuda

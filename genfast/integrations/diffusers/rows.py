@@ -148,7 +148,8 @@ def step(row: Row, x, m, held=(), z=None, upcast=False, seed=None, stream=0):
     """
     extras = row.extras if row.threshold is None else _thresholded(row, x, m)
     if extras is not _REFUSED:
-        real = x.is_cuda and type(x) is torch.Tensor and not _is_traced()  # or fakes would be kept
+        real = x.is_cuda and type(x) is torch.Tensor  # a row keeps its table
+        real = real and not (_is_traced() or _road.transforming())
         table = row.table_on(x.device) if real else row.table
         outs = _step_row(
             table, 0, row.n_out, x, m, held, z, seed, stream, extras, 2 if upcast else 1

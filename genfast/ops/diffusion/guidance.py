@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -50,7 +49,6 @@ def _identity_row(device) -> Tensor:
     return _common.numbers(_IDENTITY, device)[None]
 
 
-@lru_cache(256)
 def _is_finite(scale) -> bool:
     return isinstance(scale, (int, float)) and scale - scale == 0
 
