@@ -79,7 +79,7 @@ _UNTIMED = "Triton's are not timed yet; --calibrate --device cuda does"
 # yet timed in 16 bit), and without warpgroups that of long 16-bit rows (35 ms of 68 at 16k;
 # warpgroups take 15).
 #
-# Filters are 1.1 to 7.5x PyTorch's lines on an H200, norms 1.15 to 5.7x, gradients of those with a
+# Filters are 1.1 to 7.5x PyTorch's lines on an H200, norms 1.15 to 6x, gradients of those with a
 # condition, a sum or an activation 1.1 to 1.8x. (Of large images with the channels inside they were
 # 0.6 to 0.9x; these have kernels of their own since, strips.cuh, not timed yet.) Of plain norms
 # gradients were 0.56 to 1.1x: Python's node takes 60 to 100 us more there than PyTorch's.
