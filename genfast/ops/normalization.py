@@ -323,14 +323,16 @@ def _norm(x, weight, bias, scale, shift, groups, rms, act, eps, add=None, gate=N
                     y, total = torch.empty_like(x), None if add is None else torch.empty_like(x)
                     if kernels.normalize(y, None, total, *args):
                         return y if add is None else (total, y)
-                elif x.is_cpu or on_kernel("normalize", *args[:7], feature=_training(*args)):
-                    if scale is shift is add is gate is None:
-                        return _NormalizeAffine.quick(x, weight, bias, groups, rms, code, eps)
-                    return _Normalize.quick(*args)
-                elif _training(*args) == "plain training" and get_backend() == "auto":
-                    y = _by_torch(*args)
-                    if y is not None:
-                        return y
+                else:
+                    feature = None if x.is_cpu else _training(*args)
+                    if x.is_cpu or on_kernel("normalize", *args[:7], feature=feature):
+                        if scale is shift is add is gate is None:
+                            return _NormalizeAffine.quick(x, weight, bias, groups, rms, code, eps)
+                        return _Normalize.quick(*args)
+                    if feature == "plain training" and get_backend() == "auto":
+                        y = _by_torch(*args)
+                        if y is not None:
+                            return y
         except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError):
             pass  # the checks below name the argument
     return _slow(x, weight, bias, scale, shift, groups, rms, act, eps, add, gate)
