@@ -29,7 +29,7 @@ if _level and _level not in _usable:
 
 # Of a vector at every level; from 256 on with fused multiply-adds. Choices ask for this number, not
 # for names, so that a new level is missed nowhere.
-LEVEL_BITS = {"base": 128, "v2": 128, "v3": 256, "v4": 512, "bf16": 512, "amx": 512}
+LEVEL_BITS = {"base": 128, "v3": 256, "v4": 512, "bf16": 512, "amx": 512}
 VECTOR_BITS = LEVEL_BITS[_C.build_info()["isa"]]
 
 __all__ = ["_C", "LEVEL_BITS", "VECTOR_BITS"]

@@ -102,7 +102,7 @@ def test_what_goes_to_pytorch_on_a_gpu():
 
 def test_what_goes_to_pytorch_on_a_cpu():
     """Long gradients of wide fp32 heads, on a Xeon with a matrix unit only."""
-    for isa in ("base", "v2", "v3", "v4", "bf16", "amx"):
+    for isa in ("base", "v3", "v4", "bf16", "amx"):
         found = {
             (d, call): sizes
             for d in ("float32", "bfloat16", "float16")

@@ -7,7 +7,7 @@
 
 // Best first; CMakeLists.txt compiles the kernel files for the same list.
 #if defined(__x86_64__)
-#define GENFAST_FOR_EACH_ISA(X) X(amx) X(bf16) X(v4) X(v3) X(v2) X(base)
+#define GENFAST_FOR_EACH_ISA(X) X(amx) X(bf16) X(v4) X(v3) X(base)
 #else
 #define GENFAST_FOR_EACH_ISA(X) X(base)
 #endif

@@ -58,7 +58,7 @@ namespace genfast::cpu::v4 {
 const Kernels& table();  // levels amx and bf16 stand on it
 }
 
-// Every kernel file is compiled once per level with GENFAST_ISA = base, v2, v3 or v4.
+// Every kernel file is compiled once per level with GENFAST_ISA = base, v3 or v4.
 #if defined(GENFAST_ISA)
 namespace genfast::cpu::GENFAST_ISA {
 void random(const RandomParams&);

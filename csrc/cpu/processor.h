@@ -26,17 +26,16 @@ inline bool has_bits(unsigned value, unsigned mask) { return (value & mask) == m
 inline int x86_level() {
   unsigned a, b, c, d;
   if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
-  const unsigned basic = c;
-  if (!has_bits(basic, 1u << 0 | 1u << 9 | 1u << 13 | 1u << 19 | 1u << 20 | 1u << 23)) return 0;
-  const unsigned avx = 1u << 12 | 1u << 22 | 1u << 27 | 1u << 28 | 1u << 29;  // FMA…F16C
-  if (!has_bits(basic, avx)) return 2;
+  const unsigned sse = 1u << 0 | 1u << 9 | 1u << 13 | 1u << 19 | 1u << 20 | 1u << 23;  // …POPCNT
+  const unsigned avx = 1u << 12 | 1u << 22 | 1u << 27 | 1u << 28 | 1u << 29;           // FMA…F16C
+  if (!has_bits(c, sse | avx)) return 0;
   unsigned low, high;
   __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  if (!has_bits(low, 0x6u) || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 2;
+  if (!has_bits(low, 0x6u) || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
   const unsigned leaf7 = b;
-  if (!has_bits(leaf7, 1u << 3 | 1u << 5 | 1u << 8)) return 2;
+  if (!has_bits(leaf7, 1u << 3 | 1u << 5 | 1u << 8)) return 0;
   unsigned extended = 0;
-  if (!__get_cpuid(0x80000001u, &a, &b, &extended, &d) || !(extended & 1u << 5)) return 2;
+  if (!__get_cpuid(0x80000001u, &a, &b, &extended, &d) || !(extended & 1u << 5)) return 0;
   const unsigned avx512 = 1u << 16 | 1u << 17 | 1u << 28 | 1u << 30 | 1u << 31;
   return has_bits(low, 0xE6u) && has_bits(leaf7, avx512) ? 4 : 3;
 }
