@@ -107,8 +107,12 @@ def test_perplexity_and_bits():
     assert text.bits_per_byte(8 * math.log(2), "añb") == pytest.approx(2)
     with pytest.raises(ValueError, match="tokens: expected"):
         text.perplexity(1.0, 0)
-    with pytest.raises(ValueError, match="text: expected at least one byte"):
-        text.bits_per_byte(1.0, "")
+    assert text.perplexity(1e9, 3) == math.inf and math.isnan(text.perplexity(math.nan, 3))
+    for wrong in ("", b"bytes"):
+        with pytest.raises(ValueError, match="text: expected a str of at least one character"):
+            text.bits_per_byte(1.0, wrong)
+    with pytest.raises(TypeError, match="nll: expected a number"):
+        text.perplexity(None, 3)
 
 
 def test_pair_bits():
@@ -118,8 +122,11 @@ def test_pair_bits():
     after_a = [2 * text.pair_bits(training, [[97, i]]) - of_one[97] for i in range(text.TOKENS)]
     assert sum(2**-bits for bits in after_a) == pytest.approx(1)
     assert after_a[98] == min(after_a) and after_a[98] < of_one[98]
-    with pytest.raises(ValueError, match="at least one token"):
-        text.pair_bits(training, [])
+    for rows in ((training, []), ([[]], training)):
+        with pytest.raises(ValueError, match="at least one token"):
+            text.pair_bits(*rows)
+    with pytest.raises(TypeError, match="test: expected a sequence of sequences"):
+        text.pair_bits(training, [1, 2])
 
 
 def test_bleu():

@@ -468,6 +468,8 @@ def test_sample_takes_a_weight_per_model_output():
         (lambda: autoencoder().encode(torch.zeros(1, 1, 4, 4)), "x: expected"),
         (lambda: clip().encode_text(torch.full((1, 3), 9)), "ids: expected an end token"),
         (lambda: clip().loss(torch.zeros(2, 1, 8, 8), IDS, seed=SEEDS), "ids: expected a text"),
+        (lambda: clip().loss(X[:0], IDS[:0], seed=SEEDS[:0]), "x: expected at least one sample"),
+        (lambda: autoencoder().loss(X[:0], seed=1), "x: expected at least one sample"),
         (lambda: CLIPGuide(clip(), IDS[:0]), "ids: expected at least one prompt"),
         (lambda: dit().dit(torch.zeros(1, 1, 8, 8), torch.zeros(1)), "y: expected a tensor"),
         (lambda: captions.tokens("x" * 40), "prompt: expected at most 39 bytes, got 40"),

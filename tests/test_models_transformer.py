@@ -411,6 +411,29 @@ def test_greedy_eos_and_lengths():
         (lambda m: ViT(8, 4, 1, 2)(torch.zeros(1, 3, 8, 8)), ValueError, r"\(B, 1, 8, 8\)"),
         (lambda m: T5(97, 48, 1, heads=4).generate(ids(1, 3), 4, beams=0), ValueError, "beams"),
         (lambda m: T5(97, 48, 1, heads=4).generate(ids(1, 3), -3), ValueError, "tokens: expected"),
+        (lambda m: m.step(ids(2, 3).float(), m.cache(2, 8)), TypeError, "ids: expected an int64"),
+        (lambda m: m.step(ids(2, 0), m.cache(2, 8)), ValueError, "ids: expected at least 1"),
+        (lambda m: m.step(ids(3, 2), m.cache(2, 8)), ValueError, "each of the cache's 2, got 3"),
+        (lambda m: m.step(ids(2, 9), m.cache(2, 8)), ValueError, "the capacity of 8"),
+        (lambda m: m.cache(2, 65), ValueError, "capacity: expected an int <= 64, got 65"),
+        (lambda m: m.loss(ids(0, 5)), ValueError, "ids: expected at least one sample"),
+        (lambda m: BERT(97, 48, 1, 4).loss(ids(0, 5), 1, ids(0)), ValueError, "least one sample"),
+        (lambda m: ViT(8, 4, 1, 2).loss(torch.zeros(0, 1, 8, 8), ids(0)), ValueError, "one sample"),
+        (lambda m: T5(97, 48, 1, heads=4).loss(ids(0, 5), ids(0, 5)), ValueError, "one sample"),
+        (
+            lambda m: T5(97, 48, 1, heads=4).decode(ids(2, 3), torch.zeros(2, 4, 48), None),
+            ValueError, r"seen: expected bool of shape \(2, 4\), .* got NoneType",
+        ),
+        (
+            lambda m: T5(97, 48, 1, heads=4).decode(
+                ids(2, 3), torch.zeros(2, 4, 48), torch.ones(2, 4)
+            ),
+            ValueError, "seen: expected bool",
+        ),
+        (
+            lambda m: T5(97, 48, 1, heads=4).decode(ids(2, 3), torch.zeros(4, 48), ids(2, 4) > 0),
+            ValueError, r"memory: expected `encode`'s \(2, S, 48\)",
+        ),
         (
             lambda m: T5(97, 48, 1, heads=4).generate(ids(1, 3), 4, length_penalty=float("nan")),
             ValueError, "length_penalty: expected a finite number, got",

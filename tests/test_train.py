@@ -19,7 +19,7 @@ import genfast
 from genfast import _files
 from genfast.models import VAE
 from genfast.models._seeds import sample_seeds
-from genfast.train import checkpoint, data, loop, plot, state
+from genfast.train import checkpoint, data, images, loop, plot, state
 from genfast.train.recipes import RECIPES, load_trained
 from genfast.train.settings import SCHEDULES, Settings, read_config
 
@@ -609,3 +609,22 @@ def test_unknown_data_lists_the_table():
         data.load("cifar")
     with pytest.raises(ValueError, match="expected shares"):
         data.split(data.Images(torch.zeros(3, 1, 2, 2), torch.zeros(3)), 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: images.grid(torch.rand(3, 4, 5)),
+            r"images: expected \(N, C, H, W\) .* \(3, ",
+        ),
+        (lambda: images.grid(torch.rand(0, 1, 4, 5)), "images: expected .* N >= 1"),
+        (lambda: images.grid(torch.rand(2, 2, 4, 5)), "images: expected .* one or three channels"),
+        (lambda: images.grid(torch.ones(2, 1, 4, 5, dtype=torch.uint8)), "floats .* x / 255"),
+        (lambda: images.grid(torch.rand(2, 1, 4, 5), columns=0), "columns: expected an int >= 1"),
+        (lambda: images.grid(torch.rand(2, 1, 4, 5), gap=-1), "gap: expected an int >= 0"),
+    ],
+)
+def test_what_is_no_picture_is_refused(call, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()

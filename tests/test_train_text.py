@@ -107,6 +107,8 @@ def test_what_python_ships():
         (lambda d: text.windows(str(d / "short"), 8), "data: expected more than 2 pieces"),
         (lambda d: text.windows(str(d / "latin"), 8), "latin: expected UTF-8 text"),
         (lambda d: text.pairs(str(d / "latin"), (8, 8)), "latin: expected UTF-8 text"),
+        (lambda d: text.decode([80, 300]), "ids: expected an int <= 258, got 300"),
+        (lambda d: text.decode([80, -5]), "ids: expected an int >= 0, got -5"),
     ],
 )
 def test_refusals(call, message, tmp_path):

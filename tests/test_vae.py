@@ -108,12 +108,23 @@ def test_interpolation_ends_at_the_reconstructions(vae, x):
         lambda v: v.encode(torch.zeros(36)),
         lambda v: v.sample(-1, 0),
         lambda v: v.interpolate(torch.zeros(1, 36), torch.zeros(1, 36), 1),
+        lambda v: v.loss(torch.zeros(0, 36)),
         lambda v: VAE(36, 24, 0),
         lambda v: VAE(36, 24, 5, beta=-1.0),
         lambda v: ConvVAE((1, 8, 8), width=0),
         lambda v: ConvVAE((1, 8, 8), beta=float("nan")),
     ],
-    ids=["width", "no batch", "negative n", "one step", "no z", "beta < 0", "no width", "beta nan"],
+    ids=[
+        "width",
+        "no batch",
+        "negative n",
+        "one step",
+        "no sample",
+        "no z",
+        "beta < 0",
+        "no width",
+        "beta nan",
+    ],
 )
 def test_bad_input_names_what_was_expected(vae, call):
     with pytest.raises(ValueError, match="expected"):

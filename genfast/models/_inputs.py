@@ -47,6 +47,14 @@ def images(
         )
 
 
+def some(name: str, x: Tensor) -> None:
+    """A batch of at least one sample: the mean loss of none is NaN."""
+    if isinstance(x, Tensor) and x.dim() and not len(x):
+        raise ValueError(
+            f"{name}: expected at least one sample, got shape {tuple(x.shape)}; skip empty batches"
+        )
+
+
 def floats(name: str, x: Tensor) -> None:
     if isinstance(x, Tensor) and x.dtype == torch.uint8:
         raise TypeError(

@@ -423,8 +423,7 @@ class CycleGAN(nn.Module):
 
     def _pair(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         for name, images in {"x": x, "y": y}.items():
-            if not len(images):
-                raise ValueError(f"{name}: expected at least one image in a batch, got none")
+            _inputs.some(name, images)
         return from_unit(x, self.x_shape, "x"), from_unit(y, self.x_shape, "y")
 
     def g_loss(self, x: Tensor, y: Tensor) -> Tensor:

@@ -78,6 +78,7 @@ class GaussianVAE(nn.Module):
 
     def loss(self, x: Tensor, *, seed: Seed | None = None, stream: int = 0) -> Tensor:
         """Mean of -ln p(x|z) + beta KL over the batch, (), nats a sample; -elbo when beta is 1."""
+        _inputs.some("x", x)
         logits, kl = self(x, seed=seed, stream=stream)
         return (self._nll(logits, x) + self.beta * kl).mean()
 

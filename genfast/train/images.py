@@ -11,6 +11,8 @@ from torch import Tensor
 
 from genfast._extras import need
 from genfast._files import write_atomic
+from genfast.models import _inputs
+from genfast.ops import _check
 
 
 def to_bytes(x: Tensor) -> Tensor:
@@ -20,8 +22,17 @@ def to_bytes(x: Tensor) -> Tensor:
 
 def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tensor:
     """images: (N, C, H, W) in [0, 1], C 1 or 3 -> rows of them with gaps, uint8 (H', W')
-    or (H', W', 3).
+    or (H', W', 3). columns: default as many as rows. gap: pixels.
     """
+    _inputs.floats("images", images)
+    if images.dim() != 4 or not len(images) or images.shape[1] not in (1, 3):
+        raise ValueError(
+            "images: expected (N, C, H, W) with N >= 1 and one or three channels, got shape "
+            f"{tuple(images.shape)}"
+        )
+    if columns is not None:
+        _check.counts(columns=columns)
+    _check.integer("gap", gap, low=0)
     n, c, h, w = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)

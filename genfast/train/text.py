@@ -28,11 +28,16 @@ TEXT_SUFFIX = ".txt"
 
 
 def encode(text: str) -> list[int]:
+    if not isinstance(text, str):
+        raise TypeError(f"text: expected a str, got {_check.describe(text)}")
     return [b + BYTES for b in text.encode()]
 
 
-def decode(ids: Iterable[int]) -> str:
+def decode(ids: Iterable[int] | Tensor) -> str:
     """Special tokens are left out; bytes that are no UTF-8 become U+FFFD."""
+    ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+    for i in ids:
+        _check.integer("ids", i, low=0, high=VOCAB - 1)
     return bytes(i - BYTES for i in ids if i >= BYTES).decode(errors="replace")
 
 

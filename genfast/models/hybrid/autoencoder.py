@@ -108,6 +108,7 @@ class KLAutoencoder(nn.Module):
 
     def loss(self, x: Tensor, *, seed: Seed | None = None, stream: int = 0) -> Tensor:
         """Mean of -ln p(x|z) + beta KL over the batch, (), nats a sample."""
+        _inputs.some("x", x)
         logits, kl = self(x, seed=seed, stream=stream)
         return (bernoulli_nll(logits, x) + self.beta * kl).mean()
 

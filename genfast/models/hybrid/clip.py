@@ -158,6 +158,7 @@ class CLIP(nn.Module):
     def loss(self, x: Tensor, ids: Tensor, *, seed: Tensor) -> Tensor:
         """Symmetric cross-entropy of a batch of pairs, (), nats. seed: int64 (B,) of one per pair.
         Radford et al., figure 3."""
+        _inputs.some("x", x)
         if len(x) != len(ids):
             raise ValueError(f"ids: expected a text for each of {len(x)} images, got {len(ids)}")
         if self.training:

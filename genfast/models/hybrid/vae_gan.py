@@ -68,6 +68,7 @@ class VAEGAN(Adversarial):
 
     def _drawn(self, x: Tensor, seed: Seed) -> tuple[Tensor, Tensor]:
         """z ~ q(z|x) (B, z_dim), and L_prior of each sample (B,)."""
+        _inputs.some("x", x)
         mu, logvar = self.encode(x)
         return reparameterize(
             mu, logvar, seed=seed, stream=POSTERIOR, return_kl=True, kl_reduction="none"

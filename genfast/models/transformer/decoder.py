@@ -98,17 +98,20 @@ class GPT(nn.Module):
         _inputs.ids("ids", ids, self.vocab, self.context + 1, least=2)
         logits = self(ids[:, :-1]).flatten(0, 1)
         nll = F.cross_entropy(logits.float(), ids[:, 1:].flatten(), reduction="none")
-        return nll.view(len(ids), -1)
+        return nll.view(len(ids), ids.shape[1] - 1)
 
     def loss(self, ids: Tensor) -> Tensor:
         """Mean nll of a token, (), nats. ids (B, S) int64 with 2 <= S <= context + 1."""
         _inputs.ids("ids", ids, self.vocab, self.context + 1, least=2)
+        _inputs.some("ids", ids)
         return F.cross_entropy(self(ids[:, :-1]).flatten(0, 1).float(), ids[:, 1:].flatten())
 
     # ---- generation -----------------------------------------------------------------------------
 
     def cache(self, batch: int, capacity: int) -> KVCache:
-        """An empty cache for `batch` sequences of up to `capacity` tokens."""
+        """An empty cache for `batch` sequences of up to `capacity` tokens, at most the context."""
+        _check.counts(batch=batch)
+        _check.integer("capacity", capacity, low=1, high=self.context)
         a = self.blocks[0].attention
         rotary = (
             (None, None) if self.rotary is None else self.rotary.tables(a.out.weight.device)[:2]
@@ -119,7 +122,13 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def step(self, ids: Tensor, cache: KVCache) -> Tensor:
-        """Appends ids (B, S) to the cache; the logits behind the last of them, (B, V)."""
+        """Appends ids (B, S) int64 to a cache of B rows with room for them (ValueError); the logits
+        behind the last of them, (B, V)."""
+        _inputs.ids("ids", ids, self.vocab, self.context, least=1)
+        if len(ids) != len(cache.lengths):
+            raise ValueError(
+                f"ids: expected a row for each of the cache's {len(cache.lengths)}, got {len(ids)}"
+            )
         x = self.embed(ids)
         if self.positions is not None:
             at = cache.lengths[:, None] + torch.arange(ids.shape[1], device=ids.device)

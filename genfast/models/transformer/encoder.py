@@ -126,6 +126,7 @@ class BERT(nn.Module):
         """Mean cross-entropy of the chosen tokens, (), nats; see `mask_tokens`. mask_id: the token
         that hides; ordinary: default V."""
         _check.integer("mask_id", mask_id, low=0, high=self.vocab - 1)
+        _inputs.some("ids", ids)
         if ordinary is not None:
             _check.integer("ordinary", ordinary, low=1, high=self.vocab)
         given, chosen = mask_tokens(

@@ -104,7 +104,7 @@ def _block(model, prompts, seeds, rows: int, tokens: int, eos, filters) -> list[
     if not tokens:
         return [p[:0] for p in prompts]
     longest = max(len(p) for p in prompts)
-    cache = model.cache(rows, longest + tokens)
+    cache = model.cache(rows, longest + tokens - 1)  # the last token is not fed
     # Each prompt by itself: no padding, and its bits depend on nothing else.
     logits = torch.cat([model.step(p[None], cache.row(b)) for b, p in enumerate(prompts)])
     found = logits.new_empty(tokens, rows, dtype=torch.int64).fill_(0)

@@ -101,6 +101,14 @@ class DecoderBlock(nn.Module):
         return x + self.feed_forward(self.norm3(x))
 
 
+def _seen(seen: Tensor, shape: torch.Size) -> None:
+    if not isinstance(seen, Tensor) or seen.dtype != torch.bool or seen.shape != shape:
+        raise ValueError(
+            f"seen: expected bool of shape {tuple(shape)}, a value a token of the source, got "
+            f"{_check.describe(seen)}"
+        )
+
+
 class T5(nn.Module):
     """vocab V, d, layers L of the encoder, decoder_layers (default L), heads H, head_dim D (default
     d / H), hidden: inner width (default 4 d). buckets, longest: of the relative positions.
@@ -174,16 +182,19 @@ class T5(nn.Module):
     def _seen(self, ids: Tensor, seen: Tensor | None) -> Tensor:
         if seen is None:
             return ids != self.pad
-        if not isinstance(seen, Tensor) or seen.dtype != torch.bool or seen.shape != ids.shape:
-            raise ValueError(
-                f"seen: expected bool of ids' shape {tuple(ids.shape)}, got {_check.describe(seen)}"
-            )
+        _seen(seen, ids.shape)
         return seen
 
     def decode(self, ids: Tensor, memory: Tensor, seen: Tensor) -> Tensor:
         """Logits of the next token at every place (B, T, V), of ids (B, T) int64 that start with
         pad. seen (B, S) bool: which of the memory's tokens are real."""
         _inputs.ids("ids", ids, self.vocab)
+        _check.tensor("memory", memory)
+        if memory.dim() != 3 or memory.shape[::2] != (len(ids), self.d):
+            raise ValueError(
+                f"memory: expected `encode`'s ({len(ids)}, S, {self.d}), got {tuple(memory.shape)}"
+            )
+        _seen(seen, memory.shape[:2])
         x, T = self.embed(ids), ids.shape[1]
         mask, seen = self.decoder_bias(T, T).to(x.dtype), seen[:, None, None]
         for block in self.decoder:
@@ -204,6 +215,7 @@ class T5(nn.Module):
     def loss(self, ids: Tensor, target: Tensor, seen: Tensor | None = None) -> Tensor:
         """Mean cross-entropy of the target's tokens, pad left out, (), nats."""
         _inputs.ids("target", target, self.vocab, least=1)
+        _inputs.some("target", target)
         if _inputs.readable(target) and not (target != self.pad).any():
             raise ValueError(f"target: expected tokens, got nothing but pad ({self.pad})")
         logits = self(ids, target, seen).flatten(0, 1).float()

@@ -89,5 +89,6 @@ class ViT(nn.Module):
 
     def loss(self, x: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy, (), nats. labels (B,) int64 in [0, classes)."""
+        _inputs.some("x", x)
         _inputs.labels("labels", labels, len(x), self.head.out_features)
         return F.cross_entropy(self(x).float(), labels)
