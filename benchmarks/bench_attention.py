@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import genfast
+from genfast.benchmarks.compare import step
 from genfast.benchmarks.harness import Case, Work, assert_judged
 from genfast.reference import attention as reference
 
@@ -39,13 +40,6 @@ def _prove(ours, rival, leaves, truth, grad):
     names = ("out", "dq", "dk", "dv")
     for name, a, b, c in zip(names, run(ours), run(rival), run(truth, torch.float64), strict=False):
         assert_judged(name, a, b, c, 2.0 if name == "out" else 3.0)
-
-
-def _step(call, leaves, grad):
-    if grad is None:
-        return partial(call, *leaves)
-    leaves = [x.detach().requires_grad_() for x in leaves]
-    return lambda: torch.autograd.grad(call(*leaves), leaves, grad)
 
 
 # Switches of PyTorch's kernels; the context manager sdpa_kernel takes as long as a short call.
@@ -79,7 +73,7 @@ def _fused_rivals(leaves, grad, options):
     """PyTorch's fused kernels by name, those that take these tensors."""
     found = {}
     for name in _FUSED if leaves[0].is_cuda else ():
-        call = _step(partial(_sdpa_by, name, **options), leaves, grad)
+        call = step(partial(_sdpa_by, name, **options), leaves, grad)
         try:
             call()
         except RuntimeError:  # "No available kernel": dtype, head dim or GPU
@@ -109,9 +103,9 @@ def _dense(B, Hq, Hkv, Sq, Sk, D, dtype, causal, backward, device):
         _prove(ours, rival, leaves, truth, None if grad is None else grad[:1, :heads])
 
     return Work(
-        ours=_step(ours, (q, k, v), grad),
+        ours=step(ours, (q, k, v), grad),
         rivals={
-            "F.sdpa": _step(rival, (q, k, v), grad),
+            "F.sdpa": step(rival, (q, k, v), grad),
             **({"rows": partial(_as_rows, q, k, v)} if Sq == 1 and Hq != Hkv else {}),
             **_fused_rivals((q, k, v), grad, options),
         },
@@ -177,8 +171,8 @@ def _varlen(backward, dtype, device):
         return reference.attention_varlen(q, k, v, cu, cu)[0]
 
     return Work(
-        ours=_step(ours, (q, k, v), grad),
-        rivals={"F.sdpa": _step(loop, (q, k, v), grad), "padded": _step(padded, wide, wide_grad)},
+        ours=step(ours, (q, k, v), grad),
+        rivals={"F.sdpa": step(loop, (q, k, v), grad), "padded": step(padded, wide, wide_grad)},
         proof=lambda: _prove(ours, loop, (q, k, v), truth, grad),
     )
 
@@ -240,8 +234,8 @@ def _masked(name, B, H, S, D, backward, dtype, device):
         )
 
     return Work(
-        ours=_step(ours, (q, k, v), grad),
-        rivals={"F.sdpa": _step(rival, (q, k, v), grad)},
+        ours=step(ours, (q, k, v), grad),
+        rivals={"F.sdpa": step(rival, (q, k, v), grad)},
         proof=proof,
     )
 

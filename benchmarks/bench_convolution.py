@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 
 import genfast
-from genfast.benchmarks.bench_filtering import compare
+from genfast.benchmarks.compare import compare, draw
 from genfast.benchmarks.harness import Case, Work, assert_judged
 from genfast.reference import convolution as reference
 
-SEED = 1234
-
 
 def _draw(shape, stream, device) -> Tensor:
-    x = genfast.randn(shape, seed=SEED, stream=stream, device=device)
+    x = draw(shape, stream, device)
     # `to`: `contiguous` leaves one channel in the strides of the other order
     return x.to(memory_format=torch.channels_last) if len(shape) == 4 else x
 

@@ -14,65 +14,22 @@ from torch import Tensor
 
 import genfast
 from genfast.benchmarks.bench_models import fresh, prove
-from genfast.benchmarks.harness import Case, Work, assert_judged
+from genfast.benchmarks.compare import SEED, compare, draw, step
+from genfast.benchmarks.harness import Case, Work
 from genfast.benchmarks.plain import on_reference
 from genfast.models import StyleGAN2
 from genfast.models._seeds import sample_seeds
 from genfast.reference import filtering as reference
 from genfast.reference.filtering import ACTIVATIONS
 
-SEED, TAPS = 1234, (1, 3, 3, 1)
-
-
-def _draw(shape, stream, device, dtype=torch.float32) -> Tensor:
-    return genfast.randn(shape, seed=SEED, stream=stream, device=device).to(dtype)
-
-
-def _step(forward, leaves, grad):
-    """A call that runs forward and backward."""
-    leaves = [x.detach().requires_grad_() for x in leaves]
-    return lambda: torch.autograd.grad(forward(*leaves), leaves, grad)
-
-
-def compare(ours, plain, leaves, backward: bool) -> Work:
-    """ours and plain: functions of `leaves`, to a tensor or several; plain in any dtype. The proof
-    takes the road that is timed: without a graph where nothing goes backward."""
-    found = ours(*leaves)
-    found = found if isinstance(found, tuple) else (found,)
-    grads = [torch.empty_like(y).copy_(_draw(y.shape, 9 + i, y.device))
-             for i, y in enumerate(found)]  # fmt: skip
-
-    def calls(function):
-        return _step(function, leaves, grads) if backward else partial(function, *leaves)
-
-    def proof():
-        def values(function, dtype):
-            given = [x.detach().to(dtype).requires_grad_(backward) for x in leaves]
-            y = function(*given)
-            y = y if isinstance(y, tuple) else (y,)
-            if not backward:
-                return y
-            gradients = torch.autograd.grad(y, given, [g.to(dtype) for g in grads])
-            return *(t.detach() for t in y), *gradients
-
-        dtype = found[0].dtype
-        three = values(ours, dtype), values(plain, dtype), values(plain, torch.float64)
-        for i, (a, b, c) in enumerate(zip(*three, strict=True)):
-            assert_judged(f"tensor {i}", a, b, c, 2.0 if i < len(grads) else 3.0)
-
-    return Work(
-        ours=calls(ours),
-        rivals={"eager": calls(plain)},
-        late={"compile": lambda: calls(torch.compile(plain, dynamic=False))},
-        proof=proof,
-    )
+TAPS = (1, 3, 3, 1)
 
 
 # ---- the ops -------------------------------------------------------------------------------------
 
 
 def _bias_act(shape, act, noisy, dtype, backward, device) -> Work:
-    leaves = [_draw(shape, 1, device, dtype), _draw(shape[1:2], 2, device, dtype)]
+    leaves = [draw(shape, 1, device, dtype), draw(shape[1:2], 2, device, dtype)]
     found = ACTIVATIONS[act]
     numbers = {"act": act, "alpha": found.alpha, "gain": found.gain}
     if not noisy:
@@ -90,8 +47,8 @@ def _bias_act(shape, act, noisy, dtype, backward, device) -> Work:
     def drawing(x, b, s):  # the rivals draw too
         return reference.bias_act(x, b, torch.randn_like(x[:, :1]), s, **numbers)
 
-    grad = _draw(shape, 9, device, dtype)
-    make = (lambda f: _step(f, leaves, grad)) if backward else (lambda f: partial(f, *leaves))
+    grad = draw(shape, 9, device, dtype)
+    make = partial(step, leaves=leaves, grads=grad if backward else None)
     work.rivals = {"eager": make(drawing)}
     work.late = {"compile": lambda: make(torch.compile(drawing, dynamic=False))}
     return work
@@ -105,7 +62,7 @@ def _resample(name, shape, dtype, backward, device) -> Work:
         return reference.upfirdn2d(x, f, (up, up), (down, down), padding, gain=gain)
 
     ours = partial(getattr(genfast, name), f=f)
-    return compare(ours, plain, [_draw(shape, 1, device, dtype)], backward)
+    return compare(ours, plain, [draw(shape, 1, device, dtype)], backward)
 
 
 # upsample2d, downsample2d and filter2d of four taps as arguments of the reference
@@ -119,7 +76,7 @@ PLAIN = {
 def _layer(shape, dtype, backward, device) -> Work:
     """What follows a convolution of the generator: up-sampling, then bias and activation."""
     f = genfast.setup_filter(TAPS, device=device)
-    leaves = [_draw(shape, 1, device, dtype), _draw(shape[1:2], 2, device, dtype)]
+    leaves = [draw(shape, 1, device, dtype), draw(shape[1:2], 2, device, dtype)]
     up, down, padding, gain = PLAIN["upsample2d"]
 
     def ours(x, b):
@@ -146,7 +103,7 @@ def _moves(model, x, seeds, step) -> list[Tensor]:
 
 
 def _gated(shape, act, backward, device) -> Work:
-    leaves = [_draw((*shape[:-1], 2 * shape[-1]), 1, device)]
+    leaves = [draw((*shape[:-1], 2 * shape[-1]), 1, device)]
     return compare(
         partial(genfast.gated_act, act=act), partial(reference.gated_act, act=act), leaves, backward
     )

@@ -12,29 +12,23 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch import Tensor
 
 import genfast
-from genfast.benchmarks.bench_filtering import compare
+from genfast.benchmarks.compare import compare, draw
 from genfast.benchmarks.harness import Case, Work
 from genfast.reference.normalization import gated_sum, normalize
 
-SEED = 1234
 FORMATS = {"": torch.contiguous_format, " nhwc": torch.channels_last}
-
-
-def _draw(shape, stream, device, dtype) -> Tensor:
-    return genfast.randn(shape, seed=SEED, stream=stream, device=device).to(dtype)
 
 
 def _norm(kind, shape, groups, act, modulated, layout, dtype, backward, device) -> Work:
     C = shape[1] if groups else shape[-1]
-    x = _draw(shape, 1, device, dtype).contiguous(memory_format=FORMATS[layout])
-    leaves = [x, _draw((C,), 2, device, dtype)]
+    x = draw(shape, 1, device, dtype).contiguous(memory_format=FORMATS[layout])
+    leaves = [x, draw((C,), 2, device, dtype)]
     if kind != "rms_norm":
-        leaves.append(_draw((C,), 3, device, dtype))
+        leaves.append(draw((C,), 3, device, dtype))
     if modulated:
-        leaves += [_draw((shape[0], C), n, device, dtype) for n in (4, 5)]
+        leaves += [draw((shape[0], C), n, device, dtype) for n in (4, 5)]
     condition = ("scale", "shift") if modulated else ()
     options = {"act": act, "eps": 1e-5}
 
@@ -54,8 +48,8 @@ def _norm(kind, shape, groups, act, modulated, layout, dtype, backward, device) 
 
 def _summed(shape, dtype, backward, device) -> Work:
     """A DiT's x + gate h and the modulated norm of it."""
-    rows = [_draw((shape[0], shape[-1]), n, device, dtype) for n in (3, 4, 5)]
-    leaves = [_draw(shape, 1, device, dtype), _draw(shape, 2, device, dtype), *rows]
+    rows = [draw((shape[0], shape[-1]), n, device, dtype) for n in (3, 4, 5)]
+    leaves = [draw(shape, 1, device, dtype), draw(shape, 2, device, dtype), *rows]
 
     def ours(x, h, gate, scale, shift):
         return genfast.layer_norm(x, scale=scale, shift=shift, add=h, gate=gate)

@@ -8,12 +8,11 @@ import torch
 import torch.nn.functional as F
 
 import genfast
+from genfast.benchmarks.compare import SEED, step
 from genfast.benchmarks.harness import Case, Work, assert_bitwise, assert_judged
 from genfast.models._seeds import sample_seeds
 from genfast.reference import rng as noise
 from genfast.reference import sampling as reference
-
-SEED = 1234
 
 
 def _inputs(count, shape, device):
@@ -39,16 +38,6 @@ def _eager_reparameterize(mu, logvar):
 
 def _fused_reparameterize(mu, logvar, seed=None):
     return genfast.reparameterize(mu, logvar, seed=seed, return_kl=True)
-
-
-def _step(forward, inputs, grads):
-    """A call that runs forward and backward."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
-
-    def call():
-        return torch.autograd.grad(forward(*leaves), leaves, grads)
-
-    return call
 
 
 def _prove_reparameterize(mu, logvar, grads=None, kl=True):
@@ -84,7 +73,7 @@ def _reparameterize(shape, backward, device):
         ("compile", lambda: torch.compile(_eager_reparameterize, dynamic=False)),
     ):
         if backward:
-            calls[name] = lambda make=make: _step(make(), (mu, logvar), (dz, dkl))
+            calls[name] = lambda make=make: step(make(), (mu, logvar), (dz, dkl))
         else:
             calls[name] = lambda make=make: partial(make(), mu, logvar)
     return Work(
@@ -124,11 +113,11 @@ def _each_by_its_seed(shape, device):
         ):
             assert_judged(name, *found, 3.0 if name.startswith("d_") else 2.0)
 
-    step = partial(_step, inputs=(mu, logvar), grads=(dz, dkl))
+    call = partial(step, leaves=(mu, logvar), grads=(dz, dkl))
     return Work(
-        ours=step(fused),
-        rivals={"eager": step(eager)},
-        late={"compile": lambda: step(torch.compile(eager, dynamic=False))},
+        ours=call(fused),
+        rivals={"eager": call(eager)},
+        late={"compile": lambda: call(torch.compile(eager, dynamic=False))},
         proof=proof,
     )
 
@@ -223,7 +212,7 @@ def _relaxed(name, shape, hard, backward, device):
         ("compile", lambda: torch.compile(partial(eager, hard=hard), dynamic=False)),
     ):
         if backward:
-            calls[who] = lambda make=make: _step(make(), (logits,), (dy,))
+            calls[who] = lambda make=make: step(make(), (logits,), (dy,))
         else:
             calls[who] = lambda make=make: partial(make(), logits)
     return Work(
@@ -272,7 +261,7 @@ def _likelihood(shape, backward, device):
     def call(f):
         if not backward:
             return partial(f, logits, x)
-        return _step(lambda leaf: f(leaf, x), (logits,), (grad,))
+        return step(lambda leaf: f(leaf, x), (logits,), (grad,))
 
     return Work(
         ours=call(genfast.bernoulli_nll),
