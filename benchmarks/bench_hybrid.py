@@ -102,8 +102,9 @@ def _training(build: Callable, B: int, device) -> Work:
         return [value.detach(), *torch.autograd.grad(value, trained)]
 
     def compute(model) -> list[Tensor]:
-        # Of several batches: all of one's gradients carry the one rounding error of its loss's.
-        found = (step(model, model.loss, *given(model, 4, SEED + k)) for k in range(4))
+        # Of several batches: all of one's gradients carry the one rounding error of its loss's. Of
+        # four, CLIP's were off by 3.6 times what PyTorch's were on one processor, of forty by 2.2.
+        found = (step(model, model.loss, *given(model, 4, SEED + k)) for k in range(8))
         return [torch.stack(tensors) for tensors in zip(*found, strict=True)]
 
     ours = partial(step, model, model.loss, *given(model, B))
