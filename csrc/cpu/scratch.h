@@ -49,6 +49,20 @@ class Memory {
   char* data_;
 };
 
+// What a call's tasks hand on, not filled, in memory that the thread keeps: freed each time, 1.5
+// MiB of sums made glibc give 50 MiB of tensors back to the system at every training step, and
+// 100,000 doubles came as 200 fresh pages at every call.
+template <class T>
+class Held {
+ public:
+  explicit Held(int64_t n)
+      : memory_(n > 0 ? n * static_cast<int64_t>(sizeof(T)) : static_cast<int64_t>(sizeof(T))) {}
+  operator T*() const { return reinterpret_cast<T*>(memory_.data()); }
+
+ private:
+  Memory memory_;
+};
+
 // std::vector for kernel files. The linker keeps one copy of an ordinary one's functions for all
 // levels, whose instructions a lesser processor may not have: through an allocator of this file's
 // own they are this file's own.

@@ -1,6 +1,7 @@
 // The forward process on the CPU: two-term mixes (add_noise, velocity, scaling) and the training
 // loss, which draws eps again instead of reading it.
 #include "cpu/diffusion/chunks.h"
+#include "cpu/scratch.h"
 
 namespace genfast::cpu::GENFAST_ISA {
 
@@ -107,9 +108,8 @@ void denoising_loss(const LossParams& p) {
   const bool needs_x0 = p.prediction != Prediction::epsilon;
   const int64_t per_row = (cols + kChunk - 1) / kChunk;
   // By row, and by chunk of rows that have several.
-  std::unique_ptr<double[]> losses, partial;
-  if (forward) losses.reset(new double[rows + 1]);
-  if (forward && per_row != 1) partial.reset(new double[rows * per_row]);
+  const Held<double> of_rows(forward ? rows : 0), of_chunks(per_row != 1 ? rows * per_row : 0);
+  double *losses = of_rows, *partial = of_chunks;
 
   const auto weight_of = [&](int64_t b) {
     if (p.weighting == Weighting::none) return 1.0;
@@ -121,14 +121,29 @@ void denoising_loss(const LossParams& p) {
   const float* grad = static_cast<const float*>(p.grad.data);
   const int threads = threads_for(p.output, needs_noise && !p.z.defined(), p.threads);
 
-  const auto scale_of = [&](int64_t b, double weight) {
-    const double g = !p.grad.defined() ? 1.0 : p.grad.numel > 1 ? grad[b] : grad[0];
-    return static_cast<float>(2.0 * g * weight * p.total_scale / static_cast<double>(cols));
+  // Of `height` rows from b on, in vectors: each alone took 5 ns, and 100,000 rows of one number
+  // 182 us for PyTorch's 103.
+  const double count = static_cast<double>(cols);
+  const auto weights_of = [&](int64_t b, int height, double* to) {
+    if (p.weighting == Weighting::none) return void(std::fill_n(to, height, 1.0));
+    for (int k = 0; k < height; ++k) to[k] = weight_of(b + k);
+  };
+  const auto scales_of = [&](int64_t b, int height, const double* weights, float* to) {
+    const auto scale = [total = p.total_scale, count](double g, double weight) {
+      return static_cast<float>(2.0 * g * weight * total / count);
+    };
+    if (p.grad.defined() && p.grad.numel > 1) {
+      for (int k = 0; k < height; ++k) to[k] = scale(grad[b + k], weights[k]);
+    } else {
+      const double g = p.grad.defined() ? grad[0] : 1.0;
+      for (int k = 0; k < height; ++k) to[k] = scale(g, weights[k]);
+    }
   };
   float* per_sample = static_cast<float*>(p.per_sample.data);
-  const auto conclude = [&](int64_t b, double squares, double weight) {
-    losses[b] = squares / static_cast<double>(cols) * weight;
-    per_sample[b] = static_cast<float>(losses[b]);
+  const auto conclude = [=](int64_t b, int height, const double* squares, const double* weights) {
+    double* loss = losses + b;
+    for (int k = 0; k < height; ++k) loss[k] = squares[k] / count * weights[k];
+    for (int k = 0; k < height; ++k) per_sample[b + k] = static_cast<float>(loss[k]);
   };
   const auto alphas_of = [&](int64_t b, int n, float* to) {
     if (p.flow_alpha)
@@ -152,7 +167,7 @@ void denoising_loss(const LossParams& p) {
                                      : noise.values<NormalMap>(at, n, drawn);
     float* to = forward || !backward ? staged.data : d_output.target(at, n, home);
     double weights[kChunk];
-    for (int k = 0; k < height; ++k) weights[k] = weight_of(b + k);
+    weights_of(b, height, weights);
     const auto run = [&](auto alpha, auto sigma, auto scale) {
       const auto differences = [&](auto prediction, auto factor) {
         for (int i = 0; i < n; i += W) {
@@ -170,7 +185,7 @@ void denoising_loss(const LossParams& p) {
         } else {
           double squares[kChunk];
           square_sums(to, height, static_cast<int>(cols), squares);
-          for (int k = 0; k < height; ++k) conclude(b + k, squares[k], weights[k]);
+          conclude(b, height, squares, weights);
         }
         if (backward) {  // the same rounding as in a pass of its own
           float* gradient = d_output.target(at, n, home);
@@ -183,7 +198,7 @@ void denoising_loss(const LossParams& p) {
     alpha[0] = sigma[0] = scale[0] = 0.0f;
     const bool both = p.prediction == Prediction::v;  // the others read neither
     if (both) alphas_of(b, height, alpha), sigmas_of(b, height, sigma);
-    for (int k = 0; k < height && backward; ++k) scale[k] = scale_of(b + k, weights[k]);
+    if (backward) scales_of(b, height, weights, scale);
     if (height == 1) {
       run(Same(alpha[0]), Same(sigma[0]), Same(scale[0]));
     } else {
@@ -198,11 +213,11 @@ void denoising_loss(const LossParams& p) {
   for (int64_t b = 0; b < rows && per_row != 1; ++b) {
     double sum = 0;
     for (int64_t c = b * per_row; c < (b + 1) * per_row; ++c) sum += partial[c];
-    conclude(b, sum, weight_of(b));
+    const double weight = weight_of(b);
+    conclude(b, 1, &sum, &weight);
   }
   if (p.total.defined())
-    *static_cast<float*>(p.total.data) =
-        static_cast<float>(total(losses.get(), rows) * p.total_scale);
+    *static_cast<float*>(p.total.data) = static_cast<float>(total(losses, rows) * p.total_scale);
 }
 
 }  // namespace genfast::cpu::GENFAST_ISA

@@ -53,8 +53,8 @@ void guidance_weights(const GuidanceParams& p) {
 }
 
 // Magnitudes order as their bits do: a histogram of the upper bits finds the bin of the wanted
-// rank, a second pass collects that bin (and the next, for the interpolation). Of a short sample
-// everything is collected at once: the histogram's bins alone take 2 us.
+// rank, a second pass collects that bin (and the next, for the interpolation). Of short samples,
+// side by side, everything is collected at once: the histogram's bins alone take 2 us.
 void dynamic_threshold(const ThresholdParams& p) {
   const Stage x(p.x), m(p.m);
   const bool convert = p.m.defined();
@@ -68,22 +68,30 @@ void dynamic_threshold(const ThresholdParams& p) {
   const int64_t* index = p.index.defined() ? static_cast<const int64_t*>(p.index.data) : nullptr;
   float* result = static_cast<float*>(p.s.data);
 
+  // Of all samples, or of one; none without a conversion.
+  const bool own_rows = convert && index != nullptr && p.index.numel > 1;
+  const auto row_of = [&](int64_t b) -> const float* {
+    if (!convert) return nullptr;
+    const int64_t row = index == nullptr ? p.row : index[own_rows ? b : 0];
+    return static_cast<const float*>(p.table.data) + row * kRowColumns;
+  };
+  const auto magnitudes = [&](int64_t first, int count, const float* row, float* to) {
+    Chunk xb, mb;
+    const float* xs = x.load(first, count, xb);
+    const float* ms = convert ? m.load(first, count, mb) : xs;
+    for (int i = 0; i < count; i += W) {
+      f32v v = load(xs + i);
+      if (convert) v = v * row[0] + load(ms + i) * row[1];
+      store(to + i, from_bits(bits(v) & 0x7FFFFFFFu));
+    }
+  };
   const auto over = [&](int64_t b, int64_t split, auto&& fn) {
-    const float* row = nullptr;
-    if (convert)
-      row = static_cast<const float*>(p.table.data) +
-            (index == nullptr ? p.row : index[p.index.numel > 1 ? b : 0]) * kRowColumns;
+    const float* row = row_of(b);
     for (int64_t c = chunks * split / splits; c < chunks * (split + 1) / splits; ++c) {
       const int64_t first = c * kChunk;
       const int count = static_cast<int>(std::min<int64_t>(kChunk, n - first));
-      Chunk xb, mb, ab;
-      const float* xs = x.load(b * n + first, count, xb);
-      const float* ms = convert ? m.load(b * n + first, count, mb) : xs;
-      for (int i = 0; i < count; i += W) {
-        f32v v = load(xs + i);
-        if (convert) v = v * row[0] + load(ms + i) * row[1];
-        store(ab.data + i, from_bits(bits(v) & 0x7FFFFFFFu));
-      }
+      Chunk ab;
+      magnitudes(b * n + first, count, row, ab.data);
       fn(ab.data, count);
     }
   };
@@ -108,10 +116,13 @@ void dynamic_threshold(const ThresholdParams& p) {
     const double q = upper == lower || weight == 0 ? lower : lower + weight * (upper - lower);
     return static_cast<float>(std::min(std::max(q, 1.0), p.max));
   };
-  const auto whole = [&](int64_t b) {
-    float all[kChunk], *to = all;
-    over(b, 0, [&](const float* a, int count) { to = std::copy_n(a, count, to); });
-    result[b] = bound(all, n, 0);
+  const int64_t together = own_rows ? 1 : std::max<int64_t>(1, kChunk / n);
+  const auto whole = [&](int64_t b, int64_t end) {
+    for (Chunk all; b < end; b += together) {
+      const int64_t here = std::min(together, end - b);
+      magnitudes(b * n, static_cast<int>(here * n), row_of(b), all.data);
+      for (int64_t k = 0; k < here; ++k) result[b + k] = bound(all.data + k * n, n, 0);
+    }
   };
   const auto by_bins = [&](int64_t b) {
     const std::unique_ptr<uint32_t[]> counts(new uint32_t[splits * kBins]);
@@ -155,8 +166,9 @@ void dynamic_threshold(const ThresholdParams& p) {
   const int64_t per_task = std::max<int64_t>(1, 4 * kChunk / n);
   const int threads = splits > 1 ? 1 : threads_for(p.x, true, p.threads);
   parallel_for((batch + per_task - 1) / per_task, threads, [&](int64_t task) {
-    for (int64_t b = task * per_task; b < std::min(batch, (task + 1) * per_task); ++b)
-      n <= kChunk ? whole(b) : by_bins(b);
+    const int64_t first = task * per_task, end = std::min(batch, first + per_task);
+    if (n <= kChunk) return whole(first, end);
+    for (int64_t b = first; b < end; ++b) by_bins(b);
   });
 }
 

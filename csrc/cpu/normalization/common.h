@@ -42,18 +42,6 @@ class Floats {
   float* data_ = nullptr;
 };
 
-// What a call's tasks hand on, not filled, in memory that the thread keeps: freed each time, 1.5
-// MiB of sums made glibc give 50 MiB of tensors back to the system at every training step.
-template <class T>
-class Held {
- public:
-  explicit Held(int64_t n) : memory_(std::max<int64_t>(1, n * sizeof(T))) {}
-  operator T*() const { return reinterpret_cast<T*>(memory_.data()); }
-
- private:
-  Memory memory_;
-};
-
 // The memory of a dense tensor as fp32: where it lies, or through a buffer.
 class Dense {
  public:

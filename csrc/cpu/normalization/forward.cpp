@@ -45,7 +45,9 @@ void each_row(const Call& call) {
     Floats buffer, added;
   };
   const auto make = [&] {
-    return Scratch{Sample(call.affine, p.add.defined()), Floats(E::value ? 0 : cut.buffer()),
+    // x's and y's, of which a row of 100,000 came as fresh pages at every call.
+    return Scratch{Sample(call.affine, p.add.defined()),
+                   Floats(E::value || call.x.direct() ? 0 : cut.buffer()),
                    Floats(E::value || call.add.direct() ? 0 : cut.buffer())};
   };
   cut.each(threads_for(p), make, [&](int64_t unit, Scratch& of) {

@@ -1,6 +1,5 @@
 // The negative log-likelihood of Bernoulli pixels by sample, and its gradients.
 #include <algorithm>
-#include <memory>
 
 #include "cpu/kernels.h"
 #include "cpu/sampling/sums.h"
@@ -32,7 +31,9 @@ void for_row_chunks(const BernoulliNllParams& p, Run&& run) {
 void bernoulli_nll(const BernoulliNllParams& p) {
   const Stage logits(p.logits), x(p.x);
   // In fp32 a sum of 2^24 equal terms was 2e-4 off: each chunk's rounds the same way.
-  const std::unique_ptr<double[]> sums(new double[p.nll.numel]());
+  const Held<double> held(p.nll.numel);
+  double* sums = held;
+  std::fill_n(sums, p.nll.numel, 0.0);
   const auto sum_of = [](int n, auto&& term) {
     f32v s0{}, s1{};
     for (int i = 0; i < n; i += kStep) s0 += term(i), s1 += term(i + W);
@@ -63,7 +64,7 @@ void bernoulli_nll(const BernoulliNllParams& p) {
         return load(last);
       });
   });
-  std::copy_n(sums.get(), p.nll.numel, static_cast<float*>(p.nll.data));
+  std::copy_n(sums, p.nll.numel, static_cast<float*>(p.nll.data));
 }
 
 void bernoulli_nll_backward(const BernoulliNllParams& p) {

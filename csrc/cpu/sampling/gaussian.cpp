@@ -1,6 +1,5 @@
 // Reparameterized draws of diagonal Gaussians with their KL or log-density, and the gradients.
 #include <algorithm>
-#include <memory>
 
 #include "cpu/kernels.h"
 #include "cpu/sampling/sums.h"
@@ -37,8 +36,9 @@ void reparameterize(const ReparameterizeParams& p) {
   const NoiseAt noise(p.noise, p.mu);
   const int64_t most = noise.height(cols);
   const int64_t per_row = (cols + kChunk - 1) / kChunk;
-  std::unique_ptr<double[]> partial;  // one sum per chunk, added in chunk order: no thread matters
-  if (p.side_kind != Side::none) partial.reset(new double[rows * per_row + 1]);
+  const bool want_side = p.side_kind != Side::none;
+  const Held<double> sums(want_side ? rows * per_row : 0);
+  double* partial = sums;  // one per chunk, added in chunk order: no thread matters
 
   with_transform(p.transform, [&](auto transform) {
     using T = decltype(transform);
@@ -67,18 +67,15 @@ void reparameterize(const ReparameterizeParams& p) {
           add(i, log_density(ei, li, T::template log_slope<f32p>(d.z, yi)));
       }
       if (want_y) y.store(at, n, to);
-      if (!partial) return;
-      if (height == 1) partial[row * per_row + first / kChunk] = sum.total();
-      for (int r = 0; height > 1 && r < height; ++r) {
-        Sum own;
-        for (int i = 0; i < cols; i += kStep)
-          own.add(terms.data + r * cols + i, static_cast<int>(cols) - i);
-        partial[row + r] = own.total();
-      }
+      if (!want_side) return;
+      if (height == 1)
+        partial[row * per_row + first / kChunk] = sum.total();
+      else
+        sums_of_rows(terms.data, height, static_cast<int>(cols), partial + row);
     });
   });
 
-  if (!partial) return;
+  if (!want_side) return;
   float* side = static_cast<float*>(p.side.data);
   const int64_t chunks = rows * per_row / std::max<int64_t>(p.rows, 1);
   if (chunks == 1) {  // in vectors

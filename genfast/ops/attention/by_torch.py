@@ -29,18 +29,20 @@ _MASKS = (torch.bool, torch.float32)  # in any dtype
 _NODE = "ScaledDotProduct"  # what the names of PyTorch's fused nodes begin with
 
 
-def chosen(call: int, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> bool:
-    """The table gives a call (place in ATTENTION_CALLS) of these sizes to PyTorch, and the mask's
-    result is ours: in 16 bit it is not, cuDNN's rows that see no key are not 0."""
+def chosen(call: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> bool:
+    """The table gives a call (place in ATTENTION_CALLS) of these sizes to PyTorch, which would
+    broadcast no batch of it, and the mask's result is ours: in 16 bit it is not, cuDNN's rows that
+    see no key are not 0."""
     sizes = ATTENTION_BY_TORCH[q.is_cuda].get(q.dtype)
     if sizes is None or get_backend() != "auto":
         return False
     if call == _TRAINING and q.shape[-1] > WIDE_HEAD:
         call = _WIDE_TRAINING
     size = k.numel() if call == _DECODE else q.numel() * k.shape[2]
-    return size in sizes[call] and (
-        mask is None
-        or (q.dtype is torch.float32 and not q.is_cpu and not causal and mask.dtype in _MASKS)
+    if size not in sizes[call] or k.shape != v.shape or q.shape[0] != k.shape[0]:
+        return False
+    return mask is None or (
+        q.dtype is torch.float32 and not q.is_cpu and not causal and mask.dtype in _MASKS
     )
 
 
@@ -57,7 +59,7 @@ def settings(call: int | None, q: Tensor, k: Tensor, v: Tensor, mask, options) -
     if q.dim() != 4 or k.dim() != 4:
         return None
     causal = options.right == 0
-    if not (_takes(q, mask, causal) if call is None else chosen(call, q, k, mask, causal)):
+    if not (_takes(q, mask, causal) if call is None else chosen(call, q, k, v, mask, causal)):
         return None
     (B, Hq, Sq, D), (Bk, Hkv, Sk, Dk) = q.shape, k.shape
     same = (

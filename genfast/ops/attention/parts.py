@@ -23,7 +23,7 @@ def _views(x: Tensor, heads: Sequence[int]) -> tuple[Tensor, ...]:
 def _side_by_side(parts: Sequence[Tensor]) -> bool:
     """They fill (B, S, all heads, D), each (B, H, S, D), in their order."""
     first = parts[0]
-    if first.dim() != 4:
+    if first.dim() != 4 or first.is_contiguous():  # all but a single row's; the rest takes 4 us
         return False
     B, _, S, D = first.shape
     width = D * sum(part.shape[1] for part in parts)

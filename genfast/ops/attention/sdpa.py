@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from genfast.ops import _check
-from genfast.ops._road import DIRECT, gate, is_compiling
 from genfast.ops.attention.core import (
     DENSE,
     Options,
@@ -18,8 +15,7 @@ from genfast.ops.attention.core import (
     check_mask,
     lower_precision,
     noise,
-    plain_forward,
-    plain_training,
+    plain_call,
 )
 
 _FLOAT = torch.float32
@@ -141,20 +137,10 @@ def scaled_dot_product_attention(
     dimensions in memory. A row that sees no key gives 0. Where PyTorch's kernel was measured to be
     faster it is what runs. Raises TypeError / ValueError naming the argument.
     """
-    if not dropout_p and not is_compiling() and (road := gate(query, key, value, attn_mask)):
-        fast = plain_forward if road == DIRECT else plain_training
-        try:
-            if (
-                query.dim() == key.dim() == 4
-                and (enable_gqa or query.shape[1] == key.shape[1])
-                and not autocasting(query)
-                and (scale is None or (type(scale) is float and math.isfinite(scale)))
-            ):
-                out = fast(query, key, value, attn_mask, is_causal, scale, enable_gqa)
-                if out is not None:
-                    return out
-        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
-            pass  # the checks below name the argument
+    if not dropout_p:
+        out = plain_call(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+        if out is not None:
+            return out
     plain = (
         isinstance(query, Tensor)
         and isinstance(key, Tensor)
