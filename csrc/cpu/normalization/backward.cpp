@@ -439,7 +439,7 @@ void normalize_backward(const NormalizeBackwardParams& q) {
       else
         return rows(Buffered{});
     }
-    with_elements({&q.forward.x, &q.grad, &q.dx}, [&](auto elements) {
+    with_elements_of<Act>({&q.forward.x, &q.grad, &q.dx}, [&](auto elements) {
       using E = decltype(elements);
       q.forward.planes.channels_inner ? each_column<Act, E>(call) : each_run<Act, E>(call);
     });

@@ -238,7 +238,7 @@ void normalize(const NormalizeParams& p) {
       else
         return each_row<Act, Buffered>(call);  // where the activation is what takes the time
     }
-    with_elements({&p.x, &p.y}, [&](auto elements) {
+    with_elements_of<Act>({&p.x, &p.y}, [&](auto elements) {
       using E = decltype(elements);
       p.planes.channels_inner ? each_column<Act, E>(call) : each_run<Act, E>(call);
     });
