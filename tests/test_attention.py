@@ -701,6 +701,7 @@ def test_double_backward():
 # ---- wrong input --------------------------------------------------------------------------------
 
 q4, k4 = torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 7, 8)
+qg = torch.zeros(2, 4, 5, 8, requires_grad=True)
 i32 = torch.tensor([0, 3, 5], dtype=torch.int32)
 WRAPS = torch.tensor([0, 2**31 - 1, -2, 0, 5], dtype=torch.int32)  # differences beyond int32
 q3 = torch.zeros(5, 2, 8)
@@ -725,6 +726,10 @@ WRONG = {
     "window": (lambda: A(q4, k4, k4, window=3), ValueError, "window: expected"),
     "softcap": (lambda: A(q4, k4, k4, softcap=-1.0), ValueError, "softcap: expected"),
     "p": (lambda: A(q4, k4, k4, dropout_p=1.5, seed=1), ValueError, "dropout_p: expected"),
+    "softcap None": (lambda: A(qg, k4, k4, softcap=None), TypeError, "softcap: expected"),
+    "p None": (lambda: A(qg, k4, k4, dropout_p=None), TypeError, "dropout_p: expected"),
+    "p pair": (lambda: A(qg, k4, k4, dropout_p=R(2)), ValueError, "dropout_p: expected a number"),
+    "B, gradients": (lambda: A(qg, k4[:1], k4[:1]), ValueError, "k: expected .* B = 2"),
     "scale": (lambda: A(q4, k4, k4, scale="x"), TypeError, "scale: expected a number"),
     "scale NaN": (lambda: A(q4, k4, k4, scale=math.nan), ValueError, "scale: expected a finite"),
     "scale tensor": (lambda: A(q4, k4, k4, scale=R(())), TypeError, "scale: .* multiply q"),
@@ -768,6 +773,7 @@ WRONG = {
                     "rotary_interleaved: expected a bool"),
     "huge scale": (lambda: A(q4, q4, q4, scale=10**400), ValueError, "scale: expected a finite"),
     "sdpa heads": (lambda: S(q4, k4, k4), ValueError, "enable_gqa=True"),
+    "sdpa p": (lambda: S(qg, q4, q4, None, None), TypeError, "dropout_p: expected"),
     "sdpa mask": (lambda: S(q4, q4, q4, torch.ones(5, 4)), ValueError, "attn_mask: expected"),
     "sdpa int mask": (lambda: S(q4, q4, q4, torch.ones(5, 5).int()), TypeError, "attn_mask"),
     "sdpa 1-D": (lambda: S(q4[0, 0, 0], q4[0, 0, 0], q4[0, 0, 0]), ValueError, "at least 2"),

@@ -153,7 +153,7 @@ def plain_call(q, k, v, mask, causal: bool, scale, grouped: bool) -> Tensor | No
 
 def _without_options(q, k, mask, o: Options) -> bool:
     """But a scale, causal with equal ends, and a mask that wants no gradient."""
-    given = o.softcap or o.dropout_p or (o.bottom_right and q.shape[2] != k.shape[2])
+    given = o.softcap != 0 or o.dropout_p != 0 or (o.bottom_right and q.shape[2] != k.shape[2])
     fixed = mask is None or (_plain_mask(q, mask) and not mask.requires_grad)
     return fixed and not given and o.left == -1 and o.right in (-1, 0)
 
@@ -694,6 +694,9 @@ def attention(
     check_align(align)
     if not isinstance(q, Tensor):
         _check.tensor("q", q)
+    if not (type(dropout_p) is type(softcap) is float or is_compiling()):
+        _check.number("softcap", softcap, low=0.0)
+        _check.number("dropout_p", dropout_p, low=0.0, high=1.0)
     plain = dropout_p == 0 and softcap == 0 and not return_lse
     if plain and mask is alibi_slopes is sinks is None and type(window) is tuple:
         if window == (-1, -1) and (not causal or align == "top_left"):

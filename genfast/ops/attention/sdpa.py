@@ -137,7 +137,7 @@ def scaled_dot_product_attention(
     dimensions in memory. A row that sees no key gives 0. Where PyTorch's kernel was measured to be
     faster it is what runs. Raises TypeError / ValueError naming the argument.
     """
-    if not dropout_p:
+    if dropout_p == 0:
         out = plain_call(query, key, value, attn_mask, is_causal, scale, enable_gqa)
         if out is not None:
             return out
