@@ -201,6 +201,24 @@ def test_threads_change_no_bit(kind, name):
             assert all(torch.equal(p, q) for p, q in zip(found[0], other, strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 40001), (40, 17001)], ids=str)
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_gradients_of_few_long_rows(kind, shape, dtype):
+    """Those of weight and bias are summed by columns, not from each part of the rows."""
+    tensors, grad = inputs(kind, shape, PARAMETERS["affine"], dtype), randn(*shape, seed=5)
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(run(KINDS[kind][0], tensors, grad, dtype, **options_of(kind)))
+    eager, exact = (
+        run(truth(kind), tensors, grad, t, **options_of(kind)) for t in (dtype, torch.float64)
+    )
+    for i, (one, two, *judged) in enumerate(zip(*found, eager, exact, strict=True)):
+        assert torch.equal(one, two)
+        yardstick(f"{kind} tensor {i}", two, *judged, kind="gradient" if i else "output")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_the_wanted_gradients(kind):
     """A frozen weight gets none, and x none where only the parameters learn."""
