@@ -17,7 +17,7 @@ def sample_seeds(n: int, seed: int, stream: int = 0, start: int = 0, device=None
     stream, index) alone."""
     if isinstance(seed, Tensor):
         raise TypeError(
-            f"seed: expected an int, from which every sample's seed is made, got a tensor of shape "
+            f"seed: expected an int, from which every sample's seed is made, got a tensor of "
             f"shape {tuple(seed.shape)}; `start` is the first sample's index"
         )
     integer("seed", seed)
