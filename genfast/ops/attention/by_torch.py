@@ -34,12 +34,15 @@ def chosen(call: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, caus
     broadcast no batch of it, and the mask's result is ours: in 16 bit it is not, cuDNN's rows that
     see no key are not 0."""
     sizes = ATTENTION_BY_TORCH[q.is_cuda].get(q.dtype)
-    if sizes is None or get_backend() != "auto":
+    if sizes is None:
         return False
     if call == _TRAINING and q.shape[-1] > WIDE_HEAD:
         call = _WIDE_TRAINING
+    given = sizes[call]
+    if not given or get_backend() != "auto":
+        return False
     size = k.numel() if call == _DECODE else q.numel() * k.shape[2]
-    if size not in sizes[call] or k.shape != v.shape or q.shape[0] != k.shape[0]:
+    if size not in given or k.shape != v.shape or q.shape[0] != k.shape[0]:
         return False
     return mask is None or (
         q.dtype is torch.float32 and not q.is_cpu and not causal and mask.dtype in _MASKS
