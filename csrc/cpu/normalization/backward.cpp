@@ -89,8 +89,11 @@ void of_few_rows(const Call& call, int64_t rows) {
   const int64_t C = call.p.planes.channels;
   parallel_for((C + kChannels - 1) / kChannels, threads_for(call.p), [&](int64_t task) {
     const int64_t first = task * kChannels, n = std::min(kChannels, C - first);
-    const Floats s1(kChannels), s2(kChannels), held(kChannels), given(kChannels);
-    double dw[kChannels] = {}, db[kChannels] = {};
+    const Floats s1(n), s2(n);
+    const Floats held(E::value || call.x.direct() ? 0 : n);
+    const Floats given(E::value || call.grad.direct() ? 0 : n);
+    double dw[kChannels], db[kChannels];
+    std::fill_n(dw, n, 0.0), std::fill_n(db, n, 0.0);
     for (int64_t r = 0; r < rows; ++r) {
       const T* q = source<E>(call.x, r * C + first, n, held);
       const T* g = source<E>(call.grad, r * C + first, n, given);
